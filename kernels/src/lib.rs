@@ -1,0 +1,5 @@
+//! Numbers: storage formats, the op set, the scalar reference and the CPU backend. Start with `ops` (the seam) and
+//! docs/numerics.md (the contract). Nothing here knows what a tenant, a model or a sequence is.
+
+pub mod format;
+pub mod ops;

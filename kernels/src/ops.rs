@@ -1,0 +1,209 @@
+//! The op set that a device must offer: the forward pass (`executor/model`) is written once over it.
+//! Implementors: `reference` (scalar, the specification), `cpu` (SIMD over a thread pool); CUDA comes behind the
+//! same trait. It knows rows, widths and pages; it does not know models, tenants or sequences.
+//! Numbers: docs/numerics.md. Every op is row-local: row r of an output depends on row r of its inputs alone.
+
+use crate::format::TensorView;
+
+/// Tokens that one step of the attention walk covers: KV pieces are aligned to absolute positions that are
+/// multiples of it, so that the walk never depends on a page size, a chunk or a batch.
+pub const PIECE_TOKENS: usize = 16;
+
+/// Why weights could not be taken by a device.
+#[derive(Debug, thiserror::Error)]
+pub enum PackError {
+    /// The bytes do not have the length that dtype and shape imply.
+    #[error("tensor of {dtype} {rows}x{cols} needs {expected_bytes} bytes, got {actual_bytes}")]
+    Length {
+        /// Name of the dtype.
+        dtype: String,
+        /// Rows (output features).
+        rows: usize,
+        /// Columns (input features).
+        cols: usize,
+        /// Bytes that dtype and shape imply.
+        expected_bytes: usize,
+        /// Bytes given.
+        actual_bytes: usize,
+    },
+    /// The parts of one fused linear layer differ in columns or dtype.
+    #[error("parts of one linear layer differ: {0}")]
+    Parts(String),
+    /// The device has no memory left for it.
+    #[error("no device memory for {0} bytes")]
+    Memory(usize),
+}
+
+/// Columns of a buffer that an op reads or writes: row r covers elements `r * stride + offset ..+ width`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Columns {
+    /// Elements between the starts of consecutive rows.
+    pub stride: usize,
+    /// First column.
+    pub offset: usize,
+    /// Columns used.
+    pub width: usize,
+}
+
+impl Columns {
+    /// All columns of a dense matrix of `width` columns.
+    pub fn dense(width: usize) -> Self {
+        Self { stride: width, offset: 0, width }
+    }
+}
+
+/// RMSNorm, `y = x / sqrt(mean(x^2) + eps) * (offset + w)`, or LayerNorm, `y = (x - mean) / sqrt(var + eps) * w + b`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum NormKind {
+    /// Root mean square; `weight_offset` is 0, or 1 for Gemma.
+    Rms {
+        /// Added to every weight.
+        weight_offset: f32,
+    },
+    /// Mean and variance (GPT-2).
+    Layer,
+}
+
+/// Element-wise non-linearities.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Activation {
+    /// `x / (1 + exp(-x))`.
+    Silu,
+    /// The tanh approximation of GELU (GPT-2's gelu_new, Gemma's gelu_pytorch_tanh).
+    GeluTanh,
+    /// GELU by the error function.
+    Gelu,
+    /// `max(x, 0)`.
+    Relu,
+}
+
+/// Shape of the keys and values of one attention block: a *slot class* of the page pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct KvShape {
+    /// Heads that keys and values have.
+    pub kv_heads: usize,
+    /// Elements of one head.
+    pub head_dim: usize,
+    /// Tokens of one page; a multiple of [`PIECE_TOKENS`].
+    pub page_tokens: usize,
+}
+
+impl KvShape {
+    /// Elements of K plus V of one page.
+    pub fn page_elements(&self) -> usize {
+        2 * self.kv_heads * self.head_dim * self.page_tokens
+    }
+}
+
+/// Where q, k and v of a token lie in the fused projection's output row `[H*d | K*d | K*d]`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AttentionShape {
+    /// Query heads; a multiple of `kv.kv_heads`.
+    pub heads: usize,
+    /// KV shape.
+    pub kv: KvShape,
+    /// Multiplies every score (usually `head_dim^-0.5`).
+    pub scale: f32,
+    /// `cap * tanh(score / cap)` before masking.
+    pub softcap: Option<f32>,
+    /// A query at position p sees keys at positions `> p - window` only.
+    pub window: Option<u32>,
+}
+
+impl AttentionShape {
+    /// Elements of one row of fused q, k, v.
+    pub fn qkv_width(&self) -> usize {
+        (self.heads + 2 * self.kv.kv_heads) * self.kv.head_dim
+    }
+}
+
+/// Where the KV of one row is to be written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KvPlace {
+    /// Page slot within the pool.
+    pub slot: u32,
+    /// Token within the page.
+    pub offset: u32,
+}
+
+/// One query row: it attends to positions `0..=position` of the page table that starts at `tables[table_start]`
+/// (entry i is the slot that holds tokens `i * page_tokens ..`). Entries wholly behind the window may be any value.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Query {
+    /// Index of the sequence's first page table entry.
+    pub table_start: u32,
+    /// Absolute position of this row's token.
+    pub position: u32,
+}
+
+/// The op set. Buffers hold f32 activations; shapes are in elements. Preconditions (lengths, indices in range) are
+/// asserted: breaking one is a bug of the caller, not an input error.
+pub trait Ops: Send + Sync + 'static {
+    /// f32 activations on the device.
+    type Buffer: Send;
+    /// A packed linear layer, `[N outputs, K inputs]`.
+    type Linear: Send + Sync;
+    /// An f32 vector (norm weight, bias, inverse frequencies).
+    type Vector: Send + Sync;
+    /// Rows that can be looked up (token or position embedding).
+    type Table: Send + Sync;
+    /// KV memory of one slot class.
+    type Kv: Send;
+
+    /// One line for logs: device, instruction set, threads.
+    fn describe(&self) -> String;
+
+    /// A zeroed buffer of `element_count` f32.
+    fn buffer(&self, element_count: usize) -> Result<Self::Buffer, PackError>;
+    /// Packs a linear layer. `parts` are stacked along N (for example q, k, v); they agree in K, dtypes may differ.
+    fn linear(&self, parts: &[TensorView<'_>]) -> Result<Self::Linear, PackError>;
+    /// Takes a vector, converting to f32. `parts` are concatenated.
+    fn vector(&self, parts: &[TensorView<'_>]) -> Result<Self::Vector, PackError>;
+    /// Takes a vector of f32 given by value.
+    fn vector_f32(&self, values: &[f32]) -> Result<Self::Vector, PackError>;
+    /// Takes a lookup table `[rows, width]`. `keep` owns the bytes (a map of the file), so that nothing is copied.
+    fn table(&self, view: TensorView<'_>, keep: std::sync::Arc<dyn AsRef<[u8]> + Send + Sync>) -> Result<Self::Table, PackError>;
+    /// Zeroed KV memory for `slot_count` pages; touched lazily.
+    fn kv(&self, shape: KvShape, slot_count: usize) -> Result<Self::Kv, PackError>;
+
+    /// Bytes that a packed layer occupies on the device.
+    fn linear_bytes(&self, linear: &Self::Linear) -> usize;
+
+    /// Copies `values` into the buffer from element `at`.
+    fn upload(&self, buffer: &mut Self::Buffer, at: usize, values: &[f32]);
+    /// Copies elements from `at` into `out`.
+    fn download(&self, buffer: &Self::Buffer, at: usize, out: &mut [f32]);
+    /// `dst[i] = src[index[i]]`, rows of `width`.
+    fn gather_rows(&self, dst: &mut Self::Buffer, src: &Self::Buffer, index: &[u32], width: usize);
+    /// `dst[index[i]] = src[i]`, rows of `width`; indices are distinct.
+    fn scatter_rows(&self, dst: &mut Self::Buffer, index: &[u32], src: &Self::Buffer, width: usize);
+
+    /// `out[i] = table[tokens[i]] * scale`, dense rows.
+    fn embed(&self, out: &mut Self::Buffer, table: &Self::Table, rows: &[u32], scale: f32);
+    /// `out[i] += table[rows[i]]` (learned positions).
+    fn embed_add(&self, out: &mut Self::Buffer, table: &Self::Table, rows: &[u32]);
+    /// Norm of `row_count` rows of `src` columns into dense rows of `dst`.
+    fn norm(&self, dst: &mut Self::Buffer, src: &Self::Buffer, row_count: usize, width: usize, kind: NormKind, eps: f32, weight: &Self::Vector, bias: Option<&Self::Vector>);
+    /// RMSNorm in place of `head_count` consecutive heads of each row (Qwen3's and Gemma 3's q and k norms).
+    fn norm_heads(&self, buffer: &mut Self::Buffer, row_count: usize, columns: Columns, head_dim: usize, weight_offset: f32, eps: f32, weight: &Self::Vector);
+    /// `out[T, N] = x[T, K] W^T + bias`, dense rows.
+    fn linear_apply(&self, out: &mut Self::Buffer, x: &Self::Buffer, row_count: usize, linear: &Self::Linear, bias: Option<&Self::Vector>);
+    /// Cosines and sines of `positions x inverse frequencies`, times `attention_factor`: row t is
+    /// `[cos 0..R/2 | sin 0..R/2]` where R/2 = the length of `inverse_frequencies`.
+    fn rope_rows(&self, out: &mut Self::Buffer, positions: &[u32], inverse_frequencies: &Self::Vector, attention_factor: f32);
+    /// Rotates the first `2 * half` elements of each head in `columns` (halves style, as Hugging Face's rotate_half), in place.
+    fn rope(&self, buffer: &mut Self::Buffer, row_count: usize, columns: Columns, head_dim: usize, half: usize, rope_rows: &Self::Buffer);
+    /// Stores k and v of fused rows `qkv` into pages; `places[t]` is where row t goes.
+    fn kv_write(&self, kv: &mut Self::Kv, qkv: &Self::Buffer, shape: &AttentionShape, places: &[KvPlace]);
+    /// `out[T, H*d]`: softmax attention of each query row over its pages (which already hold its own k and v).
+    fn attend(&self, out: &mut Self::Buffer, qkv: &Self::Buffer, kv: &Self::Kv, shape: &AttentionShape, queries: &[Query], tables: &[u32]);
+    /// `out[t, j] = act(gate_up[t, j]) * gate_up[t, width + j]`.
+    fn gate(&self, out: &mut Self::Buffer, gate_up: &Self::Buffer, row_count: usize, width: usize, activation: Activation);
+    /// `x = act(x)` over the first `element_count` elements.
+    fn activate(&self, x: &mut Self::Buffer, element_count: usize, activation: Activation);
+    /// `acc += x` over the first `element_count` elements.
+    fn add(&self, acc: &mut Self::Buffer, x: &Self::Buffer, element_count: usize);
+    /// `x = cap * tanh(x / cap)` over the first `element_count` elements.
+    fn softcap(&self, x: &mut Self::Buffer, element_count: usize, cap: f32);
+}
