@@ -16,8 +16,8 @@ pub use row::{dequantise, dequantise_row};
 
 use crate::ops::PackError;
 
-/// The largest group of weights that may share a scale, and what every group divides: K slices are this long.
-pub const GROUP_MAX: usize = 512;
+/// The largest group of weights that may share a scale, and what every group divides: a slice is whole groups.
+pub const GROUP_MAX: usize = crate::SLICE;
 
 /// How a tensor's elements are stored. Matrices are row-major `[rows N, cols K]`; groups lie along K.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
