@@ -238,3 +238,6 @@ impl<B: Ops> Forward<B> {
 fn norm<B: Ops>(ops: &B, dst: &mut B::Buffer, src: &B::Buffer, rows: usize, width: usize, weights: &NormWeights<B>) {
     ops.norm(dst, src, rows, width, weights.kind, weights.eps, &weights.weight, weights.bias.as_ref());
 }
+
+#[cfg(test)]
+mod tests;
