@@ -84,9 +84,9 @@ tests() {
 
 doctests() { cargo test --doc --workspace --locked; }
 
-chart() { python -m pytest -q helm/tests; }
+chart() { python -m pytest -q -p no:cacheprovider helm/tests; }
 
-end_to_end() { ASHLAR_BIN=$target/debug/ashlar python -m pytest -q tests/e2e; }
+end_to_end() { ASHLAR_BIN=$target/debug/ashlar python -m pytest -q -p no:cacheprovider tests/e2e; }
 
 rm -rf "$logs"
 mkdir -p "$logs"
