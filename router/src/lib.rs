@@ -1,1 +1,4 @@
-//! router
+//! The router: REST in, sequences out. `text/` turns messages into tokens and back, `io/rest` speaks OpenAI's API,
+//! `io/backend` is the seam to the part that places, assembles and dispatches. It never touches weights.
+
+pub mod io;

@@ -1,0 +1,3 @@
+//! Everything in the router that does IO. Start with `backend`, the seam that REST sees.
+
+pub mod backend;
