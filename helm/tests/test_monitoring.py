@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import jsonschema
@@ -88,6 +89,13 @@ def test_expression_is_valid_and_names_documented_metrics(where, text):
         assert name in documented, f"{where}: ARCHITECTURE.md does not name {name}"
         unknown = selector.labels - documented[name] - queries.SCRAPE_LABELS
         assert not unknown, f"{where}: {name} has no label {unknown}"
+
+
+def test_error_codes_in_expressions_exist():
+    """A code that was renamed must not silence an alert."""
+    codes = set(re.findall(r'^    \w+ "(\w+)" 5\d\d ', (queries.ROOT / "wire/src/code.rs").read_text(), re.MULTILINE))
+    named = {code for _, text in EXPRESSIONS for alternatives in re.findall(r'code=~"([^"]*)"', text) for code in alternatives.split("|")}
+    assert named and named <= codes
 
 
 def test_parser_refuses_an_ill_typed_expression():
