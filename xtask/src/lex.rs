@@ -13,8 +13,7 @@ pub struct Token {
 impl Token {
     /// Whether it is an identifier or keyword.
     pub fn is_word(&self) -> bool {
-        self.text
-            .starts_with(|c: char| c.is_alphabetic() || c == '_')
+        self.text.starts_with(|c: char| c.is_alphabetic() || c == '_')
     }
 }
 
@@ -29,14 +28,8 @@ pub fn tokens(text: &str) -> Vec<Token> {
         let kind = kind_of(&chars, start);
         match kind {
             Kind::Space | Kind::Comment => {}
-            Kind::Quoted => tokens.push(Token {
-                line,
-                text: "\"\"".into(),
-            }),
-            Kind::Code => tokens.push(Token {
-                line,
-                text: chars[start..end].iter().collect(),
-            }),
+            Kind::Quoted => tokens.push(Token { line, text: "\"\"".into() }),
+            Kind::Code => tokens.push(Token { line, text: chars[start..end].iter().collect() }),
         }
         line += chars[start..end].iter().filter(|c| **c == '\n').count();
         at = end;
@@ -137,11 +130,7 @@ fn is_lifetime(rest: &[char]) -> bool {
 
 /// For `b"`, `c"`, `r"`, `br#"`, `b'`: the letters' count, and the count of hashes if raw.
 fn string_prefix(rest: &[char]) -> Option<(usize, Option<usize>)> {
-    let letters = rest
-        .iter()
-        .take(2)
-        .take_while(|c| matches!(c, 'b' | 'c' | 'r'))
-        .count();
+    let letters = rest.iter().take(2).take_while(|c| matches!(c, 'b' | 'c' | 'r')).count();
     if letters == 0 {
         return None;
     }
@@ -149,15 +138,11 @@ fn string_prefix(rest: &[char]) -> Option<(usize, Option<usize>)> {
         let hashes = rest[letters..].iter().take_while(|c| **c == '#').count();
         return (rest.get(letters + hashes) == Some(&'"')).then_some((letters, Some(hashes)));
     }
-    matches!(rest.get(letters), Some('"' | '\''))
-        .then_some((letters, None))
-        .filter(|_| letters == 1)
+    matches!(rest.get(letters), Some('"' | '\'')).then_some((letters, None)).filter(|_| letters == 1)
 }
 
 fn word_length(rest: &[char]) -> usize {
-    rest.iter()
-        .take_while(|c| c.is_alphanumeric() || **c == '_')
-        .count()
+    rest.iter().take_while(|c| c.is_alphanumeric() || **c == '_').count()
 }
 
 fn quoted_length(rest: &[char], from: usize, quote: char) -> usize {
@@ -175,14 +160,7 @@ fn quoted_length(rest: &[char], from: usize, quote: char) -> usize {
 fn raw_length(rest: &[char], letters: usize, hashes: usize) -> usize {
     let mut at = letters + hashes + 1;
     while at < rest.len() {
-        if rest[at] == '"'
-            && rest[at + 1..]
-                .iter()
-                .take(hashes)
-                .filter(|c| **c == '#')
-                .count()
-                == hashes
-        {
+        if rest[at] == '"' && rest[at + 1..].iter().take(hashes).filter(|c| **c == '#').count() == hashes {
             return at + 1 + hashes;
         }
         at += 1;
@@ -203,11 +181,7 @@ fn block_comment_length(rest: &[char]) -> usize {
 }
 
 fn is_cfg_test(tokens: &[Token]) -> bool {
-    tokens.len() >= CFG_TEST.len()
-        && tokens
-            .iter()
-            .zip(CFG_TEST)
-            .all(|(token, text)| token.text == text)
+    tokens.len() >= CFG_TEST.len() && tokens.iter().zip(CFG_TEST).all(|(token, text)| token.text == text)
 }
 
 /// The end of the item that starts at `at`: past its `;`, or past the `}` of its first brace.
@@ -230,12 +204,7 @@ fn item_end(tokens: &[Token], mut at: usize) -> usize {
     at
 }
 
-fn path_at(
-    tokens: &[Token],
-    mut at: usize,
-    prefix: &mut Vec<String>,
-    found: &mut Vec<(usize, Vec<String>)>,
-) -> usize {
+fn path_at(tokens: &[Token], mut at: usize, prefix: &mut Vec<String>, found: &mut Vec<(usize, Vec<String>)>) -> usize {
     let depth = prefix.len();
     let line = tokens[at].line;
     prefix.push(tokens[at].text.clone());
@@ -248,11 +217,7 @@ fn path_at(
         } else if next.text == "{" {
             at += 2;
             while at < tokens.len() && tokens[at].text != "}" {
-                at = if tokens[at].is_word() {
-                    path_at(tokens, at, prefix, found)
-                } else {
-                    at + 1
-                };
+                at = if tokens[at].is_word() { path_at(tokens, at, prefix, found) } else { at + 1 };
             }
             prefix.truncate(depth);
             return at + 1;
@@ -280,16 +245,9 @@ mod tests {
         assert_eq!(texts("a // b\n/* c /* d */ e */ f"), ["a", "f"]);
         assert_eq!(
             texts(r##"x("tokio", r#"a "b" c"#, b'z', '\'', "q\"r")"##),
-            [
-                "x", "(", "\"\"", ",", "\"\"", ",", "\"\"", ",", "\"\"", ",", "\"\"", ")"
-            ]
+            ["x", "(", "\"\"", ",", "\"\"", ",", "\"\"", ",", "\"\"", ",", "\"\"", ")"]
         );
-        assert_eq!(
-            texts("fn f<'a>(s: &'a str)"),
-            [
-                "fn", "f", "<", "'a", ">", "(", "s", ":", "&", "'a", "str", ")"
-            ]
-        );
+        assert_eq!(texts("fn f<'a>(s: &'a str)"), ["fn", "f", "<", "'a", ">", "(", "s", ":", "&", "'a", "str", ")"]);
     }
 
     #[test]
@@ -300,33 +258,17 @@ mod tests {
 
     #[test]
     fn groups_are_opened() {
-        let found: Vec<String> = paths(&tokens(
-            "use std::{fs, time::{Duration, Instant}, io::*}; a::b::<T>();",
-        ))
-        .into_iter()
-        .map(|(_, path)| path.join("::"))
-        .collect();
-        assert_eq!(
-            found,
-            [
-                "use",
-                "std::fs",
-                "std::time::Duration",
-                "std::time::Instant",
-                "std::io",
-                "a::b",
-                "T"
-            ]
-        );
+        let found: Vec<String> = paths(&tokens("use std::{fs, time::{Duration, Instant}, io::*}; a::b::<T>();"))
+            .into_iter()
+            .map(|(_, path)| path.join("::"))
+            .collect();
+        assert_eq!(found, ["use", "std::fs", "std::time::Duration", "std::time::Instant", "std::io", "a::b", "T"]);
     }
 
     #[test]
     fn test_items_are_left_out() {
         let kept: Vec<String> =
-            product_tokens("a #[cfg(test)] mod tests { fn f() { b } } c #[cfg(test)] use d; e")
-                .into_iter()
-                .map(|t| t.text)
-                .collect();
+            product_tokens("a #[cfg(test)] mod tests { fn f() { b } } c #[cfg(test)] use d; e").into_iter().map(|t| t.text).collect();
         assert_eq!(kept, ["a", "c", "e"]);
     }
 

@@ -21,11 +21,7 @@ pub struct Violation {
 impl Violation {
     /// A violation at a line (0: the whole file).
     pub fn new(path: &str, line: usize, message: impl Into<String>) -> Self {
-        Violation {
-            path: path.to_owned(),
-            line,
-            message: message.into(),
-        }
+        Violation { path: path.to_owned(), line, message: message.into() }
     }
 }
 

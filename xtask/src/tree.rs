@@ -25,27 +25,15 @@ impl Tree {
     /// Reads what git tracks, and what it would track if it were added (so that a new file is checked before its commit).
     pub fn load(root: &Path) -> Result<Tree, String> {
         let listed = Command::new("git")
-            .args([
-                "ls-files",
-                "--cached",
-                "--others",
-                "--exclude-standard",
-                "-z",
-            ])
+            .args(["ls-files", "--cached", "--others", "--exclude-standard", "-z"])
             .current_dir(root)
             .output()
             .map_err(|error| format!("failed to run git ls-files: {error}"))?;
         if !listed.status.success() {
-            return Err(format!(
-                "git ls-files failed: {}",
-                String::from_utf8_lossy(&listed.stderr)
-            ));
+            return Err(format!("git ls-files failed: {}", String::from_utf8_lossy(&listed.stderr)));
         }
         let mut tree = Tree::default();
-        for path in String::from_utf8_lossy(&listed.stdout)
-            .split('\0')
-            .filter(|path| !path.is_empty())
-        {
+        for path in String::from_utf8_lossy(&listed.stdout).split('\0').filter(|path| !path.is_empty()) {
             let full = root.join(path);
             // Listed but gone: deleted in the work tree and not yet in the index.
             let Ok(metadata) = std::fs::symlink_metadata(&full) else {
@@ -56,14 +44,12 @@ impl Tree {
             }
             let size_bytes = metadata.len();
             let text = if size_bytes <= TEXT_BYTES_MAX {
-                let bytes = std::fs::read(&full)
-                    .map_err(|error| format!("failed to read {path}: {error}"))?;
+                let bytes = std::fs::read(&full).map_err(|error| format!("failed to read {path}: {error}"))?;
                 String::from_utf8(bytes).ok()
             } else {
                 None
             };
-            tree.files
-                .insert(path.to_owned(), File { size_bytes, text });
+            tree.files.insert(path.to_owned(), File { size_bytes, text });
         }
         Ok(tree)
     }
@@ -72,10 +58,7 @@ impl Tree {
     pub fn of(files: &[(&str, &str)]) -> Tree {
         let mut tree = Tree::default();
         for (path, text) in files {
-            let file = File {
-                size_bytes: text.len() as u64,
-                text: Some((*text).to_owned()),
-            };
+            let file = File { size_bytes: text.len() as u64, text: Some((*text).to_owned()) };
             tree.files.insert((*path).to_owned(), file);
         }
         tree
@@ -94,20 +77,13 @@ impl Tree {
         let folder = format!("{path}/");
         path.is_empty()
             || self.files.contains_key(path)
-            || self
-                .files
-                .range(folder.clone()..)
-                .next()
-                .is_some_and(|(found, _)| found.starts_with(&folder))
+            || self.files.range(folder.clone()..).next().is_some_and(|(found, _)| found.starts_with(&folder))
     }
 }
 
 /// The repository's root, whatever folder the test runs in.
 pub fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .parent()
-        .expect("xtask lies in the repository's root")
-        .to_owned()
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask lies in the repository's root").to_owned()
 }
 
 /// Longer files are data and are not read.

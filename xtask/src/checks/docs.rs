@@ -22,27 +22,17 @@ fn resolve(tree: &Tree, from: &str, text: &str, target: &str) -> Result<(), Stri
     if target.contains("://") || target.starts_with("mailto:") {
         return Ok(());
     }
-    let (file, anchor) = target
-        .split_once('#')
-        .map_or((target, None), |(file, anchor)| (file, Some(anchor)));
-    let full = if file.is_empty() {
-        from.to_owned()
-    } else {
-        join(from, file).ok_or(format!("link `{target}` leaves the repository"))?
-    };
+    let (file, anchor) = target.split_once('#').map_or((target, None), |(file, anchor)| (file, Some(anchor)));
+    let full = if file.is_empty() { from.to_owned() } else { join(from, file).ok_or(format!("link `{target}` leaves the repository"))? };
     if !tree.holds(&full) {
         return Err(format!("link `{target}`: there is no `{full}`"));
     }
     let Some(anchor) = anchor else { return Ok(()) };
-    let aimed = if file.is_empty() {
-        Some(text)
-    } else {
-        tree.files.get(&full).and_then(|file| file.text.as_deref())
-    };
+    let aimed = if file.is_empty() { Some(text) } else { tree.files.get(&full).and_then(|file| file.text.as_deref()) };
     match aimed {
-        Some(aimed) if full.ends_with(".md") && !anchors(aimed).contains(anchor) => Err(format!(
-            "link `{target}`: `{full}` has no heading `#{anchor}`"
-        )),
+        Some(aimed) if full.ends_with(".md") && !anchors(aimed).contains(anchor) => {
+            Err(format!("link `{target}`: `{full}` has no heading `#{anchor}`"))
+        }
         _ => Ok(()),
     }
 }
@@ -109,13 +99,7 @@ fn anchors(text: &str) -> BTreeSet<String> {
         anchors.insert(
             title
                 .chars()
-                .filter_map(|c| {
-                    if c == ' ' {
-                        Some('-')
-                    } else {
-                        (c.is_alphanumeric() || c == '-' || c == '_').then_some(c)
-                    }
-                })
+                .filter_map(|c| if c == ' ' { Some('-') } else { (c.is_alphanumeric() || c == '-' || c == '_').then_some(c) })
                 .collect(),
         );
     }

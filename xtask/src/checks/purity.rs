@@ -14,11 +14,7 @@ pub fn state_is_pure(tree: &Tree) -> Vec<Violation> {
         for (line, segments) in paths(&product_tokens(text)) {
             if let Some(reason) = impurity(&segments) {
                 let named = segments.join("::");
-                violations.push(Violation::new(
-                    path,
-                    line,
-                    format!("`{named}` under state/: {reason}"),
-                ));
+                violations.push(Violation::new(path, line, format!("`{named}` under state/: {reason}")));
             }
         }
     }
@@ -47,10 +43,7 @@ pub fn state_does_not_iterate_hash_maps(tree: &Tree) -> Vec<Violation> {
         }
         for at in 0..code.len() {
             if names.contains(&code[at].text) && is_iterated(&code, at) {
-                let message = format!(
-                    "`{}` is a hash map and is iterated: its order differs from run to run",
-                    code[at].text
-                );
+                let message = format!("`{}` is a hash map and is iterated: its order differs from run to run", code[at].text);
                 violations.push(Violation::new(path, code[at].line, message));
             }
         }
@@ -64,9 +57,7 @@ pub fn state_does_not_iterate_hash_maps(tree: &Tree) -> Vec<Violation> {
 pub fn unsafe_stands_where_it_may(tree: &Tree) -> Vec<Violation> {
     let mut violations = Vec::new();
     for (path, text) in tree.texts(".rs") {
-        if UNSAFE_ALLOWED.iter().any(|allowed| {
-            path == *allowed || (allowed.ends_with('/') && path.starts_with(allowed))
-        }) {
+        if UNSAFE_ALLOWED.iter().any(|allowed| path == *allowed || (allowed.ends_with('/') && path.starts_with(allowed))) {
             continue;
         }
         for token in tokens(text).iter().filter(|token| token.text == "unsafe") {
@@ -81,21 +72,10 @@ pub fn unsafe_stands_where_it_may(tree: &Tree) -> Vec<Violation> {
 pub fn crates_keep_to_their_nouns(tree: &Tree) -> Vec<Violation> {
     let mut violations = Vec::new();
     for (folder, forbidden, reason) in NOUNS {
-        for (path, text) in tree
-            .texts(".rs")
-            .filter(|(path, _)| path.starts_with(folder))
-        {
+        for (path, text) in tree.texts(".rs").filter(|(path, _)| path.starts_with(folder)) {
             for token in product_tokens(text).iter().filter(|token| token.is_word()) {
-                if words(&token.text)
-                    .iter()
-                    .any(|word| forbidden.contains(&word.as_str()))
-                    || forbidden.contains(&token.text.as_str())
-                {
-                    violations.push(Violation::new(
-                        path,
-                        token.line,
-                        format!("`{}`: {reason}", token.text),
-                    ));
+                if words(&token.text).iter().any(|word| forbidden.contains(&word.as_str())) || forbidden.contains(&token.text.as_str()) {
+                    violations.push(Violation::new(path, token.line, format!("`{}`: {reason}", token.text)));
                 }
             }
         }
@@ -109,11 +89,7 @@ pub fn nothing_unfinished(tree: &Tree) -> Vec<Violation> {
     for (path, text) in tree.texts(".rs") {
         for pair in tokens(text).windows(2) {
             if UNFINISHED.contains(&pair[0].text.as_str()) && pair[1].text == "!" {
-                violations.push(Violation::new(
-                    path,
-                    pair[0].line,
-                    format!("`{}!`: unfinished work does not land", pair[0].text),
-                ));
+                violations.push(Violation::new(path, pair[0].line, format!("`{}!`: unfinished work does not land", pair[0].text)));
             }
         }
     }
@@ -131,10 +107,7 @@ pub fn keys_are_not_logged(tree: &Tree) -> Vec<Violation> {
             }
             for token in arguments(&code[at + 2..]) {
                 if SECRETS.contains(&token.text.as_str()) {
-                    let message = format!(
-                        "`{}` in `{}!`: keys are compared by hash and never logged",
-                        token.text, code[at].text
-                    );
+                    let message = format!("`{}` in `{}!`: keys are compared by hash and never logged", token.text, code[at].text);
                     violations.push(Violation::new(path, token.line, message));
                 }
             }
@@ -154,21 +127,10 @@ fn state_files(tree: &Tree) -> impl Iterator<Item = (&str, &str)> {
 
 fn impurity(segments: &[String]) -> Option<&'static str> {
     let starts = |prefix: &str| {
-        prefix
-            .split("::")
-            .zip(segments.iter().map(Some).chain(std::iter::repeat(None)))
-            .all(|(a, b)| b.is_some_and(|b| a == b))
+        prefix.split("::").zip(segments.iter().map(Some).chain(std::iter::repeat(None))).all(|(a, b)| b.is_some_and(|b| a == b))
     };
-    let by_prefix = IMPURE_PREFIXES
-        .iter()
-        .find(|(prefix, _)| starts(prefix))
-        .map(|(_, reason)| *reason);
-    by_prefix.or_else(|| {
-        IMPURE_WORDS
-            .iter()
-            .find(|(word, _)| segments.iter().any(|segment| segment == word))
-            .map(|(_, reason)| *reason)
-    })
+    let by_prefix = IMPURE_PREFIXES.iter().find(|(prefix, _)| starts(prefix)).map(|(_, reason)| *reason);
+    by_prefix.or_else(|| IMPURE_WORDS.iter().find(|(word, _)| segments.iter().any(|segment| segment == word)).map(|(_, reason)| *reason))
 }
 
 fn is_hash_map(word: &str) -> bool {
@@ -178,26 +140,18 @@ fn is_hash_map(word: &str) -> bool {
 /// The name in `name: [path::]HashMap<`, `name: &mut HashMap<`, `let mut name = HashMap::new()`.
 fn declared_name(code: &[Token], at: usize) -> Option<String> {
     let mut before = at;
-    while before > 1
-        && (code[before - 1].text == "::"
-            || code[before - 1].text == "&"
-            || code[before - 1].text == "mut")
-    {
+    while before > 1 && (code[before - 1].text == "::" || code[before - 1].text == "&" || code[before - 1].text == "mut") {
         before -= if code[before - 1].text == "::" { 2 } else { 1 };
     }
     let separator = code.get(before.checked_sub(1)?)?.text.as_str();
     let is_type = code.get(at + 1).is_some_and(|next| next.text == "<");
     let name = code.get(before.checked_sub(2)?)?;
     let is_let = before >= 3 && matches!(code[before - 3].text.as_str(), "let" | "mut");
-    ((separator == ":" && is_type || separator == "=" && is_let) && name.is_word())
-        .then(|| name.text.clone())
+    ((separator == ":" && is_type || separator == "=" && is_let) && name.is_word()).then(|| name.text.clone())
 }
 
 fn is_explained(lines: &[&str], line: usize) -> bool {
-    let explains = |text: &&str| {
-        text.split_once("// lookup only:")
-            .is_some_and(|(_, why)| why.trim().len() >= 8)
-    };
+    let explains = |text: &&str| text.split_once("// lookup only:").is_some_and(|(_, why)| why.trim().len() >= 8);
     let above = line.checked_sub(2).and_then(|index| lines.get(index));
     lines.get(line - 1).is_some_and(explains) || above.is_some_and(explains)
 }
@@ -232,10 +186,7 @@ fn arguments(tokens: &[Token]) -> &[Token] {
 }
 
 const IMPURE_PREFIXES: &[(&str, &str)] = &[
-    (
-        "tokio",
-        "a state machine has no runtime; take the event as an argument",
-    ),
+    ("tokio", "a state machine has no runtime; take the event as an argument"),
     ("tokio_stream", "a state machine has no runtime"),
     ("tokio_util", "a state machine has no runtime"),
     ("futures", "a state machine has no runtime"),
@@ -250,29 +201,17 @@ const IMPURE_PREFIXES: &[(&str, &str)] = &[
     ("std::io", "no IO; emit an output and let io/ do it"),
     ("std::net", "no sockets; emit an output and let io/ do it"),
     ("std::os", "no IO; emit an output and let io/ do it"),
-    (
-        "std::thread",
-        "no threads; the caller decides where it runs",
-    ),
-    (
-        "std::process",
-        "no processes; emit an output and let io/ do it",
-    ),
+    ("std::thread", "no threads; the caller decides where it runs"),
+    ("std::process", "no processes; emit an output and let io/ do it"),
     ("std::env", "settings come in as arguments"),
     ("rayon", "no threads; the caller decides where it runs"),
     ("crossbeam", "no threads; the caller decides where it runs"),
     ("rand::rng", "chance comes in as an argument, from a seed"),
-    (
-        "rand::random",
-        "chance comes in as an argument, from a seed",
-    ),
+    ("rand::random", "chance comes in as an argument, from a seed"),
 ];
 
 const IMPURE_WORDS: &[(&str, &str)] = &[
-    (
-        "Instant",
-        "time comes in as an argument (a Duration since the start, or milliseconds)",
-    ),
+    ("Instant", "time comes in as an argument (a Duration since the start, or milliseconds)"),
     ("SystemTime", "time comes in as an argument"),
     ("thread_rng", "chance comes in as an argument, from a seed"),
     ("from_os_rng", "chance comes in as an argument, from a seed"),
@@ -281,47 +220,21 @@ const IMPURE_WORDS: &[(&str, &str)] = &[
     ("getrandom", "chance comes in as an argument, from a seed"),
     ("RandomState", "its seed differs from run to run"),
     ("thread_local", "state is what the struct holds"),
-    (
-        "async",
-        "a state machine does not wait; it returns what must be done",
-    ),
-    (
-        "await",
-        "a state machine does not wait; it returns what must be done",
-    ),
+    ("async", "a state machine does not wait; it returns what must be done"),
+    ("await", "a state machine does not wait; it returns what must be done"),
 ];
 
-const UNSAFE_ALLOWED: &[&str] = &[
-    "kernels/src/cpu/",
-    "executor/src/io/device.rs",
-    "zoo/src/mapping.rs",
-];
+const UNSAFE_ALLOWED: &[&str] = &["kernels/src/cpu.rs", "kernels/src/cpu/", "executor/src/io/device.rs", "zoo/src/mapping.rs"];
 
 /// Folder, words or identifiers that its product code must not name, and why.
 const NOUNS: &[(&str, &[&str], &str)] = &[
     (
         "kernels/src/",
-        &[
-            "tenant",
-            "tenants",
-            "model",
-            "models",
-            "sequence",
-            "sequences",
-            "zoo",
-        ],
+        &["tenant", "tenants", "model", "models", "sequence", "sequences", "zoo"],
         "kernels know numbers, and not tenants, models, sequences or the zoo",
     ),
-    (
-        "router/src/",
-        &["tensor", "tensors", "safetensors"],
-        "the router does not read tensors",
-    ),
-    (
-        "zoo/src/",
-        &["TcpListener", "UnixListener", "UdpSocket", "axum"],
-        "the zoo opens no listening socket",
-    ),
+    ("router/src/", &["tensor", "tensors", "safetensors"], "the router does not read tensors"),
+    ("zoo/src/", &["TcpListener", "UnixListener", "UdpSocket", "axum"], "the zoo opens no listening socket"),
 ];
 
 const UNFINISHED: &[&str] = &["todo", "unimplemented", "dbg"];
@@ -343,25 +256,7 @@ const LOGGING: &[&str] = &[
     "eprintln",
 ];
 
-const SECRETS: &[&str] = &[
-    "api_key",
-    "bearer",
-    "authorization",
-    "AUTHORIZATION",
-    "secret",
-    "presented_key",
-];
+const SECRETS: &[&str] = &["api_key", "bearer", "authorization", "AUTHORIZATION", "secret", "presented_key"];
 
-const ITERATORS: &[&str] = &[
-    "iter",
-    "iter_mut",
-    "into_iter",
-    "keys",
-    "into_keys",
-    "values",
-    "values_mut",
-    "into_values",
-    "drain",
-    "retain",
-    "extract_if",
-];
+const ITERATORS: &[&str] =
+    &["iter", "iter_mut", "into_iter", "keys", "into_keys", "values", "values_mut", "into_values", "drain", "retain", "extract_if"];

@@ -18,11 +18,7 @@ pub fn files_stay_short(tree: &Tree) -> Vec<Violation> {
                 violations.push(Violation::new(path, 0, message));
             }
             if line_count <= LINES_MAX && allowed {
-                violations.push(Violation::new(
-                    path,
-                    0,
-                    "no longer long: take it off the list in xtask/src/checks/size.rs",
-                ));
+                violations.push(Violation::new(path, 0, "no longer long: take it off the list in xtask/src/checks/size.rs"));
             }
         }
     }
@@ -32,20 +28,9 @@ pub fn files_stay_short(tree: &Tree) -> Vec<Violation> {
 /// No file above `BYTES_MAX` outside the folders that are there to hold data.
 pub fn big_files_stay_out(tree: &Tree) -> Vec<Violation> {
     let is_data = |path: &str| DATA_FOLDERS.iter().any(|folder| path.starts_with(folder));
-    let big = tree
-        .files
-        .iter()
-        .filter(|(path, file)| file.size_bytes > BYTES_MAX && !is_data(path));
+    let big = tree.files.iter().filter(|(path, file)| file.size_bytes > BYTES_MAX && !is_data(path));
     big.map(|(path, file)| {
-        Violation::new(
-            path,
-            0,
-            format!(
-                "{} bytes, more than {BYTES_MAX}, outside {}",
-                file.size_bytes,
-                DATA_FOLDERS.join(" and ")
-            ),
-        )
+        Violation::new(path, 0, format!("{} bytes, more than {BYTES_MAX}, outside {}", file.size_bytes, DATA_FOLDERS.join(" and ")))
     })
     .collect()
 }
