@@ -51,6 +51,7 @@ def main():
         add_smollm(zoo)
         serve = servers.Serve(zoo, Path(scratch) / "serve.log")
         try:
+            serve.api.wait_for_models(models)
             client = openai.OpenAI(base_url=f"{serve.api.url}/v1", api_key="none", max_retries=0)
             listed = sorted(model.id for model in client.models.list())
             assert listed == sorted(models), listed

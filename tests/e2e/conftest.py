@@ -20,8 +20,11 @@ def models(zoo):
 @pytest.fixture(scope="session")
 def server(zoo, tmp_path_factory):
     serve = servers.Serve(zoo[0], tmp_path_factory.mktemp("serve") / "serve.log")
-    yield serve.api
-    status = serve.terminate()
+    try:
+        serve.api.wait_for_models(zoo[1])
+        yield serve.api
+    finally:
+        status = serve.terminate()
     assert serve.complaints() == []
     assert status == 0
 

@@ -111,6 +111,13 @@ class Api:
         return total
 
 
+    def wait_for_models(self, models: list[str]):
+        """`/ready` says that some model can be served; this waits for all."""
+        for model in models:
+            question = {"model": model, "prompt": "A", "max_tokens": 1}
+            wait_until(model, lambda: get(f"{self.url}/v1/completions", question)[0] == 200, START_SECONDS_MAX)
+
+
 def make_zoo(folder: Path) -> list[str]:
     """A zoo with the demo family; returns its models' names."""
     assert BINARY.is_file(), f"{BINARY} is missing: cargo build -p ashlar, or set ASHLAR_BIN"

@@ -13,8 +13,11 @@ SETTINGS = "[placement]\nspans_per_chain = 2"
 @pytest.fixture(scope="module")
 def cluster(zoo, tmp_path_factory):
     cluster = servers.Cluster(zoo[0], tmp_path_factory.mktemp("cluster"), executor_count=2, settings=SETTINGS)
-    yield cluster
-    statuses = cluster.stop()
+    try:
+        cluster.api.wait_for_models(zoo[1])
+        yield cluster
+    finally:
+        statuses = cluster.stop()
     etcd, *ours = cluster.programs
     assert [program.complaints() for program in ours] == [[] for _ in ours]
     assert statuses[1:] == [0] * len(ours)

@@ -27,7 +27,7 @@ def test_leaving_frees_the_sequences(server, client):
 def test_leaving_before_the_answer_frees_the_sequence(server):
     """A client of few words: it sends a request and hangs up without reading."""
     host, port = server.url.removeprefix("http://").split(":")
-    body = f'{{"model":"{MODEL}","prompt":"A","max_tokens":{LONG_TOKENS},"ignore_eos":true}}'
+    body = f'{{"model":"{MODEL}","prompt":"A","max_tokens":{LONG_TOKENS},"n":8,"ignore_eos":true}}'
     with socket.create_connection((host, int(port))) as connection:
         head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         connection.sendall((head + body).encode())
@@ -38,6 +38,7 @@ def test_leaving_before_the_answer_frees_the_sequence(server):
 def test_told_to_stop_it_finishes_what_runs(zoo, tmp_path):
     serve = servers.Serve(zoo[0], tmp_path / "serve.log")
     try:
+        serve.api.wait_for_models([MODEL])
         client = client_of(serve.api)
         expected = complete(client, MODEL, LONG_TOKENS)
         stream = iter(client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=LONG_TOKENS, stream=True, **GREEDY))
