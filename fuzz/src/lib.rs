@@ -1,1 +1,1 @@
-//! Fuzz targets.
+//! Fuzz targets as ordinary functions; `tests/smoke.rs` mutates the corpus against each for a few seconds.

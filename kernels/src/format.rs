@@ -1,5 +1,23 @@
 //! Tensor element formats as they are stored (byte-exact layouts: docs/block-format.md) and views of them.
-//! Owns sizes, quantising and dequantising; it does not know packed device layouts.
+//! Owns sizes, quantising and dequantising; it does not know packed device layouts. Start with [`Dtype`]; `codes` is the
+//! one place that reads quantised bytes, everything else (dequantise, packing, the reference) goes through it.
+
+mod codes;
+mod finite;
+mod name;
+mod quantise;
+mod row;
+
+pub use codes::CodeRow;
+pub use finite::first_non_finite;
+pub use name::UnknownDtype;
+pub use quantise::quantise;
+pub use row::{dequantise, dequantise_row};
+
+use crate::ops::PackError;
+
+/// The largest group of weights that may share a scale, and what every group divides: a slice is whole groups.
+pub const GROUP_MAX: usize = crate::SLICE;
 
 /// How a tensor's elements are stored. Matrices are row-major `[rows N, cols K]`; groups lie along K.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -38,6 +56,67 @@ pub enum Dtype {
     Q6K,
 }
 
+impl Dtype {
+    /// Bytes of a matrix `[rows, cols]`; `None` if the columns do not fit the block size, the group is not one that the
+    /// numeric contract allows (a divisor of [`GROUP_MAX`]), or the size overflows.
+    pub fn bytes(self, rows: usize, cols: usize) -> Option<usize> {
+        let row = match self {
+            Self::F32 => cols.checked_mul(4)?,
+            Self::F16 | Self::Bf16 => cols.checked_mul(2)?,
+            Self::Int8 { group } => cols.checked_add(planar_scale_bytes(group, cols)?)?,
+            Self::Int4 { group } => cols.div_ceil(2).checked_add(planar_scale_bytes(group, cols)?)?,
+            _ => {
+                if !cols.is_multiple_of(self.block_columns()) {
+                    return None;
+                }
+                (cols / self.block_columns()).checked_mul(self.block_bytes())?
+            }
+        };
+        rows.checked_mul(row)
+    }
+
+    /// Columns of one stored block: a row's columns are a multiple of it. 1 for the float and planar formats.
+    pub fn block_columns(self) -> usize {
+        match self {
+            Self::F32 | Self::F16 | Self::Bf16 | Self::Int8 { .. } | Self::Int4 { .. } => 1,
+            Self::Q8_0 | Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 => 32,
+            Self::Q4K | Self::Q5K | Self::Q6K => 256,
+        }
+    }
+
+    /// Weights that share a scale (and a minimum); `None` for floats. Activations are quantised in the same groups.
+    pub fn group(self) -> Option<usize> {
+        match self {
+            Self::F32 | Self::F16 | Self::Bf16 => None,
+            Self::Int8 { group } | Self::Int4 { group } => Some(usize::from(group)),
+            Self::Q8_0 | Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 | Self::Q4K | Self::Q5K => Some(32),
+            Self::Q6K => Some(16),
+        }
+    }
+
+    /// Whether weights are `code * scale + minimum`.
+    pub fn has_minimum(self) -> bool {
+        matches!(self, Self::Q4_1 | Self::Q5_1 | Self::Q4K | Self::Q5K)
+    }
+
+    /// Bytes of one GGUF block; for planar and float formats, where there is no block, the bytes of one element's code.
+    fn block_bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+            Self::Int8 { .. } | Self::Int4 { .. } => 1,
+            Self::Q8_0 => 2 + 32,
+            Self::Q4_0 => 2 + 16,
+            Self::Q4_1 => 4 + 16,
+            Self::Q5_0 => 2 + 4 + 16,
+            Self::Q5_1 => 4 + 4 + 16,
+            Self::Q4K => 4 + 12 + 128,
+            Self::Q5K => 4 + 12 + 32 + 128,
+            Self::Q6K => 128 + 64 + 16 + 2,
+        }
+    }
+}
+
 /// A borrowed tensor: a matrix `[rows, cols]`, or a vector with `rows == 1`.
 #[derive(Debug, Clone, Copy)]
 pub struct TensorView<'a> {
@@ -50,3 +129,41 @@ pub struct TensorView<'a> {
     /// Exactly `dtype.bytes(rows, cols)` bytes.
     pub bytes: &'a [u8],
 }
+
+impl TensorView<'_> {
+    /// Whether dtype, shape and byte length agree. Everything else in this module assumes that they do.
+    pub fn check(&self) -> Result<(), PackError> {
+        match self.dtype.bytes(self.rows, self.cols) {
+            Some(expected) if expected == self.bytes.len() => Ok(()),
+            Some(expected_bytes) => Err(PackError::Length {
+                dtype: self.dtype.to_string(),
+                rows: self.rows,
+                cols: self.cols,
+                expected_bytes,
+                actual_bytes: self.bytes.len(),
+            }),
+            None => Err(PackError::Shape { dtype: self.dtype.to_string(), rows: self.rows, cols: self.cols }),
+        }
+    }
+
+    /// Groups of one row; the last may be short. 0 for float formats.
+    pub fn row_groups(&self) -> usize {
+        self.dtype.group().map_or(0, |group| self.cols.div_ceil(group))
+    }
+}
+
+fn planar_scale_bytes(group: u16, cols: usize) -> Option<usize> {
+    let group = usize::from(group);
+    if group == 0 || !GROUP_MAX.is_multiple_of(group) {
+        return None;
+    }
+    cols.div_ceil(group).checked_mul(2)
+}
+
+/// Little-endian f16 at byte `at`.
+fn read_f16(bytes: &[u8], at: usize) -> half::f16 {
+    half::f16::from_le_bytes([bytes[at], bytes[at + 1]])
+}
+
+#[cfg(test)]
+mod tests;

@@ -3,3 +3,8 @@
 
 pub mod format;
 pub mod ops;
+pub mod reference;
+mod table;
+
+/// Length of the slices that the reduced dimension of a linear layer is cut into (docs/numerics.md, rule 1).
+pub const SLICE: usize = 512;

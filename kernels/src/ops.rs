@@ -26,6 +26,16 @@ pub enum PackError {
         /// Bytes given.
         actual_bytes: usize,
     },
+    /// The format cannot have such a shape: columns do not fit its block, or the size overflows.
+    #[error("a tensor of {dtype} cannot be {rows}x{cols}")]
+    Shape {
+        /// Name of the dtype.
+        dtype: String,
+        /// Rows (output features).
+        rows: usize,
+        /// Columns (input features).
+        cols: usize,
+    },
     /// The parts of one fused linear layer differ in columns or dtype.
     #[error("parts of one linear layer differ: {0}")]
     Parts(String),

@@ -1,5 +1,16 @@
 //! The offline block zoo: ingest checkpoints, cut them into blocks, store each tensor and block once, verify every
 //! read. Start with docs/block-format.md and `manifest`. It is never a server in the request path.
 
+pub mod canonical;
 pub mod digest;
+pub mod family;
+pub mod formats;
+pub mod ingest;
 pub mod manifest;
+mod mapping;
+pub mod model_id;
+pub mod roles;
+pub mod store;
+pub mod tensor;
+pub mod tensor_file;
+pub mod tokenizer;

@@ -1,0 +1,13 @@
+//! What an executor computes with: blocks on the device (`block`), the forward pass over them (`forward`), written once
+//! over the op set, and the sampler. It knows rows, pages and logits; it does not know tenants, requests or schedules.
+//! Start with `forward`. `alone` runs one sequence the plain way, for tests and as an oracle.
+
+pub mod alone;
+pub mod block;
+pub mod forward;
+pub mod load;
+pub mod philox;
+pub mod rope;
+pub mod sampler;
+pub mod source;
+mod workspace;

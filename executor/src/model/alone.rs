@@ -1,0 +1,220 @@
+//! One sequence, alone, the plain way: a chain from the zoo, its own KV pages, prompts in chunks of a chosen size. Tests
+//! compare the engine with it, and it with other implementations. No scheduling, no sharing, no sampling but greedy.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use ashlar_kernels::ops::{KvPlace, KvShape, Ops, PackError, Query};
+use ashlar_zoo::digest::Digest;
+use ashlar_zoo::manifest::Chain;
+use ashlar_zoo::store::{StoreError, Zoo};
+
+use super::block::LoadedBlock;
+use super::forward::{AttentionBatch, Forward, ForwardBatch, KvPools};
+use super::load::LoadError;
+
+/// Why a chain could not be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum AloneError {
+    /// The zoo failed.
+    #[error("read the chain from the zoo")]
+    Store(#[from] StoreError),
+    /// A block failed.
+    #[error("load block {index}")]
+    Load {
+        /// Its place in the chain.
+        index: usize,
+        /// Why.
+        #[source]
+        source: LoadError,
+    },
+    /// The device has no room.
+    #[error("set up the device")]
+    Device(#[from] PackError),
+}
+
+/// How much one sequence may take.
+#[derive(Debug, Clone, Copy)]
+pub struct AloneLimits {
+    /// Longest chunk, in tokens.
+    pub chunk_tokens_max: usize,
+    /// Longest sequence, in tokens.
+    pub tokens_max: usize,
+    /// Tokens of a KV page.
+    pub page_tokens: usize,
+}
+
+/// A chain and one sequence in it.
+pub struct Alone<B: Ops> {
+    ops: Arc<B>,
+    chain: Chain,
+    blocks: Vec<LoadedBlock<B>>,
+    forward: Forward<B>,
+    pools: Pools<B>,
+    /// Page table of each attention block.
+    tables: Vec<Vec<u32>>,
+    limits: AloneLimits,
+    /// Tokens whose KV is in the pages.
+    computed_tokens: usize,
+    /// Blocks of each run; more than one cuts the chain, hidden states crossing as f32 on the host.
+    cuts: Vec<usize>,
+}
+
+impl<B: Ops> Alone<B> {
+    /// Loads all blocks of a chain onto the device.
+    ///
+    /// # Errors
+    /// When the zoo, a block or the device fails.
+    pub async fn load(ops: Arc<B>, zoo: &Zoo, chain: Digest, limits: AloneLimits) -> Result<Self, AloneError> {
+        let chain = zoo.read_chain(chain).await?;
+        let mut forward = Forward::new(Arc::clone(&ops), limits.chunk_tokens_max, limits.chunk_tokens_max)?;
+        let mut blocks = Vec::with_capacity(chain.blocks.len());
+        for (index, digest) in chain.blocks.iter().enumerate() {
+            let mapped = zoo.map_block(*digest).await?;
+            let block = LoadedBlock::load(&*ops, &mapped.block, &mapped).map_err(|source| AloneError::Load { index, source })?;
+            forward.reserve(&block)?;
+            blocks.push(block);
+        }
+        let (pools, tables) = Pools::new(&*ops, &blocks, limits)?;
+        let cuts = vec![blocks.len()];
+        Ok(Self { ops, chain, blocks, forward, pools, tables, limits, computed_tokens: 0, cuts })
+    }
+
+    /// The chain's manifest.
+    pub fn chain(&self) -> &Chain {
+        &self.chain
+    }
+
+    /// Bytes of weights on the device.
+    pub fn weight_bytes(&self) -> usize {
+        self.blocks.iter().map(LoadedBlock::bytes).sum()
+    }
+
+    /// From now on runs blocks `[0, at)` and `[at, ..)` apart, as two executors would; `at == 0` runs all at once.
+    pub fn cut_at(&mut self, at: usize) {
+        assert!(at < self.blocks.len(), "a cut leaves blocks on both sides");
+        self.cuts = if at == 0 { vec![self.blocks.len()] } else { vec![at, self.blocks.len()] };
+    }
+
+    /// Forgets the sequence. Pages keep what they hold, so a read of a stale key would show.
+    pub fn restart(&mut self) {
+        self.computed_tokens = 0;
+    }
+
+    /// Appends `tokens`, at most `chunk` at a time, and returns the logits `[vocab]` of the last `logit_rows` of them.
+    pub fn feed(&mut self, tokens: &[u32], chunk: usize, logit_rows: usize) -> Vec<Vec<f32>> {
+        let wanted_from = tokens.len() - logit_rows;
+        let mut logits = Vec::with_capacity(logit_rows);
+        for (index, part) in tokens.chunks(chunk).enumerate() {
+            let at = index * chunk;
+            let wanted: Vec<u32> = (0..part.len() as u32).filter(|row| at + *row as usize >= wanted_from).collect();
+            self.step(part, &wanted);
+            logits.extend((0..wanted.len()).map(|row| self.forward.logits(row).to_vec()));
+        }
+        logits
+    }
+
+    /// Feeds a prompt and then its greedy continuation. Row i is what token i was chosen from.
+    pub fn greedy(&mut self, prompt: &[u32], token_count: usize, chunk: usize) -> Greedy {
+        self.restart();
+        let mut greedy = Greedy { tokens: Vec::new(), rows: Vec::new() };
+        let mut rows = self.feed(prompt, chunk, 1);
+        loop {
+            let row = rows.pop().expect("one row was asked for");
+            greedy.tokens.push(argmax(&row));
+            greedy.rows.push(row);
+            if greedy.tokens.len() == token_count {
+                return greedy;
+            }
+            rows = self.feed(&greedy.tokens[greedy.tokens.len() - 1..], chunk, 1);
+        }
+    }
+
+    fn step(&mut self, tokens: &[u32], logit_rows: &[u32]) {
+        let (start, end) = (self.computed_tokens, self.computed_tokens + tokens.len());
+        assert!(end <= self.limits.tokens_max, "{end} tokens, at most {}", self.limits.tokens_max);
+        let positions: Vec<u32> = (start as u32..end as u32).collect();
+        let queries: Vec<Query> = positions.iter().map(|position| Query { table_start: 0, position: *position }).collect();
+        let page = self.limits.page_tokens as u32;
+        let place = |table: &[u32], position: u32| KvPlace { slot: table[(position / page) as usize], offset: position % page };
+        let places: Vec<Vec<KvPlace>> = self.tables.iter().map(|table| positions.iter().map(|p| place(table, *p)).collect()).collect();
+        let attention: Vec<AttentionBatch<'_>> =
+            std::iter::zip(&places, &self.tables).map(|(places, tables)| AttentionBatch { places, queries: &queries, tables }).collect();
+
+        let (mut from, mut attention_from) = (0, 0);
+        for to in self.cuts.clone() {
+            if from > 0 {
+                self.cross(tokens.len());
+            }
+            let blocks: Vec<&LoadedBlock<B>> = self.blocks[from..to].iter().collect();
+            let attention_to = attention_from + blocks.iter().filter(|block| block.kv_shape(page as usize).is_some()).count();
+            let batch = ForwardBatch {
+                row_count: tokens.len(),
+                tokens,
+                positions: &positions,
+                attention: &attention[attention_from..attention_to],
+                logit_rows,
+            };
+            self.forward.run(&blocks, &batch, &mut self.pools);
+            (from, attention_from) = (to, attention_to);
+        }
+        self.computed_tokens = end;
+    }
+
+    /// Takes the hidden rows to the host and back, as a link between executors does.
+    fn cross(&mut self, row_count: usize) {
+        let mut rows = vec![0f32; row_count * self.blocks[0].width()];
+        self.ops.download(self.forward.hidden(), 0, &mut rows);
+        self.ops.upload(self.forward.hidden_mut(), 0, &vec![f32::NAN; rows.len()]);
+        self.ops.upload(self.forward.hidden_mut(), 0, &rows);
+    }
+}
+
+/// What [`Alone::greedy`] gives.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Greedy {
+    /// Generated tokens.
+    pub tokens: Vec<u32>,
+    /// The logits `[vocab]` that each was chosen from.
+    pub rows: Vec<Vec<f32>>,
+}
+
+/// One pool for each KV shape of the chain.
+struct Pools<B: Ops> {
+    page_tokens: usize,
+    pools: BTreeMap<KvShape, B::Kv>,
+}
+
+impl<B: Ops> Pools<B> {
+    /// Pools, and the page table of each attention block: slots in descending order, so that nothing can lean on their order.
+    fn new(ops: &B, blocks: &[LoadedBlock<B>], limits: AloneLimits) -> Result<(Self, Vec<Vec<u32>>), PackError> {
+        let page_count = limits.tokens_max.div_ceil(limits.page_tokens) as u32;
+        let shapes: Vec<KvShape> = blocks.iter().filter_map(|block| block.kv_shape(limits.page_tokens)).collect();
+        let mut slot_counts: BTreeMap<KvShape, u32> = BTreeMap::new();
+        let tables = shapes
+            .iter()
+            .map(|shape| {
+                let slots = slot_counts.entry(*shape).or_insert(0);
+                *slots += page_count;
+                (*slots - page_count..*slots).rev().collect()
+            })
+            .collect();
+        let pools = slot_counts.into_iter().map(|(shape, slots)| Ok((shape, ops.kv(shape, slots as usize)?))).collect::<Result<_, PackError>>()?;
+        Ok((Self { page_tokens: limits.page_tokens, pools }, tables))
+    }
+}
+
+impl<B: Ops> KvPools<B> for Pools<B> {
+    fn page_tokens(&self) -> usize {
+        self.page_tokens
+    }
+
+    fn pool(&mut self, shape: KvShape) -> &mut B::Kv {
+        self.pools.get_mut(&shape).expect("made for every attention block")
+    }
+}
+
+fn argmax(row: &[f32]) -> u32 {
+    let better = |best: usize, index: usize| if row[index] > row[best] { index } else { best };
+    (0..row.len()).reduce(better).expect("a vocabulary is not empty") as u32
+}

@@ -1,0 +1,194 @@
+//! A block of a model on the device: its weights, packed, and the hyper-parameters that the forward pass needs. It is made
+//! by `load` and read by `forward`; it holds no activations and no KV, so any number of sequences and models share it.
+
+use std::sync::Arc;
+
+use ashlar_kernels::ops::{Activation, AttentionShape, KvShape, NormKind, Ops};
+use ashlar_zoo::manifest::Rope;
+
+/// A block whose weights are on device `B`.
+pub struct LoadedBlock<B: Ops> {
+    pub(super) width: usize,
+    pub(super) bytes: usize,
+    pub(super) kind: Kind<B>,
+}
+
+impl<B: Ops> LoadedBlock<B> {
+    /// Width D of the hidden state that flows through.
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// Bytes of weights: packed layers, vectors, and the mapped bytes of lookup tables.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Shape of the KV pages that the block needs; `None` unless it is an attention block.
+    pub fn kv_shape(&self, page_tokens: usize) -> Option<KvShape> {
+        match &self.kind {
+            Kind::Attention(attention) => Some(attention.shape(page_tokens).kv),
+            _ => None,
+        }
+    }
+
+    /// The sliding window of an attention block that has one, in tokens.
+    pub fn window(&self) -> Option<u32> {
+        match &self.kind {
+            Kind::Attention(attention) => attention.window,
+            _ => None,
+        }
+    }
+
+    /// Whether it turns token ids into hidden states: the first block of a chain.
+    pub fn is_embed(&self) -> bool {
+        matches!(self.kind, Kind::Embed(_))
+    }
+
+    /// Whether it turns hidden states into logits: the last block of a chain.
+    pub fn is_head(&self) -> bool {
+        matches!(self.kind, Kind::Head(_))
+    }
+
+    /// Token ids that the block knows: rows of the embedding, or logits of the head. `None` for the other kinds.
+    pub fn vocab(&self) -> Option<usize> {
+        match &self.kind {
+            Kind::Embed(embed) => Some(embed.vocab),
+            Kind::Head(head) => Some(head.vocab),
+            _ => None,
+        }
+    }
+
+    /// Rows of a learned position embedding: positions from here on cannot be computed.
+    pub fn position_count(&self) -> Option<usize> {
+        match &self.kind {
+            Kind::Embed(embed) => embed.position_count,
+            _ => None,
+        }
+    }
+}
+
+impl<B: Ops> std::fmt::Debug for LoadedBlock<B> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let kind = match &self.kind {
+            Kind::Embed(_) => "embed",
+            Kind::Attention(_) => "attention",
+            Kind::FeedForward(_) => "feed_forward",
+            Kind::Head(_) => "head",
+        };
+        f.debug_struct("LoadedBlock").field("kind", &kind).field("width", &self.width).field("bytes", &self.bytes).finish()
+    }
+}
+
+/// Weights by kind.
+pub(super) enum Kind<B: Ops> {
+    Embed(Embed<B>),
+    Attention(Attention<B>),
+    FeedForward(FeedForward<B>),
+    Head(Head<B>),
+}
+
+/// Token (and learned position) embedding.
+pub(super) struct Embed<B: Ops> {
+    pub(super) scale: f32,
+    pub(super) vocab: usize,
+    pub(super) position_count: Option<usize>,
+    /// `[vocab, D]`.
+    pub(super) tokens: B::Table,
+    /// `[position_count, D]`.
+    pub(super) positions: Option<B::Table>,
+}
+
+/// Attention with its norms and residual.
+pub(super) struct Attention<B: Ops> {
+    pub(super) heads: usize,
+    pub(super) kv_heads: usize,
+    pub(super) head_dim: usize,
+    pub(super) scale: f32,
+    pub(super) softcap: Option<f32>,
+    pub(super) window: Option<u32>,
+    pub(super) norm: NormWeights<B>,
+    /// q, k and v stacked: `[(H + 2K) * head_dim, D]`.
+    pub(super) qkv: B::Linear,
+    pub(super) qkv_bias: Option<B::Vector>,
+    pub(super) q_norm: Option<HeadNorm<B>>,
+    pub(super) k_norm: Option<HeadNorm<B>>,
+    pub(super) rope: Option<LoadedRope<B>>,
+    /// `[D, H * head_dim]`.
+    pub(super) output: B::Linear,
+    pub(super) output_bias: Option<B::Vector>,
+    pub(super) post_norm: Option<NormWeights<B>>,
+}
+
+impl<B: Ops> Attention<B> {
+    /// What the attention ops are told.
+    pub(super) fn shape(&self, page_tokens: usize) -> AttentionShape {
+        AttentionShape {
+            heads: self.heads,
+            kv: KvShape { kv_heads: self.kv_heads, head_dim: self.head_dim, page_tokens },
+            scale: self.scale,
+            softcap: self.softcap,
+            window: self.window,
+        }
+    }
+
+    /// Elements of one fused row `[q | k | v]`.
+    pub(super) fn qkv_width(&self) -> usize {
+        (self.heads + 2 * self.kv_heads) * self.head_dim
+    }
+}
+
+/// Feed-forward with its norms and residual.
+pub(super) struct FeedForward<B: Ops> {
+    pub(super) inner: usize,
+    pub(super) gated: bool,
+    pub(super) activation: Activation,
+    pub(super) norm: NormWeights<B>,
+    /// gate and up stacked, `[2 * inner, D]`; without a gate up alone, `[inner, D]`.
+    pub(super) up: B::Linear,
+    pub(super) up_bias: Option<B::Vector>,
+    /// `[D, inner]`.
+    pub(super) down: B::Linear,
+    pub(super) down_bias: Option<B::Vector>,
+    pub(super) post_norm: Option<NormWeights<B>>,
+}
+
+impl<B: Ops> FeedForward<B> {
+    /// Elements of one row of `up`'s output.
+    pub(super) fn up_width(&self) -> usize {
+        if self.gated { 2 * self.inner } else { self.inner }
+    }
+}
+
+/// Final norm and output projection.
+pub(super) struct Head<B: Ops> {
+    pub(super) vocab: usize,
+    pub(super) softcap: Option<f32>,
+    pub(super) norm: NormWeights<B>,
+    /// `[vocab, D]`.
+    pub(super) output: B::Linear,
+}
+
+/// A norm over a row's D elements.
+pub(super) struct NormWeights<B: Ops> {
+    pub(super) kind: NormKind,
+    pub(super) eps: f32,
+    pub(super) weight: B::Vector,
+    pub(super) bias: Option<B::Vector>,
+}
+
+/// An RMSNorm over each head.
+pub(super) struct HeadNorm<B: Ops> {
+    pub(super) eps: f32,
+    pub(super) weight_offset: f32,
+    pub(super) weight: B::Vector,
+}
+
+/// Rotary embedding; blocks with equal `params` share the rows that a batch computes.
+pub(super) struct LoadedRope<B: Ops> {
+    pub(super) params: Arc<Rope>,
+    /// Frequencies: half of the elements that are rotated.
+    pub(super) half: usize,
+    pub(super) inverse_frequencies: B::Vector,
+    pub(super) attention_factor: f32,
+}

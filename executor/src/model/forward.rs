@@ -1,0 +1,240 @@
+//! The forward pass: a run of consecutive blocks over a batch of rows, of any number of sequences. Written once over the op
+//! set. Every op is row-local, so a row's result does not depend on the rest of the batch (docs/numerics.md). It does not
+//! know which row belongs to whom; the engine builds [`ForwardBatch`].
+
+use std::sync::Arc;
+
+use ashlar_kernels::ops::{Columns, KvPlace, KvShape, Ops, PackError, Query};
+
+use super::block::{Attention, Embed, FeedForward, Head, HeadNorm, Kind, LoadedBlock, NormWeights};
+use super::workspace::Workspace;
+
+/// The rows of one run.
+#[derive(Debug, Clone, Copy)]
+pub struct ForwardBatch<'a> {
+    /// Rows T; at most the `rows_max` of [`Forward::new`].
+    pub row_count: usize,
+    /// `[T]` token ids below the embedding's vocabulary; read only by a run that begins with an embed block.
+    pub tokens: &'a [u32],
+    /// `[T]` absolute positions.
+    pub positions: &'a [u32],
+    /// One for each attention block of the run, in order.
+    pub attention: &'a [AttentionBatch<'a>],
+    /// Rows whose logits are wanted; read only by a run that ends with a head block.
+    pub logit_rows: &'a [u32],
+}
+
+/// Where the rows' keys and values are, for one attention block. Slots are those of the pool of the block's KV shape.
+#[derive(Debug, Clone, Copy)]
+pub struct AttentionBatch<'a> {
+    /// `[T]`: where each row's own key and value go.
+    pub places: &'a [KvPlace],
+    /// `[T]`: what each row attends to.
+    pub queries: &'a [Query],
+    /// Page tables that `queries` point into.
+    pub tables: &'a [u32],
+}
+
+/// The KV memory, by slot class.
+pub trait KvPools<B: Ops> {
+    /// Tokens of a page, in every class.
+    fn page_tokens(&self) -> usize;
+    /// The pool of a class that was allocated.
+    fn pool(&mut self, shape: KvShape) -> &mut B::Kv;
+}
+
+/// Runs blocks on a device. Owns the buffers that runs work in.
+pub struct Forward<B: Ops> {
+    ops: Arc<B>,
+    rows_max: usize,
+    logit_rows_max: usize,
+    work: Workspace<B>,
+    /// Logits of the latest run that ended with a head.
+    logit_row_count: usize,
+    /// Vocabulary of that head.
+    vocab: usize,
+    /// One row of logits on the host, as long as the largest vocabulary.
+    logits_row: Vec<f32>,
+}
+
+impl<B: Ops> Forward<B> {
+    /// A forward pass for runs of up to `rows_max` rows, of which up to `logit_rows_max` want logits.
+    ///
+    /// # Errors
+    /// When the device has no memory.
+    ///
+    /// # Panics
+    /// When a limit is 0 or more rows may want logits than there are.
+    pub fn new(ops: Arc<B>, rows_max: usize, logit_rows_max: usize) -> Result<Self, PackError> {
+        assert!((1..=rows_max).contains(&logit_rows_max), "1 <= logit_rows_max <= rows_max");
+        let work = Workspace::new(&ops)?;
+        Ok(Self { ops, rows_max, logit_rows_max, work, logit_row_count: 0, vocab: 0, logits_row: Vec::new() })
+    }
+
+    /// Grows the workspace to what `block` needs. To be called once for each loaded block, between runs: hidden states and
+    /// logits may be lost.
+    ///
+    /// # Errors
+    /// When the device has no memory; the workspace stays usable for the blocks reserved before.
+    pub fn reserve(&mut self, block: &LoadedBlock<B>) -> Result<(), PackError> {
+        self.work.reserve(&self.ops, block, self.rows_max, self.logit_rows_max)?;
+        if let Kind::Head(head) = &block.kind {
+            self.logits_row.resize(self.logits_row.len().max(head.vocab), 0.0);
+        }
+        Ok(())
+    }
+
+    /// `[T, D]`, dense: the output of a run that did not end with a head.
+    pub fn hidden(&self) -> &B::Buffer {
+        &self.work.hidden.buffer
+    }
+
+    /// `[T, D]`, dense: the input of a run that does not begin with an embed block.
+    pub fn hidden_mut(&mut self) -> &mut B::Buffer {
+        &mut self.work.hidden.buffer
+    }
+
+    /// Runs consecutive blocks of a chain. Allocates nothing.
+    ///
+    /// # Panics
+    /// When the batch breaks a rule of [`ForwardBatch`], a block was not reserved, or an embed or head block is not at its end.
+    pub fn run(&mut self, blocks: &[&LoadedBlock<B>], batch: &ForwardBatch<'_>, kv: &mut dyn KvPools<B>) {
+        self.check(blocks, batch);
+        self.work.begin();
+        let mut attention = batch.attention.iter();
+        for block in blocks {
+            let (rows, width) = (batch.row_count, block.width);
+            match &block.kind {
+                Kind::Embed(embed) => self.embed(embed, batch),
+                Kind::Attention(block) => {
+                    let pages = attention.next().expect("counted in check");
+                    self.attend(block, width, batch, pages, kv);
+                }
+                Kind::FeedForward(feed) => self.feed(feed, width, rows),
+                Kind::Head(head) => self.project(head, width, batch.logit_rows),
+            }
+        }
+    }
+
+    /// Logits `[vocab]` of `logit_rows[i]` of the latest run that ended with a head, copied to the host; the next call
+    /// overwrites them.
+    ///
+    /// # Panics
+    /// When that run had no more than `i` logit rows.
+    pub fn logits(&mut self, i: usize) -> &mut [f32] {
+        assert!(i < self.logit_row_count, "logits of row {i} of {}", self.logit_row_count);
+        let row = &mut self.logits_row[..self.vocab];
+        self.ops.download(&self.work.logits.buffer, i * self.vocab, row);
+        row
+    }
+
+    fn check(&self, blocks: &[&LoadedBlock<B>], batch: &ForwardBatch<'_>) {
+        let rows = batch.row_count;
+        assert!((1..=self.rows_max).contains(&rows), "{rows} rows, at most {}", self.rows_max);
+        assert_eq!(batch.positions.len(), rows, "a position for each row");
+        let mut attention = batch.attention.iter();
+        for (index, block) in blocks.iter().enumerate() {
+            assert_eq!(block.width, blocks[0].width, "blocks of one run have one width");
+            match &block.kind {
+                Kind::Embed(_) => {
+                    assert_eq!(index, 0, "an embed block begins a run");
+                    assert_eq!(batch.tokens.len(), rows, "a token for each row");
+                }
+                Kind::Attention(_) => {
+                    let pages = attention.next().expect("an attention batch for each attention block");
+                    assert_eq!((pages.places.len(), pages.queries.len()), (rows, rows), "a place and a query for each row");
+                }
+                Kind::FeedForward(_) => {}
+                Kind::Head(head) => {
+                    assert_eq!(index + 1, blocks.len(), "a head block ends a run");
+                    assert!(batch.logit_rows.len() <= self.logit_rows_max, "{} logit rows, at most {}", batch.logit_rows.len(), self.logit_rows_max);
+                    assert!(self.work.logits.elements() >= self.logit_rows_max * head.vocab, "the head was not reserved");
+                }
+            }
+            assert!(self.work.hidden.elements() >= self.rows_max * block.width, "the block was not reserved");
+        }
+        assert!(attention.next().is_none(), "an attention batch for each attention block and no more");
+    }
+
+    fn embed(&mut self, embed: &Embed<B>, batch: &ForwardBatch<'_>) {
+        let hidden = &mut self.work.hidden.buffer;
+        self.ops.embed(hidden, &embed.tokens, batch.tokens, embed.scale);
+        if let Some(positions) = &embed.positions {
+            self.ops.embed_add(hidden, positions, batch.positions);
+        }
+    }
+
+    fn attend(&mut self, block: &Attention<B>, width: usize, batch: &ForwardBatch<'_>, pages: &AttentionBatch<'_>, kv: &mut dyn KvPools<B>) {
+        let (ops, work, rows) = (&*self.ops, &mut self.work, batch.row_count);
+        let shape = block.shape(kv.page_tokens());
+        let (q_width, k_width, stride) = (block.heads * block.head_dim, block.kv_heads * block.head_dim, block.qkv_width());
+        let q = Columns { stride, offset: 0, width: q_width };
+        let k = Columns { stride, offset: q_width, width: k_width };
+        let q_and_k = Columns { stride, offset: 0, width: q_width + k_width };
+
+        norm(ops, &mut work.normed.buffer, &work.hidden.buffer, rows, width, &block.norm);
+        ops.linear_apply(&mut work.wide.buffer, &work.normed.buffer, rows, &block.qkv, block.qkv_bias.as_ref());
+        for (head_norm, columns) in [(&block.q_norm, q), (&block.k_norm, k)] {
+            if let Some(HeadNorm { eps, weight_offset, weight }) = head_norm {
+                ops.norm_heads(&mut work.wide.buffer, rows, columns, block.head_dim, *weight_offset, *eps, weight);
+            }
+        }
+        if let Some(rope) = &block.rope {
+            let index = work.prepare_rope(ops, rope, batch.positions);
+            let (qkv, rope_rows) = work.rope_rows(index);
+            ops.rope(qkv, rows, q_and_k, block.head_dim, rope.half, rope_rows);
+        }
+        let pool = kv.pool(shape.kv);
+        ops.kv_write(pool, &work.wide.buffer, &shape, pages.places);
+        ops.attend(&mut work.inner.buffer, &work.wide.buffer, pool, &shape, pages.queries, pages.tables);
+        ops.linear_apply(&mut work.projected.buffer, &work.inner.buffer, rows, &block.output, block.output_bias.as_ref());
+        self.add_residual(block.post_norm.as_ref(), rows, width);
+    }
+
+    fn feed(&mut self, block: &FeedForward<B>, width: usize, rows: usize) {
+        let (ops, work) = (&*self.ops, &mut self.work);
+        norm(ops, &mut work.normed.buffer, &work.hidden.buffer, rows, width, &block.norm);
+        ops.linear_apply(&mut work.wide.buffer, &work.normed.buffer, rows, &block.up, block.up_bias.as_ref());
+        let inner = if block.gated {
+            ops.gate(&mut work.inner.buffer, &work.wide.buffer, rows, block.inner, block.activation);
+            &work.inner.buffer
+        } else {
+            ops.activate(&mut work.wide.buffer, rows * block.inner, block.activation);
+            &work.wide.buffer
+        };
+        ops.linear_apply(&mut work.projected.buffer, inner, rows, &block.down, block.down_bias.as_ref());
+        self.add_residual(block.post_norm.as_ref(), rows, width);
+    }
+
+    /// `hidden += post_norm(projected)`.
+    fn add_residual(&mut self, post_norm: Option<&NormWeights<B>>, rows: usize, width: usize) {
+        let (ops, work) = (&*self.ops, &mut self.work);
+        let output = match post_norm {
+            Some(weights) => {
+                norm(ops, &mut work.normed.buffer, &work.projected.buffer, rows, width, weights);
+                &work.normed.buffer
+            }
+            None => &work.projected.buffer,
+        };
+        ops.add(&mut work.hidden.buffer, output, rows * width);
+    }
+
+    /// Only the rows that want logits go through the final norm and the projection.
+    fn project(&mut self, head: &Head<B>, width: usize, logit_rows: &[u32]) {
+        let (ops, work, rows) = (&*self.ops, &mut self.work, logit_rows.len());
+        (self.logit_row_count, self.vocab) = (rows, head.vocab);
+        if rows == 0 {
+            return;
+        }
+        ops.gather_rows(&mut work.projected.buffer, &work.hidden.buffer, logit_rows, width);
+        norm(ops, &mut work.normed.buffer, &work.projected.buffer, rows, width, &head.norm);
+        ops.linear_apply(&mut work.logits.buffer, &work.normed.buffer, rows, &head.output, None);
+        if let Some(cap) = head.softcap {
+            ops.softcap(&mut work.logits.buffer, rows * head.vocab, cap);
+        }
+    }
+}
+
+fn norm<B: Ops>(ops: &B, dst: &mut B::Buffer, src: &B::Buffer, rows: usize, width: usize, weights: &NormWeights<B>) {
+    ops.norm(dst, src, rows, width, weights.kind, weights.eps, &weights.weight, weights.bias.as_ref());
+}

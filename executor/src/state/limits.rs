@@ -1,0 +1,74 @@
+//! The named maxima of one engine, and how they relate.
+
+use serde::{Deserialize, Serialize};
+
+/// Bounds of one executor's engine. `check` asserts their relations at start.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Limits {
+    /// Tokens of one KV page; a multiple of 16.
+    pub page_tokens: u32,
+    /// Rows of one batch (prompt chunks and decodes together).
+    pub step_tokens_max: u32,
+    /// Rows of one sequence in one batch.
+    pub chunk_tokens_max: u32,
+    /// Sequences that hold pages at one time.
+    pub sequences_max: u32,
+    /// Sequences that wait.
+    pub waiting_max: u32,
+    /// Rows of hidden states kept between segments.
+    pub hidden_rows_max: u32,
+    /// Rows sent down a link and not yet consumed there, for one sequence.
+    pub link_rows_max: u32,
+    /// Bytes of KV pages.
+    pub kv_bytes: u64,
+    /// Whether full pages are kept for later sequences with equal lineage and tokens.
+    pub prefix_cache: bool,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            page_tokens: 16,
+            step_tokens_max: 256,
+            chunk_tokens_max: 256,
+            sequences_max: 64,
+            waiting_max: 1024,
+            hidden_rows_max: 1024,
+            link_rows_max: 512,
+            kv_bytes: 1 << 30,
+            prefix_cache: true,
+        }
+    }
+}
+
+impl Limits {
+    /// The first relation that does not hold, as a sentence.
+    pub fn check(&self) -> Result<(), String> {
+        let rules = [
+            (self.page_tokens > 0 && self.page_tokens.is_multiple_of(16), "page_tokens must be a positive multiple of 16"),
+            (self.chunk_tokens_max >= 1, "chunk_tokens_max must be at least 1"),
+            (self.chunk_tokens_max <= self.step_tokens_max, "chunk_tokens_max must not exceed step_tokens_max"),
+            (self.sequences_max >= 1, "sequences_max must be at least 1"),
+            (self.sequences_max <= self.step_tokens_max, "sequences_max must not exceed step_tokens_max, so that all decodes fit one batch"),
+            (self.hidden_rows_max >= 2 * self.step_tokens_max, "hidden_rows_max must be at least twice step_tokens_max"),
+            (self.link_rows_max >= self.chunk_tokens_max, "link_rows_max must be at least chunk_tokens_max"),
+        ];
+        match rules.iter().find(|(holds, _)| !holds) {
+            None => Ok(()),
+            Some((_, sentence)) => Err((*sentence).to_owned()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn defaults_hold_and_a_broken_relation_is_named() {
+        assert_eq!(Limits::default().check(), Ok(()));
+        let error = Limits { chunk_tokens_max: 500, ..Limits::default() }.check();
+        assert_eq!(error, Err("chunk_tokens_max must not exceed step_tokens_max".to_owned()));
+    }
+}

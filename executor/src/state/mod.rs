@@ -1,0 +1,23 @@
+//! The engine: which rows of which sequences run next, in which pages. Free of IO: `handle_*(now, event)` in,
+//! `poll_output()` out, time as an argument. Start with `engine`; docs/scheduling.md tells it in prose.
+//!
+//! A sequence has `computed[s]` tokens for each segment of its path, never increasing with depth, and wants its known
+//! tokens computed. A step advances one segment where the input of the next tokens is at hand. Prefill, decode,
+//! reuse of cached pages and resume are this rule with different numbers.
+
+pub mod batch;
+pub mod counters;
+pub mod engine;
+mod integrity;
+pub mod limits;
+pub mod pages;
+mod planner;
+pub mod segments;
+pub mod sequence;
+#[cfg(test)]
+mod tests;
+
+use std::time::Duration;
+
+/// Time since the executor started; handed in by the caller.
+pub type Now = Duration;

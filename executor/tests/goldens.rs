@@ -1,0 +1,154 @@
+//! Tiny models of every family against Hugging Face transformers (data/FACTS.md says how the goldens were taken), and the
+//! promise of docs/numerics.md: the same bits from every backend, whatever the chunks, the pages and the cuts of the chain.
+
+mod support;
+
+use std::collections::BTreeSet;
+
+use ashlar_executor::model::alone::{Alone, AloneLimits};
+use ashlar_kernels::ops::Ops;
+use ashlar_kernels::reference::Reference;
+use ashlar_zoo::ingest::Recipe;
+use support::{Home, argmax, cpu, data, read_json};
+
+/// Largest difference from a golden logit where weights are computed as floats. Logits have a deviation of about 2.
+const TOLERANCE: f32 = 1e-3;
+/// The same where weights stay integers and activations are quantised to 8 bits (docs/numerics.md, rule 3).
+const TOLERANCE_INTEGER: f32 = 1.0;
+
+/// golden.json.
+#[derive(serde::Deserialize)]
+struct Golden {
+    prompt: Vec<u32>,
+    decode: Vec<u32>,
+    margins: Vec<f32>,
+    #[serde(skip)]
+    rows: Vec<Vec<f32>>,
+}
+
+impl Golden {
+    fn read(family: &str) -> Self {
+        let folder = data("tiny").join(family);
+        let mut golden: Self = read_json(&folder.join("golden.json"));
+        let bytes = std::fs::read(folder.join("logits.safetensors")).unwrap();
+        let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let logits = file.tensor("logits").unwrap();
+        let values: Vec<f32> = logits.data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
+        golden.rows = values.chunks_exact(logits.shape()[1]).map(<[f32]>::to_vec).collect();
+        golden
+    }
+
+    /// Rows of logits: for the last tokens of the prompt and every decoded one.
+    fn compute<B: Ops>(&self, alone: &mut Alone<B>, chunk: usize) -> Vec<Vec<f32>> {
+        alone.restart();
+        let prompt_rows = self.rows.len() - self.decode.len();
+        let mut rows = alone.feed(&self.prompt, chunk, prompt_rows);
+        for token in &self.decode {
+            rows.extend(alone.feed(&[*token], 1, 1));
+        }
+        rows
+    }
+
+    /// The same rows with prompt and decoded tokens in one go, cut in chunks.
+    fn compute_at_once<B: Ops>(&self, alone: &mut Alone<B>, chunk: usize) -> Vec<Vec<f32>> {
+        alone.restart();
+        alone.feed(&[&self.prompt[..], &self.decode].concat(), chunk, self.rows.len())
+    }
+}
+
+/// Runs one family; prints and bounds its largest difference.
+fn check(family: &str, recipe: Recipe, tolerance: f32) {
+    let golden = Golden::read(family);
+    let home = Home::of(&data("tiny").join(family), recipe);
+    let limits = |page_tokens| AloneLimits { chunk_tokens_max: 64, tokens_max: 80, page_tokens };
+
+    let mut reference = home.load(Reference, limits(16));
+    let truth = golden.compute(&mut reference, 64);
+    let difference = |(a, b): (&Vec<f32>, &Vec<f32>)| {
+        assert_eq!(a.len(), b.len(), "{family}: vocabulary");
+        a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+    };
+    let worst = truth.iter().zip(&golden.rows).map(difference).fold(0.0, f32::max);
+    println!("{family} {recipe:?}: largest logit difference {worst:.2e}");
+    assert!(worst < tolerance, "{family}: largest logit difference {worst:.2e}");
+    let first = golden.rows.len() - golden.decode.len() - 1;
+    for (step, token) in golden.decode.iter().enumerate() {
+        let ours = argmax(&truth[first + step]);
+        assert!(ours == *token || golden.margins[step] < 2.0 * worst, "{family}: step {step} chose {ours}, golden {token}");
+    }
+
+    let same = |rows: Vec<Vec<f32>>, what: &str| {
+        let bits = |rows: &[Vec<f32>]| rows.iter().flatten().map(|x| x.to_bits()).collect::<Vec<u32>>();
+        assert!(bits(&rows) == bits(&truth), "{family}: bits differ: {what}");
+    };
+    let mut fast = home.load(cpu(), limits(32));
+    let cut = reference.chain().blocks.len() / 2;
+    for chunk in [1, 7, 16, 64] {
+        same(golden.compute(&mut fast, chunk), &format!("cpu, chunks of {chunk}"));
+        same(golden.compute_at_once(&mut fast, chunk), &format!("cpu, at once in chunks of {chunk}"));
+    }
+    same(golden.compute(&mut reference, 7), "reference, chunks of 7");
+    // Behind each kind of block once.
+    for at in [1, cut, cut + 1, reference.chain().blocks.len() - 1] {
+        fast.cut_at(at);
+        same(golden.compute(&mut fast, 16), &format!("cpu, cut before block {at}"));
+    }
+}
+
+macro_rules! families {
+    ($($test:ident $family:literal)*) => {
+        $(#[test]
+        fn $test() {
+            check($family, Recipe::Keep, TOLERANCE);
+        })*
+
+        const FAMILIES: &[&str] = &[$($family),*];
+    };
+}
+
+macro_rules! gguf_families {
+    ($($test:ident $family:literal)*) => {
+        $(#[test]
+        fn $test() {
+            check($family, Recipe::F32, TOLERANCE);
+            check($family, Recipe::Keep, TOLERANCE_INTEGER);
+        })*
+
+        const GGUF_FAMILIES: &[&str] = &[$($family),*];
+    };
+}
+
+families! {
+    gemma2_matches_transformers "gemma2"
+    gemma3_matches_transformers "gemma3"
+    gemma3_with_softcaps_matches_transformers "gemma3-softcap"
+    gpt2_matches_transformers "gpt2"
+    llama_matches_transformers "llama"
+    llama_with_biases_matches_transformers "llama-bias"
+    llama_in_f16_shards_matches_transformers "llama-f16-sharded"
+    llama3_matches_transformers "llama3"
+    mistral_matches_transformers "mistral"
+    phi3_matches_transformers "phi3"
+    qwen2_matches_transformers "qwen2"
+    qwen3_matches_transformers "qwen3"
+    qwen3_with_windows_matches_transformers "qwen3-window"
+}
+
+gguf_families! {
+    gguf_gemma3_matches_transformers "gguf-gemma3"
+    gguf_gpt2_matches_transformers "gguf-gpt2"
+    gguf_llama_matches_transformers "gguf-llama"
+    gguf_llama_in_k_quants_matches_transformers "gguf-llama-k"
+    gguf_phi3_matches_transformers "gguf-phi3"
+    gguf_qwen2_matches_transformers "gguf-qwen2"
+    gguf_qwen3_matches_transformers "gguf-qwen3"
+}
+
+#[test]
+fn every_golden_is_listed() {
+    let listed: BTreeSet<String> = FAMILIES.iter().chain(GGUF_FAMILIES).map(|name| (*name).to_owned()).collect();
+    let entries = std::fs::read_dir(data("tiny")).unwrap().map(|entry| entry.unwrap());
+    let found: BTreeSet<String> =
+        entries.filter(|entry| entry.path().is_dir()).map(|entry| entry.file_name().into_string().unwrap()).collect();
+    assert_eq!(listed, found);
+}

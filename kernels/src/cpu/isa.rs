@@ -1,0 +1,94 @@
+//! Instruction sets, and the one place that enters code compiled for them.
+
+use super::lanes::Lanes;
+#[cfg(target_arch = "x86_64")]
+use super::{avx2::Avx2, avx512::Avx512};
+
+/// Instruction sets that the CPU backend has code for; all give the same bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Isa {
+    /// AVX-512 F, BW, DQ, VL with VNNI: 16 f32 or 64 int8 products an instruction. AVX-512 without VNNI runs as AVX2.
+    Avx512Vnni,
+    /// AVX2 with FMA and F16C.
+    Avx2,
+    /// Plain Rust, on any machine.
+    Scalar,
+}
+
+impl Isa {
+    /// The best that this machine runs.
+    pub fn detect() -> Self {
+        [Self::Avx512Vnni, Self::Avx2].into_iter().find(|isa| isa.available()).unwrap_or(Self::Scalar)
+    }
+
+    /// Whether this machine runs it.
+    pub fn available(self) -> bool {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Vnni => {
+                Self::Avx2.available()
+                    && is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512vl")
+                    && is_x86_feature_detected!("avx512vnni")
+            }
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c"),
+            #[cfg(not(target_arch = "x86_64"))]
+            Self::Avx512Vnni | Self::Avx2 => false,
+            Self::Scalar => true,
+        }
+    }
+}
+
+/// Code written once over [`Lanes`]. `run` and all that it calls with `S` must be `#[inline(always)]` and free of
+/// closures around vector code: only then is it compiled with the instruction set's features.
+pub(super) trait Kernel {
+    type Output;
+    fn run<S: Lanes>(self, s: S) -> Self::Output;
+}
+
+/// An instruction set that this machine is known to run.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Proven(Isa);
+
+impl Proven {
+    /// Panics if the machine lacks it.
+    pub(super) fn new(isa: Isa) -> Self {
+        assert!(isa.available(), "this machine does not run {isa:?}");
+        Self(isa)
+    }
+
+    pub(super) fn isa(self) -> Isa {
+        self.0
+    }
+
+    #[inline]
+    pub(super) fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        match self.0 {
+            // SAFETY: a Proven exists only if `available` found every feature that `enter_avx512` enables.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Vnni => unsafe { enter_avx512(kernel) },
+            // SAFETY: as above, for `enter_avx2`.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => unsafe { enter_avx2(kernel) },
+            _ => kernel.run(super::scalar::Scalar),
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn enter_avx512<K: Kernel>(kernel: K) -> K::Output {
+    // SAFETY: this function's own features are what the token stands for.
+    kernel.run(unsafe { Avx512::new() })
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn enter_avx2<K: Kernel>(kernel: K) -> K::Output {
+    // SAFETY: this function's own features are what the token stands for.
+    kernel.run(unsafe { Avx2::new() })
+}

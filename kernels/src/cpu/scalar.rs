@@ -1,0 +1,171 @@
+//! [`Lanes`] as arrays: the fallback on machines without AVX2, and a check of the kernels' logic without intrinsics.
+
+use super::lanes::Lanes;
+use half::{bf16, f16};
+use std::array::from_fn;
+
+/// No instruction set in particular.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Scalar;
+
+impl Lanes for Scalar {
+    type F = [f32; 16];
+    type I = [i32; 16];
+    type Mask = [bool; 16];
+    type Codes = [u8; 64];
+    type Quad = [i8; 4];
+    type Dot = [i32; 16];
+
+    const WIDE: bool = false;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> [f32; 16] {
+        [x; 16]
+    }
+    #[inline(always)]
+    fn load(self, x: &[f32; 16]) -> [f32; 16] {
+        *x
+    }
+    #[inline(always)]
+    fn store(self, x: [f32; 16], out: &mut [f32; 16]) {
+        *out = x;
+    }
+    #[inline(always)]
+    fn load_f16(self, x: &[u16; 16]) -> [f32; 16] {
+        x.map(|bits| f16::from_bits(bits).to_f32())
+    }
+    #[inline(always)]
+    fn load_bf16(self, x: &[u16; 16]) -> [f32; 16] {
+        x.map(|bits| bf16::from_bits(bits).to_f32())
+    }
+
+    #[inline(always)]
+    fn add(self, a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
+        from_fn(|i| a[i] + b[i])
+    }
+    #[inline(always)]
+    fn sub(self, a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
+        from_fn(|i| a[i] - b[i])
+    }
+    #[inline(always)]
+    fn mul(self, a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
+        from_fn(|i| a[i] * b[i])
+    }
+    #[inline(always)]
+    fn div(self, a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
+        from_fn(|i| a[i] / b[i])
+    }
+    #[inline(always)]
+    fn fma(self, a: [f32; 16], b: [f32; 16], c: [f32; 16]) -> [f32; 16] {
+        from_fn(|i| a[i].mul_add(b[i], c[i]))
+    }
+    #[inline(always)]
+    fn max(self, a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
+        from_fn(|i| if a[i] > b[i] { a[i] } else { b[i] })
+    }
+    #[inline(always)]
+    fn min(self, a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
+        from_fn(|i| if a[i] < b[i] { a[i] } else { b[i] })
+    }
+    #[inline(always)]
+    fn abs(self, a: [f32; 16]) -> [f32; 16] {
+        a.map(f32::abs)
+    }
+    #[inline(always)]
+    fn neg(self, a: [f32; 16]) -> [f32; 16] {
+        a.map(|x| -x)
+    }
+    #[inline(always)]
+    fn copysign(self, a: [f32; 16], sign: [f32; 16]) -> [f32; 16] {
+        from_fn(|i| a[i].copysign(sign[i]))
+    }
+    #[inline(always)]
+    fn less(self, a: [f32; 16], b: [f32; 16]) -> [bool; 16] {
+        from_fn(|i| a[i] < b[i])
+    }
+    #[inline(always)]
+    fn range_mask(self, first: usize, end: usize) -> [bool; 16] {
+        from_fn(|i| (first..end).contains(&i))
+    }
+    #[inline(always)]
+    fn select(self, mask: [bool; 16], yes: [f32; 16], no: [f32; 16]) -> [f32; 16] {
+        from_fn(|i| if mask[i] { yes[i] } else { no[i] })
+    }
+    #[inline(always)]
+    fn round_ties_even(self, a: [f32; 16]) -> [f32; 16] {
+        a.map(f32::round_ties_even)
+    }
+    #[inline(always)]
+    fn scale_by_power(self, p: [f32; 16], n: [f32; 16]) -> [f32; 16] {
+        from_fn(|i| {
+            let n = n[i] as i32;
+            let half = n >> 1;
+            let power = |n: i32| f32::from_bits(((n + 127) << 23).cast_unsigned());
+            p[i] * power(half) * power(n - half)
+        })
+    }
+    #[inline(always)]
+    fn max_lane(self, a: [f32; 16]) -> f32 {
+        a.into_iter().fold(f32::NEG_INFINITY, f32::max)
+    }
+    #[inline(always)]
+    fn halving_sum(self, mut a: [f32; 16]) -> f32 {
+        for step in [8, 4, 2, 1] {
+            for i in 0..step {
+                a[i] += a[i + step];
+            }
+        }
+        a[0]
+    }
+
+    #[inline(always)]
+    fn zero_int(self) -> [i32; 16] {
+        [0; 16]
+    }
+    #[inline(always)]
+    fn add_int(self, a: [i32; 16], b: [i32; 16]) -> [i32; 16] {
+        from_fn(|i| a[i] + b[i])
+    }
+    #[inline(always)]
+    fn to_int(self, a: [f32; 16]) -> [i32; 16] {
+        a.map(|x| x.round_ties_even() as i32)
+    }
+    #[inline(always)]
+    fn sum_int(self, a: [i32; 16]) -> i32 {
+        a.into_iter().sum()
+    }
+    #[inline(always)]
+    fn store_codes(self, a: [i32; 16], out: &mut [i8; 16]) {
+        *out = a.map(|code| code as i8);
+    }
+
+    #[inline(always)]
+    fn load_codes(self, x: &[u8; 64]) -> [u8; 64] {
+        *x
+    }
+    #[inline(always)]
+    fn load_nibbles(self, x: &[u8; 64]) -> ([u8; 64], [u8; 64]) {
+        (x.map(|byte| byte & 15), x.map(|byte| byte >> 4))
+    }
+    #[inline(always)]
+    fn quad(self, x: [i8; 4]) -> [i8; 4] {
+        x
+    }
+    #[inline(always)]
+    fn dot_start(self, value: i32) -> [i32; 16] {
+        [value; 16]
+    }
+    #[inline(always)]
+    fn dot(self, mut acc: [i32; 16], codes: [u8; 64], quad: [i8; 4]) -> [i32; 16] {
+        for column in 0..16 {
+            for i in 0..4 {
+                acc[column] += i32::from(codes[4 * column + i]) * i32::from(quad[i]);
+            }
+        }
+        acc
+    }
+    #[inline(always)]
+    fn dot_finish(self, acc: [i32; 16]) -> [f32; 16] {
+        acc.map(|x| x as f32)
+    }
+}

@@ -1,0 +1,147 @@
+//! Linear layers: docs/numerics.md, rules 1 to 3.
+
+use crate::SLICE;
+use crate::format::{CodeRow, TensorView, dequantise_row};
+use crate::ops::PackError;
+
+/// A linear layer `[N, K]`: each output row with its weights unpacked.
+#[derive(Debug)]
+pub struct Linear {
+    inputs: usize,
+    bytes: usize,
+    rows: Vec<Row>,
+}
+
+/// The weights of one output.
+#[derive(Debug)]
+enum Row {
+    Float(Vec<f32>),
+    Integer { group: usize, codes: CodeRow },
+}
+
+impl Linear {
+    pub(super) fn new(parts: &[TensorView<'_>]) -> Result<Self, PackError> {
+        let inputs = check_parts(parts)?;
+        let mut rows = Vec::new();
+        for part in parts {
+            for row in 0..part.rows {
+                let mut codes = CodeRow::default();
+                rows.push(if let Some(group) = part.dtype.group() {
+                    codes.read(part, row);
+                    Row::Integer { group, codes }
+                } else {
+                    let mut weights = vec![0.0; inputs];
+                    dequantise_row(part, row, &mut codes, &mut weights);
+                    Row::Float(weights)
+                });
+            }
+        }
+        Ok(Self { inputs, bytes: parts.iter().map(|part| part.bytes.len()).sum(), rows })
+    }
+
+    /// Outputs (N).
+    pub fn outputs(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// Inputs (K).
+    pub fn inputs(&self) -> usize {
+        self.inputs
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// One row: `out[N] = x[K] W^T + bias`.
+    pub(super) fn row(&self, out: &mut [f32], x: &[f32], bias: Option<&[f32]>) {
+        let mut quantised: Option<(usize, Activations)> = None;
+        for (n, row) in self.rows.iter().enumerate() {
+            let value = match row {
+                Row::Float(weights) => float_dot(x, weights),
+                Row::Integer { group, codes } => {
+                    if quantised.as_ref().is_none_or(|(g, _)| g != group) {
+                        quantised = Some((*group, quantise_activations(x, *group)));
+                    }
+                    integer_dot(&quantised.as_ref().expect("filled above").1, codes, *group)
+                }
+            };
+            out[n] = bias.map_or(value, |bias| value + bias[n]);
+        }
+    }
+}
+
+/// Checks each part and that all have the same columns, which it returns.
+pub(crate) fn check_parts(parts: &[TensorView<'_>]) -> Result<usize, PackError> {
+    let first = parts.first().ok_or_else(|| PackError::Parts("there is none".to_owned()))?;
+    for part in parts {
+        part.check()?;
+        if part.cols != first.cols {
+            return Err(PackError::Parts(format!("{} and {} columns", first.cols, part.cols)));
+        }
+    }
+    Ok(first.cols)
+}
+
+fn float_dot(x: &[f32], w: &[f32]) -> f32 {
+    slices(x.len(), |range| {
+        let mut acc = 0.0f32;
+        for k in range {
+            acc = x[k].mul_add(w[k], acc);
+        }
+        acc
+    })
+}
+
+fn integer_dot(x: &Activations, w: &CodeRow, group: usize) -> f32 {
+    slices(x.codes.len(), |range| {
+        let mut acc = 0.0f32;
+        for start in range.clone().step_by(group) {
+            let members = start..(start + group).min(range.end);
+            let isum: i32 = members.clone().map(|k| i32::from(x.codes[k]) * i32::from(w.codes[k])).sum();
+            let asum: i32 = members.map(|k| i32::from(x.codes[k])).sum();
+            let g = start / group;
+            acc = (isum as f32).mul_add(x.scales[g] * w.scales[g], acc);
+            if let Some(minimum) = w.minima.get(g) {
+                acc = (asum as f32).mul_add(x.scales[g] * minimum, acc);
+            }
+        }
+        acc
+    })
+}
+
+/// Rule 1: the sums of the slices, added in ascending order.
+fn slices(k: usize, sum: impl Fn(std::ops::Range<usize>) -> f32) -> f32 {
+    let mut total = 0.0;
+    for start in (0..k).step_by(SLICE) {
+        let slice = sum(start..(start + SLICE).min(k));
+        total = if start == 0 { slice } else { total + slice };
+    }
+    total
+}
+
+/// One row of activations as int8.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Activations {
+    /// K codes within -127..=127.
+    pub codes: Vec<i8>,
+    /// A scale for each group.
+    pub scales: Vec<f32>,
+}
+
+/// Rule 3: activations of one row as int8 in groups.
+pub fn quantise_activations(x: &[f32], group: usize) -> Activations {
+    let mut out = Activations { codes: Vec::new(), scales: Vec::new() };
+    for x in x.chunks(group) {
+        let amax = x.iter().fold(0.0f32, |max, x| max.max(x.abs()));
+        let inverse = 127.0 / amax;
+        if inverse.is_finite() {
+            out.codes.extend(x.iter().map(|x| (x * inverse).round_ties_even().clamp(-127.0, 127.0) as i8));
+            out.scales.push(amax / 127.0);
+        } else {
+            out.codes.extend(x.iter().map(|_| 0));
+            out.scales.push(0.0);
+        }
+    }
+    out
+}

@@ -1,0 +1,191 @@
+//! The zoo: objects in a directory, a bucket or memory, every read verified against its digest. Start with [`Zoo`].
+//! Layout and write order are docs/block-format.md; writing is in `store/write.rs`, names in `store/names.rs`.
+
+mod error;
+mod names;
+mod read;
+mod write;
+
+use std::collections::HashMap;
+use std::path::{Path as FilePath, PathBuf};
+use std::sync::{Arc, Mutex, Weak};
+use std::time::Duration;
+
+use object_store::local::LocalFileSystem;
+use object_store::path::Path;
+use object_store::{ObjectStore, ObjectStoreExt, PutMode};
+
+pub use error::{Object, Retry, StoreError};
+pub use write::Put;
+
+use crate::canonical;
+use crate::digest::Digest;
+use crate::model_id::ModelId;
+use crate::tensor::TensorBytes;
+
+/// Unreferenced objects younger than this are left alone by `gc`, so that what an `add` is writing stays.
+pub const GRACE_DEFAULT: Duration = Duration::from_secs(3600);
+/// Largest JSON manifest.
+pub const MANIFEST_BYTES_MAX: u64 = 4 << 20;
+/// Largest asset (a tokenizer).
+pub const ASSET_BYTES_MAX: u64 = 256 << 20;
+
+/// A stored zoo. Cheap to clone.
+#[derive(Clone)]
+pub struct Zoo {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    store: Arc<dyn ObjectStore>,
+    /// Where the objects are files, the directory: reads map them, names are locked by a file.
+    root: Option<PathBuf>,
+    place: String,
+    /// Objects present but older than half of it are touched by `put_*`.
+    grace: Duration,
+    /// Tensors that are in memory now, verified when they were loaded. Lookup only.
+    loaded: Mutex<HashMap<Digest, Weak<TensorBytes>>>,
+}
+
+impl std::fmt::Debug for Zoo {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Zoo").field("place", &self.inner.place).finish_non_exhaustive()
+    }
+}
+
+impl Zoo {
+    /// Opens the zoo in a local directory.
+    ///
+    /// # Errors
+    /// [`StoreError::NoZoo`] when there is none, [`StoreError::Format`] when it is of another version.
+    pub async fn open_dir(root: &FilePath) -> Result<Self, StoreError> {
+        if !root.join("format.json").exists() {
+            return Err(StoreError::NoZoo { place: root.display().to_string() });
+        }
+        Self::at_dir(root)?.checked().await
+    }
+
+    /// Opens the zoo in a local directory, or begins one there.
+    ///
+    /// # Errors
+    /// When the directory cannot be made, or holds a zoo of another version.
+    pub async fn create_dir(root: &FilePath) -> Result<Self, StoreError> {
+        std::fs::create_dir_all(root).map_err(|source| StoreError::File { action: "create", path: root.display().to_string(), source })?;
+        Self::at_dir(root)?.begun().await
+    }
+
+    /// Opens the zoo in any object store; `place` names it in messages. Conditional puts must work there.
+    ///
+    /// # Errors
+    /// As for [`Zoo::open_dir`].
+    pub async fn open(store: Arc<dyn ObjectStore>, place: &str) -> Result<Self, StoreError> {
+        Self::new(store, None, place.to_owned()).checked().await
+    }
+
+    /// Opens the zoo in any object store, or begins one there.
+    ///
+    /// # Errors
+    /// As for [`Zoo::create_dir`].
+    pub async fn create(store: Arc<dyn ObjectStore>, place: &str) -> Result<Self, StoreError> {
+        Self::new(store, None, place.to_owned()).begun().await
+    }
+
+    /// The same zoo with another grace period (tests, and `gc --grace`).
+    #[must_use]
+    pub fn with_grace(self, grace: Duration) -> Self {
+        let inner = &self.inner;
+        let (store, root, place) = (inner.store.clone(), inner.root.clone(), inner.place.clone());
+        Self { inner: Arc::new(Inner { store, root, place, grace, loaded: Mutex::default() }) }
+    }
+
+    /// The directory or bucket, for people.
+    pub fn place(&self) -> &str {
+        &self.inner.place
+    }
+
+    /// How long unreferenced objects are left alone.
+    pub fn grace(&self) -> Duration {
+        self.inner.grace
+    }
+
+    fn new(store: Arc<dyn ObjectStore>, root: Option<PathBuf>, place: String) -> Self {
+        Self { inner: Arc::new(Inner { store, root, place, grace: GRACE_DEFAULT, loaded: Mutex::default() }) }
+    }
+
+    fn at_dir(root: &FilePath) -> Result<Self, StoreError> {
+        let place = root.display().to_string();
+        let store = LocalFileSystem::new_with_prefix(root)
+            .map_err(|source| StoreError::Store { action: "open", key: place.clone(), source })?
+            .with_fsync(true);
+        let root = root.canonicalize().map_err(|source| StoreError::File { action: "open", path: place.clone(), source })?;
+        Ok(Self::new(Arc::new(store), Some(root), place))
+    }
+
+    async fn checked(self) -> Result<Self, StoreError> {
+        let bytes = match self.read(&Object::Format, MANIFEST_BYTES_MAX).await {
+            Err(StoreError::Missing { .. }) => return Err(StoreError::NoZoo { place: self.inner.place.clone() }),
+            other => other?,
+        };
+        #[derive(serde::Deserialize)]
+        struct Format {
+            format: u64,
+        }
+        let found = match serde_json::from_slice::<Format>(&bytes) {
+            Ok(Format { format: 1 }) => return Ok(self),
+            Ok(Format { format }) => format.to_string(),
+            Err(_) => String::from_utf8_lossy(&bytes).chars().take(80).collect(),
+        };
+        Err(StoreError::Format { place: self.inner.place.clone(), found })
+    }
+
+    async fn begun(self) -> Result<Self, StoreError> {
+        let bytes = canonical::to_bytes(&serde_json::json!({"format": 1}));
+        match self.inner.store.put_opts(&key(&Object::Format), bytes.into(), PutMode::Create.into()).await {
+            Ok(_) => Ok(self),
+            Err(object_store::Error::AlreadyExists { .. }) => self.checked().await,
+            Err(source) => Err(StoreError::Store { action: "write", key: "format.json".to_owned(), source }),
+        }
+    }
+
+    /// Size and age of an object that is there.
+    pub(crate) async fn head(&self, object: &Object) -> Result<Option<object_store::ObjectMeta>, StoreError> {
+        match self.inner.store.head(&key(object)).await {
+            Ok(meta) => Ok(Some(meta)),
+            Err(object_store::Error::NotFound { .. }) => Ok(None),
+            Err(source) => Err(StoreError::Store { action: "look up", key: key(object).to_string(), source }),
+        }
+    }
+}
+
+/// The key of an object.
+pub(crate) fn key(object: &Object) -> Path {
+    match object {
+        Object::Format => Path::from("format.json"),
+        Object::Tensor(digest) | Object::TensorOf { tensor: digest, .. } => {
+            let digest = digest.to_string();
+            Path::from(format!("tensors/{}/{digest}", &digest[..2]))
+        }
+        Object::Block(digest) => Path::from(format!("blocks/{digest}.json")),
+        Object::Chain(digest) => Path::from(format!("chains/{digest}.json")),
+        Object::Asset(digest) => Path::from(format!("assets/{digest}")),
+        Object::Model(id) => Path::from(format!("models/{}/{}.json", id.tenant(), id.name())),
+    }
+}
+
+/// The object that a key names; `None` for anything else that lies in the store.
+pub(crate) fn object(key: &Path) -> Option<Object> {
+    let parts: Vec<String> = key.parts().map(|part| part.as_ref().to_owned()).collect();
+    let parts: Vec<&str> = parts.iter().map(String::as_str).collect();
+    match parts.as_slice() {
+        ["format.json"] => Some(Object::Format),
+        ["tensors", shelf, digest] => {
+            let parsed: Digest = digest.parse().ok()?;
+            digest.starts_with(shelf).then_some(Object::Tensor(parsed))
+        }
+        ["blocks", file] => Some(Object::Block(file.strip_suffix(".json")?.parse().ok()?)),
+        ["chains", file] => Some(Object::Chain(file.strip_suffix(".json")?.parse().ok()?)),
+        ["assets", file] => Some(Object::Asset(file.parse().ok()?)),
+        ["models", tenant, file] => Some(Object::Model(ModelId::new(tenant, file.strip_suffix(".json")?).ok()?)),
+        _ => None,
+    }
+}

@@ -1,0 +1,143 @@
+//! What can go wrong with a stored zoo, naming the object, and whether trying again can help.
+
+use std::fmt;
+
+use crate::digest::Digest;
+use crate::model_id::ModelId;
+
+/// An object of the zoo, for messages.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Object {
+    /// `format.json`.
+    Format,
+    /// A tensor.
+    Tensor(Digest),
+    /// A tensor, and the block and role that refer to it.
+    TensorOf {
+        /// The tensor.
+        tensor: Digest,
+        /// The block.
+        block: Digest,
+        /// Its role in the block.
+        role: String,
+    },
+    /// A block descriptor.
+    Block(Digest),
+    /// A chain manifest.
+    Chain(Digest),
+    /// A tokenizer, template or card.
+    Asset(Digest),
+    /// A name.
+    Model(ModelId),
+}
+
+impl fmt::Display for Object {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Format => f.write_str("format.json"),
+            Self::Tensor(digest) => write!(f, "tensor {digest}"),
+            Self::TensorOf { tensor, block, role } => write!(f, "tensor {tensor} (`{role}` of block {block})"),
+            Self::Block(digest) => write!(f, "block {digest}"),
+            Self::Chain(digest) => write!(f, "chain {digest}"),
+            Self::Asset(digest) => write!(f, "asset {digest}"),
+            Self::Model(id) => write!(f, "model {id}"),
+        }
+    }
+}
+
+/// What a caller may do after the world failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Retry {
+    /// It will fail again until someone changes something.
+    Never,
+    /// The same call may succeed.
+    Same,
+    /// Another store or replica may have it: this one's copy is gone or damaged.
+    Elsewhere,
+}
+
+/// Why the store could not do it.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// There is no zoo at that place.
+    #[error("no zoo at {place} (it has no format.json)")]
+    NoZoo {
+        /// Directory or bucket.
+        place: String,
+    },
+    /// The zoo was written by another version.
+    #[error("zoo at {place} has format {found}, this build reads 1")]
+    Format {
+        /// Directory or bucket.
+        place: String,
+        /// What its format.json says.
+        found: String,
+    },
+    /// It is not there.
+    #[error("{object} is not in the zoo")]
+    Missing {
+        /// What was asked for.
+        object: Object,
+    },
+    /// What is stored is not what its name promises.
+    #[error("{object} is damaged: {reason}")]
+    Damaged {
+        /// What was read.
+        object: Object,
+        /// How that shows.
+        reason: String,
+    },
+    /// Someone else changed the name at the same time.
+    #[error("model {id} was changed by someone else meanwhile")]
+    Conflict {
+        /// The name.
+        id: ModelId,
+    },
+    /// The store did not answer, or refused.
+    #[error("failed to {action} `{key}`")]
+    Store {
+        /// What was tried.
+        action: &'static str,
+        /// The object's key.
+        key: String,
+        /// Why.
+        #[source]
+        source: object_store::Error,
+    },
+    /// The local file system did not.
+    #[error("failed to {action} {path}")]
+    File {
+        /// What was tried.
+        action: &'static str,
+        /// The file or directory.
+        path: String,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+impl StoreError {
+    /// Advice for whoever handles it.
+    pub fn retry(&self) -> Retry {
+        match self {
+            Self::NoZoo { .. } | Self::Format { .. } => Retry::Never,
+            Self::Missing { .. } | Self::Damaged { .. } => Retry::Elsewhere,
+            Self::Conflict { .. } | Self::Store { .. } | Self::File { .. } => Retry::Same,
+        }
+    }
+
+    /// The same error, with a tensor named as the `role` of `block`.
+    #[must_use]
+    pub fn in_block(self, block: Digest, role: &str) -> Self {
+        let name = |object| match object {
+            Object::Tensor(tensor) => Object::TensorOf { tensor, block, role: role.to_owned() },
+            other => other,
+        };
+        match self {
+            Self::Missing { object } => Self::Missing { object: name(object) },
+            Self::Damaged { object, reason } => Self::Damaged { object: name(object), reason },
+            other => other,
+        }
+    }
+}

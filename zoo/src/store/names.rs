@@ -1,0 +1,125 @@
+//! `models/<tenant>/<name>.json`, the only objects that change: read, listed, and set by compare-and-swap. A local
+//! directory is locked by a file for the swap (its store has no conditional update); elsewhere the put is conditional.
+
+use std::fs::File;
+
+use object_store::{GetOptions, ObjectStoreExt, PutMode, PutOptions, UpdateVersion};
+
+use super::{MANIFEST_BYTES_MAX, Object, StoreError, Zoo, key, object};
+use crate::canonical;
+use crate::manifest::ModelName;
+use crate::model_id::ModelId;
+
+/// Held while a local name changes or an object is deleted; released on drop.
+pub(crate) struct Lock(Option<File>);
+
+impl Zoo {
+    /// What a name points to.
+    ///
+    /// # Errors
+    /// When there is no such name, it is damaged, or the store fails.
+    pub async fn read_model(&self, id: &ModelId) -> Result<ModelName, StoreError> {
+        let object = Object::Model(id.clone());
+        let bytes = self.read(&object, MANIFEST_BYTES_MAX).await?;
+        parse(object, &bytes)
+    }
+
+    /// All names, in order. One that cannot be read is an error in its place, so that the others are still listed.
+    ///
+    /// # Errors
+    /// When the store cannot list.
+    pub async fn list_models(&self) -> Result<Vec<(ModelId, Result<ModelName, StoreError>)>, StoreError> {
+        let metas = self.list("models").await?;
+        let mut ids: Vec<ModelId> = metas.iter().filter_map(|meta| as_model(object(&meta.location)?)).collect();
+        ids.sort();
+        let mut models = Vec::with_capacity(ids.len());
+        for id in ids {
+            match self.read_model(&id).await {
+                Err(StoreError::Missing { .. }) => {} // Removed since the listing.
+                model => models.push((id, model)),
+            }
+        }
+        Ok(models)
+    }
+
+    /// Sets a name, if it still is `expected` (`None`: if it does not exist).
+    ///
+    /// # Errors
+    /// [`StoreError::Conflict`] when it is something else by now.
+    pub async fn set_model(&self, id: &ModelId, expected: Option<&ModelName>, new: &ModelName) -> Result<(), StoreError> {
+        let key = key(&Object::Model(id.clone()));
+        let _lock = self.lock().await?;
+        let failed = |source| match source {
+            object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. } => StoreError::Conflict { id: id.clone() },
+            source => StoreError::Store { action: "write", key: key.to_string(), source },
+        };
+        let mode = match expected {
+            None => PutMode::Create,
+            Some(expected) => self.swap_mode(id, expected).await?,
+        };
+        let options = PutOptions { mode, ..PutOptions::default() };
+        self.inner.store.put_opts(&key, canonical::to_bytes(new).into(), options).await.map_err(failed)?;
+        Ok(())
+    }
+
+    /// Drops a name; its objects stay until `gc`.
+    ///
+    /// # Errors
+    /// When there is no such name, or the store fails.
+    pub async fn remove_model(&self, id: &ModelId) -> Result<(), StoreError> {
+        let object = Object::Model(id.clone());
+        let _lock = self.lock().await?;
+        if self.head(&object).await?.is_none() {
+            return Err(StoreError::Missing { object });
+        }
+        let key = key(&object);
+        self.inner.store.delete(&key).await.map_err(|source| StoreError::Store { action: "delete", key: key.to_string(), source })
+    }
+
+    /// The lock of a local directory, shared by all processes that use it. Elsewhere nothing: stores compare themselves.
+    pub(crate) async fn lock(&self) -> Result<Lock, StoreError> {
+        let Some(root) = &self.inner.root else { return Ok(Lock(None)) };
+        let path = root.join(".lock");
+        let failed = |source| StoreError::File { action: "lock", path: path.display().to_string(), source };
+        let file = File::options().create(true).append(true).open(&path).map_err(failed)?;
+        let locked = tokio::task::spawn_blocking(move || file.lock().map(|()| file)).await.expect("locking does not panic");
+        Ok(Lock(Some(locked.map_err(failed)?)))
+    }
+
+    /// How to put so that only `expected` is replaced. The caller holds the lock.
+    async fn swap_mode(&self, id: &ModelId, expected: &ModelName) -> Result<PutMode, StoreError> {
+        let object = Object::Model(id.clone());
+        let key = key(&object);
+        let failed = |source| match source {
+            object_store::Error::NotFound { .. } => StoreError::Conflict { id: id.clone() },
+            source => StoreError::Store { action: "read", key: key.to_string(), source },
+        };
+        let result = self.inner.store.get_opts(&key, GetOptions::default()).await.map_err(failed)?;
+        let version = UpdateVersion { e_tag: result.meta.e_tag.clone(), version: result.meta.version.clone() };
+        let bytes = result.bytes().await.map_err(failed)?;
+        if parse(object, &bytes)? != *expected {
+            return Err(StoreError::Conflict { id: id.clone() });
+        }
+        Ok(if self.inner.root.is_some() { PutMode::Overwrite } else { PutMode::Update(version) })
+    }
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        if let Some(file) = self.0.take() {
+            // Closing the file releases the lock as well; unlocking first makes it prompt where a child inherited it.
+            let _ = file.unlock();
+        }
+    }
+}
+
+fn parse(object: Object, bytes: &[u8]) -> Result<ModelName, StoreError> {
+    serde_json::from_slice(bytes).map_err(|e| StoreError::Damaged { object, reason: format!("this build cannot read it: {e}") })
+}
+
+fn as_model(object: Object) -> Option<ModelId> {
+    match object {
+        Object::Model(id) => Some(id),
+        _ => None,
+    }
+}

@@ -1,0 +1,97 @@
+//! A tensor's payload in memory: a verified map of its file, or an aligned copy where there is no local file.
+
+use std::sync::Arc;
+
+use ashlar_kernels::format::{Dtype, TensorView};
+
+use crate::mapping::Mapping;
+use crate::tensor_file::HEADER_BYTES;
+
+/// A verified tensor. Cheap to clone; the bytes live as long as any clone. `as_ref()` is the payload, 64-byte aligned.
+#[derive(Debug, Clone)]
+pub struct MappedTensor {
+    dtype: Dtype,
+    rows: usize,
+    cols: usize,
+    bytes: Arc<TensorBytes>,
+}
+
+/// What holds the file's bytes, header included.
+#[derive(Debug)]
+pub(crate) enum TensorBytes {
+    /// A local file.
+    Mapped(Mapping),
+    /// A copy of an object that is no local file.
+    Owned(AlignedBytes),
+}
+
+impl AsRef<[u8]> for TensorBytes {
+    fn as_ref(&self) -> &[u8] {
+        match self {
+            Self::Mapped(map) => map.as_ref(),
+            Self::Owned(bytes) => bytes.as_ref(),
+        }
+    }
+}
+
+impl MappedTensor {
+    /// Takes bytes that were verified to be a tensor of this dtype and shape.
+    pub(crate) fn new(dtype: Dtype, (rows, cols): (usize, usize), bytes: Arc<TensorBytes>) -> Self {
+        Self { dtype, rows, cols, bytes }
+    }
+
+    /// Element format.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// Rows; 1 for a vector.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Columns.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// The view that the op set takes.
+    pub fn view(&self) -> TensorView<'_> {
+        TensorView { dtype: self.dtype, rows: self.rows, cols: self.cols, bytes: self.as_ref() }
+    }
+}
+
+impl AsRef<[u8]> for MappedTensor {
+    fn as_ref(&self) -> &[u8] {
+        &(*self.bytes).as_ref()[HEADER_BYTES..]
+    }
+}
+
+/// Bytes that begin at a multiple of 64.
+#[derive(Debug)]
+pub(crate) struct AlignedBytes {
+    lines: Vec<Line>,
+    len: usize,
+}
+
+#[derive(Debug, Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C, align(64))]
+struct Line([u8; 64]);
+
+impl AlignedBytes {
+    /// Room for `len` bytes, all zero.
+    pub(crate) fn zeroed(len: usize) -> Self {
+        Self { lines: vec![Line([0; 64]); len.div_ceil(64)], len }
+    }
+
+    /// The bytes, to fill.
+    pub(crate) fn as_mut(&mut self) -> &mut [u8] {
+        &mut bytemuck::cast_slice_mut(&mut self.lines)[..self.len]
+    }
+}
+
+impl AsRef<[u8]> for AlignedBytes {
+    fn as_ref(&self) -> &[u8] {
+        &bytemuck::cast_slice(&self.lines)[..self.len]
+    }
+}
