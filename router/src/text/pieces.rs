@@ -251,6 +251,6 @@ mod tests {
             let spec: Spec = serde_json::from_str(spec).unwrap();
             assert!(matches!(Rule::of(spec), Err(PiecesError::UnsupportedDecoder(_))));
         }
-        assert!(serde_json::from_str::<Spec>(r#"{"type":"WordPiece","prefix":"##","cleanup":true}"#).is_err());
+        assert!(serde_json::from_str::<Spec>(r###"{"type":"WordPiece","prefix":"##","cleanup":true}"###).is_err());
     }
 }

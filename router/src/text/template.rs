@@ -1,18 +1,17 @@
 //! A model's chat template: messages to prompt text, as Hugging Face transformers renders it. Templates come with checkpoints,
-//! so they are bounded: fuel for steps, a limit for output, no loader, no clock but the one passed in.
+//! so they are bounded: fuel for steps and for the data they make, no loader, no clock but the one passed in.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io;
 
+use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Value};
 use minijinja::{Environment, Error, ErrorKind, UndefinedBehavior};
 use serde::Serialize;
 
-/// Steps that one rendering may take.
-const FUEL: u64 = 20_000_000;
-/// Longest prompt text.
-const OUTPUT_BYTES_MAX: usize = 16 << 20;
+/// Steps that one rendering may take, or 64-byte pieces of data that it may make: at most 128 MB.
+const FUEL: u64 = 2_000_000;
 /// Longest template.
 const SOURCE_BYTES_MAX: usize = 1 << 20;
 
@@ -66,14 +65,14 @@ impl Template {
             return Err(TemplateError::Parse(format!("{} bytes are over the limit of {SOURCE_BYTES_MAX}", source.len())));
         }
         let mut environment = Environment::new();
-        environment.set_trim_blocks(true);
-        environment.set_lstrip_blocks(true);
+        let parse = |error: Error| TemplateError::Parse(error.to_string());
+        environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(parse)?);
         environment.set_undefined_behavior(UndefinedBehavior::Lenient);
         environment.set_fuel(Some(FUEL));
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_function("raise_exception", raise_exception);
         environment.add_filter("tojson", tojson);
-        environment.add_template_owned("chat", source.to_owned()).map_err(|e| TemplateError::Parse(e.to_string()))?;
+        environment.add_template_owned("chat", source.to_owned()).map_err(parse)?;
         Ok(Self { environment })
     }
 
@@ -91,9 +90,7 @@ impl Template {
         context.insert("strftime_now", Value::from_function(move |format: String| strftime(&format, now_s)));
 
         let template = self.environment.get_template("chat").map_err(|e| TemplateError::Parse(e.to_string()))?;
-        let mut out = Bounded(Vec::new());
-        template.render_to_write(context, &mut out).map_err(|error| TemplateError::Refused(sentence(&error)))?;
-        String::from_utf8(out.0).map_err(|e| TemplateError::Refused(e.to_string()))
+        template.render(context).map_err(|error| TemplateError::Refused(sentence(&error)))
     }
 }
 
@@ -108,26 +105,8 @@ fn sentence(error: &Error) -> String {
         source = next.source();
     }
     match innermost.kind() {
-        ErrorKind::OutOfFuel => "the chat template takes too many steps".to_owned(),
-        ErrorKind::WriteFailure => format!("the chat template writes more than {OUTPUT_BYTES_MAX} bytes"),
+        ErrorKind::OutOfFuel => "the chat template takes too many steps, or makes too much text".to_owned(),
         _ => innermost.detail().map_or_else(|| innermost.kind().to_string(), str::to_owned),
-    }
-}
-
-/// A buffer that refuses to grow over the limit.
-struct Bounded(Vec<u8>);
-
-impl io::Write for Bounded {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if self.0.len() + bytes.len() > OUTPUT_BYTES_MAX {
-            return Err(io::Error::other("over the limit"));
-        }
-        self.0.extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
     }
 }
 

@@ -14,6 +14,7 @@ use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::task::{JoinError, JoinSet};
+use tokio::time::Instant;
 
 use crate::io::backend::Backend;
 use crate::io::rest::config::RestConfig;
@@ -51,20 +52,22 @@ pub async fn serve(
 
     rest.stopping.store(true, Ordering::Relaxed);
     tracing::info!("REST drains");
-    let drain = async {
-        let all = rest.config.limits.concurrent_requests_max;
+    let deadline = Instant::now() + Duration::from_millis(rest.config.limits.drain_ms);
+    let idle = async {
         tokio::select! {
-            _ = rest.requests.acquire_many(all) => {} // nothing runs any more
+            _ = rest.requests.acquire_many(rest.config.limits.concurrent_requests_max) => {} // nothing runs any more
             () = server.accept_all() => {}
         }
-        drop(server.listener);
-        server.graceful.shutdown().await;
     };
-    if tokio::time::timeout(Duration::from_millis(rest.config.limits.drain_ms), drain).await.is_err() {
+    let idle = tokio::time::timeout_at(deadline, idle).await.is_ok();
+    let Server { listener, graceful, mut connections, .. } = server;
+    drop(listener);
+    let closed = tokio::time::timeout_at(deadline, graceful.shutdown()).await.is_ok();
+    if !(idle && closed) {
         tracing::warn!("requests were still running when the time to drain was over; they are cut");
     }
-    server.connections.abort_all();
-    while let Some(ended) = server.connections.join_next().await {
+    connections.abort_all();
+    while let Some(ended) = connections.join_next().await {
         log_panic(ended);
     }
     Ok(())

@@ -51,10 +51,11 @@ fn dates_are_those_of_the_moment_passed_in() {
 #[test]
 fn greedy_templates_are_stopped() {
     let steps = "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}";
-    assert_eq!(render(steps, &[]).unwrap_err().to_string(), "the chat template takes too many steps");
-    let output = "{% for a in range(9999) %}{% for m in messages %}{{ m.content }}{% endfor %}{% endfor %}";
-    let error = render(output, &[say("user", &"x".repeat(1 << 16))]).unwrap_err();
-    assert_eq!(error.to_string(), "the chat template writes more than 16777216 bytes");
+    let text = "{% for a in range(9999) %}{% for m in messages %}{{ m.content }}{% endfor %}{% endfor %}";
+    for source in [steps, text, "{{ 'x' * 1000000000 }}"] {
+        let error = render(source, &[say("user", &"x".repeat(1 << 16))]).unwrap_err();
+        assert_eq!(error.to_string(), "the chat template takes too many steps, or makes too much text");
+    }
     assert!(matches!(render("{% if %}", &[]), Err(TemplateError::Parse(_))));
     assert!(matches!(render("{{ messages.x.y }}", &[]), Err(TemplateError::Refused(_))));
 }
