@@ -67,7 +67,7 @@ impl<B: Ops> Forward<B> {
     /// When a limit is 0 or more rows may want logits than there are.
     pub fn new(ops: Arc<B>, rows_max: usize, logit_rows_max: usize) -> Result<Self, PackError> {
         assert!((1..=rows_max).contains(&logit_rows_max), "1 <= logit_rows_max <= rows_max");
-        let work = Workspace::new(&ops)?;
+        let work = Workspace::new(&*ops)?;
         Ok(Self { ops, rows_max, logit_rows_max, work, logit_row_count: 0, vocab: 0, logits_row: Vec::new() })
     }
 
