@@ -82,14 +82,14 @@ fn check(family: &str, recipe: Recipe, tolerance: f32) {
         assert!(bits(&rows) == bits(&truth), "{family}: bits differ: {what}");
     };
     let mut fast = home.load(cpu(), limits(32));
-    let cut = reference.chain().blocks.len() / 2;
+    let count = reference.block_count();
     for chunk in [1, 7, 16, 64] {
         same(golden.compute(&mut fast, chunk), &format!("cpu, chunks of {chunk}"));
         same(golden.compute_at_once(&mut fast, chunk), &format!("cpu, at once in chunks of {chunk}"));
     }
     same(golden.compute(&mut reference, 7), "reference, chunks of 7");
     // Behind each kind of block once.
-    for at in [1, cut, cut + 1, reference.chain().blocks.len() - 1] {
+    for at in [1, count / 2, count / 2 + 1, count - 1] {
         fast.cut_at(at);
         same(golden.compute(&mut fast, 16), &format!("cpu, cut before block {at}"));
     }

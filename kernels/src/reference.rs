@@ -1,5 +1,5 @@
 //! The specification: docs/numerics.md as scalar code, one plain function an op. It is never optimised; the CPU backend
-//! must equal it bit for bit (tests/ops.rs). Start with `linear` and `attention`; the rest is short.
+//! must equal it bit for bit (tests/ops). Start with `linear` and `attention`; the rest is short.
 
 mod attention;
 mod linear;

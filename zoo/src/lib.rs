@@ -3,6 +3,9 @@
 
 pub mod canonical;
 pub mod digest;
+pub mod family;
+pub mod formats;
+pub mod ingest;
 pub mod manifest;
 mod mapping;
 pub mod model_id;
@@ -10,3 +13,4 @@ pub mod roles;
 pub mod store;
 pub mod tensor;
 pub mod tensor_file;
+pub mod tokenizer;

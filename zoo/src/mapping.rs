@@ -6,7 +6,7 @@ use std::path::Path;
 
 /// A file mapped read-only. Empty files are an empty slice.
 #[derive(Debug)]
-pub struct Mapping {
+pub(crate) struct Mapping {
     map: Option<memmap2::Mmap>,
 }
 
@@ -15,7 +15,7 @@ impl Mapping {
     ///
     /// # Errors
     /// When it cannot be opened or mapped, or is no plain file.
-    pub fn open(path: &Path) -> io::Result<Self> {
+    pub(crate) fn open(path: &Path) -> io::Result<Self> {
         let file = File::open(path)?;
         let meta = file.metadata()?;
         if !meta.is_file() {

@@ -243,3 +243,6 @@ impl<B: Ops> Loader<'_, B> {
         Err(LoadError::Tensor { role: role.to_owned(), expected, actual, expected_dtype, actual_dtype })
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -131,7 +131,9 @@ impl Follower {
         let old = self.sender.borrow().clone();
         let now = Instant::now();
         let mut executors: BTreeMap<ExecutorId, ExecutorRecord> = BTreeMap::new();
-        for record in entries.range(key::EXECUTORS.to_owned()..).map(|(_, entry)| entry).take_while(|entry| entry.key.starts_with(key::EXECUTORS)) {
+        for record in
+            entries.range(key::EXECUTORS.to_owned()..).map(|(_, entry)| entry).take_while(|entry| entry.key.starts_with(key::EXECUTORS))
+        {
             if let Some(record) = readable::<ExecutorRecord>(record) {
                 executors.insert(record.id.clone(), record);
             }

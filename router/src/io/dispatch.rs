@@ -83,13 +83,15 @@ impl Dispatch {
         metrics: &MetricRegistry,
     ) -> Result<Self, prometheus::Error> {
         let resumes = IntCounter::new("ashlar_sequence_resumes_total", "Sequences that went on elsewhere after an executor was lost.")?;
-        let lost = IntCounter::new("ashlar_sequences_lost_total", "Sequences that had begun and ended because no executor could take over.")?;
+        let lost =
+            IntCounter::new("ashlar_sequences_lost_total", "Sequences that had begun and ended because no executor could take over.")?;
         metrics.register(Box::new(resumes.clone()))?;
         metrics.register(Box::new(lost.clone()))?;
         let suspects = Suspects::new(options.suspect_for);
         let (sequences_drawn, draining) = (AtomicU64::new(0), AtomicBool::new(false));
         let (loads, requests) = (Arc::default(), Arc::default());
-        let shared = Shared { router, catalog, cluster, clients, options, sequences_drawn, draining, loads, requests, suspects, resumes, lost };
+        let shared =
+            Shared { router, catalog, cluster, clients, options, sequences_drawn, draining, loads, requests, suspects, resumes, lost };
         Ok(Self { shared: Arc::new(shared) })
     }
 

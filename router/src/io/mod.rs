@@ -8,4 +8,6 @@ pub mod cluster;
 pub mod dispatch;
 pub mod grpc;
 pub mod keys_file;
+pub mod metrics;
 pub mod planner;
+pub mod rest;

@@ -47,7 +47,13 @@ pub struct Planner {
 
 impl Planner {
     /// Starts it.
-    pub fn start(registry: Arc<dyn Registry>, cluster: Arc<Cluster>, catalog: Arc<Catalog>, router: &RouterId, options: PlannerOptions) -> Self {
+    pub fn start(
+        registry: Arc<dyn Registry>,
+        cluster: Arc<Cluster>,
+        catalog: Arc<Catalog>,
+        router: &RouterId,
+        options: PlannerOptions,
+    ) -> Self {
         let election = Election::start(registry.clone(), key::LEADER, router.0.clone(), options.election_ttl);
         let leading = election.leading();
         let task = tokio::spawn(async move {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use futures::StreamExt;
-use object_store::{GetOptions, ObjectMeta, ObjectStoreExt};
+use object_store::{GetOptions, ObjectMeta};
 use object_store::path::Path;
 use serde::de::DeserializeOwned;
 

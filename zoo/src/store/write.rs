@@ -73,6 +73,12 @@ impl Zoo {
         Ok((digest, self.put(&Object::Asset(digest), vec![bytes]).await?))
     }
 
+    /// Whether the tensor is there in full length; as [`Zoo::keep`].
+    pub(crate) async fn keep_tensor(&self, tensor: &TensorRef) -> Result<bool, StoreError> {
+        let payload = tensor_file::payload_bytes(tensor.dtype, &tensor.shape).expect("refs have shapes that can be stored");
+        self.keep(&Object::Tensor(tensor.digest), (tensor_file::HEADER_BYTES + payload) as u64).await
+    }
+
     /// Whether the object is there in full length; where it is, makes sure that `gc` leaves it for a grace period.
     pub(crate) async fn keep(&self, object: &Object, len: u64) -> Result<bool, StoreError> {
         let Some(meta) = self.head(object).await? else { return Ok(false) };

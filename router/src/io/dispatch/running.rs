@@ -161,7 +161,12 @@ impl Running {
                 Ok(())
             }
             Err(status) => {
-                tracing::warn!(executor = first.executor_id, sequence = self.number, error = &status as &dyn std::error::Error, "failed to call an executor");
+                tracing::warn!(
+                    executor = first.executor_id,
+                    sequence = self.number,
+                    error = &status as &dyn std::error::Error,
+                    "failed to call an executor"
+                );
                 Err(Loss::of_status(&status, &route))
             }
         }

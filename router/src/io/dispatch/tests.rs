@@ -62,7 +62,8 @@ impl ExecutorClient for Scripted {
             return Err(Status::new(code, "scripted"));
         }
         let from = admission.generated.len() as u32;
-        let token = |index| Ok(event(Event::Token(v1::TokenEvent { index, token: token_at(&admission, index), logprob: 0.0, top: vec![] })));
+        let token =
+            |index| Ok(event(Event::Token(v1::TokenEvent { index, token: token_at(&admission, index), logprob: 0.0, top: vec![] })));
         let mut events = vec![Ok(event(Event::Started(v1::Started { queue_ms: 0.0 })))];
         let some = |count: u32| (from..TOKENS.min(from + count)).map(token).collect::<Vec<_>>();
         match act {
@@ -159,7 +160,8 @@ impl Stage {
         let options = DispatchOptions { attempts_max: 6, ..DispatchOptions::default() };
         let router = RouterId("rtr_1".to_owned());
         let dispatch = Dispatch::new(router, cluster, catalog, Clients::new(local), options, &MetricRegistry::new()).unwrap();
-        let view = ModelView { id: "public/m".into(), root: None, parent: None, created_s: 0, chain: Arc::new(chain()), chain_digest: digest };
+        let view =
+            ModelView { id: "public/m".into(), root: None, parent: None, created_s: 0, chain: Arc::new(chain()), chain_digest: digest };
         Self { dispatch, registry, executors, model: Arc::new(view), _zoo: directory }
     }
 
@@ -355,11 +357,8 @@ async fn cut_chain_runs_over_its_owners_and_blames_the_right_one() {
     let (tokens, end) = stage.run().await;
     assert_eq!(tokens, Stage::wanted());
     end.unwrap();
-    let routes: Vec<Vec<String>> = stage
-        .admissions(0)
-        .iter()
-        .map(|admission| admission.route.iter().map(|hop| hop.executor_id.clone()).collect())
-        .collect();
+    let routes: Vec<Vec<String>> =
+        stage.admissions(0).iter().map(|admission| admission.route.iter().map(|hop| hop.executor_id.clone()).collect()).collect();
     assert_eq!(routes, [["exe_a", "exe_b"], ["exe_a", "exe_c"]]);
     assert!(stage.dispatch.shared.suspects.now().contains(&executor_id(1)));
 }

@@ -97,7 +97,8 @@ impl Ledger {
     }
 
     pub(super) fn assignments(&self) -> BTreeMap<ExecutorId, Vec<SpanAssignment>> {
-        let spans = |shelf: &Shelf| shelf.spans.iter().map(|(chain, (from, to))| SpanAssignment { chain: *chain, from: *from, to: *to }).collect();
+        let spans =
+            |shelf: &Shelf| shelf.spans.iter().map(|(chain, (from, to))| SpanAssignment { chain: *chain, from: *from, to: *to }).collect();
         self.shelves.iter().filter(|(_, shelf)| !shelf.spans.is_empty()).map(|(id, shelf)| (id.clone(), spans(shelf))).collect()
     }
 }

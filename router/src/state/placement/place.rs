@@ -24,7 +24,8 @@ pub(super) fn place(policy: &PlanPolicy, inventory: &Inventory, mut ledger: Ledg
     // Larger chains first: small ones fit into what is left.
     let mut order: Vec<(&ChainDigest, &SizedChain)> = inventory.chains.iter().collect();
     order.sort_by_key(|(digest, chain)| (Reverse(chain.blocks.iter().map(|block| u128::from(block.bytes)).sum::<u128>()), **digest));
-    let placings: Vec<Placing<'_>> = order.into_iter().map(|(digest, chain)| Placing { policy, inventory, digest: *digest, chain }).collect();
+    let placings: Vec<Placing<'_>> =
+        order.into_iter().map(|(digest, chain)| Placing { policy, inventory, digest: *digest, chain }).collect();
     let mut changed = true;
     while changed {
         changed = false;
@@ -208,4 +209,3 @@ fn classes(ledger: &Ledger) -> Vec<String> {
     classes.sort_by_key(|(class, bytes)| (Reverse(*bytes), *class));
     classes.into_iter().map(|(class, _)| class.to_owned()).collect()
 }
-

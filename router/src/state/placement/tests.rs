@@ -62,11 +62,13 @@ fn draw(planned: &Planned, inventory: &Inventory, names: &BTreeMap<ChainDigest, 
         let spans = planned.plan.assignments.get(executor).map_or(&[][..], Vec::as_slice);
         let used = used_bytes(inventory, spans);
         let _ = writeln!(out, "  {executor} {used}/{}", offer.memory_bytes);
-        let mut lines: Vec<String> = spans.iter().map(|span| format!("    {} [{}..{})\n", names[&span.chain], span.from, span.to)).collect();
+        let mut lines: Vec<String> =
+            spans.iter().map(|span| format!("    {} [{}..{})\n", names[&span.chain], span.from, span.to)).collect();
         lines.sort();
         out.extend(lines);
     }
-    let mut lines: Vec<String> = planned.plan.unplaced.iter().map(|(chain, reason)| format!("  no place for {}: {reason}\n", names[chain])).collect();
+    let mut lines: Vec<String> =
+        planned.plan.unplaced.iter().map(|(chain, reason)| format!("  no place for {}: {reason}\n", names[chain])).collect();
     for line in &planned.explanation {
         let named = names.iter().fold(line.clone(), |line, (digest, name)| line.replace(&digest.short(), name));
         lines.push(format!("  > {named}\n"));

@@ -1,0 +1,140 @@
+//! From a checkpoint on disk to blocks in the zoo. Start with [`add`]. Order: open and parse everything, plan and check
+//! every tensor, hash the converted bytes, and only then write: payloads, blocks and assets, the chain, the name.
+
+mod add;
+mod checkpoint;
+mod convert;
+mod gather;
+mod plan;
+mod report;
+mod text;
+
+use std::path::PathBuf;
+
+pub use add::{AddOptions, add};
+pub use checkpoint::Checkpoint;
+pub use convert::Recipe;
+pub use report::{AddReport, Progress, Shared, Silent, Stage, human_bytes};
+
+use crate::family::ConfigError;
+use crate::formats::FormatError;
+use crate::roles::ManifestError;
+use crate::store::StoreError;
+use crate::tokenizer::TokenizerError;
+
+/// Why a checkpoint was not added. Nothing was named, and except for `Store` nothing was written.
+#[derive(Debug, thiserror::Error)]
+pub enum IngestError {
+    /// A path that holds no checkpoint.
+    #[error("{path} holds no checkpoint: {reason}")]
+    NoCheckpoint {
+        /// Path.
+        path: PathBuf,
+        /// What was looked for.
+        reason: &'static str,
+    },
+    /// A PEFT directory.
+    #[error("{path} is a PEFT adapter (it has adapter_config.json): unmerged adapters come with a later version; merge it into its base first")]
+    Adapter {
+        /// Path.
+        path: PathBuf,
+    },
+    /// A small file of the checkpoint could not be read.
+    #[error("failed to read {path}")]
+    Io {
+        /// File.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A file that is larger than it can honestly be.
+    #[error("{path} has {actual} bytes, more than {max}")]
+    TooLarge {
+        /// File.
+        path: PathBuf,
+        /// Its size.
+        actual: u64,
+        /// Limit.
+        max: u64,
+    },
+    /// Weights file.
+    #[error(transparent)]
+    Format(#[from] FormatError),
+    /// Configuration.
+    #[error("the model cannot be served: {0}")]
+    Config(#[from] ConfigError),
+    /// Tokenizer.
+    #[error("the tokenizer cannot be used: {0}")]
+    Tokenizer(#[from] TokenizerError),
+    /// Blocks that the configuration implies are impossible.
+    #[error("the configuration describes an impossible {block}: {source}")]
+    Block {
+        /// Which block.
+        block: String,
+        /// How.
+        source: ManifestError,
+    },
+    /// A tensor that the family needs.
+    #[error("tensor `{name}` is missing (it is `{role}` of {block})")]
+    MissingTensor {
+        /// Name in the checkpoint.
+        name: String,
+        /// Role.
+        role: String,
+        /// Which block.
+        block: String,
+    },
+    /// A tensor that the family does not have.
+    #[error("tensor `{name}` is not part of a {architecture} model{more}")]
+    UnexpectedTensor {
+        /// Name in the checkpoint.
+        name: String,
+        /// Family.
+        architecture: &'static str,
+        /// How many more there are.
+        more: String,
+    },
+    /// A tensor of another shape than the configuration implies.
+    #[error("tensor `{name}` has shape {actual:?}, the configuration implies {expected}")]
+    TensorShape {
+        /// Name in the checkpoint.
+        name: String,
+        /// Its shape.
+        actual: Vec<u64>,
+        /// What it should be.
+        expected: String,
+    },
+    /// A tensor of a type that is not stored.
+    #[error("tensor `{name}` has type {element}, which is not supported{advice}")]
+    TensorType {
+        /// Name in the checkpoint.
+        name: String,
+        /// Its type.
+        element: String,
+        /// What is supported.
+        advice: &'static str,
+    },
+    /// NaN or infinity.
+    #[error("tensor `{name}` holds {value} (element {index})")]
+    NotFinite {
+        /// Name in the checkpoint.
+        name: String,
+        /// Index of the element.
+        index: usize,
+        /// Which.
+        value: &'static str,
+    },
+    /// The output projection contradicts the configuration.
+    #[error("the configuration ties the output projection to the embedding, but `{name}` differs from it")]
+    Untied {
+        /// Name in the checkpoint.
+        name: String,
+    },
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// Names changed faster than we could follow.
+    #[error("model {0} is being changed by others; try again")]
+    Contended(crate::model_id::ModelId),
+}

@@ -1,0 +1,226 @@
+//! The whole of `zoo add`, in the order that makes it safe to kill: plan, hash, then write payloads, blocks and assets,
+//! the chain, and last the name.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use futures::{StreamExt, TryStreamExt, stream};
+
+use super::checkpoint::Checkpoint;
+use super::convert::Recipe;
+use super::plan::{self, Plan, TensorPlan};
+use super::report::{AddReport, Progress, Shared, Stage};
+use super::text::{self, Text};
+use super::{IngestError, gather};
+use crate::digest::Digest;
+use crate::manifest::{Assets, Block, Chain, ModelName, Past, TensorRef};
+use crate::model_id::ModelId;
+use crate::store::{Put, StoreError, Zoo};
+use crate::tensor_file;
+
+/// Times that a name is tried again after someone else changed it.
+const NAME_ATTEMPTS: usize = 8;
+
+/// What `zoo add` was asked.
+#[derive(Debug, Clone)]
+pub struct AddOptions {
+    /// The name to set.
+    pub model: ModelId,
+    /// Conversion.
+    pub recipe: Recipe,
+    /// The model that it was tuned from, if the user says so.
+    pub parent: Option<ModelId>,
+    /// Where it came from, in place of the path's last component (a hub name).
+    pub source: Option<String>,
+}
+
+/// Adds the checkpoint at `path` under a name.
+///
+/// # Errors
+/// What is wrong with the checkpoint (nothing is written then), or how the store failed (no name changes then).
+pub async fn add(zoo: &Zoo, path: &Path, options: &AddOptions, progress: &dyn Progress) -> Result<AddReport, IngestError> {
+    let (owned, recipe) = (path.to_owned(), options.recipe);
+    let opened = tokio::task::spawn_blocking(move || {
+        let checkpoint = Checkpoint::open(&owned)?;
+        let plan = plan::plan(&checkpoint, recipe)?;
+        let text = text::read(&checkpoint, plan.vocab)?;
+        Ok::<_, IngestError>((checkpoint, plan, text))
+    });
+    let (checkpoint, mut plan, text) = opened.await.expect("reading a checkpoint does not panic")?;
+    let checkpoint = Arc::new(checkpoint);
+    let tensor_plans: Vec<Arc<TensorPlan>> = std::mem::take(&mut plan.tensors).into_iter().map(Arc::new).collect();
+
+    let refs = hash(&checkpoint, &tensor_plans, progress).await?;
+    let stored = store_tensors(zoo, &checkpoint, &tensor_plans, &refs, progress).await?;
+    let (blocks, block_count) = store_blocks(zoo, checkpoint.decoder.width, &plan, &refs).await?;
+    let chain = chain(&checkpoint, &plan, blocks, &text, store_assets(zoo, &text).await?, options);
+    let (chain, _) = zoo.put_chain(&chain).await?;
+    let replaced = name(zoo, options, chain).await?;
+    Ok(AddReport {
+        model: options.model.clone(),
+        chain,
+        replaced,
+        architecture: checkpoint.decoder.architecture.to_owned(),
+        blocks: block_count,
+        tensors: stored.count,
+        bytes_total: stored.bytes_total,
+        bytes_new: stored.bytes_new,
+        notes: text.notes,
+    })
+}
+
+/// Identity of every tensor as it will be stored. Finds values that are not finite before anything is written.
+async fn hash(checkpoint: &Arc<Checkpoint>, plans: &[Arc<TensorPlan>], progress: &dyn Progress) -> Result<Vec<TensorRef>, IngestError> {
+    progress.begin(Stage::Hash, plans.iter().map(|plan| target_bytes(plan)).sum());
+    let hashed = stream::iter(plans).map(|plan| {
+        let (checkpoint, plan) = (checkpoint.clone(), plan.clone());
+        async move {
+            let bytes = target_bytes(&plan);
+            let tensor = blocking(move || {
+                let payload = gather::payload(&checkpoint.tensors, &plan)?;
+                let digest = tensor_file::digest(plan.target, &plan.shape, &payload);
+                Ok(TensorRef { digest, dtype: plan.target, shape: plan.shape.clone() })
+            })
+            .await?;
+            progress.advance(bytes);
+            Ok::<_, IngestError>(tensor)
+        }
+    });
+    // A few at a time: memory is bounded by so many tensors, whatever the model.
+    let refs = hashed.buffered(concurrency()).try_collect().await?;
+    progress.end();
+    Ok(refs)
+}
+
+struct Stored {
+    count: Shared,
+    bytes_total: u64,
+    bytes_new: u64,
+}
+
+async fn store_tensors(
+    zoo: &Zoo,
+    checkpoint: &Arc<Checkpoint>,
+    plans: &[Arc<TensorPlan>],
+    refs: &[TensorRef],
+    progress: &dyn Progress,
+) -> Result<Stored, IngestError> {
+    let distinct: BTreeMap<Digest, usize> = refs.iter().enumerate().rev().map(|(index, tensor)| (tensor.digest, index)).collect();
+    let bytes_total = distinct.values().map(|index| target_bytes(&plans[*index])).sum();
+    progress.begin(Stage::Store, bytes_total);
+    let stored = stream::iter(distinct.values().copied()).map(|index| {
+        let (plan, tensor) = (&plans[index], &refs[index]);
+        async move {
+            let bytes = target_bytes(plan);
+            let put = match zoo.keep_tensor(tensor).await? {
+                true => Put::Present,
+                false => {
+                    let (checkpoint, plan) = (checkpoint.clone(), plan.clone());
+                    let payload = blocking(move || gather::payload(&checkpoint.tensors, &plan)).await?;
+                    zoo.put_tensor(tensor, payload).await?
+                }
+            };
+            progress.advance(bytes);
+            Ok::<_, IngestError>((put, bytes))
+        }
+    });
+    let puts: Vec<(Put, u64)> = stored.buffered(concurrency()).try_collect().await?;
+    progress.end();
+    let new = puts.iter().filter(|(put, _)| *put == Put::New);
+    let bytes_new = new.clone().map(|(_, bytes)| bytes).sum();
+    let total = puts.len() as u64;
+    Ok(Stored { count: Shared { total, present: total - new.count() as u64 }, bytes_total, bytes_new })
+}
+
+async fn store_blocks(zoo: &Zoo, width: u32, plan: &Plan, refs: &[TensorRef]) -> Result<(Vec<Digest>, Shared), StoreError> {
+    let mut digests = Vec::with_capacity(plan.blocks.len());
+    let mut puts = BTreeMap::new();
+    for block in &plan.blocks {
+        let tensors = block.tensors.iter().map(|(role, index)| ((*role).to_owned(), refs[*index].clone())).collect();
+        let (digest, put) = zoo.put_block(&Block { width, params: block.params.clone(), tensors }).await?;
+        // A block that the model has twice is new once.
+        puts.entry(digest).or_insert(put);
+        digests.push(digest);
+    }
+    let present = puts.values().filter(|put| **put == Put::Present).count() as u64;
+    Ok((digests, Shared { total: puts.len() as u64, present }))
+}
+
+async fn store_assets(zoo: &Zoo, text: &Text) -> Result<Assets, StoreError> {
+    let mut digests = [None; 3];
+    for (digest, bytes) in digests.iter_mut().zip([&text.tokenizer, &text.chat_template, &text.card]) {
+        if let Some(bytes) = bytes {
+            *digest = Some(zoo.put_asset(bytes.clone()).await?.0);
+        }
+    }
+    let [tokenizer, chat_template, card] = digests;
+    Ok(Assets { tokenizer, chat_template, card })
+}
+
+fn chain(checkpoint: &Checkpoint, plan: &Plan, blocks: Vec<Digest>, text: &Text, assets: Assets, options: &AddOptions) -> Chain {
+    Chain {
+        format: 1,
+        architecture: checkpoint.decoder.architecture.to_owned(),
+        width: checkpoint.decoder.width,
+        vocab: plan.vocab,
+        context_tokens: plan.context_tokens,
+        blocks,
+        adapters: Vec::new(),
+        assets,
+        tokens: text.tokens.clone(),
+        defaults: text.defaults.clone(),
+        licence: text.licence.clone(),
+        source: options.source.clone().unwrap_or_else(|| checkpoint.source.clone()),
+    }
+}
+
+/// Points the name to the chain, keeping what it pointed to as history. Returns the chain that it replaced.
+async fn name(zoo: &Zoo, options: &AddOptions, chain: Digest) -> Result<Option<Digest>, IngestError> {
+    let parent = options.parent.as_ref().map(ToString::to_string);
+    for _ in 0..NAME_ATTEMPTS {
+        let current = match zoo.read_model(&options.model).await {
+            Ok(current) => Some(current),
+            Err(StoreError::Missing { .. }) => None,
+            Err(e) => return Err(e.into()),
+        };
+        let new = match &current {
+            Some(current) if current.chain == chain && (parent.is_none() || parent == current.parent) => return Ok(None),
+            Some(current) => renamed(current, chain, parent.clone()),
+            None => ModelName { chain, created_ms: now_ms(), parent: parent.clone(), history: Vec::new() },
+        };
+        match zoo.set_model(&options.model, current.as_ref(), &new).await {
+            Ok(()) => return Ok(current.map(|current| current.chain).filter(|old| *old != chain)),
+            Err(StoreError::Conflict { .. }) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+    Err(IngestError::Contended(options.model.clone()))
+}
+
+fn renamed(current: &ModelName, chain: Digest, parent: Option<String>) -> ModelName {
+    let mut history = current.history.clone();
+    if current.chain != chain {
+        history.insert(0, Past { chain: current.chain, created_ms: current.created_ms });
+    }
+    ModelName { chain, created_ms: now_ms(), parent: parent.or_else(|| current.parent.clone()), history }
+}
+
+fn now_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+fn target_bytes(plan: &TensorPlan) -> u64 {
+    tensor_file::payload_bytes(plan.target, &plan.shape).expect("checked by the plan") as u64
+}
+
+fn concurrency() -> usize {
+    std::thread::available_parallelism().map_or(2, std::num::NonZero::get).clamp(1, 8)
+}
+
+async fn blocking<T: Send + 'static>(task: impl FnOnce() -> Result<T, IngestError> + Send + 'static) -> Result<T, IngestError> {
+    tokio::task::spawn_blocking(task).await.expect("conversion does not panic")
+}
+

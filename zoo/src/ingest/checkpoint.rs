@@ -1,0 +1,119 @@
+//! What lies at a path: a Hugging Face directory or a GGUF file, opened and parsed, nothing interpreted twice.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use super::IngestError;
+use crate::family::{self, Config, Decoder};
+use crate::formats::gguf::{self, Value};
+use crate::formats::{FormatError, TensorFiles, shards};
+use crate::mapping::Mapping;
+
+/// Largest configuration or template file.
+const CONFIG_BYTES_MAX: u64 = 16 << 20;
+
+/// A checkpoint, opened.
+#[derive(Debug)]
+pub struct Checkpoint {
+    /// Last component of the path.
+    pub source: String,
+    /// Weights.
+    pub tensors: TensorFiles,
+    /// What the family makes of its configuration.
+    pub decoder: Decoder,
+    /// The rest, by container.
+    pub(super) kind: Kind,
+}
+
+#[derive(Debug)]
+pub(super) enum Kind {
+    Directory(Directory),
+    Gguf(BTreeMap<String, Value>),
+}
+
+#[derive(Debug)]
+pub(super) struct Directory {
+    pub(super) path: PathBuf,
+    pub(super) config: Config,
+    pub(super) generation_config: Option<Config>,
+    pub(super) tokenizer_config: Option<Config>,
+}
+
+impl Checkpoint {
+    /// Opens the directory or file at `path`.
+    ///
+    /// # Errors
+    /// What is missing, malformed or not supported.
+    pub fn open(path: &Path) -> Result<Self, IngestError> {
+        // `.` and links are named by where they lead.
+        let named = path.canonicalize().map_err(|source| IngestError::Io { path: path.to_owned(), source })?;
+        let source = named.file_name().map_or_else(|| "checkpoint".to_owned(), |name| name.to_string_lossy().into_owned());
+        if path.is_dir() {
+            return open_directory(path, source);
+        }
+        let is_gguf = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"));
+        if is_gguf {
+            return open_gguf(path, source);
+        }
+        Err(IngestError::NoCheckpoint { path: path.to_owned(), reason: "it is neither a directory nor a .gguf file" })
+    }
+}
+
+fn open_directory(path: &Path, source: String) -> Result<Checkpoint, IngestError> {
+    if path.join("adapter_config.json").exists() {
+        return Err(IngestError::Adapter { path: path.to_owned() });
+    }
+    if !path.join("config.json").exists() {
+        return Err(IngestError::NoCheckpoint { path: path.to_owned(), reason: "it has no config.json" });
+    }
+    let config = read_config(path, "config.json")?.expect("just seen");
+    let weights = ["model.safetensors", "model.safetensors.index.json"];
+    if !weights.iter().any(|name| path.join(name).exists()) {
+        return Err(IngestError::NoCheckpoint { path: path.to_owned(), reason: "it has no model.safetensors (pickled weights are never read)" });
+    }
+    let generation_config = read_config(path, "generation_config.json")?;
+    let tokenizer_config = read_config(path, "tokenizer_config.json")?;
+    let tensors = shards::open(path)?;
+    let decoder = family::from_config(&config, &|name| tensors.get(name).is_some())?;
+    let kind = Kind::Directory(Directory { path: path.to_owned(), config, generation_config, tokenizer_config });
+    Ok(Checkpoint { source, tensors, decoder, kind })
+}
+
+fn open_gguf(path: &Path, source: String) -> Result<Checkpoint, IngestError> {
+    let file = Mapping::open(path).map_err(|source| IngestError::Io { path: path.to_owned(), source })?;
+    let parsed = gguf::parse(file.as_ref()).map_err(|source| FormatError::Gguf { path: path.to_owned(), source })?;
+    let mut tensors = TensorFiles::default();
+    tensors.add(file, parsed.tensors).map_err(|reason| FormatError::Tensors { path: path.to_owned(), reason })?;
+    let decoder = family::gguf::decoder(&parsed.metadata, &tensors)?;
+    Ok(Checkpoint { source, tensors, decoder, kind: Kind::Gguf(parsed.metadata) })
+}
+
+impl family::gguf::Tensors for TensorFiles {
+    fn has(&self, name: &str) -> bool {
+        self.get(name).is_some()
+    }
+
+    fn vector(&self, name: &str) -> Option<Vec<f64>> {
+        let view = self.view(name).filter(|view| view.rows == 1)?;
+        Some(ashlar_kernels::format::dequantise(&view).into_iter().map(f64::from).collect())
+    }
+}
+
+/// Reads a small file that may be absent.
+pub(super) fn read_small(path: &Path, bytes_max: u64) -> Result<Option<Vec<u8>>, IngestError> {
+    let io = |source| IngestError::Io { path: path.to_owned(), source };
+    let actual = match std::fs::metadata(path) {
+        Ok(meta) => meta.len(),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(source) => return Err(io(source)),
+    };
+    if actual > bytes_max {
+        return Err(IngestError::TooLarge { path: path.to_owned(), actual, max: bytes_max });
+    }
+    std::fs::read(path).map(Some).map_err(io)
+}
+
+fn read_config(dir: &Path, name: &str) -> Result<Option<Config>, IngestError> {
+    let Some(bytes) = read_small(&dir.join(name), CONFIG_BYTES_MAX)? else { return Ok(None) };
+    Ok(Some(Config::parse(&bytes, name)?))
+}
