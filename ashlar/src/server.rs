@@ -186,7 +186,7 @@ async fn route(
     mut metric_registries: Vec<prometheus::Registry>,
 ) -> anyhow::Result<()> {
     let listen: SocketAddr = config.router.listen.parse().with_context(|| format!("use router.listen `{}`", config.router.listen))?;
-    let without = match may_open(listen.ip(), config.router.insecure_open) {
+    let without = match may_open(&config.router.listen, listen.ip().is_loopback(), config.router.insecure_open) {
         Ok(without) => without,
         Err(refused) => {
             tracing::info!(%refused, "only callers with a key are served");

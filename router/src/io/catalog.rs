@@ -10,6 +10,7 @@ use ashlar_zoo::digest::Digest;
 use ashlar_zoo::manifest::{Block, Chain, ModelName};
 use ashlar_zoo::model_id::ModelId;
 use ashlar_zoo::store::{StoreError, Zoo};
+use ashlar_zoo::tensor_file;
 use tokio::sync::{Mutex, watch};
 use tokio_util::task::AbortOnDropHandle;
 
@@ -205,11 +206,7 @@ fn model_view(id: &ModelId, name: &ModelName, entry: &ChainEntry, parents: &BTre
 
 /// Bytes of a block's tensors as stored; executors hold them in about the same.
 fn weight_bytes(block: &Block) -> u64 {
-    let bytes = block.tensors.values().map(|tensor| {
-        let size = |index: usize| tensor.shape.get(index).map_or(1, |size| usize::try_from(*size).unwrap_or(usize::MAX));
-        let (rows, columns) = if tensor.shape.len() < 2 { (1, size(0)) } else { (size(0), size(1)) };
-        tensor.dtype.bytes(rows, columns).map_or(u64::MAX, |bytes| bytes as u64)
-    });
+    let bytes = block.tensors.values().map(|tensor| tensor_file::payload_bytes(tensor.dtype, &tensor.shape).map_or(u64::MAX, |bytes| bytes as u64));
     bytes.fold(0, u64::saturating_add)
 }
 

@@ -154,3 +154,6 @@ fn inventory(cluster: &ClusterState, catalog: &CatalogView) -> Inventory {
         chains: catalog.chains.iter().map(|(digest, entry)| (*digest, entry.sized.clone())).collect(),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -2,7 +2,6 @@
 //! compared by hash, in constant time over all that are known; they are never stored or shown.
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
 
 use ashlar_registry::record::{KeyRecord, TenantRecord};
 use ashlar_wire::id::TenantName;
@@ -26,11 +25,11 @@ pub struct ParseKeyHashError;
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
     "no API key is configured and {listen} is not a loopback address: make a key with `ashlar tenant add NAME` and `ashlar tenant key NAME`, \
-     give --keys-file, or accept callers without keys with --insecure-open"
+     name a file of keys in router.keys_file, or serve everyone with --set router.insecure_open=true"
 )]
 pub struct OpenRefused {
     /// Where the server would listen.
-    pub listen: IpAddr,
+    pub listen: String,
 }
 
 /// The key is missing or unknown.
@@ -109,8 +108,8 @@ pub fn new_key(random: [u8; 24], now_ms: u64) -> (String, KeyRecord) {
 ///
 /// # Errors
 /// When others than this machine could reach it and nobody said that this is wanted.
-pub fn may_open(listen: IpAddr, insecure_open: bool) -> Result<Without, OpenRefused> {
-    if listen.is_loopback() || insecure_open { Ok(Without::Open) } else { Err(OpenRefused { listen }) }
+pub fn may_open(listen: &str, is_loopback: bool, insecure_open: bool) -> Result<Without, OpenRefused> {
+    if is_loopback || insecure_open { Ok(Without::Open) } else { Err(OpenRefused { listen: listen.to_owned() }) }
 }
 
 impl Tenants {
@@ -213,10 +212,9 @@ mod tests {
 
     #[test]
     fn without_keys_a_server_is_open_on_loopback_only() {
-        let [loopback, any] = ["127.0.0.1", "0.0.0.0"].map(|text| text.parse::<IpAddr>().unwrap());
-        assert_eq!(may_open(loopback, false), Ok(Without::Open));
-        assert_eq!(may_open(any, true), Ok(Without::Open));
-        assert!(may_open(any, false).unwrap_err().to_string().contains("--insecure-open"));
+        assert_eq!(may_open("127.0.0.1:80", true, false), Ok(Without::Open));
+        assert_eq!(may_open("0.0.0.0:80", false, true), Ok(Without::Open));
+        assert!(may_open("0.0.0.0:80", false, false).unwrap_err().to_string().contains("--set router.insecure_open=true"));
 
         let open = tenants(&[("acme", &[], &[])], Without::Open);
         assert_eq!(open.authenticate(None), Ok(name("public")));
