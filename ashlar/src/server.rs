@@ -186,7 +186,7 @@ async fn route(
     mut metric_registries: Vec<prometheus::Registry>,
 ) -> anyhow::Result<()> {
     let listen: SocketAddr = config.router.listen.parse().with_context(|| format!("use router.listen `{}`", config.router.listen))?;
-    let without = match may_open(listen.ip(), config.router.insecure_open) {
+    let without = match may_open(&config.router.listen, listen.ip().is_loopback(), config.router.insecure_open) {
         Ok(without) => without,
         Err(refused) => {
             tracing::info!(%refused, "only callers with a key are served");
@@ -199,8 +199,12 @@ async fn route(
     let cluster = Cluster::start(Arc::clone(&registry), ClusterOptions { without, keys_file, ..ClusterOptions::default() });
     let catalog = Catalog::start(zoo, Duration::from_millis(config.zoo.refresh_ms)).await;
     let policy = PlanPolicy { spans_per_chain: config.placement.spans_per_chain.max(1), replicas: config.placement.replicas.max(1) };
-    let planner =
-        Planner::start(Arc::clone(&registry), Arc::clone(&cluster), Arc::clone(&catalog), &router, PlannerOptions { policy, ..PlannerOptions::default() });
+    let mut options = PlannerOptions { policy, ..PlannerOptions::default() };
+    if !local.is_empty() {
+        // One process: an executor that an older plan names ended with the process that it was in, and will not return.
+        options.return_wait = Duration::ZERO;
+    }
+    let planner = Planner::start(Arc::clone(&registry), Arc::clone(&cluster), Arc::clone(&catalog), &router, options);
     let record = RouterRecord { id: router.clone(), address: listener.local_addr().context("listen")?.to_string() };
     let session = Session::start(registry, key::router(&router), record, LEASE);
     let metrics = RouterMetrics::new().context("register metrics")?;
