@@ -20,6 +20,7 @@ mod memory;
 mod norm;
 mod pack;
 mod pool;
+pub mod probe;
 mod scalar;
 
 use std::sync::{Arc, Mutex, PoisonError};

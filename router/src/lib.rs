@@ -2,3 +2,4 @@
 //! `io/backend` is the seam to the part that places, assembles and dispatches. It never touches weights.
 
 pub mod io;
+pub mod text;

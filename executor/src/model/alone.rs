@@ -166,7 +166,7 @@ impl<B: Ops> Alone<B> {
     }
 }
 
-/// Takes hidden rows to the host and back, as a link between executors does.
+/// Takes the hidden rows to the host and back, as a link between executors does.
 fn cross<B: Ops>(ops: &B, forward: &mut Forward<B>, element_count: usize) {
     let mut rows = vec![0f32; element_count];
     ops.download(forward.hidden(), 0, &mut rows);

@@ -77,7 +77,7 @@ impl<B: Ops> Forward<B> {
     /// # Errors
     /// When the device has no memory; the workspace stays usable for the blocks reserved before.
     pub fn reserve(&mut self, block: &LoadedBlock<B>) -> Result<(), PackError> {
-        self.work.reserve(&self.ops, block, self.rows_max, self.logit_rows_max)?;
+        self.work.reserve(&*self.ops, block, self.rows_max, self.logit_rows_max)?;
         if let Kind::Head(head) = &block.kind {
             self.logits_row.resize(self.logits_row.len().max(head.vocab), 0.0);
         }
