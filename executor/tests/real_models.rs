@@ -1,4 +1,4 @@
-//! Real models against Hugging Face transformers: 64 greedy tokens of each prompt, weights as f32 (data/FACTS.md says how
+//! Real models against Hugging Face transformers: 64 greedy tokens of each prompt, weights as f32 (scripts/goldens/real.py says how
 //! the goldens were taken). They run where `ASHLAR_MODELS` names the folder that scripts/fetch-models.sh filled; the two larger
 //! models only by scripts/test-real-models.sh.
 
