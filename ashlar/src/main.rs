@@ -3,6 +3,7 @@
 
 mod bench;
 mod chat;
+mod client;
 mod config;
 mod devices;
 mod health;
