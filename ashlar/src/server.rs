@@ -220,7 +220,7 @@ async fn route(
         }
         draining.drain();
     };
-    ashlar_router::io::rest::serve::serve(listener, Arc::new(dispatch), rest, shutdown).await.context("serve REST")?;
+    ashlar_router::io::rest::serve(listener, Arc::new(dispatch), rest, shutdown).await.context("serve REST")?;
     // Leases run out by themselves if the registry is gone.
     let _ = planner.resign().await;
     let _ = session.close().await;
