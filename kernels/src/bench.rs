@@ -2,6 +2,7 @@
 //! a second for many, each with its share. `ashlar bench kernels` prints it.
 
 use std::fmt;
+use std::time::Duration;
 
 use crate::cpu::probe::{Ceilings, best_seconds};
 use crate::cpu::{Cpu, Linear};
@@ -19,8 +20,8 @@ pub struct BenchOptions {
     pub row_counts: Vec<usize>,
     /// One-row cells rotate through copies of the layer of this many bytes together, so that no cache holds them.
     pub rotate_bytes: usize,
-    /// Each cell is the best of so many runs.
-    pub runs: usize,
+    /// Each cell is the best of the runs that fit in this time.
+    pub budget: Duration,
 }
 
 impl Default for BenchOptions {
@@ -30,7 +31,7 @@ impl Default for BenchOptions {
             shapes: vec![(576, 576), (1536, 576), (576, 1536), (49_152, 576)],
             row_counts: vec![1, 64, 512],
             rotate_bytes: 1 << 30,
-            runs: 5,
+            budget: Duration::from_millis(250),
         }
     }
 }
@@ -68,10 +69,12 @@ pub fn linear(cpu: &Cpu, ceilings: &Ceilings, options: &BenchOptions, mut on_cel
                 let mut x = cpu.buffer(row_count * inputs)?;
                 cpu.upload(&mut x, 0, &pseudo_random(row_count * inputs));
                 let mut out = cpu.buffer(row_count * outputs)?;
-                let calls = copies.max(CELL_OPS.div_ceil(2 * row_count * inputs * outputs));
-                let seconds = best_seconds(options.runs, || {
-                    for call in 0..calls {
-                        cpu.linear_apply(&mut out, &x, row_count, &layers[call % copies], None);
+                let calls = CELL_OPS.div_ceil(2 * row_count * inputs * outputs).max(1);
+                let mut layers = layers.iter().cycle();
+                let seconds = best_seconds(options.budget, || {
+                    for _ in 0..calls {
+                        let layer = layers.next().expect("a cycle of at least one copy");
+                        cpu.linear_apply(&mut out, &x, row_count, layer, None);
                     }
                 }) / calls as f64;
                 let bytes_per_second = layer_bytes as f64 / seconds;
@@ -118,7 +121,12 @@ fn random_layer(cpu: &Cpu, dtype: Dtype, outputs: usize, inputs: usize) -> Resul
     let bytes = match quantise(dtype, outputs, inputs, &pseudo_random(outputs * inputs)) {
         Some(bytes) => bytes,
         // GGUF's formats are not written; 0x2c as every byte is a small f16 scale and a mixture of codes.
-        None => vec![0x2c; dtype.bytes(outputs, inputs).ok_or_else(|| PackError::Shape { dtype: dtype.to_string(), rows: outputs, cols: inputs })?],
+        None => {
+            vec![
+                0x2c;
+                dtype.bytes(outputs, inputs).ok_or_else(|| PackError::Shape { dtype: dtype.to_string(), rows: outputs, cols: inputs })?
+            ]
+        }
     };
     cpu.linear(&[TensorView { dtype, rows: outputs, cols: inputs, bytes: &bytes }])
 }
@@ -133,5 +141,5 @@ fn pseudo_random(count: usize) -> Vec<f32> {
     (0..count).map(|_| next()).collect()
 }
 
-/// Operations that one timed run makes at least.
-const CELL_OPS: usize = 1 << 30;
+/// Operations that one timed run makes at least: long against the clock, short against a scheduler's time slice.
+const CELL_OPS: usize = 8 << 20;

@@ -1,9 +1,9 @@
 //! Activations as int8 in groups (docs/numerics.md, rule 3), in the order in which packed codes lie.
 
 use super::isa::Kernel;
-use super::lanes::Lanes;
+use super::lanes::{Lanes, load_some};
 use super::memory::{Aligned, Shared};
-use super::pack::Groups;
+use super::pack::{Groups, IntegerWeights};
 use crate::ops::PackError;
 
 /// Quantised rows; the memory is reused from call to call.
@@ -13,9 +13,13 @@ pub(super) struct Activations {
     pub(super) codes: Aligned<i8>,
     /// `[rows][groups]`.
     pub(super) scales: Aligned<f32>,
-    /// `[rows][groups]`: the sum of each group's codes.
-    pub(super) sums: Aligned<i32>,
+    /// `[rows][groups]`: the sum of each group's codes, exact.
+    pub(super) sums: Aligned<f32>,
+    /// `[rows][groups]`: `-offset * sum`, where a group's dot product with unsigned codes starts.
+    pub(super) corrections: Aligned<i32>,
     pub(super) groups: Groups,
+    /// Of the weights' codes.
+    pub(super) offset: i32,
     /// Codes between rows, a multiple of 64.
     pub(super) stride: usize,
 }
@@ -27,14 +31,17 @@ impl Activations {
             codes: Aligned::new(0).expect(none),
             scales: Aligned::new(0).expect(none),
             sums: Aligned::new(0).expect(none),
+            corrections: Aligned::new(0).expect(none),
             groups: Groups::new(0, 1),
+            offset: 0,
             stride: 0,
         }
     }
 
     /// Makes room for `row_count` rows; allocates only if it never had so much.
-    pub(super) fn prepare(&mut self, row_count: usize, groups: Groups) -> Result<(), PackError> {
-        self.groups = groups;
+    pub(super) fn prepare(&mut self, row_count: usize, weights: &IntegerWeights) -> Result<(), PackError> {
+        let groups = weights.groups;
+        (self.groups, self.offset) = (groups, weights.offset);
         self.stride = groups.padded_inputs().next_multiple_of(64);
         if self.codes.len() < row_count * self.stride {
             self.codes = Aligned::new(row_count * self.stride)?;
@@ -42,8 +49,14 @@ impl Activations {
         if self.scales.len() < row_count * groups.count {
             self.scales = Aligned::new(row_count * groups.count)?;
             self.sums = Aligned::new(row_count * groups.count)?;
+            self.corrections = Aligned::new(row_count * groups.count)?;
         }
         Ok(())
+    }
+
+    /// Whether these were quantised for such weights.
+    pub(super) fn suits(&self, weights: &IntegerWeights) -> bool {
+        self.groups == weights.groups && self.offset == weights.offset
     }
 }
 
@@ -52,10 +65,12 @@ pub(super) struct QuantiseRows<'a> {
     pub(super) x: &'a [f32],
     pub(super) rows: std::ops::Range<usize>,
     pub(super) groups: Groups,
+    pub(super) offset: i32,
     pub(super) stride: usize,
     pub(super) codes: Shared<'a, i8>,
     pub(super) scales: Shared<'a, f32>,
-    pub(super) sums: Shared<'a, i32>,
+    pub(super) sums: Shared<'a, f32>,
+    pub(super) corrections: Shared<'a, i32>,
 }
 
 impl Kernel for QuantiseRows<'_> {
@@ -72,9 +87,12 @@ impl Kernel for QuantiseRows<'_> {
             let scales = unsafe { self.scales.part(row * groups.count..(row + 1) * groups.count) };
             // SAFETY: as above.
             let sums = unsafe { self.sums.part(row * groups.count..(row + 1) * groups.count) };
+            // SAFETY: as above.
+            let corrections = unsafe { self.corrections.part(row * groups.count..(row + 1) * groups.count) };
             for g in 0..groups.count {
                 let codes = &mut codes[g * groups.padded_group()..][..groups.padded(g)];
-                (scales[g], sums[g]) = quantise_group(s, &x[groups.members(g)], codes);
+                let (scale, sum) = quantise_group(s, &x[groups.members(g)], codes);
+                (scales[g], sums[g], corrections[g]) = (scale, sum as f32, -self.offset * sum);
             }
         }
     }
@@ -88,34 +106,32 @@ fn quantise_group<S: Lanes>(s: S, x: &[f32], codes: &mut [i8]) -> (f32, i32) {
     for chunk in chunks {
         amax = s.max(s.abs(s.load(chunk)), amax);
     }
-    let mut padded = [0.0f32; 16];
-    padded[..tail.len()].copy_from_slice(tail);
     if !tail.is_empty() {
-        amax = s.max(s.abs(s.load(&padded)), amax);
+        amax = s.max(s.abs(load_some(s, tail)), amax);
     }
     let amax = s.max_lane(amax);
     let inverse = 127.0 / amax;
-    if !inverse.is_finite() {
+    if inverse == f32::INFINITY {
         codes.fill(0);
         return (0.0, 0);
     }
     let factor = s.splat(inverse);
     let mut sums = s.zero_int();
-    let (code_chunks, code_tail) = codes.as_chunks_mut::<16>();
-    for (chunk, codes) in chunks.iter().zip(&mut *code_chunks) {
+    let (code_chunks, _) = codes.as_chunks_mut::<16>();
+    for (chunk, codes) in chunks.iter().zip(code_chunks) {
         let rounded = s.to_int(s.mul(s.load(chunk), factor));
         sums = s.add_int(sums, rounded);
         s.store_codes(rounded, codes);
     }
     if !tail.is_empty() {
-        let rounded = s.to_int(s.mul(s.load(&padded), factor));
+        let rounded = s.to_int(s.mul(load_some(s, tail), factor));
         sums = s.add_int(sums, rounded);
-        let mut codes = [0i8; 16];
-        s.store_codes(rounded, &mut codes);
-        // A tail of 9 to 15 elements fills a whole chunk of codes, a shorter one half a chunk.
-        let rest = code_chunks.get_mut(chunks.len()).map_or(code_tail, |chunk| chunk.as_mut_slice());
+        let mut padded = [0i8; 16];
+        s.store_codes(rounded, &mut padded);
+        // What is left of the codes is 8 or 16, with zeros for the padding.
+        let rest = &mut codes[chunks.len() * 16..];
         let len = rest.len();
-        rest.copy_from_slice(&codes[..len]);
+        rest.copy_from_slice(&padded[..len]);
     }
     (amax / 127.0, s.sum_int(sums))
 }

@@ -128,7 +128,15 @@ impl Attend<'_> {
 
     /// Takes one piece's products into the running softmax and the outputs of G heads.
     #[inline(always)]
-    fn accumulate<S: Lanes, const G: usize>(&self, s: S, out: &mut [f32], running: &mut [Running; G], products: [S::F; G], values: &[f32], seen: Range<usize>) {
+    fn accumulate<S: Lanes, const G: usize>(
+        &self,
+        s: S,
+        out: &mut [f32],
+        running: &mut [Running; G],
+        products: [S::F; G],
+        values: &[f32],
+        seen: Range<usize>,
+    ) {
         let d = self.shape.kv.head_dim;
         let mask = s.range_mask(seen.start, seen.end);
         let mut p = [[0.0f32; PIECE_TOKENS]; G];
@@ -160,9 +168,12 @@ impl Attend<'_> {
             blend::<S, G, 4>(s, out, d, column, &p, values, &seen);
             column += 64;
         }
-        while column < d {
+        while column + 16 <= d {
             blend::<S, G, 1>(s, out, d, column, &p, values, &seen);
             column += 16;
+        }
+        if column < d {
+            blend_rest::<S, G>(s, out, d, column, &p, values, &seen);
         }
     }
 }
@@ -209,16 +220,16 @@ fn blend<S: Lanes, const G: usize, const C: usize>(
 ) {
     let mut acc = [[s.splat(0.0); C]; G];
     for g in 0..G {
+        let (chunks, _) = out[g * d + column..][..C * 16].as_chunks::<16>();
         for c in 0..C {
-            let at = column + c * 16;
-            acc[g][c] = load_some(s, &out[g * d + at..g * d + (at + 16).min(d)]);
+            acc[g][c] = s.load(&chunks[c]);
         }
     }
     for t in seen.clone() {
+        let (chunks, _) = values[t * d + column..][..C * 16].as_chunks::<16>();
         let mut v = [s.splat(0.0); C];
         for c in 0..C {
-            let at = column + c * 16;
-            v[c] = load_some(s, &values[t * d + at..t * d + (at + 16).min(d)]);
+            v[c] = s.load(&chunks[c]);
         }
         for g in 0..G {
             let weight = s.splat(p[g][t]);
@@ -228,10 +239,31 @@ fn blend<S: Lanes, const G: usize, const C: usize>(
         }
     }
     for g in 0..G {
+        let (chunks, _) = out[g * d + column..][..C * 16].as_chunks_mut::<16>();
         for c in 0..C {
-            let at = column + c * 16;
-            store_some(s, acc[g][c], &mut out[g * d + at..g * d + (at + 16).min(d)]);
+            s.store(acc[g][c], &mut chunks[c]);
         }
+    }
+}
+
+/// As [`blend`] for the fewer than 16 columns at the end of a head.
+#[inline(always)]
+fn blend_rest<S: Lanes, const G: usize>(
+    s: S,
+    out: &mut [f32],
+    d: usize,
+    column: usize,
+    p: &[[f32; PIECE_TOKENS]; G],
+    values: &[f32],
+    seen: &Range<usize>,
+) {
+    for g in 0..G {
+        let out = &mut out[g * d + column..(g + 1) * d];
+        let mut acc = load_some(s, out);
+        for t in seen.clone() {
+            acc = s.fma(s.splat(p[g][t]), load_some(s, &values[t * d + column..(t + 1) * d]), acc);
+        }
+        store_some(s, acc, out);
     }
 }
 

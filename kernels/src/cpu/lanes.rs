@@ -19,6 +19,8 @@ pub(super) trait Lanes: Copy + Send + Sync + 'static {
     /// Whether there are 32 registers of 16 lanes: tiles of several column panels pay.
     const WIDE: bool;
 
+    /// A hint that the cache line at `address` will be read; any address will do.
+    fn prefetch(self, address: *const u8);
     fn splat(self, x: f32) -> Self::F;
     fn load(self, x: &[f32; 16]) -> Self::F;
     fn store(self, x: Self::F, out: &mut [f32; 16]);

@@ -2,7 +2,7 @@
 //!
 //! A unit is a run of panels for a block of rows. The order of accumulation of an output is fixed by K alone
 //! (docs/numerics.md), so units, tiles and threads are free to be whatever is fast. One row is limited by the bytes of
-//! the weights; many rows by multiply-add throughput, with weights of one slice and 96 rows staying in L2.
+//! the weights; many rows by multiply-add throughput, with a tile's weights of one pass and 96 rows staying in L2.
 
 use std::ops::Range;
 
@@ -28,22 +28,38 @@ pub(super) struct Output<'a> {
 }
 
 impl Output<'_> {
-    /// Adds one slice's sums of `row` and `panel`: the first slice is the start value, the bias comes after the last.
+    /// What an earlier pass over K left for `row` and `panel`.
     ///
     /// # Safety
     /// No other thread works on this row and panel.
     #[inline(always)]
-    pub(super) unsafe fn add_slice<S: Lanes>(&self, s: S, sums: S::F, row: usize, panel: usize, is_first: bool, is_last: bool) {
-        let column = self.first + panel * LANES;
-        let count = LANES.min(self.outputs - panel * LANES);
-        let start = row * self.stride + column;
+    pub(super) unsafe fn load<S: Lanes>(&self, s: S, row: usize, panel: usize) -> S::F {
         // SAFETY: the caller owns this row and panel.
-        let out = unsafe { self.values.part(start..start + count) };
-        let mut value = if is_first { sums } else { s.add(load_some(s, out), sums) };
+        load_some(s, unsafe { self.place(row, panel) })
+    }
+
+    /// Stores sums; the bias comes after the last slice of K.
+    ///
+    /// # Safety
+    /// No other thread works on this row and panel.
+    #[inline(always)]
+    pub(super) unsafe fn store<S: Lanes>(&self, s: S, sums: S::F, row: usize, panel: usize, is_last: bool) {
+        // SAFETY: the caller owns this row and panel.
+        let out = unsafe { self.place(row, panel) };
+        let mut value = sums;
         if is_last && let Some(bias) = self.bias {
-            value = s.add(value, load_some(s, &bias[column..column + count]));
+            value = s.add(value, load_some(s, &bias[self.first + panel * LANES..][..out.len()]));
         }
         store_some(s, value, out);
+    }
+
+    /// # Safety
+    /// No other thread works on this row and panel.
+    #[inline(always)]
+    unsafe fn place(&self, row: usize, panel: usize) -> &mut [f32] {
+        let start = row * self.stride + self.first + panel * LANES;
+        // SAFETY: the caller owns this row and panel.
+        unsafe { self.values.part(start..start + LANES.min(self.outputs - panel * LANES)) }
     }
 }
 
@@ -91,7 +107,7 @@ fn run_unit(cpu: &Cpu, part: &Part, output: Output<'_>, x: &[f32], scratch: &Scr
         Weights::F16(weights) => cpu.proven.run(FloatTiles::<F16> { x, inputs, weights, rows, panels, output }),
         Weights::Bf16(weights) => cpu.proven.run(FloatTiles::<Bf16> { x, inputs, weights, rows, panels, output }),
         Weights::Integer(weights) => {
-            let x = scratch.iter().find(|x| x.groups == weights.groups).expect("quantise has been here for every grouping");
+            let x = scratch.iter().find(|x| x.suits(weights)).expect("quantise has been here for every grouping");
             IntegerTiles { x, weights, rows, panels, output }.dispatch(cpu.proven);
         }
     }
@@ -102,8 +118,7 @@ fn quantise(cpu: &Cpu, scratch: &mut Scratch, x: &[f32], row_count: usize, linea
     let mut count = 0;
     for part in &linear.parts {
         let Weights::Integer(weights) = &part.weights else { continue };
-        let groups = weights.groups;
-        if scratch[..count].iter().any(|done| done.groups == groups) {
+        if scratch[..count].iter().any(|done| done.suits(weights)) {
             continue;
         }
         if scratch.len() == count {
@@ -111,14 +126,15 @@ fn quantise(cpu: &Cpu, scratch: &mut Scratch, x: &[f32], row_count: usize, linea
         }
         let activations = &mut scratch[count];
         count += 1;
-        activations.prepare(row_count, groups).expect("memory for one batch's activations");
-        let stride = activations.stride;
+        activations.prepare(row_count, weights).expect("memory for one batch's activations");
+        let (groups, offset, stride) = (activations.groups, activations.offset, activations.stride);
         let codes = Shared::new(&mut activations.codes);
         let scales = Shared::new(&mut activations.scales);
         let sums = Shared::new(&mut activations.sums);
+        let corrections = Shared::new(&mut activations.corrections);
         cpu.spread(row_count.div_ceil(QUANTISE_ROWS), x.len(), &|unit| {
             let rows = unit * QUANTISE_ROWS..((unit + 1) * QUANTISE_ROWS).min(row_count);
-            cpu.proven.run(QuantiseRows { x, rows, groups, stride, codes, scales, sums });
+            cpu.proven.run(QuantiseRows { x, rows, groups, offset, stride, codes, scales, sums, corrections });
         });
     }
     // What an earlier call left behind must not be taken for this call's.
@@ -137,11 +153,15 @@ fn unit_panels(part: &Part, row_count: usize, threads: usize) -> usize {
     (by_bytes.min(by_share) / ONE_ROW_PANELS * ONE_ROW_PANELS).max(ONE_ROW_PANELS)
 }
 
-/// Rows of a unit: they and one slice of a tile's weights stay in L2. A multiple of all tile heights.
+/// Elements of K that a tile goes through before the next rows: its weights of a pass are to stay in L2.
+pub(super) const PASS: usize = 4 * crate::SLICE;
+/// Rows of a unit: they stay in L2 beside the weights of a pass. A multiple of all tile heights.
 const ROW_BLOCK: usize = 96;
 /// A multiple of all tile widths but the one-row one.
 const MANY_ROWS_PANELS: usize = 6;
 /// Width of the one-row tile.
 pub(super) const ONE_ROW_PANELS: usize = 4;
+/// How far ahead a one-row tile asks for weights: a few hundred cycles of one stream.
+pub(super) const PREFETCH_BYTES: usize = 2048;
 const ONE_ROW_BYTES: usize = 64 << 10;
 const QUANTISE_ROWS: usize = 8;

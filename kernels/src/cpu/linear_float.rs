@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use super::isa::Kernel;
 use super::lanes::Lanes;
-use super::linear::{ONE_ROW_PANELS, Output};
+use super::linear::{ONE_ROW_PANELS, Output, PASS, PREFETCH_BYTES};
 use super::memory::Element;
 use super::pack::LANES;
 use crate::SLICE;
@@ -67,53 +67,81 @@ impl<W: FloatFormat> Kernel for FloatTiles<'_, W> {
     fn run<S: Lanes>(self, s: S) {
         let mut panel = self.panels.start;
         if self.rows.len() == 1 {
-            self.columns::<S, ONE_ROW_PANELS>(s, &mut panel);
+            // Stream i reads the i-th quarter of the unit, so that each runs on through its panels.
+            let height = self.panels.len() / ONE_ROW_PANELS;
+            for _ in 0..height {
+                self.columns::<S, ONE_ROW_PANELS>(s, panel, height);
+                panel += 1;
+            }
+            panel = self.panels.start + height * ONE_ROW_PANELS;
         } else if S::WIDE {
-            self.columns::<S, 3>(s, &mut panel);
+            while panel + 3 <= self.panels.end {
+                self.columns::<S, 3>(s, panel, 1);
+                panel += 3;
+            }
         }
-        self.columns::<S, 1>(s, &mut panel);
+        while panel < self.panels.end {
+            self.columns::<S, 1>(s, panel, 1);
+            panel += 1;
+        }
     }
 }
 
 impl<W: FloatFormat> FloatTiles<'_, W> {
-    /// All rows of as many panels, C at a time, as there are.
+    /// All rows of panels `panel`, `panel + step`, ...: C of them.
     #[inline(always)]
-    fn columns<S: Lanes, const C: usize>(&self, s: S, panel: &mut usize) {
-        while *panel + C <= self.panels.end {
-            for start in (0..self.inputs).step_by(SLICE) {
-                let slice = start..(start + SLICE).min(self.inputs);
-                let mut row = self.rows.start;
-                if C != ONE_ROW_PANELS {
-                    if S::WIDE {
-                        self.rows::<S, 8, C>(s, &mut row, *panel, &slice);
-                    }
-                    self.rows::<S, 4, C>(s, &mut row, *panel, &slice);
-                    self.rows::<S, 2, C>(s, &mut row, *panel, &slice);
+    fn columns<S: Lanes, const C: usize>(&self, s: S, panel: usize, step: usize) {
+        for start in (0..self.inputs).step_by(PASS) {
+            let pass = start..(start + PASS).min(self.inputs);
+            let mut row = self.rows.start;
+            if C != ONE_ROW_PANELS {
+                if S::WIDE {
+                    self.rows::<S, 8, C>(s, &mut row, panel, step, &pass);
                 }
-                self.rows::<S, 1, C>(s, &mut row, *panel, &slice);
+                self.rows::<S, 4, C>(s, &mut row, panel, step, &pass);
+                self.rows::<S, 2, C>(s, &mut row, panel, step, &pass);
             }
-            *panel += C;
+            self.rows::<S, 1, C>(s, &mut row, panel, step, &pass);
         }
     }
 
     /// As many rows, R at a time, as there are.
     #[inline(always)]
-    fn rows<S: Lanes, const R: usize, const C: usize>(&self, s: S, row: &mut usize, panel: usize, slice: &Range<usize>) {
+    fn rows<S: Lanes, const R: usize, const C: usize>(&self, s: S, row: &mut usize, panel: usize, step: usize, pass: &Range<usize>) {
+        let (all, _) = self.weights.as_chunks::<LANES>();
         while *row + R <= self.rows.end {
-            let mut x = [&self.x[..0]; R];
-            for r in 0..R {
-                x[r] = &self.x[(*row + r) * self.inputs..][slice.clone()];
+            let mut totals = [[s.splat(0.0); C]; R];
+            if pass.start != 0 {
+                for r in 0..R {
+                    for c in 0..C {
+                        // SAFETY: units have disjoint rows and panels, and this one is ours.
+                        totals[r][c] = unsafe { self.output.load(s, *row + r, panel + c * step) };
+                    }
+                }
             }
-            let (all, _) = self.weights.as_chunks::<LANES>();
-            let mut w = [&all[..0]; C];
-            for c in 0..C {
-                w[c] = &all[(panel + c) * self.inputs..][slice.clone()];
+            let mut start = pass.start;
+            while start < pass.end {
+                let slice = start..(start + SLICE).min(pass.end);
+                let mut x = [&self.x[..0]; R];
+                for r in 0..R {
+                    x[r] = &self.x[(*row + r) * self.inputs..][slice.clone()];
+                }
+                let mut w = [&all[..0]; C];
+                for c in 0..C {
+                    w[c] = &all[(panel + c * step) * self.inputs..][slice.clone()];
+                }
+                let sums = tile::<S, W, R, C>(s, x, w);
+                for r in 0..R {
+                    for c in 0..C {
+                        totals[r][c] = if start == 0 { sums[r][c] } else { s.add(totals[r][c], sums[r][c]) };
+                    }
+                }
+                start = slice.end;
             }
-            let sums = tile::<S, W, R, C>(s, x, w);
             for r in 0..R {
                 for c in 0..C {
-                    // SAFETY: units have disjoint rows and panels, and this one is ours.
-                    unsafe { self.output.add_slice(s, sums[r][c], *row + r, panel + c, slice.start == 0, slice.end == self.inputs) };
+                    // SAFETY: as above.
+                    unsafe { self.output.store(s, totals[r][c], *row + r, panel + c * step, pass.end == self.inputs) };
                 }
             }
             *row += R;
@@ -135,6 +163,9 @@ fn tile<S: Lanes, W: FloatFormat, const R: usize, const C: usize>(s: S, x: [&[f3
     for k in 0..len {
         let mut weights = [s.splat(0.0); C];
         for c in 0..C {
+            if R == 1 {
+                s.prefetch(w[c].as_ptr().wrapping_add(k).cast::<u8>().wrapping_add(PREFETCH_BYTES));
+            }
             // SAFETY: k < len, which is every slice's length (asserted above).
             weights[c] = W::load(s, unsafe { w[c].get_unchecked(k) });
         }

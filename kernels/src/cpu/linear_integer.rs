@@ -3,7 +3,8 @@
 //! Formula, by ascending group of a slice of 512: `isum = dot(code + offset, a) - offset * asum` exactly in i32, then
 //! `acc = fma(f32(isum), s_a * s_w, acc)`, and with a minimum `acc = fma(f32(asum), s_a * m_w, acc)`.
 //! Weights: see `pack`. Activations: see `activations`; 4 codes are broadcast to all 16 columns.
-//! Tiles: 6 rows x 2 panels with 32 registers (12 integer and 12 float accumulators), 2 x 1 with 16, 1 row x 4 panels.
+//! Tiles: 8 rows x 2 panels with 32 registers (16 integer accumulators: the instruction has a latency of 5 and two start in
+//! a cycle, 12 leave no slack; the float ones spill to L1 between groups), 2 x 1 with 16 registers, 1 row x 4 panels.
 //! Tolerance against the reference: none, equal bits.
 
 use std::marker::PhantomData;
@@ -12,7 +13,7 @@ use std::ops::Range;
 use super::activations::Activations;
 use super::isa::{Kernel, Proven};
 use super::lanes::Lanes;
-use super::linear::{ONE_ROW_PANELS, Output};
+use super::linear::{ONE_ROW_PANELS, Output, PASS, PREFETCH_BYTES};
 use super::linear_float::{F16, F32, FloatFormat};
 use super::pack::{IntegerWeights, LANES, Scales};
 use crate::SLICE;
@@ -99,49 +100,78 @@ impl<B: CodeFormat, W: FloatFormat, const MINIMUM: bool> Kernel for Tiles<'_, B,
 
     #[inline(always)]
     fn run<S: Lanes>(self, s: S) {
-        let mut panel = self.unit.panels.start;
+        let (panels, mut panel) = (&self.unit.panels, self.unit.panels.start);
         if self.unit.rows.len() == 1 {
-            self.columns::<S, ONE_ROW_PANELS>(s, &mut panel);
+            // Stream i reads the i-th quarter of the unit, so that each runs on through its panels.
+            let height = panels.len() / ONE_ROW_PANELS;
+            for _ in 0..height {
+                self.columns::<S, ONE_ROW_PANELS>(s, panel, height);
+                panel += 1;
+            }
+            panel = panels.start + height * ONE_ROW_PANELS;
         } else if S::WIDE {
-            self.columns::<S, 2>(s, &mut panel);
+            while panel + 2 <= panels.end {
+                self.columns::<S, 2>(s, panel, 1);
+                panel += 2;
+            }
         }
-        self.columns::<S, 1>(s, &mut panel);
+        while panel < panels.end {
+            self.columns::<S, 1>(s, panel, 1);
+            panel += 1;
+        }
     }
 }
 
 impl<B: CodeFormat, W: FloatFormat, const MINIMUM: bool> Tiles<'_, B, W, MINIMUM> {
-    /// All rows of as many panels, C at a time, as there are.
+    /// All rows of panels `panel`, `panel + step`, ...: C of them.
     #[inline(always)]
-    fn columns<S: Lanes, const C: usize>(&self, s: S, panel: &mut usize) {
+    fn columns<S: Lanes, const C: usize>(&self, s: S, panel: usize, step: usize) {
         let groups = self.unit.weights.groups;
-        let slice_groups = SLICE / groups.group;
-        while *panel + C <= self.unit.panels.end {
-            for start in (0..groups.count).step_by(slice_groups) {
-                let slice = start..(start + slice_groups).min(groups.count);
-                let mut row = self.unit.rows.start;
-                if C != ONE_ROW_PANELS {
-                    if S::WIDE {
-                        self.rows::<S, 6, C>(s, &mut row, *panel, &slice);
-                        self.rows::<S, 4, C>(s, &mut row, *panel, &slice);
-                    }
-                    self.rows::<S, 2, C>(s, &mut row, *panel, &slice);
+        let pass_groups = PASS / groups.group;
+        for start in (0..groups.count).step_by(pass_groups) {
+            let pass = start..(start + pass_groups).min(groups.count);
+            let mut row = self.unit.rows.start;
+            if C != ONE_ROW_PANELS {
+                if S::WIDE {
+                    self.rows::<S, 8, C>(s, &mut row, panel, step, &pass);
+                    self.rows::<S, 4, C>(s, &mut row, panel, step, &pass);
                 }
-                self.rows::<S, 1, C>(s, &mut row, *panel, &slice);
+                self.rows::<S, 2, C>(s, &mut row, panel, step, &pass);
             }
-            *panel += C;
+            self.rows::<S, 1, C>(s, &mut row, panel, step, &pass);
         }
     }
 
-    /// As many rows, R at a time, as there are.
+    /// As many rows, R at a time, as there are; `pass` is in groups.
     #[inline(always)]
-    fn rows<S: Lanes, const R: usize, const C: usize>(&self, s: S, row: &mut usize, panel: usize, slice: &Range<usize>) {
+    fn rows<S: Lanes, const R: usize, const C: usize>(&self, s: S, row: &mut usize, panel: usize, step: usize, pass: &Range<usize>) {
+        let groups = self.unit.weights.groups;
+        let slice_groups = SLICE / groups.group;
         while *row + R <= self.unit.rows.end {
-            let sums = self.tile::<S, R, C>(s, *row, panel, slice);
-            let (is_first, is_last) = (slice.start == 0, slice.end == self.unit.weights.groups.count);
+            let mut totals = [[s.splat(0.0); C]; R];
+            if pass.start != 0 {
+                for r in 0..R {
+                    for c in 0..C {
+                        // SAFETY: units have disjoint rows and panels, and this one is ours.
+                        totals[r][c] = unsafe { self.unit.output.load(s, *row + r, panel + c * step) };
+                    }
+                }
+            }
+            let mut start = pass.start;
+            while start < pass.end {
+                let slice = start..(start + slice_groups).min(pass.end);
+                let sums = self.tile::<S, R, C>(s, *row, panel, step, &slice);
+                for r in 0..R {
+                    for c in 0..C {
+                        totals[r][c] = if start == 0 { sums[r][c] } else { s.add(totals[r][c], sums[r][c]) };
+                    }
+                }
+                start = slice.end;
+            }
             for r in 0..R {
                 for c in 0..C {
-                    // SAFETY: units have disjoint rows and panels, and this one is ours.
-                    unsafe { self.unit.output.add_slice(s, sums[r][c], *row + r, panel + c, is_first, is_last) };
+                    // SAFETY: as above.
+                    unsafe { self.unit.output.store(s, totals[r][c], *row + r, panel + c * step, pass.end == groups.count) };
                 }
             }
             *row += R;
@@ -150,9 +180,15 @@ impl<B: CodeFormat, W: FloatFormat, const MINIMUM: bool> Tiles<'_, B, W, MINIMUM
 
     /// Sums of one slice for R rows and C panels.
     #[inline(always)]
-    fn tile<S: Lanes, const R: usize, const C: usize>(&self, s: S, row: usize, panel: usize, slice: &Range<usize>) -> [[S::F; C]; R] {
+    fn tile<S: Lanes, const R: usize, const C: usize>(
+        &self,
+        s: S,
+        row: usize,
+        panel: usize,
+        panel_step: usize,
+        slice: &Range<usize>,
+    ) -> [[S::F; C]; R] {
         let (input, groups) = (self.unit.x, self.unit.weights.groups);
-        let offset = self.unit.weights.offset;
         // Steps of 8 codes: of a whole group, and up to the end of the row.
         let (group_steps, row_steps) = (groups.padded_group() / 8, groups.padded_inputs() / 8);
 
@@ -160,19 +196,21 @@ impl<B: CodeFormat, W: FloatFormat, const MINIMUM: bool> Tiles<'_, B, W, MINIMUM
         let mut quads = [&all_quads[..0]; R];
         let mut scales = [&input.scales[..0]; R];
         let mut sums = [&input.sums[..0]; R];
+        let mut corrections = [&input.corrections[..0]; R];
         for r in 0..R {
             quads[r] = &all_quads[(row + r) * (input.stride / 4)..][..row_steps * 2];
             scales[r] = &input.scales[(row + r) * groups.count..][..groups.count];
             sums[r] = &input.sums[(row + r) * groups.count..][..groups.count];
+            corrections[r] = &input.corrections[(row + r) * groups.count..][..groups.count];
         }
         let mut codes = [&self.codes[..0]; C];
         let mut weight_scales = [&self.scales[..0]; C];
         let mut weight_minima = [&self.minima[..0]; C];
         for c in 0..C {
-            codes[c] = &self.codes[(panel + c) * row_steps * B::CHUNKS..][..row_steps * B::CHUNKS];
-            weight_scales[c] = &self.scales[(panel + c) * groups.count..][..groups.count];
+            codes[c] = &self.codes[(panel + c * panel_step) * row_steps * B::CHUNKS..][..row_steps * B::CHUNKS];
+            weight_scales[c] = &self.scales[(panel + c * panel_step) * groups.count..][..groups.count];
             if MINIMUM {
-                weight_minima[c] = &self.minima[(panel + c) * groups.count..][..groups.count];
+                weight_minima[c] = &self.minima[(panel + c * panel_step) * groups.count..][..groups.count];
             }
         }
 
@@ -181,8 +219,8 @@ impl<B: CodeFormat, W: FloatFormat, const MINIMUM: bool> Tiles<'_, B, W, MINIMUM
         for g in slice.clone() {
             let mut dot = [[s.dot_start(0); C]; R];
             for r in 0..R {
-                // SAFETY: g < groups.count, the length of every scale, sum and minimum slice taken above.
-                let start = s.dot_start(-offset * unsafe { *sums[r].get_unchecked(g) });
+                // SAFETY: g < groups.count, the length of every slice by group taken above.
+                let start = s.dot_start(unsafe { *corrections[r].get_unchecked(g) });
                 for c in 0..C {
                     dot[r][c] = start;
                 }
@@ -190,6 +228,12 @@ impl<B: CodeFormat, W: FloatFormat, const MINIMUM: bool> Tiles<'_, B, W, MINIMUM
             for step in g * group_steps..((g + 1) * group_steps).min(row_steps) {
                 let mut loaded = [[s.load_codes(&[0; 64]); 2]; C];
                 for c in 0..C {
+                    if R == 1 {
+                        for chunk in 0..B::CHUNKS {
+                            let ahead = codes[c].as_ptr().wrapping_add(step * B::CHUNKS + chunk);
+                            s.prefetch(ahead.cast::<u8>().wrapping_add(PREFETCH_BYTES));
+                        }
+                    }
                     // SAFETY: step < row_steps, and a panel's codes are row_steps * CHUNKS.
                     loaded[c] = unsafe { B::load(s, codes[c], step * B::CHUNKS) };
                 }
@@ -216,8 +260,8 @@ impl<B: CodeFormat, W: FloatFormat, const MINIMUM: bool> Tiles<'_, B, W, MINIMUM
                     let minimum = W::load(s, unsafe { weight_minima[c].get_unchecked(g) });
                     for r in 0..R {
                         // SAFETY: as above.
-                        let (sum, x_scale) = unsafe { (*sums[r].get_unchecked(g), s.splat(*scales[r].get_unchecked(g))) };
-                        acc[r][c] = s.fma(s.splat(sum as f32), s.mul(x_scale, minimum), acc[r][c]);
+                        let (sum, x_scale) = unsafe { (s.splat(*sums[r].get_unchecked(g)), s.splat(*scales[r].get_unchecked(g))) };
+                        acc[r][c] = s.fma(sum, s.mul(x_scale, minimum), acc[r][c]);
                     }
                 }
             }

@@ -36,40 +36,53 @@ pub fn read_bandwidth(cpu: &Cpu, bytes: usize) -> Result<f64, PackError> {
     // Zero pages are all one physical page until they are written.
     data.fill(1);
     let (chunks, _) = data.as_chunks::<64>();
-    let seconds = best_seconds(BANDWIDTH_RUNS, || {
-        let units = chunks.len().div_ceil(READ_CHUNKS);
-        cpu.pool.run(units, &|unit| {
-            let chunks = &chunks[unit * READ_CHUNKS..((unit + 1) * READ_CHUNKS).min(chunks.len())];
+    if chunks.is_empty() {
+        return Ok(0.0);
+    }
+    // One window after another, so that a run is short and yet no cache holds what it reads.
+    let mut windows = chunks.chunks(WINDOW_CHUNKS).cycle();
+    let window_bytes = chunks.len().min(WINDOW_CHUNKS) * 64;
+    let seconds = best_seconds(4 * BUDGET, || {
+        let window = windows.next().expect("a cycle of at least one window");
+        cpu.pool.run(window.len().div_ceil(READ_CHUNKS), &|unit| {
+            let chunks = &window[unit * READ_CHUNKS..((unit + 1) * READ_CHUNKS).min(window.len())];
             black_box(cpu.proven.run(Read { chunks }));
         });
     });
-    Ok(data.len() as f64 / seconds)
+    Ok(window_bytes as f64 / seconds)
 }
 
 /// f32 multiplications and additions a second of all threads.
 pub fn f32_peak(cpu: &Cpu) -> f64 {
-    let seconds = best_seconds(PEAK_RUNS, || cpu.pool.run(cpu.threads(), &|_| {
-        black_box(cpu.proven.run(Fma { x: black_box(0.5) }));
-    }));
+    let seconds = best_seconds(BUDGET, || {
+        cpu.pool.run(cpu.threads(), &|_| {
+            black_box(cpu.proven.run(Fma { x: black_box(0.5) }));
+        })
+    });
     (cpu.threads() * STEPS * ACCUMULATORS * 16 * 2) as f64 / seconds
 }
 
 /// int8 multiplications and additions a second of all threads.
 pub fn int8_peak(cpu: &Cpu) -> f64 {
-    let seconds = best_seconds(PEAK_RUNS, || cpu.pool.run(cpu.threads(), &|_| {
-        black_box(cpu.proven.run(Dot { x: black_box(3) }));
-    }));
+    let seconds = best_seconds(BUDGET, || {
+        cpu.pool.run(cpu.threads(), &|_| {
+            black_box(cpu.proven.run(Dot { x: black_box(3) }));
+        })
+    });
     (cpu.threads() * STEPS * ACCUMULATORS * 64 * 2) as f64 / seconds
 }
 
-/// The shortest of `runs` runs: on a shared machine the best is the one least disturbed.
+/// The shortest of as many runs as fit in `budget`, at least three. On a shared machine the best is the one least
+/// disturbed: runs should be shorter than a scheduler's time slice, about a millisecond.
 #[expect(clippy::disallowed_methods, reason = "a measurement reads the real clock")]
-pub(crate) fn best_seconds(runs: usize, mut run: impl FnMut()) -> f64 {
-    let mut best = Duration::MAX;
-    for _ in 0..runs {
+pub(crate) fn best_seconds(budget: Duration, mut run: impl FnMut()) -> f64 {
+    let begin = Instant::now();
+    let (mut best, mut runs) = (Duration::MAX, 0);
+    while runs < 3 || begin.elapsed() < budget {
         let start = Instant::now();
         run();
         best = best.min(start.elapsed());
+        runs += 1;
     }
     best.as_secs_f64()
 }
@@ -147,11 +160,11 @@ impl Kernel for Dot {
     }
 }
 
-const BANDWIDTH_RUNS: usize = 5;
-const PEAK_RUNS: usize = 10;
-/// 64-byte chunks of a unit of the bandwidth probe.
-const READ_CHUNKS: usize = 16 << 10;
+const BUDGET: Duration = Duration::from_millis(250);
+/// 64-byte chunks of one timed run of the bandwidth probe (8 MiB), and of its units.
+const WINDOW_CHUNKS: usize = 128 << 10;
+const READ_CHUNKS: usize = 4 << 10;
 /// Independent chains, enough to hide the latency of five cycles at two an instruction.
 const ACCUMULATORS: usize = 12;
-/// Steps of a peak's loop; int8 sums stay far below overflow.
-const STEPS: usize = 1_000_000;
+/// Steps of a peak's loop, about a third of a millisecond; int8 sums stay far below overflow.
+const STEPS: usize = 150_000;

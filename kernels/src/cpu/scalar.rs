@@ -19,6 +19,8 @@ impl Lanes for Scalar {
     const WIDE: bool = false;
 
     #[inline(always)]
+    fn prefetch(self, _address: *const u8) {}
+    #[inline(always)]
     fn splat(self, x: f32) -> [f32; 16] {
         [x; 16]
     }

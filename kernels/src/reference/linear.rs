@@ -138,7 +138,7 @@ pub fn quantise_activations(x: &[f32], group: usize) -> Activations {
     for x in x.chunks(group) {
         let amax = x.iter().fold(0.0f32, |max, x| max.max(x.abs()));
         let inverse = 127.0 / amax;
-        if inverse.is_finite() {
+        if inverse < f32::INFINITY {
             out.codes.extend(x.iter().map(|x| (x * inverse).round_ties_even().clamp(-127.0, 127.0) as i8));
             out.scales.push(amax / 127.0);
         } else {

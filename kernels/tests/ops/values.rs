@@ -1,7 +1,7 @@
 //! Seeded inputs that hurt: denormals, extremes, all-equal rows, zeros; and random bytes of every format.
 
 use ashlar_kernels::format::{Dtype, TensorView};
-use half::f16;
+use half::{bf16, f16};
 
 /// SplitMix64: small, seeded, good enough for inputs.
 pub(crate) struct Random(pub(crate) u64);
@@ -62,12 +62,15 @@ impl Random {
             Dtype::F32 => (0..rows).for_each(|_| self.wild_row(cols).iter().for_each(|w| out.extend(w.to_le_bytes()))),
             Dtype::F16 | Dtype::Bf16 => {
                 let exponent = if dtype == Dtype::F16 { 0x7c00 } else { 0x7f80 };
-                for _ in 0..rows * cols {
-                    // Any pattern that is finite; every second one of the size that weights have.
-                    let bits = self.next() as u16;
-                    let small = if dtype == Dtype::F16 { f16::from_f32(self.unit()).to_bits() } else { half::bf16::from_f32(self.unit()).to_bits() };
-                    let wild = if bits & exponent == exponent { bits & !0x4000 } else { bits };
-                    out.extend(if self.next() % 2 == 0 { small } else { wild }.to_le_bytes());
+                for _ in 0..rows {
+                    // One row in four of any finite pattern; in the others the order of additions shows in the last bits.
+                    let wild = self.below(4) == 0;
+                    for _ in 0..cols {
+                        let (bits, weight) = (self.next() as u16, self.unit());
+                        let tame = if dtype == Dtype::F16 { f16::from_f32(weight).to_bits() } else { bf16::from_f32(weight).to_bits() };
+                        let finite = if bits & exponent == exponent { bits & !0x4000 } else { bits };
+                        out.extend(if wild { finite } else { tame }.to_le_bytes());
+                    }
                 }
             }
             Dtype::Int8 { .. } | Dtype::Int4 { .. } => {
