@@ -95,9 +95,7 @@ fn lines() -> mpsc::Receiver<String> {
 /// One value for each Ctrl-C. From here on the signal does not end the process by itself.
 fn interrupts() -> mpsc::Receiver<()> {
     let (sender, receiver) = mpsc::channel(8);
-    tokio::spawn(async move {
-        while tokio::signal::ctrl_c().await.is_ok() && sender.send(()).await.is_ok() {}
-    });
+    tokio::spawn(async move { while tokio::signal::ctrl_c().await.is_ok() && sender.send(()).await.is_ok() {} });
     receiver
 }
 

@@ -135,7 +135,9 @@ fn options(args: &KernelsArgs) -> anyhow::Result<BenchOptions> {
 fn shape(text: &str) -> Result<(usize, usize), String> {
     let parts = text.split_once('x').and_then(|(outputs, inputs)| Some((outputs.parse::<usize>().ok()?, inputs.parse::<usize>().ok()?)));
     match parts {
-        Some((outputs, inputs)) if outputs > 0 && inputs > 0 && outputs.saturating_mul(inputs).saturating_mul(4) <= BYTES_MAX => Ok((outputs, inputs)),
+        Some((outputs, inputs)) if outputs > 0 && inputs > 0 && outputs.saturating_mul(inputs).saturating_mul(4) <= BYTES_MAX => {
+            Ok((outputs, inputs))
+        }
         Some(_) => Err("a layer must have outputs and inputs, and at most 16 GiB as f32".into()),
         None => Err("a shape is outputs x inputs, as in 576x1536".into()),
     }

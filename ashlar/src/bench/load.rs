@@ -18,7 +18,8 @@ use crate::bench::prompts::Prompts;
 use crate::bench::report::{self, Limits, Report, ServerUse, Summary};
 use crate::bench::request::{BodyOptions, Endpoint};
 use crate::bench::schedule::{
-    self, Arrivals, DURATION_S_MAX, MODELS_MAX, OUTPUT_TOKENS_TOTAL_MAX, Planned, RATE_MAX, REQUESTS_MAX, ScheduleSpec, TokenRange, WeightedModel,
+    self, Arrivals, DURATION_S_MAX, MODELS_MAX, OUTPUT_TOKENS_TOTAL_MAX, Planned, RATE_MAX, REQUESTS_MAX, ScheduleSpec, TokenRange,
+    WeightedModel,
 };
 use crate::client::Client;
 
@@ -150,7 +151,8 @@ pub(crate) async fn measure(args: &LoadArgs) -> anyhow::Result<Report> {
         }
     };
     let elapsed_s = start.elapsed().as_secs_f64();
-    let client_cpu_seconds = client_before.zip(ProcessUse::read(&own_pid).ok()).map(|(before, after)| after.cpu_seconds - before.cpu_seconds);
+    let client_cpu_seconds =
+        client_before.zip(ProcessUse::read(&own_pid).ok()).map(|(before, after)| after.cpu_seconds - before.cpu_seconds);
 
     let limits = Limits { ttft_ms: args.ttft_ms, itl_ms: args.itl_ms, tpot_ms: args.tpot_ms };
     let all = Summary::of(&outcomes, limits, elapsed_s);

@@ -167,7 +167,13 @@ mod tests {
 
     #[test]
     fn wrong_files_are_refused_with_the_line() {
-        for (text, says) in [("", "empty"), ("{\"prompt\": 1}", "line 1"), ("\n{}", "line 2"), ("{\"messages\":[]}", "--endpoint chat"), ("{\"a\":1}", "line 1")] {
+        for (text, says) in [
+            ("", "empty"),
+            ("{\"prompt\": 1}", "line 1"),
+            ("\n{}", "line 2"),
+            ("{\"messages\":[]}", "--endpoint chat"),
+            ("{\"a\":1}", "line 1"),
+        ] {
             let error = format!("{:#}", Prompts::parse(text.as_bytes(), Endpoint::Completions).expect_err(text));
             assert!(error.contains(says), "{text}: {error}");
         }

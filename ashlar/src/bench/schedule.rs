@@ -34,7 +34,9 @@ impl FromStr for TokenRange {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let (min, max) = text.split_once("..").unwrap_or((text, text));
-        let number = |text: &str| text.trim_start_matches('=').parse::<u32>().map_err(|_| format!("`{text}` is no number of tokens; write 128 or 64..512"));
+        let number = |text: &str| {
+            text.trim_start_matches('=').parse::<u32>().map_err(|_| format!("`{text}` is no number of tokens; write 128 or 64..512"))
+        };
         let range = Self { min: number(min)?, max: number(max)? };
         match range {
             Self { min: 0, .. } => Err("must be at least 1".into()),

@@ -90,7 +90,11 @@ async fn failures_are_infinite_and_counted_by_their_reason() {
         _ => three_tokens(asked),
     })
     .await;
-    let report = measure(&server, "--model good:4 --model bad --model cut --model mute --model slow --requests 40 --concurrency 8 --warmup 0 --timeout 0.4").await;
+    let report = measure(
+        &server,
+        "--model good:4 --model bad --model cut --model mute --model slow --requests 40 --concurrency 8 --warmup 0 --timeout 0.4",
+    )
+    .await;
     let all = &report.all;
     let count = |model: &str| report.models[model].request_count;
     assert_eq!(all.failed_count, 40 - count("good"));
