@@ -17,6 +17,7 @@ use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt, PutMode};
 
 pub use error::{Object, Retry, StoreError};
+pub use read::MappedBlock;
 pub use write::Put;
 
 use crate::canonical;

@@ -148,7 +148,7 @@ impl<B: Ops> Alone<B> {
         let (mut from, mut attention_from) = (0, 0);
         for to in self.cuts.clone() {
             if from > 0 {
-                self.cross(tokens.len());
+                cross(&*self.ops, &mut self.forward, tokens.len() * self.blocks[0].width());
             }
             let blocks: Vec<&LoadedBlock<B>> = self.blocks[from..to].iter().collect();
             let attention_to = attention_from + blocks.iter().filter(|block| block.kv_shape(page as usize).is_some()).count();
@@ -164,14 +164,14 @@ impl<B: Ops> Alone<B> {
         }
         self.computed_tokens = end;
     }
+}
 
-    /// Takes the hidden rows to the host and back, as a link between executors does.
-    fn cross(&mut self, row_count: usize) {
-        let mut rows = vec![0f32; row_count * self.blocks[0].width()];
-        self.ops.download(self.forward.hidden(), 0, &mut rows);
-        self.ops.upload(self.forward.hidden_mut(), 0, &vec![f32::NAN; rows.len()]);
-        self.ops.upload(self.forward.hidden_mut(), 0, &rows);
-    }
+/// Takes the hidden rows to the host and back, as a link between executors does.
+fn cross<B: Ops>(ops: &B, forward: &mut Forward<B>, element_count: usize) {
+    let mut rows = vec![0f32; element_count];
+    ops.download(forward.hidden(), 0, &mut rows);
+    ops.upload(forward.hidden_mut(), 0, &vec![f32::NAN; element_count]);
+    ops.upload(forward.hidden_mut(), 0, &rows);
 }
 
 /// What [`Alone::greedy`] gives.
@@ -203,7 +203,8 @@ impl<B: Ops> Pools<B> {
                 (*slots - page_count..*slots).rev().collect()
             })
             .collect();
-        let pools = slot_counts.into_iter().map(|(shape, slots)| Ok((shape, ops.kv(shape, slots as usize)?))).collect::<Result<_, PackError>>()?;
+        let pools =
+            slot_counts.into_iter().map(|(shape, slots)| Ok((shape, ops.kv(shape, slots as usize)?))).collect::<Result<_, PackError>>()?;
         Ok((Self { page_tokens: limits.page_tokens, pools }, tables))
     }
 }

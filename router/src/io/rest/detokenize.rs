@@ -1,0 +1,35 @@
+//! `POST /detokenize`: token ids to text, special tokens included, in vLLM's shapes.
+
+use std::sync::Arc;
+
+use ashlar_wire::code::Code;
+use axum::Json;
+use axum::extract::{Request, State};
+use axum::response::{IntoResponse, Response};
+use serde::Serialize;
+
+use crate::io::backend::ApiError;
+use crate::io::rest::Rest;
+use crate::io::rest::fields::{Fields, wrong};
+use crate::io::rest::texts::off_thread;
+
+#[derive(Serialize)]
+struct Detokenized {
+    prompt: String,
+}
+
+/// The route.
+pub(crate) async fn detokenize(State(rest): State<Arc<Rest>>, request: Request) -> Result<Response, ApiError> {
+    let call = rest.open(request).await?;
+    let mut fields = Fields::of_body(&call.body, &["model", "tokens"], &[])?;
+    let model = rest.model(&call.tenant, &fields.require::<String>("model", "a string")?)?;
+    let tokens: Vec<u32> = fields.require("tokens", "an array of token ids")?;
+    fields.finish();
+    if tokens.iter().any(|token| *token >= model.chain.vocab) {
+        return Err(wrong("tokens", &format!("made of token ids below {}", model.chain.vocab)));
+    }
+    let tokenizer = rest.texts.tokenizer(&*rest.backend, &model).await?;
+    let decoded = off_thread(move || tokenizer.decode(&tokens, false)).await?;
+    let prompt = decoded.map_err(|error| ApiError::new(Code::Internal, error.to_string()))?;
+    Ok(Json(Detokenized { prompt }).into_response())
+}

@@ -1,0 +1,197 @@
+//! OpenAI's API over HTTP: one file a route, all over the same `Backend`. Start with `chat`; `fields` is how bodies are read, `run` how
+//! sequences become text, `serve` the listener. It knows nothing of executors and placement. docs/api.md is its contract.
+
+mod body;
+mod chat;
+mod choice;
+mod completions;
+pub mod config;
+mod detokenize;
+mod envelope;
+mod error;
+mod fields;
+mod generation;
+mod health;
+mod logprobs;
+mod messages;
+mod metrics;
+mod models;
+mod run;
+mod serve;
+mod sse;
+mod texts;
+mod tokenize;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use ashlar_wire::code::Code;
+use ashlar_wire::id::{RequestId, TenantName};
+use axum::Router;
+use axum::http::{HeaderMap, HeaderValue, header};
+use axum::response::Response;
+use axum::routing::{get, post};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+pub use chat::fuzz_chat_body;
+pub use serve::serve;
+
+use crate::io::backend::{ApiError, Backend, ModelView};
+use crate::io::metrics::RequestMetrics;
+use crate::io::rest::config::RestConfig;
+use crate::io::rest::generation::Generation;
+use crate::io::rest::run::{NewRun, Run};
+use crate::io::rest::texts::{Texts, now_s};
+use crate::text::tokenizer::Tokenizer;
+
+/// What all routes share.
+pub(crate) struct Rest {
+    backend: Arc<dyn Backend>,
+    config: RestConfig,
+    texts: Texts,
+    /// One permit for each request that generates or tokenizes.
+    requests: Arc<Semaphore>,
+    /// Set once this server stops; the backend may drain earlier.
+    stopping: AtomicBool,
+}
+
+/// What a completion's response, or each of its chunks, says about itself.
+pub(crate) struct Head {
+    id: String,
+    created: u64,
+    model: String,
+    system_fingerprint: String,
+}
+
+/// A request that passed the door.
+pub(crate) struct Call {
+    tenant: TenantName,
+    body: bytes::Bytes,
+    permit: OwnedSemaphorePermit,
+}
+
+/// A request that can be run.
+pub(crate) struct Ready {
+    call: Call,
+    model: Arc<ModelView>,
+    tokenizer: Arc<Tokenizer>,
+    prompts: Vec<Vec<u32>>,
+    generation: Generation,
+    /// Tokens to generate where the client does not say; `None`: as many as fit.
+    default_tokens_max: Option<u32>,
+    /// The parameter that holds the prompt.
+    prompt_param: &'static str,
+}
+
+impl Rest {
+    fn new(backend: Arc<dyn Backend>, config: RestConfig) -> Self {
+        let requests = Arc::new(Semaphore::new(config.limits.concurrent_requests_max as usize));
+        let texts = Texts::new(config.limits.tokenizers_max);
+        Self { backend, config, texts, requests, stopping: AtomicBool::new(false) }
+    }
+
+    fn draining(&self) -> bool {
+        self.stopping.load(Ordering::Relaxed) || self.backend.draining()
+    }
+
+    /// Who asks.
+    fn tenant(&self, headers: &HeaderMap) -> Result<TenantName, ApiError> {
+        let key = match headers.get(header::AUTHORIZATION) {
+            None => None,
+            Some(value) => {
+                let bearer = value.to_str().ok().and_then(|text| text.split_once(' '));
+                let key = bearer.filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer")).map(|(_, key)| key.trim());
+                Some(key.ok_or_else(|| ApiError::new(Code::InvalidApiKey, "the Authorization header must be `Bearer KEY`"))?)
+            }
+        };
+        let tenant = self.backend.authenticate(key)?;
+        tracing::Span::current().record("tenant.id", tracing::field::display(&tenant));
+        Ok(tenant)
+    }
+
+    /// A model by its name.
+    fn model(&self, tenant: &TenantName, id: &str) -> Result<Arc<ModelView>, ApiError> {
+        self.backend.model(tenant, id).ok_or_else(|| {
+            let id: String = id.chars().take(200).collect();
+            ApiError::of_param(Code::ModelNotFound, "model", format!("the model `{id}` does not exist"))
+        })
+    }
+
+    /// Key, room and body of a request that will do work.
+    async fn open(&self, request: axum::extract::Request) -> Result<Call, ApiError> {
+        let tenant = self.tenant(request.headers())?;
+        let permit = Arc::clone(&self.requests).try_acquire_owned().map_err(|_| {
+            let limit = self.config.limits.concurrent_requests_max;
+            ApiError::new(Code::TooManyRequests, format!("{limit} requests are running, which is the limit; try again"))
+        })?;
+        let body = body::read(request, &self.config.limits).await?;
+        Ok(Call { tenant, body, permit })
+    }
+
+    /// Checks that the prompts fit, and starts their sequences.
+    async fn start(&self, id: RequestId, ready: Ready, mut metrics: RequestMetrics) -> Result<Run, ApiError> {
+        let fitted = self.fit(&ready).inspect_err(|error| metrics.set_code(error.code.as_str()))?;
+        metrics.set_model(&ready.model.id, &ready.call.tenant.0);
+        tracing::Span::current().record("model", ready.model.id.as_str());
+        let prompts = ready.prompts.into_iter().map(Arc::from).zip(fitted).collect();
+        let Call { tenant, permit, .. } = ready.call;
+        let (model, tokenizer, generation) = (ready.model, ready.tokenizer, ready.generation);
+        Run::start(&*self.backend, NewRun { request_id: id, tenant, model, tokenizer, prompts, generation, metrics, permit }).await
+    }
+
+    /// How many tokens may follow each prompt.
+    fn fit(&self, ready: &Ready) -> Result<Vec<u32>, ApiError> {
+        let (limits, param) = (&self.config.limits, ready.prompt_param);
+        let sequences = ready.prompts.len() * ready.generation.choices_count as usize;
+        if sequences > limits.sequences_max as usize {
+            let message = format!("prompts times `n` are {sequences}, over the limit of {}", limits.sequences_max);
+            return Err(ApiError::of_param(Code::InvalidValue, "n", message));
+        }
+        let fit = |prompt: &Vec<u32>| {
+            if prompt.is_empty() {
+                return Err(ApiError::of_param(Code::InvalidValue, param, format!("`{param}` must make at least one token")));
+            }
+            if prompt.len() > limits.prompt_tokens_max as usize {
+                let message = format!("the prompt has {} tokens, over the limit of {}", prompt.len(), limits.prompt_tokens_max);
+                return Err(ApiError::of_param(Code::InvalidValue, param, message));
+            }
+            ready.generation.generated_tokens_max(prompt.len(), &ready.model.chain, ready.default_tokens_max, param)
+        };
+        ready.prompts.iter().map(fit).collect()
+    }
+
+    /// How the response to a request speaks of itself. The fingerprint names the chain: equal fingerprint and seed, equal tokens.
+    fn head(prefix: &str, id: &RequestId, model: &ModelView) -> Head {
+        let number = id.0.trim_start_matches("req_");
+        Head {
+            id: format!("{prefix}-{number}"),
+            created: now_s(),
+            model: model.id.clone(),
+            system_fingerprint: format!("fp_{}", model.chain_digest.short()),
+        }
+    }
+}
+
+/// Names the seed in a response, as the client may send it back.
+fn with_seed(mut response: Response, seed: u64) -> Response {
+    response.headers_mut().insert("x-ashlar-seed", HeaderValue::from(seed as i64));
+    response
+}
+
+/// All routes.
+fn router(rest: Arc<Rest>) -> Router {
+    Router::new()
+        .route("/v1/chat/completions", post(chat::create))
+        .route("/v1/completions", post(completions::create))
+        .route("/v1/models", get(models::list))
+        .route("/v1/models/{*id}", get(models::retrieve))
+        .route("/tokenize", post(tokenize::tokenize))
+        .route("/detokenize", post(detokenize::detokenize))
+        .route("/health", get(health::health))
+        .route("/ready", get(health::ready))
+        .route("/metrics", get(metrics::metrics))
+        .fallback(envelope::not_found)
+        .method_not_allowed_fallback(envelope::method_not_allowed)
+        .layer(axum::middleware::from_fn_with_state(Arc::clone(&rest), envelope::envelope))
+        .with_state(rest)
+}
