@@ -35,7 +35,7 @@ fn the_commands_say_what_is_there() {
     let json: serde_json::Value = serde_json::from_str(&ok(&root, &["list", "--json"])).unwrap();
     assert_eq!(json[1]["parent"], "demo/a");
     let shown = ok(&root, &["show", "demo/b"]);
-    assert!(shown.contains("family            llama") && shown.contains("feed_forward"), "{shown}");
+    assert!(shown.contains("family             llama") && shown.contains("feed_forward"), "{shown}");
     let diff = ok(&root, &["diff", "demo/a", "demo/b"]);
     assert!(diff.contains("the first 4 in a row") && diff.contains("4  feed_forward  up.weight"), "{diff}");
     let json: serde_json::Value = serde_json::from_str(&ok(&root, &["diff", "demo/a", "demo/b", "--json"])).unwrap();

@@ -64,13 +64,13 @@ pub enum IngestError {
     #[error(transparent)]
     Format(#[from] FormatError),
     /// Configuration.
-    #[error("the model cannot be served: {0}")]
+    #[error("the model cannot be served")]
     Config(#[from] ConfigError),
     /// Tokenizer.
-    #[error("the tokenizer cannot be used: {0}")]
+    #[error("the tokenizer cannot be used")]
     Tokenizer(#[from] TokenizerError),
     /// Blocks that the configuration implies are impossible.
-    #[error("the configuration describes an impossible {block}: {source}")]
+    #[error("the configuration describes an impossible {block}")]
     Block {
         /// Which block.
         block: String,

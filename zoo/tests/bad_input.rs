@@ -7,6 +7,11 @@ use ashlar_zoo::store::Zoo;
 use serde_json::{Value, json};
 use support::{Checkpoint, VOCAB, add_dir, tokenizer};
 
+/// The error and what caused it, as people see it.
+fn chain(error: &dyn std::error::Error) -> String {
+    std::iter::successors(Some(error), |e| e.source()).map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}
+
 type Break = Box<dyn Fn(&mut Checkpoint)>;
 
 fn config(key: &'static str, value: Value) -> Break {
@@ -117,10 +122,7 @@ async fn each_is_refused_by_name_before_anything_is_written() {
         checkpoint.write(&dir.path().join("a"));
         let zoo = Zoo::create_dir(&dir.path().join("zoo")).await.unwrap();
         let error = add_dir(&zoo, &dir.path().join("a"), "demo/a", Recipe::Keep).await.expect_err(what);
-        let error = std::iter::successors(Some(&error as &dyn std::error::Error), |e| e.source())
-            .map(ToString::to_string)
-            .collect::<Vec<_>>()
-            .join(": ");
+        let error = chain(&error);
         assert!(error.contains(message), "{what}: {error}");
         let written: Vec<_> = std::fs::read_dir(dir.path().join("zoo")).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         assert_eq!(written, ["format.json"], "{what}");
@@ -144,10 +146,10 @@ async fn weights_files_that_lie_are_refused() {
         let gguf = dir.path().join("b.gguf");
         std::fs::write(&gguf, &bytes).unwrap();
         let zoo = Zoo::create_dir(&dir.path().join("zoo")).await.unwrap();
-        let error = add_dir(&zoo, &dir.path().join("a"), "demo/a", Recipe::Keep).await.expect_err(what).to_string();
-        assert!(error.contains(message), "{what}: {error}");
-        let error = add_dir(&zoo, &gguf, "demo/a", Recipe::Keep).await.expect_err(what).to_string();
-        assert!(error.contains("does not begin with GGUF"), "{what}: {error}");
+        let error = add_dir(&zoo, &dir.path().join("a"), "demo/a", Recipe::Keep).await.expect_err(what);
+        assert!(chain(&error).contains(message), "{what}: {error}");
+        let error = add_dir(&zoo, &gguf, "demo/a", Recipe::Keep).await.expect_err(what);
+        assert!(chain(&error).contains("does not begin with GGUF"), "{what}: {error}");
     }
 }
 

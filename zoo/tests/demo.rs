@@ -17,12 +17,17 @@ async fn each_descendant_shares_what_its_training_left_alone() {
         }
         let folder = tempfile::tempdir().unwrap();
         let zoo = Zoo::create_dir(folder.path()).await.unwrap();
-        let options = |name: &str| AddOptions { model: ModelId::new("demo", name).unwrap(), recipe: Recipe::Keep, parent: None, source: None };
+        let options =
+            |name: &str| AddOptions { model: ModelId::new("demo", name).unwrap(), recipe: Recipe::Keep, parent: None, source: None };
         let base = add(&zoo, &demo.join("base"), &options("base"), &Silent).await.unwrap();
         assert_eq!((base.blocks, base.tensors), (Shared { total: 18, present: 0 }, Shared { total: 130, present: 0 }));
         let report = add(&zoo, &demo.join(name), &options(name), &Silent).await.unwrap();
         let count = |key: &str| usize::try_from(expected[key].as_u64().unwrap()).unwrap();
-        assert_eq!((report.blocks.present as usize, report.tensors.present as usize), (count("blocks_shared"), count("tensors_shared")), "{name}");
+        assert_eq!(
+            (report.blocks.present as usize, report.tensors.present as usize),
+            (count("blocks_shared"), count("tensors_shared")),
+            "{name}"
+        );
         seen.push((name.clone(), report.blocks.present, report.tensors.present));
     }
     seen.sort();

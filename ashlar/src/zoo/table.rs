@@ -53,6 +53,7 @@ pub(super) fn show(model: &Shown) -> String {
     let chain = &model.chain;
     let or_none = |value: Option<String>| value.unwrap_or_else(|| "-".to_owned());
     let digest = |value: Option<ashlar_zoo::digest::Digest>| or_none(value.map(|digest| digest.short()));
+    let eos: Vec<String> = chain.tokens.eos.iter().map(ToString::to_string).collect();
     let facts = vec![
         vec!["model".to_owned(), model.model.clone()],
         vec!["chain".to_owned(), model.name.chain.to_string()],
@@ -60,7 +61,7 @@ pub(super) fn show(model: &Shown) -> String {
         vec!["width, vocabulary".to_owned(), format!("{}, {}", chain.width, chain.vocab)],
         vec!["context".to_owned(), format!("{} tokens", chain.context_tokens)],
         vec!["size".to_owned(), human_bytes(model.bytes)],
-        vec!["bos, eos".to_owned(), format!("{:?}, {:?}", chain.tokens.bos, chain.tokens.eos)],
+        vec!["bos, eos".to_owned(), format!("{}, {}", or_none(chain.tokens.bos.map(|id| id.to_string())), eos.join(" "))],
         vec!["tokenizer".to_owned(), digest(chain.assets.tokenizer)],
         vec!["chat template".to_owned(), digest(chain.assets.chat_template)],
         vec!["licence".to_owned(), or_none(chain.licence.clone())],

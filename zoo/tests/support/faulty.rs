@@ -1,6 +1,8 @@
 //! A store that stops for good after so many changes, as a killed process would leave it, with the change that it died
 //! in either done or not.
 
+#![allow(unreachable_pub, reason = "a test includes this file")]
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 

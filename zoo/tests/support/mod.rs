@@ -1,5 +1,5 @@
 //! Small checkpoints made on the spot, honest or broken, for the tests of this folder.
-#![allow(dead_code, reason = "each test uses a part")]
+#![allow(dead_code, unreachable_pub, reason = "each test includes this file and uses a part")]
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
