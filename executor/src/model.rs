@@ -11,3 +11,6 @@ pub mod rope;
 pub mod sampler;
 pub mod source;
 mod workspace;
+
+#[cfg(test)]
+mod testing;

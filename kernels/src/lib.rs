@@ -1,10 +1,14 @@
 //! Numbers: storage formats, the op set, the scalar reference and the CPU backend. Start with `ops` (the seam) and
 //! docs/numerics.md (the contract). Nothing here knows what a tenant, a model or a sequence is.
 
+pub mod bench;
+pub mod cpu;
 pub mod format;
 pub mod ops;
 pub mod reference;
 mod table;
+
+pub use cpu::probe;
 
 /// Length of the slices that the reduced dimension of a linear layer is cut into (docs/numerics.md, rule 1).
 pub const SLICE: usize = 512;

@@ -106,7 +106,7 @@ impl TensorFiles {
     ///
     /// # Errors
     /// The name that is there twice, or too many tensors.
-    pub fn add(&mut self, file: Mapping, entries: Vec<(String, TensorEntry)>) -> Result<(), String> {
+    pub(crate) fn add(&mut self, file: Mapping, entries: Vec<(String, TensorEntry)>) -> Result<(), String> {
         let index = self.files.len();
         self.files.push(Arc::new(file));
         for (name, entry) in entries {

@@ -1,6 +1,7 @@
 //! The zoo: objects in a directory, a bucket or memory, every read verified against its digest. Start with [`Zoo`].
 //! Layout and write order are docs/block-format.md; writing is in `store/write.rs`, names in `store/names.rs`.
 
+mod delete;
 mod error;
 mod names;
 mod read;
@@ -16,6 +17,7 @@ use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt, PutMode};
 
 pub use error::{Object, Retry, StoreError};
+pub use read::MappedBlock;
 pub use write::Put;
 
 use crate::canonical;

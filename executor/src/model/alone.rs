@@ -6,7 +6,6 @@ use std::sync::Arc;
 
 use ashlar_kernels::ops::{KvPlace, KvShape, Ops, PackError, Query};
 use ashlar_zoo::digest::Digest;
-use ashlar_zoo::manifest::Chain;
 use ashlar_zoo::store::{StoreError, Zoo};
 
 use super::block::LoadedBlock;
@@ -47,7 +46,6 @@ pub struct AloneLimits {
 /// A chain and one sequence in it.
 pub struct Alone<B: Ops> {
     ops: Arc<B>,
-    chain: Chain,
     blocks: Vec<LoadedBlock<B>>,
     forward: Forward<B>,
     pools: Pools<B>,
@@ -66,23 +64,29 @@ impl<B: Ops> Alone<B> {
     /// # Errors
     /// When the zoo, a block or the device fails.
     pub async fn load(ops: Arc<B>, zoo: &Zoo, chain: Digest, limits: AloneLimits) -> Result<Self, AloneError> {
-        let chain = zoo.read_chain(chain).await?;
-        let mut forward = Forward::new(Arc::clone(&ops), limits.chunk_tokens_max, limits.chunk_tokens_max)?;
-        let mut blocks = Vec::with_capacity(chain.blocks.len());
-        for (index, digest) in chain.blocks.iter().enumerate() {
-            let mapped = zoo.map_block(*digest).await?;
-            let block = LoadedBlock::load(&*ops, &mapped.block, &mapped).map_err(|source| AloneError::Load { index, source })?;
-            forward.reserve(&block)?;
-            blocks.push(block);
+        let mut blocks = Vec::new();
+        for (index, digest) in zoo.read_chain(chain).await?.blocks.into_iter().enumerate() {
+            let mapped = zoo.map_block(digest).await?;
+            blocks.push(LoadedBlock::load(&*ops, &mapped.block, &mapped).map_err(|source| AloneError::Load { index, source })?);
         }
-        let (pools, tables) = Pools::new(&*ops, &blocks, limits)?;
-        let cuts = vec![blocks.len()];
-        Ok(Self { ops, chain, blocks, forward, pools, tables, limits, computed_tokens: 0, cuts })
+        Ok(Self::new(ops, blocks, limits)?)
     }
 
-    /// The chain's manifest.
-    pub fn chain(&self) -> &Chain {
-        &self.chain
+    /// Sets up a chain whose blocks are loaded: embed first, head last.
+    ///
+    /// # Errors
+    /// When the device has no room.
+    pub fn new(ops: Arc<B>, blocks: Vec<LoadedBlock<B>>, limits: AloneLimits) -> Result<Self, PackError> {
+        let mut forward = Forward::new(Arc::clone(&ops), limits.chunk_tokens_max, limits.chunk_tokens_max)?;
+        blocks.iter().try_for_each(|block| forward.reserve(block))?;
+        let (pools, tables) = Pools::new(&*ops, &blocks, limits)?;
+        let cuts = vec![blocks.len()];
+        Ok(Self { ops, blocks, forward, pools, tables, limits, computed_tokens: 0, cuts })
+    }
+
+    /// Blocks of the chain.
+    pub fn block_count(&self) -> usize {
+        self.blocks.len()
     }
 
     /// Bytes of weights on the device.
@@ -144,7 +148,7 @@ impl<B: Ops> Alone<B> {
         let (mut from, mut attention_from) = (0, 0);
         for to in self.cuts.clone() {
             if from > 0 {
-                self.cross(tokens.len());
+                cross(&*self.ops, &mut self.forward, tokens.len() * self.blocks[0].width());
             }
             let blocks: Vec<&LoadedBlock<B>> = self.blocks[from..to].iter().collect();
             let attention_to = attention_from + blocks.iter().filter(|block| block.kv_shape(page as usize).is_some()).count();
@@ -160,14 +164,14 @@ impl<B: Ops> Alone<B> {
         }
         self.computed_tokens = end;
     }
+}
 
-    /// Takes the hidden rows to the host and back, as a link between executors does.
-    fn cross(&mut self, row_count: usize) {
-        let mut rows = vec![0f32; row_count * self.blocks[0].width()];
-        self.ops.download(self.forward.hidden(), 0, &mut rows);
-        self.ops.upload(self.forward.hidden_mut(), 0, &vec![f32::NAN; rows.len()]);
-        self.ops.upload(self.forward.hidden_mut(), 0, &rows);
-    }
+/// Takes the hidden rows to the host and back, as a link between executors does.
+fn cross<B: Ops>(ops: &B, forward: &mut Forward<B>, element_count: usize) {
+    let mut rows = vec![0f32; element_count];
+    ops.download(forward.hidden(), 0, &mut rows);
+    ops.upload(forward.hidden_mut(), 0, &vec![f32::NAN; element_count]);
+    ops.upload(forward.hidden_mut(), 0, &rows);
 }
 
 /// What [`Alone::greedy`] gives.
@@ -180,14 +184,14 @@ pub struct Greedy {
 }
 
 /// One pool for each KV shape of the chain.
-struct Pools<B: Ops> {
+pub(super) struct Pools<B: Ops> {
     page_tokens: usize,
     pools: BTreeMap<KvShape, B::Kv>,
 }
 
 impl<B: Ops> Pools<B> {
     /// Pools, and the page table of each attention block: slots in descending order, so that nothing can lean on their order.
-    fn new(ops: &B, blocks: &[LoadedBlock<B>], limits: AloneLimits) -> Result<(Self, Vec<Vec<u32>>), PackError> {
+    pub(super) fn new(ops: &B, blocks: &[LoadedBlock<B>], limits: AloneLimits) -> Result<(Self, Vec<Vec<u32>>), PackError> {
         let page_count = limits.tokens_max.div_ceil(limits.page_tokens) as u32;
         let shapes: Vec<KvShape> = blocks.iter().filter_map(|block| block.kv_shape(limits.page_tokens)).collect();
         let mut slot_counts: BTreeMap<KvShape, u32> = BTreeMap::new();
@@ -199,7 +203,8 @@ impl<B: Ops> Pools<B> {
                 (*slots - page_count..*slots).rev().collect()
             })
             .collect();
-        let pools = slot_counts.into_iter().map(|(shape, slots)| Ok((shape, ops.kv(shape, slots as usize)?))).collect::<Result<_, PackError>>()?;
+        let pools =
+            slot_counts.into_iter().map(|(shape, slots)| Ok((shape, ops.kv(shape, slots as usize)?))).collect::<Result<_, PackError>>()?;
         Ok((Self { page_tokens: limits.page_tokens, pools }, tables))
     }
 }

@@ -67,7 +67,7 @@ impl<B: Ops> Forward<B> {
     /// When a limit is 0 or more rows may want logits than there are.
     pub fn new(ops: Arc<B>, rows_max: usize, logit_rows_max: usize) -> Result<Self, PackError> {
         assert!((1..=rows_max).contains(&logit_rows_max), "1 <= logit_rows_max <= rows_max");
-        let work = Workspace::new(&ops)?;
+        let work = Workspace::new(&*ops)?;
         Ok(Self { ops, rows_max, logit_rows_max, work, logit_row_count: 0, vocab: 0, logits_row: Vec::new() })
     }
 
@@ -77,7 +77,7 @@ impl<B: Ops> Forward<B> {
     /// # Errors
     /// When the device has no memory; the workspace stays usable for the blocks reserved before.
     pub fn reserve(&mut self, block: &LoadedBlock<B>) -> Result<(), PackError> {
-        self.work.reserve(&self.ops, block, self.rows_max, self.logit_rows_max)?;
+        self.work.reserve(&*self.ops, block, self.rows_max, self.logit_rows_max)?;
         if let Kind::Head(head) = &block.kind {
             self.logits_row.resize(self.logits_row.len().max(head.vocab), 0.0);
         }
@@ -147,7 +147,12 @@ impl<B: Ops> Forward<B> {
                 Kind::FeedForward(_) => {}
                 Kind::Head(head) => {
                     assert_eq!(index + 1, blocks.len(), "a head block ends a run");
-                    assert!(batch.logit_rows.len() <= self.logit_rows_max, "{} logit rows, at most {}", batch.logit_rows.len(), self.logit_rows_max);
+                    assert!(
+                        batch.logit_rows.len() <= self.logit_rows_max,
+                        "{} logit rows, at most {}",
+                        batch.logit_rows.len(),
+                        self.logit_rows_max
+                    );
                     assert!(self.work.logits.elements() >= self.logit_rows_max * head.vocab, "the head was not reserved");
                 }
             }
@@ -164,7 +169,14 @@ impl<B: Ops> Forward<B> {
         }
     }
 
-    fn attend(&mut self, block: &Attention<B>, width: usize, batch: &ForwardBatch<'_>, pages: &AttentionBatch<'_>, kv: &mut dyn KvPools<B>) {
+    fn attend(
+        &mut self,
+        block: &Attention<B>,
+        width: usize,
+        batch: &ForwardBatch<'_>,
+        pages: &AttentionBatch<'_>,
+        kv: &mut dyn KvPools<B>,
+    ) {
         let (ops, work, rows) = (&*self.ops, &mut self.work, batch.row_count);
         let shape = block.shape(kv.page_tokens());
         let (q_width, k_width, stride) = (block.heads * block.head_dim, block.kv_heads * block.head_dim, block.qkv_width());
@@ -238,3 +250,6 @@ impl<B: Ops> Forward<B> {
 fn norm<B: Ops>(ops: &B, dst: &mut B::Buffer, src: &B::Buffer, rows: usize, width: usize, weights: &NormWeights<B>) {
     ops.norm(dst, src, rows, width, weights.kind, weights.eps, &weights.weight, weights.bias.as_ref());
 }
+
+#[cfg(test)]
+mod tests;

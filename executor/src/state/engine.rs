@@ -212,9 +212,6 @@ impl Engine {
         let fresh = cut(&blocks);
         // Old segments stay: sequences that cannot follow yet still name them.
         let mut renamed = Vec::with_capacity(fresh.segments.len());
-        for segment in &self.segments {
-            debug_assert!(!segment.blocks.is_empty());
-        }
         for segment in &mut self.segments {
             segment.span_count = 0;
         }
@@ -280,7 +277,11 @@ impl Engine {
         }
         if let Some(id) = self.by_key.get(&admit.key).copied() {
             if self.sequences[&id].epoch >= admit.epoch {
-                return Err((Code::StalePlan, format!("{} runs already under epoch {}", admit.key, self.sequences[&id].epoch), Retry::Never));
+                return Err((
+                    Code::StalePlan,
+                    format!("{} runs already under epoch {}", admit.key, self.sequences[&id].epoch),
+                    Retry::Never,
+                ));
             }
             self.remove(id);
             self.outputs.push_back(Output::Release(id));
@@ -345,6 +346,11 @@ impl Engine {
     /// The name of a sequence that is still known.
     pub fn key(&self, id: SequenceId) -> Option<(&SequenceKey, u32)> {
         self.sequences.get(&id).map(|sequence| (&sequence.key, sequence.epoch))
+    }
+
+    /// The span that a known sequence runs through.
+    pub fn span_of(&self, id: SequenceId) -> Option<SpanIndex> {
+        self.sequences.get(&id).map(|sequence| sequence.span)
     }
 
     /// The client or the executor upstream no longer wants it: everything is freed now; late results are dropped.

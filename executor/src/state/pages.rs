@@ -43,6 +43,8 @@ struct Class {
     slot_count_max: usize,
     slots: Vec<Slot>,
     free: Vec<u32>,
+    /// Slots with a holder.
+    held_count: usize,
 }
 
 /// The pool.
@@ -70,7 +72,7 @@ impl PagePool {
             return ClassIndex(found as u32);
         }
         let slot_bytes = shape.page_elements() as u64 * self.element_bytes;
-        self.classes.push(Class { shape, slot_bytes, slot_count_max: 0, slots: Vec::new(), free: Vec::new() });
+        self.classes.push(Class { shape, slot_bytes, slot_count_max: 0, slots: Vec::new(), free: Vec::new(), held_count: 0 });
         ClassIndex(self.classes.len() as u32 - 1)
     }
 
@@ -101,8 +103,7 @@ impl PagePool {
 
     /// Slots that could be reserved now: free, not yet made, or cached and unheld.
     pub fn available(&self, class: ClassIndex) -> usize {
-        let held = self.classes[class.0 as usize].slots.iter().filter(|slot| slot.refs > 0).count();
-        self.slot_count_max(class).saturating_sub(held)
+        self.slot_count_max(class).saturating_sub(self.classes[class.0 as usize].held_count)
     }
 
     /// Takes a slot for one holder, evicting the least recently used cached page of the class if it must.
@@ -115,6 +116,7 @@ impl PagePool {
                 pool.slots.len() as u32 - 1
             });
             pool.slots[slot as usize].refs = 1;
+            pool.held_count += 1;
             return Some(slot);
         }
         let (tick, slot) = self.lru.iter().find(|(_, (at, _))| *at == class).map(|(tick, (_, slot))| (*tick, *slot))?;
@@ -126,6 +128,7 @@ impl PagePool {
         }
         let taken = pool.free.pop().expect("drop_cached just freed a slot");
         pool.slots[taken as usize].refs = 1;
+        pool.held_count += 1;
         Some(taken)
     }
 
@@ -142,9 +145,11 @@ impl PagePool {
     pub fn find(&mut self, class: ClassIndex, key: &PageKey) -> Option<u32> {
         let (at, slot) = *self.index.get(key)?;
         assert_eq!(at, class, "equal lineages have equal KV shapes");
-        let entry = &mut self.classes[class.0 as usize].slots[slot as usize];
+        let pool = &mut self.classes[class.0 as usize];
+        let entry = &mut pool.slots[slot as usize];
         if entry.refs == 0 {
             self.lru.remove(&entry.tick);
+            pool.held_count += 1;
         }
         entry.refs += 1;
         Some(slot)
@@ -175,6 +180,7 @@ impl PagePool {
         if entry.refs > 0 {
             return;
         }
+        pool.held_count -= 1;
         if entry.key.is_some() {
             entry.tick = self.tick;
             self.lru.insert(self.tick, (class, slot));
@@ -185,7 +191,7 @@ impl PagePool {
 
     /// Pages (used, cached, free) over all classes.
     pub fn counts(&self) -> (u64, u64, u64) {
-        let used: usize = self.classes.iter().map(|class| class.slots.iter().filter(|slot| slot.refs > 0).count()).sum();
+        let used: usize = self.classes.iter().map(|class| class.held_count).sum();
         let all: usize = self.classes.iter().map(|class| class.slot_count_max.max(class.slots.len())).sum();
         let cached = self.lru.len();
         (used as u64, cached as u64, (all - used - cached) as u64)
@@ -199,6 +205,9 @@ impl PagePool {
     /// Checks that every slot is free, cached or held exactly `held[(class, slot)]` times. Returns the first fault.
     pub fn check(&self, held: &BTreeMap<(ClassIndex, u32), u32>) -> Result<(), String> {
         for (c, class) in self.classes.iter().enumerate() {
+            if class.held_count != class.slots.iter().filter(|slot| slot.refs > 0).count() {
+                return Err(format!("class {c} counts {} held pages", class.held_count));
+            }
             let class_index = ClassIndex(c as u32);
             for (s, slot) in class.slots.iter().enumerate() {
                 let expected = held.get(&(class_index, s as u32)).copied().unwrap_or(0);

@@ -10,7 +10,7 @@ use ashlar_zoo::model_id::ModelId;
 use ashlar_zoo::store::Zoo;
 
 /// A zoo in a temporary folder, and the chain of the one model in it.
-pub struct Home {
+pub(crate) struct Home {
     _folder: tempfile::TempDir,
     runtime: tokio::runtime::Runtime,
     zoo: Zoo,
@@ -19,7 +19,7 @@ pub struct Home {
 
 impl Home {
     /// Adds the checkpoint at `path` to a new zoo.
-    pub fn of(path: &Path, recipe: Recipe) -> Self {
+    pub(crate) fn of(path: &Path, recipe: Recipe) -> Self {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let folder = tempfile::tempdir().unwrap();
         let options = AddOptions { model: ModelId::new("golden", "model").unwrap(), recipe, parent: None, source: None };
@@ -32,28 +32,28 @@ impl Home {
     }
 
     /// Loads the model onto a device.
-    pub fn load<B: Ops>(&self, ops: B, limits: AloneLimits) -> Alone<B> {
+    pub(crate) fn load<B: Ops>(&self, ops: B, limits: AloneLimits) -> Alone<B> {
         self.runtime.block_on(Alone::load(std::sync::Arc::new(ops), &self.zoo, self.chain, limits)).unwrap()
     }
 }
 
 /// A file or folder under `executor/tests/data`.
-pub fn data(name: &str) -> PathBuf {
+pub(crate) fn data(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name)
 }
 
 /// Parses a JSON file.
-pub fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> T {
+pub(crate) fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> T {
     let text = std::fs::read(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     serde_json::from_slice(&text).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
 
 /// The lowest index of the largest logit.
-pub fn argmax(row: &[f32]) -> u32 {
+pub(crate) fn argmax(row: &[f32]) -> u32 {
     (0..row.len()).reduce(|best, index| if row[index] > row[best] { index } else { best }).unwrap() as u32
 }
 
 /// The CPU backend with two threads.
-pub fn cpu() -> ashlar_kernels::cpu::Cpu {
+pub(crate) fn cpu() -> ashlar_kernels::cpu::Cpu {
     ashlar_kernels::cpu::Cpu::new(ashlar_kernels::cpu::CpuOptions { threads: 2, isa: None })
 }

@@ -76,6 +76,9 @@ pub(super) trait Lanes: Copy + Send + Sync + 'static {
 /// Up to 16 elements, zero beyond them.
 #[inline(always)]
 pub(super) fn load_some<S: Lanes>(s: S, x: &[f32]) -> S::F {
+    if let Ok(whole) = x.try_into() {
+        return s.load(whole);
+    }
     let mut padded = [0.0; 16];
     padded[..x.len()].copy_from_slice(x);
     s.load(&padded)
@@ -84,6 +87,9 @@ pub(super) fn load_some<S: Lanes>(s: S, x: &[f32]) -> S::F {
 /// The first `out.len()` lanes, at most 16.
 #[inline(always)]
 pub(super) fn store_some<S: Lanes>(s: S, x: S::F, out: &mut [f32]) {
+    if let Ok(whole) = (&mut *out).try_into() {
+        return s.store(x, whole);
+    }
     let mut padded = [0.0; 16];
     s.store(x, &mut padded);
     out.copy_from_slice(&padded[..out.len()]);

@@ -39,19 +39,11 @@ impl Output<'_> {
         let start = row * self.stride + column;
         // SAFETY: the caller owns this row and panel.
         let out = unsafe { self.values.part(start..start + count) };
-        if let Ok(out) = <&mut [f32; LANES]>::try_from(&mut *out) {
-            let mut value = if is_first { sums } else { s.add(s.load(out), sums) };
-            if is_last && let Some(bias) = self.bias {
-                value = s.add(value, s.load(bias[column..].first_chunk().expect("a bias has an element for each output")));
-            }
-            s.store(value, out);
-        } else {
-            let mut value = if is_first { sums } else { s.add(load_some(s, out), sums) };
-            if is_last && let Some(bias) = self.bias {
-                value = s.add(value, load_some(s, &bias[column..column + count]));
-            }
-            store_some(s, value, out);
+        let mut value = if is_first { sums } else { s.add(load_some(s, out), sums) };
+        if is_last && let Some(bias) = self.bias {
+            value = s.add(value, load_some(s, &bias[column..column + count]));
         }
+        store_some(s, value, out);
     }
 }
 

@@ -117,7 +117,6 @@ impl<'a, T> Shared<'a, T> {
     ///
     /// # Safety
     /// No two parts that live at the same time may overlap.
-    #[expect(clippy::mut_from_ref, reason = "the caller promises that parts are disjoint")]
     #[inline(always)]
     pub(super) unsafe fn part(&self, range: Range<usize>) -> &'a mut [T] {
         assert!(range.start <= range.end && range.end <= self.len, "part {range:?} of {}", self.len);

@@ -15,7 +15,7 @@ use half::f16;
 
 use super::memory::{Aligned, Element, Shared};
 use super::pool::Pool;
-use crate::format::{CodeRow, Dtype, TensorView, dequantise_row};
+use crate::format::{CodeRow, Dtype, TensorView};
 use crate::ops::PackError;
 use crate::reference::check_parts;
 
@@ -121,6 +121,13 @@ impl Part {
 }
 
 impl Scales {
+    fn duplicate(&self) -> Result<Self, PackError> {
+        Ok(match self {
+            Self::F16(scales) => Self::F16(Aligned::from_slice(scales)?),
+            Self::F32(scales) => Self::F32(Aligned::from_slice(scales)?),
+        })
+    }
+
     fn bytes(&self) -> usize {
         match self {
             Self::F16(scales) => scales.bytes(),
@@ -154,6 +161,25 @@ impl Linear {
     /// Bytes that the packed weights take.
     pub fn bytes(&self) -> usize {
         self.parts.iter().map(Part::bytes).sum()
+    }
+
+    /// A copy in memory of its own, for measurements that must not be served by a cache.
+    pub(crate) fn duplicate(&self) -> Result<Self, PackError> {
+        let parts = self.parts.iter().map(|part| {
+            let weights = match &part.weights {
+                Weights::F32(w) => Weights::F32(Aligned::from_slice(w)?),
+                Weights::F16(w) => Weights::F16(Aligned::from_slice(w)?),
+                Weights::Bf16(w) => Weights::Bf16(Aligned::from_slice(w)?),
+                Weights::Integer(w) => Weights::Integer(IntegerWeights {
+                    codes: Aligned::from_slice(&w.codes)?,
+                    scales: w.scales.duplicate()?,
+                    minima: w.minima.as_ref().map(Scales::duplicate).transpose()?,
+                    ..*w
+                }),
+            };
+            Ok(Part { weights, ..*part })
+        });
+        Ok(Self { parts: parts.collect::<Result<_, PackError>>()?, ..*self })
     }
 }
 

@@ -39,6 +39,7 @@ impl Kv {
 
 /// One query row and head; `table` starts at the sequence's first entry.
 pub(super) fn attend(out: &mut [f32], q: &[f32], kv: &Kv, shape: &AttentionShape, head: usize, query: Query, table: &[u32]) {
+    assert!(shape.window != Some(0), "a window sees at least the query's own position");
     let position = query.position as usize;
     let first = shape.window.map_or(0, |window| (position + 1).saturating_sub(window as usize));
     let kv_head = head / (shape.heads / shape.kv.kv_heads);

@@ -80,6 +80,9 @@ pub(crate) fn check_parts(parts: &[TensorView<'_>]) -> Result<usize, PackError> 
             return Err(PackError::Parts(format!("{} and {} columns", first.cols, part.cols)));
         }
     }
+    if first.cols == 0 {
+        return Err(PackError::Parts("they have no inputs".to_owned()));
+    }
     Ok(first.cols)
 }
 

@@ -5,7 +5,7 @@ use ashlar_wire::v1;
 /// Parameters of one sequence's sampler. [`SamplerParams::default`] is greedy with everything off.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SamplerParams {
-    /// Softmax temperature; below [`GREEDY_BELOW`] the largest logit is taken.
+    /// Softmax temperature; below 1e-5 the largest logit is taken.
     pub temperature: f32,
     /// Probability mass kept; 1 is off.
     pub top_p: f32,
@@ -76,4 +76,4 @@ impl From<&v1::Sampling> for SamplerParams {
 }
 
 /// vLLM's `_SAMPLING_EPS`: dividing by less would overflow.
-pub const GREEDY_BELOW: f32 = 1e-5;
+pub(super) const GREEDY_BELOW: f32 = 1e-5;

@@ -1,0 +1,296 @@
+//! The device thread: owns the blocks, the KV memory, the hidden rows and the samplers, and runs batches in the order
+//! given. It knows nothing of routers or time; a broken invariant ends the process (its lease expires, others resume).
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::time::Duration;
+
+use ashlar_kernels::ops::{KvPlace, KvShape, Ops, PackError, Query};
+
+use crate::model::block::LoadedBlock;
+use crate::model::forward::{AttentionBatch, Forward, ForwardBatch, KvPools};
+use crate::model::sampler::Sampler;
+use crate::state::batch::{Batch, RowInput, RowOutput, Rows, Sample, SampledToken, SequenceId};
+use crate::state::limits::Limits;
+use crate::state::segments::BlockIndex;
+
+/// What the device thread is told.
+pub enum Command<B: Ops> {
+    /// Take a loaded block.
+    Load(BlockIndex, Box<LoadedBlock<B>>),
+    /// Drop a block.
+    Evict(BlockIndex),
+    /// A sequence whose tokens will be sampled here.
+    Admit(SequenceId, Box<Sampler>),
+    /// Forget a sequence.
+    Release(SequenceId),
+    /// Run a batch. Rows that came over links, by sequence, are at hand in `link_rows`, f32 row after row.
+    Run(Batch, Vec<(SequenceId, Vec<f32>)>),
+}
+
+/// Hidden rows that leave for another executor.
+pub struct LinkRows {
+    /// Whose.
+    pub sequence: SequenceId,
+    /// Position of the first.
+    pub start: u32,
+    /// Width D.
+    pub width: usize,
+    /// `[count, D]`.
+    pub rows: Vec<f32>,
+}
+
+/// A batch's results.
+pub struct BatchDone {
+    /// Tokens sampled.
+    pub samples: Vec<Sample>,
+    /// Rows for links.
+    pub link_rows: Vec<LinkRows>,
+    /// Time on the device.
+    pub elapsed: Duration,
+}
+
+/// What the device thread answers.
+pub enum Reply {
+    /// A batch ran.
+    Done(BatchDone),
+    /// A block could not be taken for want of memory.
+    LoadFailed(BlockIndex, PackError),
+}
+
+struct Pools<B: Ops> {
+    page_tokens: usize,
+    pools: BTreeMap<KvShape, B::Kv>,
+}
+
+impl<B: Ops> KvPools<B> for Pools<B> {
+    fn page_tokens(&self) -> usize {
+        self.page_tokens
+    }
+
+    fn pool(&mut self, shape: KvShape) -> &mut B::Kv {
+        self.pools.get_mut(&shape).expect("pools are made when a block of the shape is loaded")
+    }
+}
+
+/// Page tables and places of one attention block in one batch; reused from batch to batch.
+#[derive(Default)]
+struct AttentionScratch {
+    places: Vec<KvPlace>,
+    queries: Vec<Query>,
+    tables: Vec<u32>,
+}
+
+/// State of the device thread.
+struct Device<B: Ops> {
+    ops: Arc<B>,
+    limits: Limits,
+    forward: Forward<B>,
+    blocks: Vec<Option<Box<LoadedBlock<B>>>>,
+    pools: Pools<B>,
+    /// Hidden rows between segments, by width; slots are those of the engine.
+    hidden: BTreeMap<usize, B::Buffer>,
+    samplers: BTreeMap<SequenceId, Box<Sampler>>,
+    tokens: Vec<u32>,
+    positions: Vec<u32>,
+    index: Vec<u32>,
+    logit_rows: Vec<u32>,
+    attention: Vec<AttentionScratch>,
+}
+
+/// Starts the device thread. It ends when the sender of commands is dropped.
+///
+/// # Errors
+/// When the device has no memory for its workspace, or the thread cannot start.
+pub fn start<B: Ops>(
+    ops: Arc<B>,
+    limits: Limits,
+    replies: impl Fn(Reply) + Send + 'static,
+) -> Result<mpsc::Sender<Command<B>>, Box<dyn std::error::Error + Send + Sync>> {
+    let (commands, receiver) = mpsc::channel();
+    let forward = Forward::new(Arc::clone(&ops), limits.step_tokens_max as usize, limits.sequences_max as usize)?;
+    let pools = Pools { page_tokens: limits.page_tokens as usize, pools: BTreeMap::new() };
+    let device = Device {
+        ops,
+        forward,
+        blocks: Vec::new(),
+        pools,
+        hidden: BTreeMap::new(),
+        samplers: BTreeMap::new(),
+        tokens: Vec::new(),
+        positions: Vec::new(),
+        index: Vec::new(),
+        logit_rows: Vec::new(),
+        attention: Vec::new(),
+        limits,
+    };
+    std::thread::Builder::new().name("device".to_owned()).spawn(move || {
+        let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(move || device.serve(&receiver, &replies)));
+        if outcome.is_err() {
+            // A broken invariant: nothing here can be trusted any more. The panic's message was printed by the hook.
+            std::process::abort();
+        }
+    })?;
+    Ok(commands)
+}
+
+impl<B: Ops> Device<B> {
+    fn serve(mut self, commands: &mpsc::Receiver<Command<B>>, reply: &impl Fn(Reply)) {
+        while let Ok(command) = commands.recv() {
+            match command {
+                Command::Load(index, block) => {
+                    if let Err(error) = self.load(index, block) {
+                        reply(Reply::LoadFailed(index, error));
+                    }
+                }
+                Command::Evict(index) => self.blocks[index.0 as usize] = None,
+                Command::Admit(sequence, sampler) => {
+                    self.samplers.insert(sequence, sampler);
+                }
+                Command::Release(sequence) => {
+                    self.samplers.remove(&sequence);
+                }
+                Command::Run(batch, link_rows) => {
+                    #[expect(clippy::disallowed_methods, reason = "the device thread measures its own steps")]
+                    let began = std::time::Instant::now();
+                    let (samples, link_rows) = self.run(&batch, &link_rows);
+                    reply(Reply::Done(BatchDone { samples, link_rows, elapsed: began.elapsed() }));
+                }
+            }
+        }
+    }
+
+    fn load(&mut self, index: BlockIndex, block: Box<LoadedBlock<B>>) -> Result<(), PackError> {
+        let place = index.0 as usize;
+        self.forward.reserve(&block)?;
+        if let Some(shape) = block.kv_shape(self.pools.page_tokens)
+            && !self.pools.pools.contains_key(&shape)
+        {
+            let slot_bytes = (shape.page_elements() * size_of::<f32>()) as u64;
+            let kv = self.ops.kv(shape, (self.limits.kv_bytes / slot_bytes) as usize)?;
+            self.pools.pools.insert(shape, kv);
+        }
+        if !self.hidden.contains_key(&block.width()) {
+            let buffer = self.ops.buffer(self.limits.hidden_rows_max as usize * block.width())?;
+            self.hidden.insert(block.width(), buffer);
+        }
+        if self.blocks.len() <= place {
+            self.blocks.resize_with(place + 1, || None);
+        }
+        self.blocks[place] = Some(block);
+        Ok(())
+    }
+
+    fn run(&mut self, batch: &Batch, link_rows: &[(SequenceId, Vec<f32>)]) -> (Vec<Sample>, Vec<LinkRows>) {
+        let blocks: Vec<&LoadedBlock<B>> = batch
+            .blocks
+            .iter()
+            .map(|index| self.blocks[index.0 as usize].as_deref().expect("the engine runs resident blocks only"))
+            .collect();
+        let width = blocks[0].width();
+        // Rows that stay come first, so that one scatter takes them from a dense prefix.
+        let mut order: Vec<&Rows> = batch.rows.iter().collect();
+        order.sort_by_key(|rows| !matches!(rows.output, RowOutput::Hidden(_)));
+        let row_count = batch.row_count() as usize;
+
+        self.tokens.clear();
+        self.positions.clear();
+        self.index.clear();
+        self.logit_rows.clear();
+        for rows in &order {
+            self.positions.extend(rows.start..rows.start + rows.count);
+            match &rows.input {
+                RowInput::Tokens(tokens) => self.tokens.extend_from_slice(tokens),
+                RowInput::Hidden(slots) => self.index.extend_from_slice(slots),
+                // Any slot will do: the rows are uploaded over it.
+                RowInput::Link => self.index.extend(std::iter::repeat_n(0, rows.count as usize)),
+            }
+            if let RowOutput::Sample(Some(_)) = rows.output {
+                self.logit_rows.push(self.positions.len() as u32 - 1);
+            }
+        }
+        if !blocks[0].is_embed() {
+            let hidden = &self.hidden[&width];
+            self.ops.gather_rows(self.forward.hidden_mut(), hidden, &self.index, width);
+            let mut at = 0;
+            for rows in &order {
+                if matches!(rows.input, RowInput::Link) {
+                    let (_, values) = link_rows.iter().find(|(id, _)| *id == rows.sequence).expect("the caller attached them");
+                    self.ops.upload(self.forward.hidden_mut(), at * width, values);
+                }
+                at += rows.count as usize;
+            }
+        }
+
+        let page_tokens = self.limits.page_tokens;
+        let attention_count = order.first().map_or(0, |rows| rows.tables.len());
+        if self.attention.len() < attention_count {
+            self.attention.resize_with(attention_count, AttentionScratch::default);
+        }
+        for (i, scratch) in self.attention[..attention_count].iter_mut().enumerate() {
+            scratch.places.clear();
+            scratch.queries.clear();
+            scratch.tables.clear();
+            for rows in &order {
+                let table_start = scratch.tables.len() as u32;
+                let table = &rows.tables[i];
+                scratch.tables.extend_from_slice(table);
+                for position in rows.start..rows.start + rows.count {
+                    let slot = table[(position / page_tokens) as usize];
+                    scratch.places.push(KvPlace { slot, offset: position % page_tokens });
+                    scratch.queries.push(Query { table_start, position });
+                }
+            }
+        }
+        let attention: Vec<AttentionBatch<'_>> = self.attention[..attention_count]
+            .iter()
+            .map(|s| AttentionBatch { places: &s.places, queries: &s.queries, tables: &s.tables })
+            .collect();
+        let forward_batch = ForwardBatch {
+            row_count,
+            tokens: &self.tokens,
+            positions: &self.positions,
+            attention: &attention,
+            logit_rows: &self.logit_rows,
+        };
+        self.forward.run(&blocks, &forward_batch, &mut self.pools);
+
+        self.index.clear();
+        let mut link_out = Vec::new();
+        let mut samples = Vec::new();
+        let (mut at, mut logit_row) = (0, 0);
+        for rows in &order {
+            match &rows.output {
+                RowOutput::Hidden(slots) => self.index.extend_from_slice(slots),
+                RowOutput::Link => {
+                    let mut values = vec![0.0; rows.count as usize * width];
+                    self.ops.download(self.forward.hidden(), at * width, &mut values);
+                    link_out.push(LinkRows { sequence: rows.sequence, start: rows.start, width, rows: values });
+                }
+                RowOutput::Sample(None) => {}
+                RowOutput::Sample(Some(position)) => {
+                    let token = match self.samplers.get_mut(&rows.sequence) {
+                        // Released while this batch was under way.
+                        None => Err("the sequence was released".to_owned()),
+                        Some(sampler) => match sampler.sample(self.forward.logits(logit_row), *position) {
+                            Ok(sampled) => {
+                                sampler.accept(sampled.token);
+                                Ok(SampledToken { token: sampled.token, logprob: sampled.logprob, top: sampled.top })
+                            }
+                            Err(error) => Err(error.to_string()),
+                        },
+                    };
+                    samples.push(Sample { sequence: rows.sequence, token });
+                    logit_row += 1;
+                }
+            }
+            at += rows.count as usize;
+        }
+        if !self.index.is_empty() {
+            let hidden = self.hidden.get_mut(&width).expect("made when the block was loaded");
+            self.ops.scatter_rows(hidden, &self.index, self.forward.hidden(), width);
+        }
+        (samples, link_out)
+    }
+}

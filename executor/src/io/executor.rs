@@ -1,0 +1,580 @@
+//! The task that drives the engine: events in (routers, links, device, hosting), outputs carried out. One task owns all
+//! state, so there is nothing to lock.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::pin::Pin;
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use ashlar_kernels::ops::Ops;
+use ashlar_wire::code::{Code, Retry};
+use ashlar_wire::id::SequenceKey;
+use ashlar_wire::v1;
+use ashlar_wire::v1::link_frame::Frame;
+use ashlar_wire::v1::sequence_event::Event as SequenceEvent;
+use bytes::Bytes;
+use futures::Stream;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
+
+use super::attach::{Attachment, Downstream, FrameSender, LinkId, Listener, admission_key, frame_key};
+use super::device::{self, Command, Reply};
+use super::hosting::{HostedSpan, SpanKey};
+use super::links::Links;
+use super::metrics::ExecutorMetrics;
+use crate::model::sampler::{Sampler, SamplerParams};
+use crate::state::batch::{RowInput, SampledToken, SequenceId};
+use crate::state::engine::{Engine, Output};
+use crate::state::limits::Limits;
+use crate::state::sequence::{Admit, Reason, SpanIndex};
+
+/// Time between copies of the engine's gauges into metrics while it is busy.
+const GAUGE_INTERVAL: Duration = Duration::from_millis(200);
+
+/// What an executor is, apart from its load.
+#[derive(Debug, Clone)]
+pub struct Identity {
+    /// Its id in the registry.
+    pub executor_id: String,
+    /// Device, instruction set, threads.
+    pub device: String,
+    /// Executors of one class give the same bits.
+    pub numeric_class: String,
+}
+
+/// What the engine task is told.
+#[derive(Debug)]
+pub enum Event {
+    /// A router opened `Run`.
+    Run(Box<v1::Admission>, mpsc::UnboundedSender<SequenceEvent>),
+    /// The router dropped the stream.
+    Cancel(SequenceKey, u32),
+    /// A frame from an executor upstream.
+    FromUpstream {
+        /// Which link.
+        link: LinkId,
+        /// What it says.
+        frame: v1::LinkFrame,
+        /// Frames back.
+        back: FrameSender,
+    },
+    /// An executor upstream is gone.
+    UpstreamLost(LinkId),
+    /// A frame from an executor downstream.
+    FromDownstream(v1::LinkFrame),
+    /// An executor downstream is gone, or never was.
+    DownstreamLost {
+        /// Its address.
+        address: String,
+        /// Why.
+        reason: String,
+    },
+    /// The device answered.
+    Device(DeviceReply),
+    /// A span's blocks were handed to the device.
+    Host(Box<HostedSpan>),
+    /// A span is no longer wanted.
+    Unhost(SpanKey, oneshot::Sender<()>),
+    /// The newest plan that the executor obeys.
+    Plan(u64),
+    /// Look for faults in the engine's books.
+    CheckIntegrity(oneshot::Sender<Result<(), String>>),
+}
+
+/// [`Reply`] without the device's type.
+pub struct DeviceReply(pub Reply);
+
+impl std::fmt::Debug for DeviceReply {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("DeviceReply")
+    }
+}
+
+/// A handle to a running executor; clones drive the same one.
+#[derive(Debug, Clone)]
+pub struct ExecutorHandle {
+    events: mpsc::UnboundedSender<Event>,
+    status: Arc<Mutex<v1::StatusReply>>,
+}
+
+/// The events of one sequence. Dropping it cancels the sequence.
+#[derive(Debug)]
+pub struct SequenceEvents {
+    receiver: mpsc::UnboundedReceiver<SequenceEvent>,
+    cancel: Option<(SequenceKey, u32)>,
+    events: mpsc::UnboundedSender<Event>,
+}
+
+impl Stream for SequenceEvents {
+    type Item = SequenceEvent;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<SequenceEvent>> {
+        let event = std::task::ready!(self.receiver.poll_recv(context));
+        if matches!(event, None | Some(SequenceEvent::Finished(_) | SequenceEvent::Failed(_))) {
+            self.cancel = None;
+        }
+        Poll::Ready(event)
+    }
+}
+
+impl Drop for SequenceEvents {
+    fn drop(&mut self) {
+        if let Some((key, epoch)) = self.cancel.take() {
+            // The engine task may have ended, and the sequence with it.
+            let _ = self.events.send(Event::Cancel(key, epoch));
+        }
+    }
+}
+
+impl ExecutorHandle {
+    /// Admits a sequence. Refusals come as a `Failed` event.
+    pub fn run(&self, admission: v1::Admission) -> SequenceEvents {
+        let (sender, receiver) = mpsc::unbounded_channel();
+        let cancel = Some((admission_key(&admission), admission.epoch));
+        // If the engine task has ended, `sender` is dropped here and the stream ends at once.
+        let _ = self.events.send(Event::Run(Box::new(admission), sender));
+        SequenceEvents { receiver, cancel, events: self.events.clone() }
+    }
+
+    /// Where events for the engine task go.
+    pub fn events(&self) -> mpsc::UnboundedSender<Event> {
+        self.events.clone()
+    }
+
+    /// What the executor holds and does.
+    pub fn status(&self) -> v1::StatusReply {
+        self.status.lock().expect("no holder panics").clone()
+    }
+
+    /// Looks for faults in the engine's books: Ok, or the first one.
+    pub async fn check_integrity(&self) -> Result<(), String> {
+        let (answer, answered) = oneshot::channel();
+        let _ = self.events.send(Event::CheckIntegrity(answer));
+        answered.await.unwrap_or_else(|_| Err("the engine task has ended".to_owned()))
+    }
+}
+
+/// Starts the device thread and the engine task. Returns the handle and the sender of blocks to the device.
+///
+/// # Errors
+/// When the device has no memory for its workspace.
+pub fn start<B: Ops>(
+    ops: Arc<B>,
+    limits: Limits,
+    identity: &Identity,
+    metrics: ExecutorMetrics,
+) -> Result<(ExecutorHandle, std::sync::mpsc::Sender<Command<B>>), Box<dyn std::error::Error + Send + Sync>> {
+    let (events, receiver) = mpsc::unbounded_channel();
+    let to_engine = events.clone();
+    let commands = device::start(ops, limits.clone(), move |reply| {
+        // The engine task ends only with the process.
+        let _ = to_engine.send(Event::Device(DeviceReply(reply)));
+    })?;
+    metrics.kv_bytes.set(i64::try_from(limits.kv_bytes).unwrap_or(i64::MAX));
+    let status = v1::StatusReply {
+        executor_id: identity.executor_id.clone(),
+        device: identity.device.clone(),
+        numeric_class: identity.numeric_class.clone(),
+        kv_bytes: limits.kv_bytes,
+        ..v1::StatusReply::default()
+    };
+    let status = Arc::new(Mutex::new(status));
+    let driver = Driver {
+        engine: Engine::new(limits),
+        commands: commands.clone(),
+        links: Links::new(events.clone()),
+        attachments: BTreeMap::new(),
+        hosted: BTreeMap::new(),
+        numeric_class: identity.numeric_class.clone(),
+        status: Arc::clone(&status),
+        metrics,
+        began: Instant::now(),
+        gauges_at: Instant::now(),
+        generation: 0,
+    };
+    tokio::spawn(driver.drive(receiver));
+    Ok((ExecutorHandle { events, status }, commands))
+}
+
+struct Driver<B: Ops> {
+    engine: Engine,
+    commands: std::sync::mpsc::Sender<Command<B>>,
+    links: Links,
+    attachments: BTreeMap<SequenceId, Attachment>,
+    hosted: BTreeMap<SpanKey, (SpanIndex, HostedSpan)>,
+    numeric_class: String,
+    status: Arc<Mutex<v1::StatusReply>>,
+    metrics: ExecutorMetrics,
+    began: Instant,
+    gauges_at: Instant,
+    generation: u64,
+}
+
+impl<B: Ops> Driver<B> {
+    async fn drive(mut self, mut events: mpsc::UnboundedReceiver<Event>) {
+        while let Some(event) = events.recv().await {
+            self.handle(event);
+            // Everything that has arrived meanwhile joins the same plan.
+            while let Ok(event) = events.try_recv() {
+                self.handle(event);
+            }
+            while let Some(output) = self.engine.poll_output(self.began.elapsed()) {
+                self.act(output);
+            }
+            if events.is_empty() || self.gauges_at.elapsed() > GAUGE_INTERVAL {
+                self.gauges_at = Instant::now();
+                self.publish();
+            }
+        }
+    }
+
+    fn publish(&mut self) {
+        let gauges = self.engine.gauges();
+        self.metrics.publish(&gauges, &self.engine.counters());
+        let mut status = self.status.lock().expect("no holder panics");
+        status.running = gauges.running_count as u32;
+        status.waiting = gauges.waiting_count as u32;
+        status.plan_generation = self.generation;
+    }
+
+    fn handle(&mut self, event: Event) {
+        let now = self.began.elapsed();
+        match event {
+            Event::Run(admission, sender) => {
+                if let Err((code, message, retry, Listener::Router(sender))) = self.admit(now, *admission, 0, Listener::Router(sender)) {
+                    // A router that is gone needs no answer.
+                    let _ = sender.send(failed_event(code, &message, retry));
+                }
+            }
+            Event::Cancel(key, epoch) => {
+                if let Some(id) = self.engine.find(&key, epoch) {
+                    self.engine.handle_cancel(id);
+                }
+            }
+            Event::FromUpstream { link, frame, back } => self.from_upstream(now, link, frame, back),
+            Event::UpstreamLost(link) => {
+                let lost: Vec<SequenceId> = self
+                    .attachments
+                    .iter()
+                    .filter(|(_, a)| matches!(&a.listener, Listener::Upstream(id, _) if *id == link))
+                    .map(|(id, _)| *id)
+                    .collect();
+                lost.into_iter().for_each(|id| self.engine.handle_cancel(id));
+            }
+            Event::FromDownstream(frame) => self.from_downstream(frame),
+            Event::DownstreamLost { address, reason } => {
+                self.links.forget(&address);
+                let lost: Vec<SequenceId> = self
+                    .attachments
+                    .iter()
+                    .filter(|(_, a)| a.downstream.as_ref().is_some_and(|d| d.address == address))
+                    .map(|(id, _)| *id)
+                    .collect();
+                if !lost.is_empty() {
+                    tracing::warn!(address, reason, sequence_count = lost.len(), "lost an executor downstream");
+                }
+                for id in lost {
+                    self.engine.handle_failure(
+                        id,
+                        Code::Unavailable,
+                        format!("lost the executor at {address}: {reason}"),
+                        Retry::Elsewhere,
+                    );
+                }
+            }
+            Event::Device(DeviceReply(Reply::Done(done))) => {
+                self.metrics.step_seconds.observe(done.elapsed.as_secs_f64());
+                for rows in done.link_rows {
+                    if let Some(attachment) = self.attachments.get(&rows.sequence)
+                        && let Some(downstream) = &attachment.downstream
+                    {
+                        let bytes: Vec<u8> = rows.rows.iter().flat_map(|value| value.to_le_bytes()).collect();
+                        let hidden = v1::HiddenRows { start: rows.start, width: rows.width as u32, rows: Bytes::from(bytes) };
+                        // A closed link is told by `DownstreamLost`.
+                        let _ = downstream.frames.send(attachment.frame(Frame::Hidden(hidden)));
+                    }
+                }
+                self.engine.handle_batch_done(done.samples);
+            }
+            Event::Device(DeviceReply(Reply::LoadFailed(block, error))) => {
+                // The budget is checked before a block is sent here, so this is a defect of the budget.
+                tracing::error!(block = block.0, %error, "the device could not take a block that the budget allowed");
+                std::process::abort();
+            }
+            Event::Host(span) => self.host(*span),
+            Event::Unhost(key, done) => {
+                if let Some((index, _)) = self.hosted.remove(&key) {
+                    self.engine.handle_unhost(index);
+                    self.update_spans();
+                }
+                let _ = done.send(());
+            }
+            Event::Plan(generation) => self.generation = self.generation.max(generation),
+            Event::CheckIntegrity(answer) => {
+                let _ = answer.send(self.engine.check_integrity());
+            }
+        }
+    }
+
+    fn host(&mut self, span: HostedSpan) {
+        let index = self.engine.handle_host(span.host.clone());
+        self.hosted.insert(span.key.clone(), (index, span));
+        self.update_spans();
+    }
+
+    fn update_spans(&mut self) {
+        let mut status = self.status.lock().expect("no holder panics");
+        status.spans = self.hosted.values().map(|(_, span)| span.to_wire()).collect();
+        let mut weight_bytes: BTreeMap<u32, u64> = BTreeMap::new();
+        for (_, span) in self.hosted.values() {
+            for (block, bytes) in span.host.blocks.iter().zip(&span.block_bytes) {
+                weight_bytes.insert(block.0, *bytes);
+            }
+        }
+        status.weight_bytes = weight_bytes.values().sum();
+        self.metrics.weight_bytes.set(i64::try_from(status.weight_bytes).unwrap_or(i64::MAX));
+    }
+
+    /// Admits one hop of an admission. On refusal the listener comes back to be told.
+    fn admit(
+        &mut self,
+        now: Duration,
+        admission: v1::Admission,
+        hop_index: usize,
+        listener: Listener,
+    ) -> Result<(), (Code, String, Retry, Listener)> {
+        let refuse = |code, message: &str, retry, listener| Err((code, message.to_owned(), retry, listener));
+        if !admission.numeric_class.is_empty() && admission.numeric_class != self.numeric_class {
+            let message =
+                format!("this executor is of class {}, the sequence is pinned to {}", self.numeric_class, admission.numeric_class);
+            return refuse(Code::NumericClass, &message, Retry::Elsewhere, listener);
+        }
+        let Some(span) = admission.route.get(hop_index).and_then(|hop| hop.span.as_ref()) else {
+            return refuse(Code::InvalidValue, "the route ends before this executor", Retry::Never, listener);
+        };
+        let Some((index, hosted)) = SpanKey::parse(span).and_then(|key| self.hosted.get(&key)) else {
+            return refuse(Code::UnknownSpan, "this executor does not hold the span named", Retry::Elsewhere, listener);
+        };
+        if span.lineage_to != hosted.lineage_to || (span.from > 0 && span.lineage_from != hosted.lineage_from) {
+            return refuse(Code::UnknownSpan, "the span's lineage is not the one held here", Retry::Elsewhere, listener);
+        }
+        if let Some(token) = admission.prompt.iter().chain(&admission.generated).find(|token| **token >= hosted.vocab) {
+            let message = format!("token {token} is outside the vocabulary of {}", hosted.vocab);
+            return refuse(Code::InvalidValue, &message, Retry::Never, listener);
+        }
+        let total = admission.prompt.len() as u64 + u64::from(admission.generated_tokens_max);
+        if admission.prompt.is_empty() || total > u64::from(hosted.context_tokens) {
+            let message = format!("{total} tokens are not within 1..={}", hosted.context_tokens);
+            return refuse(Code::ContextLengthExceeded, &message, Retry::Never, listener);
+        }
+        let Ok(cache_domain) = <[u8; 32]>::try_from(admission.cache_domain.as_slice()) else {
+            return refuse(Code::InvalidValue, "the cache domain must be 32 bytes", Retry::Never, listener);
+        };
+        let mut domain = blake3::Hasher::new_keyed(&cache_domain);
+        domain.update(self.numeric_class.as_bytes()).update(b"kv:f32");
+        let key = admission_key(&admission);
+        let mut tokens = admission.prompt.clone();
+        tokens.extend_from_slice(&admission.generated);
+        let admit = Admit {
+            key: key.clone(),
+            epoch: admission.epoch,
+            span: *index,
+            tokens,
+            prompt_tokens: admission.prompt.len() as u32,
+            generated_tokens_max: admission.generated_tokens_max,
+            stop_tokens: admission.stop_tokens.clone(),
+            priority: admission.priority,
+            domain: *domain.finalize().as_bytes(),
+        };
+        let samples = hosted.host.ends_with_head;
+        let id = match self.engine.handle_admit(now, admit) {
+            Ok(id) => id,
+            Err((code, message, retry)) => return Err((code, message, retry, listener)),
+        };
+        if samples {
+            let params =
+                SamplerParams::from(&admission.sampling.clone().unwrap_or_default()).seeded(admission.seed, admission.choice_index);
+            let sampler = Box::new(Sampler::new(params, &admission.prompt, &admission.generated));
+            self.send(Command::Admit(id, sampler));
+        }
+        let mut attachment = Attachment {
+            key,
+            epoch: admission.epoch,
+            listener,
+            downstream: None,
+            prompt_tokens: admission.prompt.len() as u32,
+            inbox: VecDeque::new(),
+            inbox_taken: 0,
+        };
+        if !samples && let Some(next) = admission.route.get(hop_index + 1) {
+            let address = next.address.clone();
+            let frames = self.links.to(&address);
+            // A closed link is told by `DownstreamLost`, after which the sequence fails.
+            let _ = frames.send(attachment.frame(Frame::Admit(admission)));
+            attachment.downstream = Some(Downstream { address, frames });
+        }
+        self.attachments.insert(id, attachment);
+        Ok(())
+    }
+
+    fn from_upstream(&mut self, now: Duration, link: LinkId, frame: v1::LinkFrame, back: FrameSender) {
+        let key = frame_key(&frame);
+        let (router_id, sequence_id, epoch) = (frame.router_id, frame.sequence_id, frame.epoch);
+        match frame.frame {
+            Some(Frame::Admit(admission)) => {
+                let hop_index = self.hop_of_mine(&admission);
+                if let Err((code, message, retry, _)) = self.admit(now, admission, hop_index, Listener::Upstream(link, back.clone())) {
+                    let failed = Frame::Failed(failed(code, &message, retry));
+                    let _ = back.send(v1::LinkFrame { router_id, sequence_id, epoch, frame: Some(failed) });
+                }
+            }
+            Some(Frame::Hidden(hidden)) => {
+                let Some(id) = self.engine.find(&key, epoch) else { return };
+                let width = hidden.width as usize;
+                let expected = self.attachments.get(&id).is_some_and(|_| width > 0 && hidden.rows.len() % (4 * width) == 0);
+                if !expected || !self.width_fits(id, width) {
+                    self.engine.handle_failure(id, Code::Internal, format!("hidden rows of width {width} do not fit"), Retry::Elsewhere);
+                    return;
+                }
+                let count = (hidden.rows.len() / 4 / width) as u32;
+                if self.engine.handle_hidden(id, hidden.start, count)
+                    && let Some(attachment) = self.attachments.get_mut(&id)
+                {
+                    attachment.inbox.push_back(hidden.rows);
+                }
+            }
+            Some(Frame::Released(_)) => {
+                if let Some(id) = self.engine.find(&key, epoch) {
+                    self.engine.handle_cancel(id);
+                }
+            }
+            // Tokens, credits and failures never come from upstream.
+            Some(Frame::Token(_) | Frame::Consumed(_) | Frame::Failed(_)) | None => {}
+        }
+    }
+
+    fn width_fits(&self, id: SequenceId, width: usize) -> bool {
+        let span = self.engine.span_of(id);
+        self.hosted.values().any(|(index, hosted)| Some(*index) == span && hosted.width as usize == width)
+    }
+
+    /// Which hop of a route that came over a link is this executor's: the first that it hosts after the embedding's.
+    fn hop_of_mine(&self, admission: &v1::Admission) -> usize {
+        let mine = |hop: &v1::Hop| hop.span.as_ref().and_then(SpanKey::parse).is_some_and(|key| self.hosted.contains_key(&key));
+        let id = self.status.lock().expect("no holder panics").executor_id.clone();
+        admission.route.iter().skip(1).position(|hop| hop.executor_id == id && mine(hop)).map_or(admission.route.len(), |at| at + 1)
+    }
+
+    fn from_downstream(&mut self, frame: v1::LinkFrame) {
+        let Some(id) = self.engine.find(&frame_key(&frame), frame.epoch) else { return };
+        match frame.frame {
+            Some(Frame::Consumed(position)) => self.engine.handle_consumed(id, position),
+            Some(Frame::Token(token)) => {
+                let Some(attachment) = self.attachments.get(&id) else { return };
+                if let Listener::Upstream(_, back) = &attachment.listener {
+                    // In the middle of a route: pass it on towards the first executor.
+                    let _ = back.send(attachment.frame(Frame::Token(token)));
+                    return;
+                }
+                let position = attachment.prompt_tokens + token.index;
+                let top = token.top.iter().map(|t| (t.token, t.logprob)).collect();
+                self.engine.handle_link_token(id, position, SampledToken { token: token.token, logprob: token.logprob, top });
+            }
+            Some(Frame::Failed(failed)) => {
+                let code = Code::parse(&failed.code).unwrap_or(Code::Internal);
+                let retry = match failed.retry() {
+                    v1::Retry::Elsewhere => Retry::Elsewhere,
+                    v1::Retry::Same => Retry::Same,
+                    v1::Retry::Never | v1::Retry::Unspecified => Retry::Never,
+                };
+                self.engine.handle_failure(id, code, failed.message, retry);
+            }
+            // Admissions, rows and releases never come from downstream.
+            Some(Frame::Admit(_) | Frame::Hidden(_) | Frame::Released(_)) | None => {}
+        }
+    }
+
+    fn send(&self, command: Command<B>) {
+        self.commands.send(command).expect("the device thread ends only with the process");
+    }
+
+    fn tell(&self, id: SequenceId, event: SequenceEvent) {
+        let Some(attachment) = self.attachments.get(&id) else { return };
+        match (&attachment.listener, event) {
+            // A router that is gone cancels by dropping the stream.
+            (Listener::Router(sender), event) => drop(sender.send(event)),
+            (Listener::Upstream(_, back), SequenceEvent::Failed(failed)) => drop(back.send(attachment.frame(Frame::Failed(failed)))),
+            // Starts and ends are the first executor's to tell.
+            (Listener::Upstream(..), _) => {}
+        }
+    }
+
+    fn act(&mut self, output: Output) {
+        match output {
+            Output::RunBatch(batch) => {
+                self.metrics.batch(&batch);
+                let mut link_rows = Vec::new();
+                for rows in batch.rows.iter().filter(|rows| matches!(rows.input, RowInput::Link)) {
+                    let span = self.engine.span_of(rows.sequence);
+                    let width = self.hosted.values().find(|(index, _)| Some(*index) == span).map_or(0, |(_, hosted)| hosted.width as usize);
+                    let attachment = self.attachments.get_mut(&rows.sequence).expect("admitted over a link");
+                    link_rows.push((rows.sequence, attachment.take_rows(rows.count as usize * width)));
+                }
+                self.send(Command::Run(batch, link_rows));
+            }
+            Output::EmitStarted { sequence, waited } => {
+                self.metrics.queued(waited.as_secs_f64());
+                self.tell(sequence, SequenceEvent::Started(v1::Started { queue_ms: waited.as_secs_f64() * 1e3 }));
+            }
+            Output::EmitToken { sequence, index, token } => self.tell(sequence, SequenceEvent::Token(token_event(index, token))),
+            Output::EmitFinished { sequence, reason, cached_tokens } => {
+                let reason = match reason {
+                    Reason::Stop => v1::FinishReason::Stop,
+                    Reason::Length => v1::FinishReason::Length,
+                };
+                self.tell(sequence, SequenceEvent::Finished(v1::Finished { reason: reason.into(), cached_tokens }));
+            }
+            Output::EmitFailed { sequence, code, message, retry } => self.tell(sequence, failed_event(code, &message, retry)),
+            Output::SendToken { sequence, position, token } => {
+                let Some(attachment) = self.attachments.get(&sequence) else { return };
+                if let Listener::Upstream(_, back) = &attachment.listener {
+                    let index = position - attachment.prompt_tokens;
+                    let _ = back.send(attachment.frame(Frame::Token(token_event(index, token))));
+                }
+            }
+            Output::SendConsumed { sequence, position } => {
+                let Some(attachment) = self.attachments.get(&sequence) else { return };
+                if let Listener::Upstream(_, back) = &attachment.listener {
+                    let _ = back.send(attachment.frame(Frame::Consumed(position)));
+                }
+            }
+            Output::Release(sequence) => {
+                self.send(Command::Release(sequence));
+                if let Some(attachment) = self.attachments.remove(&sequence)
+                    && let Some(downstream) = &attachment.downstream
+                {
+                    let _ = downstream.frames.send(attachment.frame(Frame::Released(v1::Released {})));
+                }
+            }
+        }
+    }
+}
+
+fn token_event(index: u32, token: SampledToken) -> v1::TokenEvent {
+    let top = token.top.iter().map(|(token, logprob)| v1::TokenLogprob { token: *token, logprob: *logprob }).collect();
+    v1::TokenEvent { index, token: token.token, logprob: token.logprob, top }
+}
+
+fn failed(code: Code, message: &str, retry: Retry) -> v1::Failed {
+    let retry = match retry {
+        Retry::Never => v1::Retry::Never,
+        Retry::Same => v1::Retry::Same,
+        Retry::Elsewhere => v1::Retry::Elsewhere,
+    };
+    v1::Failed { code: code.as_str().to_owned(), message: message.to_owned(), retry: retry.into() }
+}
+
+fn failed_event(code: Code, message: &str, retry: Retry) -> SequenceEvent {
+    SequenceEvent::Failed(failed(code, message, retry))
+}

@@ -1,0 +1,339 @@
+//! Obeying the plan: reads the blocks of assigned spans from the zoo, packs them, hands them to the device, and tells
+//! the registry what is held. A block is loaded once however many spans run through it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use ashlar_kernels::ops::Ops;
+use ashlar_registry::record::{ExecutorRecord, Plan, SpanAssignment};
+use ashlar_registry::{Registry, Session};
+use ashlar_wire::v1;
+use ashlar_zoo::digest::{Digest, lineages};
+use ashlar_zoo::store::Zoo;
+use tokio::sync::{mpsc, oneshot};
+
+use super::device::Command;
+use super::executor::Event;
+use super::metrics::ExecutorMetrics;
+use crate::model::block::LoadedBlock;
+use crate::state::engine::HostSpan;
+use crate::state::segments::BlockIndex;
+
+/// A span by what it is: chain and blocks `[from, to)`.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct SpanKey {
+    /// The chain.
+    pub chain: Digest,
+    /// First block.
+    pub from: u32,
+    /// One past the last.
+    pub to: u32,
+}
+
+impl SpanKey {
+    /// The span that a message names; None if its digest is malformed.
+    pub fn parse(span: &v1::Span) -> Option<Self> {
+        Some(Self { chain: Digest(span.chain.as_slice().try_into().ok()?), from: span.from, to: span.to })
+    }
+
+    fn of(assignment: &SpanAssignment) -> Self {
+        Self { chain: Digest(assignment.chain.0), from: assignment.from, to: assignment.to }
+    }
+}
+
+/// A span whose blocks are on the device, with what an admission is checked against.
+#[derive(Debug, Clone)]
+pub struct HostedSpan {
+    /// Which.
+    pub key: SpanKey,
+    /// What the engine needs.
+    pub host: HostSpan,
+    /// Bytes of each block on the device.
+    pub block_bytes: Vec<u64>,
+    /// Lineage before the first block; empty at the chain's start.
+    pub lineage_from: Vec<u8>,
+    /// Lineage after the last block.
+    pub lineage_to: Vec<u8>,
+    /// Token ids are below it.
+    pub vocab: u32,
+    /// Positions that the chain takes.
+    pub context_tokens: u32,
+    /// Width of hidden states.
+    pub width: u32,
+}
+
+impl HostedSpan {
+    /// As messages name it.
+    pub fn to_wire(&self) -> v1::Span {
+        v1::Span {
+            chain: self.key.chain.0.to_vec(),
+            from: self.key.from,
+            to: self.key.to,
+            lineage_from: self.lineage_from.clone(),
+            lineage_to: self.lineage_to.clone(),
+        }
+    }
+}
+
+/// A span could not be hosted.
+#[derive(Debug, thiserror::Error)]
+pub enum HostError {
+    /// The zoo failed.
+    #[error(transparent)]
+    Store(#[from] ashlar_zoo::store::StoreError),
+    /// A block does not make sense.
+    #[error("load block {block} (number {index} of its chain)")]
+    Load {
+        /// The block.
+        block: Digest,
+        /// Its place.
+        index: usize,
+        /// What is wrong.
+        #[source]
+        source: Box<crate::model::load::LoadError>,
+    },
+    /// The span names blocks that the chain does not have.
+    #[error("blocks {from}..{to} are not within the {count} blocks of chain {chain}")]
+    Span {
+        /// The chain.
+        chain: Digest,
+        /// First block.
+        from: u32,
+        /// One past the last.
+        to: u32,
+        /// Blocks there are.
+        count: usize,
+    },
+    /// The weights do not fit.
+    #[error("block {block} needs {block_bytes} bytes, {free_bytes} of {memory_bytes} are free for weights")]
+    Memory {
+        /// The block.
+        block: Digest,
+        /// What it needs.
+        block_bytes: u64,
+        /// What is free.
+        free_bytes: u64,
+        /// The budget.
+        memory_bytes: u64,
+    },
+}
+
+struct Resident {
+    index: BlockIndex,
+    bytes: u64,
+    kv_shape: Option<ashlar_kernels::ops::KvShape>,
+    /// Spans that run through it.
+    spans: BTreeSet<SpanKey>,
+}
+
+/// Keeps what is on the device equal to what the plan asks for.
+pub struct Hosting<B: Ops> {
+    ops: Arc<B>,
+    zoo: Zoo,
+    commands: std::sync::mpsc::Sender<Command<B>>,
+    events: mpsc::UnboundedSender<Event>,
+    metrics: ExecutorMetrics,
+    memory_bytes: u64,
+    page_tokens: u32,
+    resident: BTreeMap<Digest, Resident>,
+    spans: BTreeSet<SpanKey>,
+    /// Places of evicted blocks, to be used again.
+    free: Vec<BlockIndex>,
+    next: u32,
+    /// Spans that failed, so that the same failure is logged once.
+    failed: BTreeSet<SpanKey>,
+}
+
+impl<B: Ops> Hosting<B> {
+    /// Hosts nothing yet. Weights may take `memory_bytes`.
+    pub fn new(
+        ops: Arc<B>,
+        zoo: Zoo,
+        commands: std::sync::mpsc::Sender<Command<B>>,
+        events: mpsc::UnboundedSender<Event>,
+        metrics: ExecutorMetrics,
+        memory_bytes: u64,
+        page_tokens: u32,
+    ) -> Self {
+        Self {
+            ops,
+            zoo,
+            commands,
+            events,
+            metrics,
+            memory_bytes,
+            page_tokens,
+            resident: BTreeMap::new(),
+            spans: BTreeSet::new(),
+            free: Vec::new(),
+            next: 0,
+            failed: BTreeSet::new(),
+        }
+    }
+
+    /// Follows the plan until the registry is gone. The session's record always tells what is hosted.
+    pub async fn follow(
+        &mut self,
+        registry: Arc<dyn Registry>,
+        session: Arc<Session<ExecutorRecord>>,
+    ) -> Result<(), ashlar_registry::RegistryError> {
+        let mut watch = registry.watch_prefix(ashlar_registry::key::PLAN).await?;
+        let mut generation = 0;
+        let mut wanted: Option<Plan> = None;
+        loop {
+            let retry = tokio::time::sleep(std::time::Duration::from_secs(5));
+            tokio::select! {
+                change = watch.next() => match change {
+                    Some(ashlar_registry::Change::Put(entry)) => match ashlar_registry::record::parse::<Plan>(&entry) {
+                        Ok(plan) if plan.generation >= generation => {
+                            generation = plan.generation;
+                            wanted = Some(plan);
+                        }
+                        Ok(_) => continue,
+                        Err(error) => {
+                            tracing::error!(%error, "the plan cannot be read; going on with the one before");
+                            continue;
+                        }
+                    },
+                    Some(_) => continue,
+                    None => return Ok(()),
+                },
+                // A block that could not be read before may be readable now.
+                () = retry, if !self.failed.is_empty() => {}
+            }
+            let Some(plan) = &wanted else { continue };
+            let mine: Vec<SpanKey> = plan.assignments.get(&session.record().id).into_iter().flatten().map(SpanKey::of).collect();
+            self.obey(&mine, &session).await;
+            self.metrics.plan_generation.set(i64::try_from(generation).unwrap_or(i64::MAX));
+            let _ = self.events.send(Event::Plan(generation));
+            self.tell(&session, generation);
+        }
+    }
+
+    fn tell(&self, session: &Session<ExecutorRecord>, generation: u64) {
+        let spans = self
+            .spans
+            .iter()
+            .map(|key| SpanAssignment { chain: ashlar_registry::ChainDigest(key.chain.0), from: key.from, to: key.to })
+            .collect();
+        session.update(|record| {
+            record.spans = spans;
+            record.plan_generation = generation;
+        });
+    }
+
+    /// Drops what is no longer wanted, then loads what is new, one span after another.
+    pub async fn obey(&mut self, wanted: &[SpanKey], session: &Session<ExecutorRecord>) {
+        let gone: Vec<SpanKey> = self.spans.iter().filter(|key| !wanted.contains(key)).cloned().collect();
+        for key in gone {
+            self.drop_span(&key).await;
+        }
+        self.failed.retain(|key| wanted.contains(key));
+        for key in wanted {
+            if self.spans.contains(key) {
+                continue;
+            }
+            match self.load_span(key).await {
+                Ok(hosted) => {
+                    self.failed.remove(key);
+                    self.spans.insert(key.clone());
+                    let _ = self.events.send(Event::Host(Box::new(hosted)));
+                    let generation = session.record().plan_generation;
+                    self.tell(session, generation);
+                }
+                Err(error) => {
+                    self.forget_unused(key);
+                    if self.failed.insert(key.clone()) {
+                        tracing::error!(chain = %key.chain, from = key.from, to = key.to, error = &error as &dyn std::error::Error, "failed to host a span");
+                    }
+                }
+            }
+        }
+    }
+
+    async fn drop_span(&mut self, key: &SpanKey) {
+        self.spans.remove(key);
+        let (done, dropped) = oneshot::channel();
+        // Blocks leave the device after the engine has stopped to plan for them.
+        if self.events.send(Event::Unhost(key.clone(), done)).is_ok() {
+            let _ = dropped.await;
+        }
+        self.forget_unused(key);
+    }
+
+    fn forget_unused(&mut self, key: &SpanKey) {
+        for resident in self.resident.values_mut() {
+            resident.spans.remove(key);
+        }
+        let unused: Vec<Digest> = self.resident.iter().filter(|(_, r)| r.spans.is_empty()).map(|(digest, _)| *digest).collect();
+        for digest in unused {
+            let resident = self.resident.remove(&digest).expect("just listed");
+            let _ = self.commands.send(Command::Evict(resident.index));
+            self.free.push(resident.index);
+        }
+    }
+
+    async fn load_span(&mut self, key: &SpanKey) -> Result<HostedSpan, HostError> {
+        let chain = self.zoo.read_chain(key.chain).await?;
+        let (from, to) = (key.from as usize, key.to as usize);
+        if from >= to || to > chain.blocks.len() {
+            return Err(HostError::Span { chain: key.chain, from: key.from, to: key.to, count: chain.blocks.len() });
+        }
+        let adapters: Vec<(u32, Digest)> = chain.adapters.iter().map(|a| (a.block_index, a.digest)).collect();
+        let all_lineages = lineages(&chain.blocks, &adapters);
+        let mut host = HostSpan {
+            blocks: Vec::new(),
+            lineages: all_lineages[from..to].iter().map(|lineage| lineage.0).collect(),
+            kv_shapes: Vec::new(),
+            begins_with_embed: from == 0,
+            ends_with_head: to == chain.blocks.len(),
+        };
+        let mut block_bytes = Vec::new();
+        for index in from..to {
+            let digest = chain.blocks[index];
+            if !self.resident.contains_key(&digest) {
+                self.load_block(digest, index).await?;
+            }
+            let resident = self.resident.get_mut(&digest).expect("just loaded");
+            resident.spans.insert(key.clone());
+            host.blocks.push(resident.index);
+            host.kv_shapes.push(resident.kv_shape);
+            block_bytes.push(resident.bytes);
+        }
+        tracing::info!(chain = %key.chain.short(), from, to, "hosting a span");
+        Ok(HostedSpan {
+            key: key.clone(),
+            host,
+            block_bytes,
+            lineage_from: from.checked_sub(1).map_or_else(Vec::new, |before| all_lineages[before].0.to_vec()),
+            lineage_to: all_lineages[to - 1].0.to_vec(),
+            vocab: chain.vocab,
+            context_tokens: chain.context_tokens,
+            width: chain.width,
+        })
+    }
+
+    async fn load_block(&mut self, digest: Digest, index: usize) -> Result<(), HostError> {
+        let mapped = self.zoo.map_block(digest).await?;
+        let ops = Arc::clone(&self.ops);
+        let task = tokio::task::spawn_blocking(move || LoadedBlock::load(&*ops, &mapped.block, &mapped));
+        let loaded = match task.await {
+            Ok(loaded) => loaded.map_err(|source| HostError::Load { block: digest, index, source: Box::new(source) })?,
+            Err(panic) => std::panic::resume_unwind(panic.into_panic()),
+        };
+        let bytes = loaded.bytes() as u64;
+        let used: u64 = self.resident.values().map(|resident| resident.bytes).sum();
+        let free_bytes = self.memory_bytes.saturating_sub(used);
+        if bytes > free_bytes {
+            return Err(HostError::Memory { block: digest, block_bytes: bytes, free_bytes, memory_bytes: self.memory_bytes });
+        }
+        let kv_shape = loaded.kv_shape(self.page_tokens as usize);
+        let place = self.free.pop().unwrap_or_else(|| {
+            self.next += 1;
+            BlockIndex(self.next - 1)
+        });
+        let _ = self.commands.send(Command::Load(place, Box::new(loaded)));
+        self.resident.insert(digest, Resident { index: place, bytes, kv_shape, spans: BTreeSet::new() });
+        Ok(())
+    }
+}

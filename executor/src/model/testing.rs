@@ -1,0 +1,102 @@
+//! Blocks with random weights in memory, for unit tests.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use ashlar_kernels::format::Dtype;
+use ashlar_kernels::ops::{Activation, Ops};
+use ashlar_zoo::digest::Digest;
+use ashlar_zoo::manifest::{Block, BlockKind, Norm, Rope, RopeScaling, TensorRef};
+use ashlar_zoo::roles::{RoleShape, roles};
+
+use super::block::LoadedBlock;
+use super::philox;
+use super::source::{SourceError, TensorBytes, TensorSource};
+
+/// Width of the test blocks.
+pub(super) const WIDTH: u32 = 32;
+/// Vocabulary of the test blocks.
+pub(super) const VOCAB: u64 = 50;
+/// RMSNorm as most families have it.
+pub(super) const RMS: Norm = Norm::Rms { eps: 1e-6, weight_offset: 0.0 };
+
+/// Tensors by digest.
+#[derive(Default)]
+pub(super) struct Memory(pub(super) BTreeMap<Digest, TensorBytes>);
+
+impl TensorSource for Memory {
+    fn tensor(&self, tensor: &TensorRef) -> Result<TensorBytes, SourceError> {
+        self.0.get(&tensor.digest).cloned().ok_or(SourceError::Missing(tensor.digest))
+    }
+}
+
+impl Memory {
+    /// A block with every role that its kind may have, filled with small random numbers.
+    pub(super) fn block(&mut self, params: BlockKind) -> Block {
+        let mut tensors = BTreeMap::new();
+        for role in roles(WIDTH, &params) {
+            let shape = match role.shape {
+                RoleShape::Vector(k) => vec![k],
+                RoleShape::Matrix(n, k) => vec![n, k],
+                RoleShape::Rows(k) => vec![VOCAB, k],
+            };
+            tensors.insert(role.name.to_owned(), self.tensor(shape));
+        }
+        Block { width: WIDTH, params, tensors }
+    }
+
+    fn tensor(&mut self, shape: Vec<u64>) -> TensorRef {
+        let seed = self.0.len() as u64;
+        let count = shape.iter().product::<u64>() as u32;
+        let value = |i: u32| (philox::uniform(seed, 0, i) - 0.5) as f32;
+        let bytes: Vec<u8> = (0..count).flat_map(|i| value(i).to_le_bytes()).collect();
+        let tensor = TensorRef { digest: Digest::of(&bytes), dtype: Dtype::F32, shape };
+        let (rows, cols) = match *tensor.shape.as_slice() {
+            [cols] => (1, cols as usize),
+            [rows, cols] => (rows as usize, cols as usize),
+            _ => unreachable!(),
+        };
+        self.0.insert(tensor.digest, TensorBytes { dtype: Dtype::F32, rows, cols, keep: Arc::new(bytes) });
+        tensor
+    }
+
+    /// A chain of six blocks that uses most of what blocks can do.
+    pub(super) fn chain<B: Ops>(&mut self, ops: &B) -> Vec<LoadedBlock<B>> {
+        let kinds = [
+            BlockKind::Embed { scale: 2.0 },
+            attention(),
+            BlockKind::FeedForward { norm: RMS, activation: Activation::Silu, inner: 48, gated: true, post_norm: None },
+            BlockKind::Attention {
+                norm: Norm::Layer { eps: 1e-5 },
+                heads: 2,
+                kv_heads: 2,
+                head_dim: 16,
+                scale: 0.25,
+                rope: None,
+                window: None,
+                softcap: Some(20.0),
+                qk_norm: None,
+                post_norm: Some(RMS),
+            },
+            BlockKind::FeedForward { norm: RMS, activation: Activation::Relu, inner: 40, gated: false, post_norm: Some(RMS) },
+            BlockKind::Head { norm: RMS, softcap: Some(30.0), scale: 1.0 },
+        ];
+        kinds.into_iter().map(|kind| LoadedBlock::load(ops, &self.block(kind), self).unwrap()).collect()
+    }
+}
+
+/// Grouped heads, partial rope, window, norms of heads.
+pub(super) fn attention() -> BlockKind {
+    BlockKind::Attention {
+        norm: RMS,
+        heads: 4,
+        kv_heads: 2,
+        head_dim: 8,
+        scale: 0.3,
+        rope: Some(Rope { theta: 10000.0, dim: 4, scaling: RopeScaling::None }),
+        window: Some(9),
+        softcap: None,
+        qk_norm: Some(RMS),
+        post_norm: None,
+    }
+}

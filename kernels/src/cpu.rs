@@ -1,0 +1,338 @@
+//! The CPU backend: the op set by SIMD over a thread pool, bit for bit equal to `reference` on every instruction set and
+//! for any number of threads. Each op here checks its shapes and cuts its work in units; the leaves are kernels over
+//! `lanes`. `unsafe` lives in this folder only: intrinsics, disjoint writes by threads, and memory.
+
+mod activations;
+mod attention;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod elementwise;
+mod isa;
+mod kv;
+mod lanes;
+mod linear;
+mod linear_float;
+mod linear_integer;
+mod math;
+mod memory;
+mod norm;
+mod pack;
+mod pool;
+pub mod probe;
+mod scalar;
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+pub use crate::table::Table;
+pub use isa::Isa;
+pub use kv::Kv;
+pub use pack::Linear;
+
+use crate::format::{CodeRow, TensorView};
+use crate::ops::{Activation, AttentionShape, Columns, KvPlace, KvShape, NormKind, Ops, PackError, Query};
+use crate::reference::concatenate;
+use attention::Attend;
+use elementwise::{Gate, Map, MapElements, Rope};
+use isa::Proven;
+use linear::Scratch;
+use memory::{Aligned, Shared};
+use norm::{Norm, NormHeads, NormRows};
+use pool::Pool;
+
+/// How the backend is set up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CpuOptions {
+    /// Threads that compute, the calling one included; 0 means one for each core that this process may use.
+    pub threads: usize,
+    /// Instruction set; the best that the machine has if `None`.
+    pub isa: Option<Isa>,
+}
+
+/// The CPU as a device.
+pub struct Cpu {
+    proven: Proven,
+    pool: Pool,
+    /// Activation memory that no call uses right now.
+    scratch: Mutex<Vec<Scratch>>,
+}
+
+/// f32 activations, 64-byte aligned.
+#[derive(Debug)]
+pub struct Buffer(Aligned<f32>);
+
+impl Cpu {
+    /// Starts the threads. Panics if the instruction set was chosen and the machine lacks it ([`Isa::available`] tells).
+    pub fn new(options: CpuOptions) -> Self {
+        let threads = match options.threads {
+            0 => std::thread::available_parallelism().map_or(1, usize::from),
+            threads => threads,
+        };
+        let proven = Proven::new(options.isa.unwrap_or_else(Isa::detect));
+        Self { proven, pool: Pool::new(threads), scratch: Mutex::new(Vec::new()) }
+    }
+
+    /// The instruction set in use.
+    pub fn isa(&self) -> Isa {
+        self.proven.isa()
+    }
+
+    /// Threads in use, the caller's included.
+    pub fn threads(&self) -> usize {
+        self.pool.threads()
+    }
+
+    /// Runs units on the pool, or on the caller alone where `work` (about the elements or products touched) is too small
+    /// to be worth waking anybody.
+    fn spread(&self, units: usize, work: usize, unit: &(dyn Fn(usize) + Sync)) {
+        if work < ALONE_WORK {
+            (0..units).for_each(unit);
+        } else {
+            self.pool.run(units, unit);
+        }
+    }
+
+    /// As [`Cpu::spread`] over blocks of `0..rows`.
+    fn spread_rows(&self, rows: usize, work: usize, block: impl Fn(std::ops::Range<usize>) + Sync) {
+        let height = if work < ALONE_WORK { rows.max(1) } else { rows.div_ceil(4 * self.pool.threads()).max(1) };
+        self.spread(rows.div_ceil(height), work, &|unit| block(unit * height..((unit + 1) * height).min(rows)));
+    }
+
+    fn map(&self, x: &mut Buffer, element_count: usize, map: Map<'_>) {
+        let x = Shared::new(&mut x.0[..element_count]);
+        self.spread(element_count.div_ceil(MAP_ELEMENTS), element_count, &|unit| {
+            let range = unit * MAP_ELEMENTS..((unit + 1) * MAP_ELEMENTS).min(element_count);
+            self.proven.run(MapElements { map, x, range });
+        });
+    }
+
+    fn with_scratch(&self, call: impl FnOnce(&mut Scratch)) {
+        let mut scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default();
+        call(&mut scratch);
+        self.scratch.lock().unwrap_or_else(PoisonError::into_inner).push(scratch);
+    }
+}
+
+impl std::fmt::Debug for Cpu {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.describe())
+    }
+}
+
+impl Ops for Cpu {
+    type Buffer = Buffer;
+    type Linear = Linear;
+    type Vector = Buffer;
+    type Table = Table;
+    type Kv = Kv;
+
+    fn describe(&self) -> String {
+        let isa = match self.isa() {
+            Isa::Avx512Vnni => "avx512-vnni",
+            Isa::Avx2 => "avx2",
+            Isa::Scalar => "scalar",
+        };
+        let threads = self.threads();
+        format!("cpu, {isa}, {threads} thread{}", if threads == 1 { "" } else { "s" })
+    }
+
+    fn buffer(&self, element_count: usize) -> Result<Buffer, PackError> {
+        Aligned::new(element_count).map(Buffer)
+    }
+
+    fn linear(&self, parts: &[TensorView<'_>]) -> Result<Linear, PackError> {
+        Linear::new(&self.pool, parts)
+    }
+
+    fn vector(&self, parts: &[TensorView<'_>]) -> Result<Buffer, PackError> {
+        self.vector_f32(&concatenate(parts)?)
+    }
+
+    fn vector_f32(&self, values: &[f32]) -> Result<Buffer, PackError> {
+        Aligned::from_slice(values).map(Buffer)
+    }
+
+    fn table(&self, view: TensorView<'_>, keep: Arc<dyn AsRef<[u8]> + Send + Sync>) -> Result<Table, PackError> {
+        Table::new(view, keep)
+    }
+
+    fn kv(&self, shape: KvShape, slot_count: usize) -> Result<Kv, PackError> {
+        Kv::new(shape, slot_count)
+    }
+
+    fn linear_bytes(&self, linear: &Linear) -> usize {
+        linear.bytes()
+    }
+
+    fn upload(&self, buffer: &mut Buffer, at: usize, values: &[f32]) {
+        buffer.0[at..][..values.len()].copy_from_slice(values);
+    }
+
+    fn download(&self, buffer: &Buffer, at: usize, out: &mut [f32]) {
+        out.copy_from_slice(&buffer.0[at..][..out.len()]);
+    }
+
+    fn gather_rows(&self, dst: &mut Buffer, src: &Buffer, index: &[u32], width: usize) {
+        for (i, &row) in index.iter().enumerate() {
+            dst.0[i * width..][..width].copy_from_slice(&src.0[row as usize * width..][..width]);
+        }
+    }
+
+    fn scatter_rows(&self, dst: &mut Buffer, index: &[u32], src: &Buffer, width: usize) {
+        for (i, &row) in index.iter().enumerate() {
+            dst.0[row as usize * width..][..width].copy_from_slice(&src.0[i * width..][..width]);
+        }
+    }
+
+    fn embed(&self, out: &mut Buffer, table: &Table, rows: &[u32], scale: f32) {
+        let width = table.width();
+        let out = Shared::new(&mut out.0[..rows.len() * width]);
+        self.spread_rows(rows.len(), rows.len() * width, |block| {
+            let mut scratch = CodeRow::default();
+            for i in block {
+                // SAFETY: blocks have disjoint rows.
+                let out = unsafe { out.part(i * width..(i + 1) * width) };
+                table.read(rows[i], &mut scratch, out);
+                out.iter_mut().for_each(|x| *x *= scale);
+            }
+        });
+    }
+
+    fn embed_add(&self, out: &mut Buffer, table: &Table, rows: &[u32]) {
+        let width = table.width();
+        let out = Shared::new(&mut out.0[..rows.len() * width]);
+        self.spread_rows(rows.len(), rows.len() * width, |block| {
+            let (mut scratch, mut values) = (CodeRow::default(), vec![0.0; width]);
+            for i in block {
+                table.read(rows[i], &mut scratch, &mut values);
+                // SAFETY: blocks have disjoint rows.
+                let out = unsafe { out.part(i * width..(i + 1) * width) };
+                out.iter_mut().zip(&values).for_each(|(x, v)| *x += v);
+            }
+        });
+    }
+
+    fn norm(
+        &self,
+        dst: &mut Buffer,
+        src: &Buffer,
+        row_count: usize,
+        width: usize,
+        kind: NormKind,
+        eps: f32,
+        weight: &Buffer,
+        bias: Option<&Buffer>,
+    ) {
+        assert_eq!(weight.0.len(), width, "a norm weight for each element");
+        let norm = Norm { kind, eps, weight: &weight.0, bias: bias.map(|bias| &bias.0[..width]) };
+        let (dst, src) = (Shared::new(&mut dst.0[..row_count * width]), &src.0[..row_count * width]);
+        self.spread_rows(row_count, row_count * width, |rows| self.proven.run(NormRows { norm, src, dst, width, rows }));
+    }
+
+    fn norm_heads(
+        &self,
+        buffer: &mut Buffer,
+        row_count: usize,
+        columns: Columns,
+        head_dim: usize,
+        weight_offset: f32,
+        eps: f32,
+        weight: &Buffer,
+    ) {
+        assert_eq!(weight.0.len(), head_dim, "a norm weight for each element");
+        check_columns(columns, head_dim);
+        let norm = Norm { kind: NormKind::Rms { weight_offset }, eps, weight: &weight.0, bias: None };
+        let buffer = Shared::new(&mut buffer.0);
+        self.spread_rows(row_count, row_count * columns.width, |rows| {
+            self.proven.run(NormHeads { norm, buffer, columns, head_dim, rows });
+        });
+    }
+
+    fn linear_apply(&self, out: &mut Buffer, x: &Buffer, row_count: usize, linear: &Linear, bias: Option<&Buffer>) {
+        linear::apply(self, &mut out.0, &x.0, row_count, linear, bias.map(|bias| &bias.0[..]));
+    }
+
+    fn rope_rows(&self, out: &mut Buffer, positions: &[u32], inverse_frequencies: &Buffer, attention_factor: f32) {
+        let half = inverse_frequencies.0.len();
+        let out = Shared::new(&mut out.0[..positions.len() * 2 * half]);
+        // A pair of cosine and sine costs about as much as 64 elements of a norm.
+        self.spread_rows(positions.len(), positions.len() * half * 64, |rows| {
+            for row in rows {
+                // SAFETY: blocks have disjoint rows.
+                let (cos, sin) = unsafe { out.part(row * 2 * half..(row + 1) * 2 * half) }.split_at_mut(half);
+                for (i, &frequency) in inverse_frequencies.0.iter().enumerate() {
+                    let angle = f64::from(positions[row] as f32 * frequency);
+                    cos[i] = libm::cos(angle) as f32 * attention_factor;
+                    sin[i] = libm::sin(angle) as f32 * attention_factor;
+                }
+            }
+        });
+    }
+
+    fn rope(&self, buffer: &mut Buffer, row_count: usize, columns: Columns, head_dim: usize, half: usize, rope_rows: &Buffer) {
+        assert!(2 * half <= head_dim, "rotated part {} of a head of {head_dim}", 2 * half);
+        check_columns(columns, head_dim);
+        let (buffer, rope_rows) = (Shared::new(&mut buffer.0), &rope_rows.0[..row_count * 2 * half]);
+        self.spread_rows(row_count, row_count * columns.width, |rows| {
+            self.proven.run(Rope { buffer, columns, head_dim, half, rope_rows, rows });
+        });
+    }
+
+    fn kv_write(&self, kv: &mut Kv, qkv: &Buffer, shape: &AttentionShape, places: &[KvPlace]) {
+        assert_eq!(kv.shape, shape.kv, "one slot class");
+        for (row, &place) in qkv.0[..places.len() * shape.qkv_width()].chunks_exact(shape.qkv_width()).zip(places) {
+            kv.write(row, shape, place);
+        }
+    }
+
+    fn attend(&self, out: &mut Buffer, qkv: &Buffer, kv: &Kv, shape: &AttentionShape, queries: &[Query], tables: &[u32]) {
+        assert_eq!(kv.shape, shape.kv, "one slot class");
+        assert!(shape.heads.is_multiple_of(shape.kv.kv_heads), "{} heads over {} kv heads", shape.heads, shape.kv.kv_heads);
+        assert!(shape.window != Some(0), "a window sees at least the query's own position");
+        let (d, row_count) = (shape.kv.head_dim, queries.len());
+        let out = Shared::new(&mut out.0[..row_count * shape.heads * d]);
+        let qkv = &qkv.0[..row_count * shape.qkv_width()];
+        let group = shape.heads / shape.kv.kv_heads;
+        // Heads of one kv head stay together unless that would leave threads without work.
+        let heads_count = if row_count * shape.kv.kv_heads >= 4 * self.threads() || self.threads() == 1 { group } else { 1 };
+        let work = queries.iter().map(|query| query.position as usize + 1).sum::<usize>() * shape.heads * d;
+        let height = row_count.div_ceil(8 * self.threads()).clamp(1, ATTEND_ROWS);
+        let blocks = row_count.div_ceil(height);
+        self.spread(blocks * (shape.heads / heads_count), work, &|unit| {
+            // The last rows have most to read, so they come first.
+            let (block, first_head) = (blocks - 1 - unit % blocks, unit / blocks * heads_count);
+            let (rows, heads) = (block * height..((block + 1) * height).min(row_count), first_head..first_head + heads_count);
+            self.proven.run(Attend { out, qkv, kv, shape, queries, tables, rows, heads });
+        });
+    }
+
+    fn gate(&self, out: &mut Buffer, gate_up: &Buffer, row_count: usize, width: usize, activation: Activation) {
+        let (out, gate_up) = (Shared::new(&mut out.0[..row_count * width]), &gate_up.0[..row_count * 2 * width]);
+        self.spread_rows(row_count, 4 * row_count * width, |rows| self.proven.run(Gate { out, gate_up, width, activation, rows }));
+    }
+
+    fn activate(&self, x: &mut Buffer, element_count: usize, activation: Activation) {
+        self.map(x, element_count, Map::Activate(activation));
+    }
+
+    fn add(&self, acc: &mut Buffer, x: &Buffer, element_count: usize) {
+        self.map(acc, element_count, Map::Add(&x.0[..element_count]));
+    }
+
+    fn softcap(&self, x: &mut Buffer, element_count: usize, cap: f32) {
+        self.map(x, element_count, Map::Softcap(cap));
+    }
+}
+
+fn check_columns(columns: Columns, head_dim: usize) {
+    assert!(columns.offset + columns.width <= columns.stride, "columns {columns:?} lie within a row");
+    assert!(columns.width.is_multiple_of(head_dim), "{} columns are whole heads of {head_dim}", columns.width);
+}
+
+/// Less work than this (a few microseconds) is done by the caller alone.
+const ALONE_WORK: usize = 32 << 10;
+/// Elements of a unit of an element-wise op.
+const MAP_ELEMENTS: usize = 4096;
+/// Query rows of a unit of attention at most: the pool balances rows of different length.
+const ATTEND_ROWS: usize = 8;

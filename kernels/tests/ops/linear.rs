@@ -1,0 +1,204 @@
+//! Linear layers of every format: equal bits over shapes, batches and fused parts.
+
+use super::values::{Random, Tensor};
+use super::{Case, assert_same, backends, check, download, upload};
+use ashlar_kernels::format::Dtype;
+use ashlar_kernels::ops::{Ops, PackError};
+use ashlar_kernels::reference::Reference;
+use proptest::prelude::*;
+
+struct LinearCase {
+    x: Vec<f32>,
+    row_count: usize,
+    parts: Vec<Tensor>,
+    bias: Option<Vec<f32>>,
+}
+
+impl LinearCase {
+    fn inputs(&self) -> usize {
+        self.parts[0].cols
+    }
+
+    fn outputs(&self) -> usize {
+        self.parts.iter().map(|part| part.rows).sum()
+    }
+
+    fn random(random: &mut Random, dtypes: &[Dtype], row_count: usize, cols: usize, rows_max: usize) -> Self {
+        let parts: Vec<_> = dtypes
+            .iter()
+            .map(|&dtype| {
+                let rows = 1 + random.below(rows_max);
+                random.tensor(dtype, rows, cols)
+            })
+            .collect();
+        let outputs = parts.iter().map(|part| part.rows).sum();
+        let bias = (random.below(2) == 0).then(|| random.tame(outputs));
+        Self { x: random.wild(row_count, cols), row_count, parts, bias }
+    }
+}
+
+impl Case for LinearCase {
+    fn run<O: Ops>(&self, ops: &O) -> Vec<f32> {
+        let views: Vec<_> = self.parts.iter().map(Tensor::view).collect();
+        let linear = ops.linear(&views).unwrap();
+        let bias = self.bias.as_ref().map(|bias| ops.vector_f32(bias).unwrap());
+        let x = upload(ops, &self.x);
+        // What a buffer held before must not matter.
+        let mut out = upload(ops, &vec![f32::NAN; self.row_count * self.outputs()]);
+        ops.linear_apply(&mut out, &x, self.row_count, &linear, bias.as_ref());
+        download(ops, &out, self.row_count * self.outputs())
+    }
+}
+
+/// Equal bits on all backends, and row r alone equals row r of the batch.
+fn check_rows(case: &LinearCase, random: &mut Random) {
+    let batch = check(case);
+    if case.row_count < 2 {
+        return;
+    }
+    let (inputs, outputs) = (case.inputs(), case.outputs());
+    let row = random.below(case.row_count);
+    let views: Vec<_> = case.parts.iter().map(Tensor::view).collect();
+    for cpu in backends() {
+        let linear = cpu.linear(&views).unwrap();
+        let bias = case.bias.as_ref().map(|bias| cpu.vector_f32(bias).unwrap());
+        let x = upload(cpu, &case.x[row * inputs..][..inputs]);
+        let mut out = cpu.buffer(outputs).unwrap();
+        cpu.linear_apply(&mut out, &x, 1, &linear, bias.as_ref());
+        assert_same(&format!("{}, row {row} alone", cpu.describe()), &batch[row * outputs..][..outputs], &download(cpu, &out, outputs));
+    }
+}
+
+/// Columns that a format can have, with a taste for the borders of slices.
+fn columns(random: &mut Random, dtype: Dtype) -> usize {
+    match dtype.block_columns() {
+        1 if random.below(3) == 0 => random.pick(&[511, 512, 513, 576, 1023, 1024, 1030]),
+        1 => 1 + random.below(140),
+        32 => 32 * random.pick(&[1, 2, 3, 15, 16, 17, 18, 33]),
+        block => block * random.pick(&[1, 2, 3, 5]),
+    }
+}
+
+/// Mostly small batches, and the heights around tiles and blocks.
+fn rows(random: &mut Random) -> usize {
+    random.pick(&[1, 1, 2, 3, 4, 5, 6, 7, 9, 12, 13, 31, 70])
+}
+
+macro_rules! formats {
+    ($($name:ident: $dtype:expr;)*) => {
+        proptest! {
+            #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
+            $(
+                #[test]
+                fn $name(seed in any::<u64>()) {
+                    let mut random = Random(seed);
+                    let dtype = $dtype(&mut random);
+                    let (row_count, cols) = (rows(&mut random), columns(&mut random, dtype));
+                    // Long rows and large batches come with fewer outputs, which keeps the scalar sides quick.
+                    let rows_max = (1_500_000 / (row_count * cols)).clamp(4, 70);
+                    let case = LinearCase::random(&mut random, &[dtype], row_count, cols, rows_max);
+                    check_rows(&case, &mut random);
+                }
+            )*
+        }
+    };
+}
+
+const GROUPS: [u16; 9] = [1, 4, 8, 16, 32, 64, 128, 256, 512];
+
+formats! {
+    linear_f32_has_the_reference_bits: |_: &mut Random| Dtype::F32;
+    linear_f16_has_the_reference_bits: |_: &mut Random| Dtype::F16;
+    linear_bf16_has_the_reference_bits: |_: &mut Random| Dtype::Bf16;
+    linear_int8_has_the_reference_bits: |random: &mut Random| Dtype::Int8 { group: random.pick(&GROUPS) };
+    linear_int4_has_the_reference_bits: |random: &mut Random| Dtype::Int4 { group: random.pick(&GROUPS) };
+    linear_q8_0_has_the_reference_bits: |_: &mut Random| Dtype::Q8_0;
+    linear_q4_0_has_the_reference_bits: |_: &mut Random| Dtype::Q4_0;
+    linear_q4_1_has_the_reference_bits: |_: &mut Random| Dtype::Q4_1;
+    linear_q5_0_has_the_reference_bits: |_: &mut Random| Dtype::Q5_0;
+    linear_q5_1_has_the_reference_bits: |_: &mut Random| Dtype::Q5_1;
+    linear_q4_k_has_the_reference_bits: |_: &mut Random| Dtype::Q4K;
+    linear_q5_k_has_the_reference_bits: |_: &mut Random| Dtype::Q5K;
+    linear_q6_k_has_the_reference_bits: |_: &mut Random| Dtype::Q6K;
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn parts_of_different_formats_make_one_layer(seed in any::<u64>()) {
+        let mut random = Random(seed);
+        let all = [Dtype::F32, Dtype::Bf16, Dtype::Int8 { group: 32 }, Dtype::Int4 { group: 128 }, Dtype::Q8_0, Dtype::Q4_1, Dtype::Q6K, Dtype::Q4K];
+        let dtypes: Vec<_> = (0..1 + random.below(4)).map(|_| random.pick(&all)).collect();
+        let row_count = 1 + random.below(9);
+        let case = LinearCase::random(&mut random, &dtypes, row_count, 768, 40);
+        check_rows(&case, &mut random);
+    }
+}
+
+#[test]
+fn blocks_of_rows_meet_without_a_gap() {
+    let mut random = Random(5);
+    for dtype in [Dtype::F32, Dtype::Int8 { group: 32 }, Dtype::Q4_1] {
+        for row_count in [95, 96, 97, 200] {
+            check_rows(&LinearCase::random(&mut random, &[dtype], row_count, 64, 150), &mut random);
+        }
+    }
+}
+
+#[test]
+fn many_outputs_are_spread_over_units() {
+    let mut random = Random(6);
+    for dtype in [Dtype::F32, Dtype::Bf16, Dtype::Int8 { group: 64 }, Dtype::Q4_0] {
+        let parts = vec![random.tensor(dtype, 3000, 96), random.tensor(dtype, 17, 96)];
+        check(&LinearCase { x: random.tame(96), row_count: 1, parts, bias: None });
+    }
+}
+
+#[test]
+fn no_rows_give_no_output() {
+    let mut random = Random(7);
+    for dtype in [Dtype::F32, Dtype::Q8_0] {
+        let parts = vec![random.tensor(dtype, 5, 64)];
+        assert!(check(&LinearCase { x: vec![], row_count: 0, parts, bias: None }).is_empty());
+    }
+}
+
+#[test]
+fn layers_that_cannot_be_are_refused() {
+    let mut random = Random(8);
+    let (a, b) = (random.tensor(Dtype::F32, 4, 64), random.tensor(Dtype::F32, 4, 32));
+    fn refuse<O: Ops>(ops: &O, parts: &[ashlar_kernels::format::TensorView<'_>]) -> PackError {
+        match ops.linear(parts) {
+            Ok(_) => panic!("{} takes it", ops.describe()),
+            Err(error) => error,
+        }
+    }
+    let mut short = a.view();
+    short.bytes = &short.bytes[1..];
+    let mut odd = random.tensor(Dtype::Q8_0, 1, 32);
+    odd.cols = 31;
+    for refused in [refuse(&Reference, &[a.view(), b.view()]), refuse(&backends()[0], &[a.view(), b.view()]), refuse(&backends()[0], &[])] {
+        assert!(matches!(refused, PackError::Parts(_)), "{refused}");
+    }
+    assert!(matches!(refuse(&backends()[0], &[short]), PackError::Length { .. }));
+    assert!(matches!(refuse(&backends()[0], &[odd.view()]), PackError::Shape { .. }));
+}
+
+#[test]
+fn packed_layers_keep_their_size() {
+    let mut random = Random(9);
+    let cpu = &backends()[0];
+    for (dtype, bits) in [
+        (Dtype::F32, 32.0),
+        (Dtype::Bf16, 16.0),
+        (Dtype::Q8_0, 8.5),
+        (Dtype::Int4 { group: 128 }, 4.125),
+        (Dtype::Q4_1, 5.0),
+        (Dtype::Q4K, 6.0),
+    ] {
+        let tensor = random.tensor(dtype, 64, 512);
+        let linear = cpu.linear(&[tensor.view()]).unwrap();
+        assert_eq!(cpu.linear_bytes(&linear) as f64 * 8.0 / (64.0 * 512.0), bits, "{dtype}");
+    }
+}

@@ -1,0 +1,67 @@
+//! One suite for every op and every CPU backend: the result must have the reference's bits, for any instruction set,
+//! thread count, batch and chunk. A new op adds a [`Case`]; a new backend adds a line in [`backends`].
+
+mod attention;
+mod linear;
+mod rows;
+mod values;
+
+use std::sync::OnceLock;
+
+use ashlar_kernels::cpu::{Cpu, CpuOptions, Isa};
+use ashlar_kernels::ops::Ops;
+use ashlar_kernels::reference::Reference;
+
+/// One input of one op, runnable on any device.
+trait Case {
+    fn run<O: Ops>(&self, ops: &O) -> Vec<f32>;
+}
+
+/// Runs the case on every backend, asserts equal bits, and gives the result back.
+#[track_caller]
+fn check(case: &impl Case) -> Vec<f32> {
+    let expected = case.run(&Reference);
+    for cpu in backends() {
+        assert_same(&cpu.describe(), &expected, &case.run(cpu));
+    }
+    expected
+}
+
+#[track_caller]
+fn assert_same(what: &str, expected: &[f32], got: &[f32]) {
+    assert_eq!(expected.len(), got.len(), "{what}: lengths");
+    for (index, (e, g)) in expected.iter().zip(got).enumerate() {
+        // What a NaN's bits are is nobody's contract; inputs that overflow make some.
+        assert!(e.to_bits() == g.to_bits() || (e.is_nan() && g.is_nan()), "{what}: element {index} is {g:e}, expected {e:e}");
+    }
+}
+
+fn backends() -> &'static [Cpu] {
+    static BACKENDS: OnceLock<Vec<Cpu>> = OnceLock::new();
+    BACKENDS.get_or_init(|| {
+        let isas = [Isa::Avx512Vnni, Isa::Avx2, Isa::Scalar];
+        let here = isas.into_iter().filter(|isa| isa.available());
+        here.flat_map(|isa| [1, 2].map(|threads| Cpu::new(CpuOptions { threads, isa: Some(isa) }))).collect()
+    })
+}
+
+/// A device buffer with these values.
+fn upload<O: Ops>(ops: &O, values: &[f32]) -> O::Buffer {
+    let mut buffer = ops.buffer(values.len()).unwrap();
+    ops.upload(&mut buffer, 0, values);
+    buffer
+}
+
+fn download<O: Ops>(ops: &O, buffer: &O::Buffer, len: usize) -> Vec<f32> {
+    let mut values = vec![0.0; len];
+    ops.download(buffer, 0, &mut values);
+    values
+}
+
+#[test]
+fn every_instruction_set_of_this_machine_is_tested() {
+    let missing = [Isa::Avx512Vnni, Isa::Avx2].iter().filter(|isa| !isa.available()).count();
+    println!("{} backends; skipped: {missing} instruction sets that this machine lacks", backends().len());
+    assert_eq!(backends().len(), 2 * (3 - missing));
+    assert_eq!(Cpu::new(CpuOptions { threads: 1, isa: None }).isa(), backends()[0].isa());
+}

@@ -1,0 +1,60 @@
+//! The embedded registry's file: it outlives the process, is shared by processes, and is never half written.
+
+use std::time::Duration;
+
+use ashlar_registry::embedded::Embedded;
+use ashlar_registry::{Registry, RegistryError, Swap};
+
+#[tokio::test]
+async fn lasting_keys_outlive_the_process_and_leased_keys_do_not() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("deep/registry.json");
+    let first = Embedded::open(&path).await.unwrap();
+    let revision = first.put("plan", "{\"generation\":1}", None).await.unwrap();
+    let lease = first.grant(Duration::from_secs(60)).await.unwrap();
+    first.put("executors/exe_1", "{}", Some(lease)).await.unwrap();
+    drop(first);
+
+    let second = Embedded::open(&path).await.unwrap();
+    assert_eq!(second.get("plan").await.unwrap().unwrap().revision, revision);
+    assert_eq!(second.get_prefix("").await.unwrap().len(), 1);
+    assert!(second.put("plan", "2", None).await.unwrap() > revision);
+}
+
+#[tokio::test]
+async fn two_processes_see_and_respect_each_others_changes() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("registry.json");
+    let [server, tool] = [Embedded::open(&path).await.unwrap(), Embedded::open(&path).await.unwrap()];
+    let mut watch = server.watch_prefix("tenants/").await.unwrap();
+    server.put("plan", "1", None).await.unwrap();
+    tool.put("tenants/acme", "{}", None).await.unwrap();
+    assert_eq!(tool.get_prefix("").await.unwrap().len(), 2, "a write begins with a read of the file");
+    tokio::time::timeout(Duration::from_secs(5), watch.next()).await.unwrap();
+    assert!(watch.entries().contains_key("tenants/acme"));
+
+    let held = server.get("plan").await.unwrap().unwrap();
+    tool.put("plan", "2", None).await.unwrap();
+    let swap = server.compare_and_swap("plan", Some(held.revision), "3", None).await.unwrap();
+    assert!(matches!(swap, Swap::Conflict(Some(entry)) if entry.value == "2"));
+}
+
+#[tokio::test]
+async fn file_that_is_none_of_ours_is_refused_and_kept() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("registry.json");
+    for text in ["{\"format\":\"ashlar-registry-1\",\"revision\":1,\"entr", "{\"format\":2,\"revision\":1,\"entries\":{}}", ""] {
+        std::fs::write(&path, text).unwrap();
+        assert!(matches!(Embedded::open(&path).await, Err(RegistryError::Format { .. })), "{text}");
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), text);
+    }
+}
+
+#[tokio::test]
+async fn urls_are_checked_at_the_door() {
+    for url in ["etcd://", "etcd:///x", "http://a:1", ""] {
+        assert!(matches!(ashlar_registry::open(url).await, Err(RegistryError::Url { .. })), "{url}");
+    }
+    assert!(ashlar_registry::open("memory:").await.is_ok());
+    assert!(ashlar_registry::open("etcd://127.0.0.1:1,127.0.0.1:2/x").await.is_ok(), "it connects later");
+}
