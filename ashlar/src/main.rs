@@ -1,8 +1,11 @@
 //! The one binary: parses the command line, reads the configuration, starts what was asked for. It holds no logic that a
 //! library should.
 
+#![allow(unreachable_pub, reason = "a binary: pub marks what other modules use")]
+
 mod bench;
 mod chat;
+mod client;
 mod config;
 mod devices;
 mod health;

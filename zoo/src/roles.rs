@@ -95,7 +95,8 @@ pub fn roles(width: u32, params: &BlockKind) -> Vec<Role> {
             list.may("position.weight", RoleShape::Rows(width));
         }
         BlockKind::Attention { norm, heads, kv_heads, head_dim, qk_norm, post_norm, .. } => {
-            let (q, kv, head) = (u64::from(*heads) * u64::from(*head_dim), u64::from(*kv_heads) * u64::from(*head_dim), u64::from(*head_dim));
+            let (q, kv, head) =
+                (u64::from(*heads) * u64::from(*head_dim), u64::from(*kv_heads) * u64::from(*head_dim), u64::from(*head_dim));
             list.norm(norm, width);
             list.must("q.weight", RoleShape::Matrix(q, width));
             list.must("k.weight", RoleShape::Matrix(kv, width));
@@ -180,6 +181,10 @@ impl Chain {
         let count = self.blocks.len();
         if !(4..=CHAIN_BLOCKS_MAX).contains(&count) || !count.is_multiple_of(2) {
             return Err(ManifestError::ChainLength(count));
+        }
+        let defaults = [self.defaults.temperature, self.defaults.top_p, self.defaults.repetition_penalty];
+        if defaults.into_iter().flatten().any(|value| !value.is_finite()) {
+            return Err(ManifestError::Range("defaults"));
         }
         match self.adapters.iter().any(|adapter| adapter.block_index as usize >= count) {
             true => Err(ManifestError::Range("adapters.block_index")),

@@ -34,7 +34,9 @@ struct Vocabulary<'a> {
 /// # Errors
 /// What is missing, malformed or not supported.
 pub fn from_gguf(metadata: &BTreeMap<String, Value>) -> Result<Vec<u8>, TokenizerError> {
-    let text = |key: &'static str| metadata.get(key).map(|value| value.as_str().ok_or(TokenizerError::Value { key, expected: "text" })).transpose();
+    let text = |key: &'static str| {
+        metadata.get(key).map(|value| value.as_str().ok_or(TokenizerError::Value { key, expected: "text" })).transpose()
+    };
     let model = text("tokenizer.ggml.model")?.ok_or(TokenizerError::Key("tokenizer.ggml.model"))?;
     let vocabulary = vocabulary(metadata)?;
     let json = match model {
@@ -68,7 +70,9 @@ fn vocabulary(metadata: &BTreeMap<String, Value>) -> Result<Vocabulary<'_>, Toke
         None => vec![Kind::Normal; tokens.len()],
         Some(list) => {
             let kinds = list.as_array().and_then(|list| list.iter().map(|value| kind(value.as_u64()?)).collect::<Option<Vec<_>>>());
-            kinds.filter(|kinds| kinds.len() == tokens.len()).ok_or(TokenizerError::Value { key: TYPES, expected: "one type of 1 to 6 for each token" })?
+            kinds
+                .filter(|kinds| kinds.len() == tokens.len())
+                .ok_or(TokenizerError::Value { key: TYPES, expected: "one type of 1 to 6 for each token" })?
         }
     };
     Ok(Vocabulary { tokens, kinds })
@@ -146,8 +150,10 @@ fn sentence_piece(metadata: &BTreeMap<String, Value>, vocabulary: &Vocabulary<'_
     }))
 }
 
+/// Unused tokens pad the embedding; they are left out, so that no text can give them.
 fn vocab_json(vocabulary: &Vocabulary<'_>) -> Json {
-    Json::Object(vocabulary.tokens.iter().enumerate().map(|(id, token)| ((*token).to_owned(), json!(id))).collect::<Map<_, _>>())
+    let used = vocabulary.tokens.iter().zip(&vocabulary.kinds).enumerate().filter(|(_, (_, kind))| **kind != Kind::Unused);
+    Json::Object(used.map(|(id, (token, _))| ((*token).to_owned(), json!(id))).collect::<Map<_, _>>())
 }
 
 /// Tokens that are matched in the text itself, before words are cut.

@@ -249,7 +249,7 @@ impl Running {
     }
 
     /// The first new attempt comes at once: usually a replica can take it. A change of the cluster ends the wait for a route.
-    async fn wait(&self, next: Next) {
+    async fn wait(&mut self, next: Next) {
         let wait = match self.lost_count {
             0 | 1 => Duration::ZERO,
             count => WAIT_MAX.min(WAIT_FIRST * 2u32.saturating_pow(count - 2)),

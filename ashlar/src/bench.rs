@@ -1,0 +1,37 @@
+//! `ashlar bench`: load against any OpenAI-compatible endpoint, and the kernels against the ceilings of the machine. Start at
+//! `bench/load.rs`: a schedule is drawn from a seed, driven, and summed up in a report.
+
+mod drive;
+mod kernels;
+mod load;
+mod process;
+mod prompts;
+mod report;
+mod request;
+mod schedule;
+mod stats;
+#[cfg(test)]
+mod tests;
+
+/// Measures a server or the kernels.
+#[derive(Debug, clap::Args)]
+pub(crate) struct BenchArgs {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    /// Drive an OpenAI-compatible endpoint and print latencies, tokens per second and the server's cost.
+    Load(Box<load::LoadArgs>),
+    /// Measure this machine's ceilings and the linear layers against them.
+    Kernels(kernels::KernelsArgs),
+}
+
+/// Runs the bench that was asked for.
+pub(crate) async fn run(args: BenchArgs) -> anyhow::Result<()> {
+    match args.command {
+        Command::Load(args) => Box::pin(load::run(*args)).await,
+        Command::Kernels(args) => kernels::run(args).await,
+    }
+}

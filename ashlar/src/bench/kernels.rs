@@ -1,0 +1,157 @@
+//! `ashlar bench kernels`: what the machine can do, and how much of it each linear layer gets. The measuring is
+//! `ashlar_kernels::bench`; here are arguments, table and JSON.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, ensure};
+use ashlar_kernels::bench::{self, BenchOptions};
+use ashlar_kernels::cpu::{Cpu, CpuOptions, Isa, probe};
+use ashlar_kernels::format::Dtype;
+use ashlar_kernels::ops::Ops;
+use serde_json::{Value, json};
+
+/// Bytes of a layer or of the memory that one-row cells rotate through.
+const BYTES_MAX: usize = 16 << 30;
+/// Rows of a batch.
+const ROWS_MAX: usize = 1 << 16;
+/// Threads.
+const THREADS_MAX: usize = 1024;
+
+/// Measures the kernels.
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct KernelsArgs {
+    /// Threads [default: all cores]
+    #[arg(long, default_value_t = 0, hide_default_value = true)]
+    threads: usize,
+    /// Instruction set [default: the best that the machine has]
+    #[arg(long, value_enum)]
+    isa: Option<IsaName>,
+    /// Formats of weights, comma-separated: f32, bf16, int8, int4, q8_0, q4_1 and so on
+    #[arg(long = "dtypes", value_delimiter = ',')]
+    dtypes: Vec<String>,
+    /// Shapes, comma-separated: outputs x inputs, as in 576x1536
+    #[arg(long = "shapes", value_delimiter = ',', value_parser = shape)]
+    shapes: Vec<(usize, usize)>,
+    /// Rows of a batch, comma-separated
+    #[arg(long = "rows", value_delimiter = ',')]
+    row_counts: Vec<usize>,
+    /// MiB that one-row cells rotate through: at least 4 times the last cache
+    #[arg(long)]
+    rotate_mib: Option<usize>,
+    /// Write the table as JSON
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Commit, for the JSON
+    #[arg(long)]
+    commit: Option<String>,
+}
+
+/// The instruction sets by the names of the command line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum IsaName {
+    Avx512,
+    Avx2,
+    Scalar,
+}
+
+impl From<IsaName> for Isa {
+    fn from(name: IsaName) -> Self {
+        match name {
+            IsaName::Avx512 => Self::Avx512Vnni,
+            IsaName::Avx2 => Self::Avx2,
+            IsaName::Scalar => Self::Scalar,
+        }
+    }
+}
+
+/// Prints each cell as it is measured. It keeps all cores busy, so it runs outside the async threads.
+pub(crate) async fn run(args: KernelsArgs) -> anyhow::Result<()> {
+    tokio::task::spawn_blocking(move || measure(&args)).await?
+}
+
+fn measure(args: &KernelsArgs) -> anyhow::Result<()> {
+    let options = options(args)?;
+    ensure!(args.threads <= THREADS_MAX, "--threads must be at most {THREADS_MAX}");
+    let isa = args.isa.map(Isa::from);
+    if let Some(missing) = isa.filter(|isa| !isa.available()) {
+        anyhow::bail!("this machine lacks the instructions of {missing:?}");
+    }
+    let cpu = Cpu::new(CpuOptions { threads: args.threads, isa });
+    println!("{}", cpu.describe());
+    let ceilings = probe::ceilings(&cpu, options.rotate_bytes).context("failed to probe the machine")?;
+    println!("{ceilings}");
+    let mut cells = Vec::new();
+    bench::linear(&cpu, &ceilings, &options, |cell| {
+        println!("{cell}");
+        cells.push(json!({
+            "dtype": cell.dtype.to_string(),
+            "outputs": cell.outputs,
+            "inputs": cell.inputs,
+            "row_count": cell.row_count,
+            "seconds": cell.seconds,
+            "bytes_per_second": cell.bytes_per_second,
+            "ops_per_second": cell.ops_per_second,
+            "share": cell.share,
+        }));
+    })
+    .context("failed to pack a layer")?;
+    let Some(path) = &args.json else { return Ok(()) };
+    let report: Value = json!({
+        "version": env!("CARGO_PKG_VERSION"),
+        "commit": args.commit,
+        "machine": super::process::machine(),
+        "device": cpu.describe(),
+        "ceilings": {
+            "read_bytes_per_second": ceilings.read_bytes_per_second,
+            "f32_ops_per_second": ceilings.f32_ops_per_second,
+            "int8_ops_per_second": ceilings.int8_ops_per_second,
+        },
+        "rotate_bytes": options.rotate_bytes,
+        "cells": cells,
+    });
+    std::fs::write(path, serde_json::to_string_pretty(&report)? + "\n").with_context(|| format!("failed to write {}", path.display()))
+}
+
+fn options(args: &KernelsArgs) -> anyhow::Result<BenchOptions> {
+    let mut options = BenchOptions::default();
+    if !args.dtypes.is_empty() {
+        let dtype = |name: &String| name.parse::<Dtype>().with_context(|| format!("`{name}` is no format of weights"));
+        options.dtypes = args.dtypes.iter().map(dtype).collect::<anyhow::Result<_>>()?;
+    }
+    if !args.shapes.is_empty() {
+        options.shapes.clone_from(&args.shapes);
+    }
+    if !args.row_counts.is_empty() {
+        ensure!(args.row_counts.iter().all(|rows| (1..=ROWS_MAX).contains(rows)), "--rows must be from 1 to {ROWS_MAX}");
+        options.row_counts.clone_from(&args.row_counts);
+    }
+    if let Some(mib) = args.rotate_mib {
+        ensure!((1..=BYTES_MAX >> 20).contains(&mib), "--rotate-mib must be from 1 to {}", BYTES_MAX >> 20);
+        options.rotate_bytes = mib << 20;
+    }
+    Ok(options)
+}
+
+fn shape(text: &str) -> Result<(usize, usize), String> {
+    let parts = text.split_once('x').and_then(|(outputs, inputs)| Some((outputs.parse::<usize>().ok()?, inputs.parse::<usize>().ok()?)));
+    match parts {
+        Some((outputs, inputs)) if outputs > 0 && inputs > 0 && outputs.saturating_mul(inputs).saturating_mul(4) <= BYTES_MAX => {
+            Ok((outputs, inputs))
+        }
+        Some(_) => Err("a layer must have outputs and inputs, and at most 16 GiB as f32".into()),
+        None => Err("a shape is outputs x inputs, as in 576x1536".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shapes_are_read_and_bounded() {
+        assert_eq!(shape("576x1536"), Ok((576, 1536)));
+        for bad in ["576", "x", "0x5", "99999999x99999999", "18446744073709551615x2"] {
+            assert!(shape(bad).is_err(), "{bad}");
+        }
+    }
+}
