@@ -45,7 +45,7 @@ impl World {
         let mut blocks = Vec::new();
         for index in 0..6u8 {
             let tensor = json!({"digest": Digest::of(&[seed, index]), "dtype": "f32", "shape": [250, 4]});
-            let block = json!({"width": 4, "params": {"kind": "embed", "scale": 1.0}, "tensors": {"weight": tensor}});
+            let block = json!({"width": 4, "params": {"kind": "embed", "scale": 1.0}, "tensors": {"token.weight": tensor}});
             let block: Block = serde_json::from_value(block).unwrap();
             blocks.push(self.zoo.put_block(&block).await.unwrap().0);
         }
