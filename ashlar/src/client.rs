@@ -294,7 +294,8 @@ fn refusal(status: StatusCode, body: &[u8]) -> Refusal {
 /// Code and sentence of an error body: OpenAI's shape, and the ones that its imitators use.
 fn told(body: &Value) -> Option<(Option<String>, String)> {
     let error = body.get("error").unwrap_or(body);
-    let message = [error.get("message"), Some(error), body.get("message"), body.get("detail")].into_iter().flatten().find_map(Value::as_str)?;
+    let message =
+        [error.get("message"), Some(error), body.get("message"), body.get("detail")].into_iter().flatten().find_map(Value::as_str)?;
     let code = error.get("code").or_else(|| error.get("type")).and_then(Value::as_str).map(str::to_owned);
     Some((code, one_line(message)))
 }

@@ -90,7 +90,11 @@ async fn failures_are_infinite_and_counted_by_their_reason() {
         _ => three_tokens(asked),
     })
     .await;
-    let report = measure(&server, "--model good:4 --model bad --model cut --model mute --model slow --requests 40 --concurrency 8 --warmup 0 --timeout 0.4").await;
+    let report = measure(
+        &server,
+        "--model good:4 --model bad --model cut --model mute --model slow --requests 40 --concurrency 8 --warmup 0 --timeout 0.4",
+    )
+    .await;
     let all = &report.all;
     let count = |model: &str| report.models[model].request_count;
     assert_eq!(all.failed_count, 40 - count("good"));
@@ -164,13 +168,13 @@ async fn senseless_loads_are_refused_before_they_start() {
         ("--model m --requests 0", "--requests"),
         ("--model m --requests 999999999", "--requests"),
         ("--model m --duration nan", "--duration"),
-        ("--model m --timeout -0", "--timeout"),
+        ("--model m --timeout 0", "--timeout"),
         ("--model m --requests 200000 --output-tokens 1000", "asks for 200000000 tokens"),
         ("--model m --extra []", "--extra"),
         ("--model m --note a", "--note"),
-        ("--model m --prompts /nonexistent", "failed to open"),
-        ("--model m --server-pid 4294967295", "failed to read"),
-        ("--model m", "failed to warm up m: the server answered 500"),
+        ("--model m --prompts /nonexistent", "open /nonexistent"),
+        ("--model m --server-pid 4294967295", "read stat"),
+        ("--model m", "warm up m: the server answered 500"),
         ("", "the server answered 500"),
     ] {
         let error = refused(&server, line).await;
