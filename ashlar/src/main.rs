@@ -1,23 +1,91 @@
-//! The one binary.
+//! The one binary: parses the command line, reads the configuration, starts what was asked for. It holds no logic that a
+//! library should.
+
+#![allow(unreachable_pub, reason = "a binary: pub marks what other modules use")]
+
 mod bench;
 mod chat;
 mod client;
+mod config;
+mod devices;
+mod health;
+mod logging;
+mod process;
+mod server;
+mod tenant;
+mod zoo;
 
-use clap::Parser;
+use clap::{Parser, Subcommand};
 
-/// The one binary.
-#[derive(Parser)]
-enum Cli {
-    /// Talk with a model in the terminal.
-    Chat(chat::ChatArgs),
-    /// Measure a server or the kernels.
-    Bench(bench::BenchArgs),
+/// Serve many fine-tuned language models by storing, placing, batching and caching blocks of models.
+///
+/// Begin with `ashlar zoo add PATH --name TENANT/MODEL`, then `ashlar serve`, then `ashlar chat TENANT/MODEL`.
+#[derive(Debug, Parser)]
+#[command(name = "ashlar", version, propagate_version = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
 }
 
-#[tokio::main]
-async fn main() -> anyhow::Result<()> {
-    match Cli::parse() {
-        Cli::Chat(args) => chat::run(args).await,
-        Cli::Bench(args) => bench::run(args).await,
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Router, executor and registry in one process: all a single machine needs
+    Serve(config::ConfigArgs),
+    /// A router alone: REST in, sequences out to executors found through the registry
+    Router(config::ConfigArgs),
+    /// An executor alone: holds the blocks that the plan gives it
+    Executor(config::ConfigArgs),
+    /// The block zoo: add, pull, list, show, diff, verify, rm, gc
+    Zoo(zoo::ZooArgs),
+    /// Tenants and their API keys
+    Tenant {
+        #[command(flatten)]
+        config: config::ConfigArgs,
+        #[command(subcommand)]
+        command: tenant::TenantCommand,
+    },
+    /// Talk to a model in the terminal
+    Chat(chat::ChatArgs),
+    /// Measure: load on an OpenAI-compatible endpoint, or the kernels
+    Bench(bench::BenchArgs),
+    /// Which devices there are, and why one is not used
+    Devices,
+}
+
+fn main() -> std::process::ExitCode {
+    let cli = Cli::parse();
+    // One TLS provider for every client in the process.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    let outcome = match runtime {
+        Ok(runtime) => runtime.block_on(run(cli.command)),
+        Err(error) => Err(anyhow::Error::new(error).context("start the runtime")),
+    };
+    match outcome {
+        Ok(()) => std::process::ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: failed to {error:#}");
+            std::process::ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Serve(args) => server::run(server::Role::Serve, args).await,
+        Command::Router(args) => server::run(server::Role::Router, args).await,
+        Command::Executor(args) => server::run(server::Role::Executor, args).await,
+        Command::Zoo(args) => zoo::run(args).await,
+        Command::Tenant { config, command } => {
+            let config = config.load()?;
+            let registry = server::open_registry(&config, server::Role::Serve).await?;
+            tenant::run(command, registry).await
+        }
+        Command::Chat(args) => chat::run(args).await,
+        Command::Bench(args) => bench::run(args).await,
+        Command::Devices => {
+            devices::print();
+            Ok(())
+        }
     }
 }

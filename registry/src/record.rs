@@ -66,11 +66,29 @@ pub struct RouterRecord {
     pub address: String,
 }
 
+/// What placement aims at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlanPolicy {
+    /// Each chain is cut into this many spans on as many executors, where there are as many. 1: cut only where it must be.
+    pub spans_per_chain: u32,
+    /// Each span is on this many executors, where there is room.
+    pub replicas: u32,
+}
+
+impl Default for PlanPolicy {
+    fn default() -> Self {
+        Self { spans_per_chain: 1, replicas: 1 }
+    }
+}
+
 /// `plan`: which executor should hold what. Written by the leader alone.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Plan {
     /// Grows by one with each change.
     pub generation: u64,
+    /// The policy it was made under; a change of it is a reason to cut anew.
+    #[serde(default)]
+    pub policy: PlanPolicy,
     /// Spans of each executor, in order of (chain, from).
     pub assignments: BTreeMap<ExecutorId, Vec<SpanAssignment>>,
     /// Chains that found no place, and why.
@@ -132,6 +150,7 @@ mod tests {
         let span = SpanAssignment { chain: ChainDigest([7; 32]), from: 0, to: 4 };
         let plan = Plan {
             generation: 3,
+            policy: PlanPolicy { spans_per_chain: 2, replicas: 1 },
             assignments: [(ExecutorId("exe_1".into()), vec![span])].into(),
             unplaced: [(ChainDigest([8; 32]), "too large".to_owned())].into(),
         };

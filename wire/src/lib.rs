@@ -4,7 +4,7 @@ pub mod code;
 pub mod id;
 
 /// Generated messages and the gRPC service (proto/ashlar.proto has the field comments).
-#[allow(missing_docs, unreachable_pub, clippy::all, reason = "generated code")]
+#[allow(missing_docs, unreachable_pub, clippy::all, clippy::allow_attributes_without_reason, reason = "generated code")]
 pub mod v1 {
     tonic::include_proto!("ashlar.v1");
 }

@@ -181,6 +181,10 @@ impl Chain {
         if !(4..=CHAIN_BLOCKS_MAX).contains(&count) || !count.is_multiple_of(2) {
             return Err(ManifestError::ChainLength(count));
         }
+        let defaults = [self.defaults.temperature, self.defaults.top_p, self.defaults.repetition_penalty];
+        if defaults.into_iter().flatten().any(|value| !value.is_finite()) {
+            return Err(ManifestError::Range("defaults"));
+        }
         match self.adapters.iter().any(|adapter| adapter.block_index as usize >= count) {
             true => Err(ManifestError::Range("adapters.block_index")),
             false => Ok(()),

@@ -1,6 +1,7 @@
 //! The zoo: objects in a directory, a bucket or memory, every read verified against its digest. Start with [`Zoo`].
 //! Layout and write order are docs/block-format.md; writing is in `store/write.rs`, names in `store/names.rs`.
 
+mod delete;
 mod error;
 mod names;
 mod read;

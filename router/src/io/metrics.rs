@@ -24,9 +24,11 @@ const ALIASES: &[(&str, &str)] = &[
     ("ashlar_generated_tokens_total", "vllm:generation_tokens_total"),
 ];
 
-const TTFT_BUCKETS: &[f64] = &[0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0];
+const TTFT_BUCKETS: &[f64] =
+    &[0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0];
 const ITL_BUCKETS: &[f64] = &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5];
-const DURATION_BUCKETS: &[f64] = &[0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 60.0, 120.0, 300.0, 600.0];
+const DURATION_BUCKETS: &[f64] =
+    &[0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 60.0, 120.0, 300.0, 600.0];
 
 /// What the router counts.
 pub struct RouterMetrics {
@@ -52,8 +54,16 @@ impl RouterMetrics {
         };
         let by_tenant = &["model", "tenant"];
         let metrics = Self {
-            requests: counter("ashlar_requests_total", "Requests that ended, by code (`ok`, `cancelled` or an error's code).", &["model", "tenant", "code"])?,
-            time_to_first_token: histogram("ashlar_time_to_first_token_seconds", "From a request's arrival to its first token.", TTFT_BUCKETS)?,
+            requests: counter(
+                "ashlar_requests_total",
+                "Requests that ended, by code (`ok`, `cancelled` or an error's code).",
+                &["model", "tenant", "code"],
+            )?,
+            time_to_first_token: histogram(
+                "ashlar_time_to_first_token_seconds",
+                "From a request's arrival to its first token.",
+                TTFT_BUCKETS,
+            )?,
             inter_token_latency: histogram("ashlar_inter_token_latency_seconds", "From one token of a sequence to its next.", ITL_BUCKETS)?,
             request_duration: histogram("ashlar_request_duration_seconds", "From a request's arrival to its end.", DURATION_BUCKETS)?,
             prompt_tokens: counter("ashlar_prompt_tokens_total", "Tokens of prompts.", by_tenant)?,

@@ -2,6 +2,8 @@
 
 use std::fmt::Write as _;
 
+use ashlar_router::io::rest::config::RestLimits;
+use ashlar_wire::code::Code;
 use hyper::Method;
 use serde_json::json;
 
@@ -122,6 +124,20 @@ async fn error_bodies_are_those_of_the_golden() {
         assert_eq!(seen, expected, "line {} of tests/data/errors.txt", index + 1);
     }
     assert_eq!(picture.lines().count(), golden.lines().count());
+}
+
+/// What the documentation must name, so that it stays true.
+#[test]
+fn documentation_names_each_code_and_limit() {
+    let documentation = include_str!("../../../docs/api.md");
+    for code in Code::ALL.iter().filter(|code| code.http_status() != 409) {
+        let rows = documentation.lines().filter(|line| line.starts_with('|') && line.contains(&code.http_status().to_string()));
+        assert!(rows.into_iter().any(|row| row.contains(&format!("`{code}`"))), "{code} is not in the table of errors");
+    }
+    let limits = serde_json::to_value(RestLimits::default()).unwrap();
+    for name in limits.as_object().unwrap().keys() {
+        assert!(documentation.contains(&format!("`{name}`")), "{name} is not in the table of limits");
+    }
 }
 
 #[tokio::test]

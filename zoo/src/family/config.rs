@@ -72,6 +72,11 @@ impl Config {
         self.map.contains_key(key)
     }
 
+    /// Takes over the keys of another object.
+    pub fn merge(&mut self, other: Config) {
+        self.map.extend(other.map);
+    }
+
     /// An object within this one.
     ///
     /// # Errors

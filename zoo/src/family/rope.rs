@@ -22,20 +22,16 @@ pub(super) struct OldKeys<'a> {
 
 /// Settings of layers of `layer_type` (`full_attention`, `sliding_attention`), for heads of `head_dim`.
 pub(super) fn settings(config: &Config, layer_type: &str, old: &OldKeys<'_>, head_dim: u32, theta_default: f64) -> Result<RopeSettings, ConfigError> {
-    let new = config.object("rope_parameters")?;
-    let nested = match &new {
-        Some(parameters) => parameters.object(layer_type)?,
-        None => None,
+    let parameters = config.object("rope_parameters")?.unwrap_or_default();
+    let per_layer_type = parameters.has_key("full_attention") || parameters.has_key("sliding_attention");
+    let mut scaling = match per_layer_type {
+        true => parameters.object(layer_type)?.unwrap_or_default(),
+        false => parameters,
     };
-    let per_layer_type = new.as_ref().is_some_and(|p| p.get("full_attention").is_some() || p.get("sliding_attention").is_some());
-    let scaling = match (nested, new) {
-        (Some(nested), _) => nested,
-        (None, Some(flat)) if !per_layer_type => flat,
-        _ => match old.scaling {
-            Some(key) => config.object(key)?.unwrap_or_default(),
-            None => Config::default(),
-        },
-    };
+    // Where a file has both spellings the old one wins.
+    if let Some(key) = old.scaling {
+        scaling.merge(config.object(key)?.unwrap_or_default());
+    }
     let theta = match scaling.number("rope_theta")? {
         Some(theta) => theta,
         None => config.number(old.theta)?.unwrap_or(theta_default),

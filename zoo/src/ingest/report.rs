@@ -70,6 +70,8 @@ pub fn human_bytes(bytes: u64) -> String {
 /// A phase of `add`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stage {
+    /// Fetching files from a hub.
+    Download,
     /// Converting and hashing every tensor.
     Hash,
     /// Storing those that are new.

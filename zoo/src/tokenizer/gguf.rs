@@ -146,8 +146,10 @@ fn sentence_piece(metadata: &BTreeMap<String, Value>, vocabulary: &Vocabulary<'_
     }))
 }
 
+/// Unused tokens pad the embedding; they are left out, so that no text can give them.
 fn vocab_json(vocabulary: &Vocabulary<'_>) -> Json {
-    Json::Object(vocabulary.tokens.iter().enumerate().map(|(id, token)| ((*token).to_owned(), json!(id))).collect::<Map<_, _>>())
+    let used = vocabulary.tokens.iter().zip(&vocabulary.kinds).enumerate().filter(|(_, (_, kind))| **kind != Kind::Unused);
+    Json::Object(used.map(|(id, (token, _))| ((*token).to_owned(), json!(id))).collect::<Map<_, _>>())
 }
 
 /// Tokens that are matched in the text itself, before words are cut.

@@ -24,9 +24,7 @@ pub(crate) async fn read(request: Request, limits: &RestLimits) -> Result<Bytes,
         Ok(Ok(body)) => Ok(body.to_bytes()),
         Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large()),
         Ok(Err(error)) => Err(ApiError::new(Code::InvalidJson, format!("the body could not be read: {error}"))),
-        Err(_) => {
-            Err(ApiError::new(Code::RequestTimeout, format!("the body did not arrive within {} ms", limits.body_read_ms)))
-        }
+        Err(_) => Err(ApiError::new(Code::RequestTimeout, format!("the body did not arrive within {} ms", limits.body_read_ms))),
     }
 }
 

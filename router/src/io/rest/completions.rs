@@ -102,7 +102,7 @@ pub(crate) async fn create(
     let mut run = rest.start(id, ready, metrics).await?;
     let limits = &rest.config.limits;
     let response = if stream {
-        run.first_event(Duration::from_millis(limits.first_event_ms)).await?;
+        run.first_token(Duration::from_millis(limits.first_token_ms)).await?;
         sse::response(run, chunks, include_usage, Duration::from_millis(limits.keep_alive_ms))
     } else {
         run.complete().await?;

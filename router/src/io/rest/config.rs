@@ -42,8 +42,8 @@ pub struct RestLimits {
     pub drain_ms: u64,
     /// A stream that has nothing to say sends a comment this often, in milliseconds.
     pub keep_alive_ms: u64,
-    /// A stream's status waits this long for the sequence's first event, so that an early failure gets its own status, in milliseconds.
-    pub first_event_ms: u64,
+    /// A stream's status waits this long for the first token, so that an early failure gets its own status, in milliseconds.
+    pub first_token_ms: u64,
     /// Tokenizers, and chat templates, held in memory.
     pub tokenizers_max: usize,
 }
@@ -67,7 +67,7 @@ impl Default for RestLimits {
             body_read_ms: 30_000,
             drain_ms: 30_000,
             keep_alive_ms: 15_000,
-            first_event_ms: 500,
+            first_token_ms: 500,
             tokenizers_max: 16,
         }
     }

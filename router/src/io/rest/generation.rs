@@ -72,7 +72,13 @@ impl Generation {
     }
 
     /// How many tokens may be generated after a prompt; `default` where the client did not say (`None`: as many as fit).
-    pub(crate) fn generated_tokens_max(&self, prompt_tokens: usize, chain: &Chain, default: Option<u32>, param: &str) -> Result<u32, ApiError> {
+    pub(crate) fn generated_tokens_max(
+        &self,
+        prompt_tokens: usize,
+        chain: &Chain,
+        default: Option<u32>,
+        param: &str,
+    ) -> Result<u32, ApiError> {
         let context = chain.context_tokens;
         let wanted = self.generated_tokens_max.or(default);
         let room = u64::from(context).saturating_sub(prompt_tokens as u64);

@@ -148,12 +148,17 @@ impl Run {
         outcome
     }
 
-    /// Waits a while for the first event, so that an early failure is the response and not a part of its stream.
-    pub(crate) async fn first_event(&mut self, wait: Duration) -> Result<(), ApiError> {
-        match tokio::time::timeout(wait, poll_fn(|context| self.poll_event(context))).await {
-            Ok(Some(Err(error))) => Err(error),
-            _ => Ok(()),
-        }
+    /// Waits a while for the first token, so that an early failure is the response and not a part of its stream.
+    pub(crate) async fn first_token(&mut self, wait: Duration) -> Result<(), ApiError> {
+        let first = async {
+            while let Some(event) = poll_fn(|context| self.poll_event(context)).await {
+                if self.choices[event?].generated_tokens > 0 {
+                    break;
+                }
+            }
+            Ok(())
+        };
+        tokio::time::timeout(wait, first).await.unwrap_or(Ok(()))
     }
 
     /// Runs to the end.

@@ -47,7 +47,8 @@ impl Texts {
         let digest = asset(model.chain.assets.chat_template, Code::NoChatTemplate, "the model has no chat template; use /v1/completions")?;
         let make = async || {
             let bytes = backend.asset(&digest).await?;
-            let source = std::str::from_utf8(&bytes).map_err(|error| ApiError::new(Code::TemplateFailed, format!("the chat template is not UTF-8: {error}")))?;
+            let source = std::str::from_utf8(&bytes)
+                .map_err(|error| ApiError::new(Code::TemplateFailed, format!("the chat template is not UTF-8: {error}")))?;
             Template::new(source).map_err(|error| ApiError::new(Code::TemplateFailed, error.to_string()))
         };
         let template = self.templates.get(&digest, make).await?;

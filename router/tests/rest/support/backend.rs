@@ -15,22 +15,22 @@ use ashlar_zoo::manifest::{Assets, Chain, Defaults, Tokens};
 use bytes::Bytes;
 use futures::StreamExt;
 
-pub const STORY: &str = "the fox and the 😀 naïve bear. END of it";
-pub const CONTEXT: u32 = 256;
-pub const VOCAB: u32 = 269;
-pub const IM_END: u32 = 1;
+pub(crate) const STORY: &str = "the fox and the 😀 naïve bear. END of it";
+pub(crate) const CONTEXT: u32 = 256;
+pub(crate) const VOCAB: u32 = 269;
+pub(crate) const IM_END: u32 = 1;
 /// Prompt tokens that every sequence reports as cached.
-pub const CACHED: u32 = 3;
+pub(crate) const CACHED: u32 = 3;
 
-pub struct ScriptedBackend {
+pub(crate) struct ScriptedBackend {
     tokenizer: Tokenizer,
     tokenizer_bytes: Bytes,
     template: Bytes,
-    pub started: Mutex<Vec<NewSequence>>,
+    pub(crate) started: Mutex<Vec<NewSequence>>,
     /// Sequences whose stream is not dropped.
-    pub live: Arc<AtomicUsize>,
-    pub ready: AtomicBool,
-    pub draining: AtomicBool,
+    pub(crate) live: Arc<AtomicUsize>,
+    pub(crate) ready: AtomicBool,
+    pub(crate) draining: AtomicBool,
 }
 
 struct Live(Arc<AtomicUsize>);
@@ -42,7 +42,7 @@ impl Drop for Live {
 }
 
 impl ScriptedBackend {
-    pub fn new() -> Arc<Self> {
+    pub(crate) fn new() -> Arc<Self> {
         let read = |name: &str| std::fs::read(format!("{}/tests/data/{name}", env!("CARGO_MANIFEST_DIR"))).unwrap();
         let tokenizer_bytes = Bytes::from(read("byte_level.json"));
         Arc::new(Self {
@@ -56,7 +56,7 @@ impl ScriptedBackend {
         })
     }
 
-    pub fn encode(&self, text: &str) -> Vec<u32> {
+    pub(crate) fn encode(&self, text: &str) -> Vec<u32> {
         self.tokenizer.encode(text, false).unwrap()
     }
 

@@ -1,6 +1,6 @@
 //! A server on a port of its own, and a client that sees status, headers and frames as they are.
 
-pub mod backend;
+pub(crate) mod backend;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -22,36 +22,36 @@ use tokio::task::JoinHandle;
 
 use backend::ScriptedBackend;
 
-pub struct Server {
-    pub address: SocketAddr,
-    pub backend: Arc<ScriptedBackend>,
-    pub stop: Option<oneshot::Sender<()>>,
-    pub served: JoinHandle<std::io::Result<()>>,
+pub(crate) struct Server {
+    pub(crate) address: SocketAddr,
+    pub(crate) backend: Arc<ScriptedBackend>,
+    pub(crate) stop: Option<oneshot::Sender<()>>,
+    pub(crate) served: JoinHandle<std::io::Result<()>>,
 }
 
-pub struct Reply {
-    pub status: u16,
-    pub headers: HeaderMap,
-    pub text: String,
+pub(crate) struct Reply {
+    pub(crate) status: u16,
+    pub(crate) headers: HeaderMap,
+    pub(crate) text: String,
 }
 
 impl Reply {
-    pub fn json(&self) -> Value {
+    pub(crate) fn json(&self) -> Value {
         serde_json::from_str(&self.text).unwrap_or_else(|e| panic!("{e} in {}", self.text))
     }
 
-    pub fn header(&self, name: &str) -> &str {
+    pub(crate) fn header(&self, name: &str) -> &str {
         self.headers.get(name).unwrap_or_else(|| panic!("no header {name}")).to_str().unwrap()
     }
 
     /// `status code param`, the gist of an error.
-    pub fn error(&self) -> String {
+    pub(crate) fn error(&self) -> String {
         let error = &self.json()["error"];
         format!("{} {} {}", self.status, error["code"].as_str().unwrap(), error["param"].as_str().unwrap_or("-"))
     }
 
     /// The chunks of a stream, which must be framed exactly and end with `[DONE]`.
-    pub fn chunks(&self) -> Vec<Value> {
+    pub(crate) fn chunks(&self) -> Vec<Value> {
         assert_eq!(self.header("content-type"), "text/event-stream; charset=utf-8");
         let events = self.text.strip_suffix("data: [DONE]\n\n").unwrap_or_else(|| panic!("no end in {}", self.text));
         let mut chunks = Vec::new();
@@ -66,11 +66,11 @@ impl Reply {
 }
 
 impl Server {
-    pub async fn start() -> Self {
+    pub(crate) async fn start() -> Self {
         Self::with(|_| {}).await
     }
 
-    pub async fn with(change: impl FnOnce(&mut RestLimits)) -> Self {
+    pub(crate) async fn with(change: impl FnOnce(&mut RestLimits)) -> Self {
         let mut limits = RestLimits::default();
         change(&mut limits);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -85,7 +85,7 @@ impl Server {
         Self { address, backend, stop: Some(stop), served }
     }
 
-    pub async fn open(&self, method: Method, path: &str, headers: &[(&str, &str)], body: impl Into<Bytes>) -> Response<Incoming> {
+    pub(crate) async fn open(&self, method: Method, path: &str, headers: &[(&str, &str)], body: impl Into<Bytes>) -> Response<Incoming> {
         let stream = TcpStream::connect(self.address).await.unwrap();
         let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.unwrap();
         tokio::spawn(connection);
@@ -96,33 +96,33 @@ impl Server {
         sender.send_request(request.body(Full::new(body.into())).unwrap()).await.unwrap()
     }
 
-    pub async fn send(&self, method: Method, path: &str, headers: &[(&str, &str)], body: impl Into<Bytes>) -> Reply {
+    pub(crate) async fn send(&self, method: Method, path: &str, headers: &[(&str, &str)], body: impl Into<Bytes>) -> Reply {
         let response = self.open(method, path, headers, body).await;
         let (head, body) = response.into_parts();
         let body = body.collect().await.unwrap().to_bytes();
         Reply { status: head.status.as_u16(), headers: head.headers, text: String::from_utf8(body.to_vec()).unwrap() }
     }
 
-    pub async fn get(&self, path: &str) -> Reply {
+    pub(crate) async fn get(&self, path: &str) -> Reply {
         self.send(Method::GET, path, &[("authorization", "Bearer sk-acme")], "").await
     }
 
-    pub async fn post(&self, path: &str, body: &Value) -> Reply {
+    pub(crate) async fn post(&self, path: &str, body: &Value) -> Reply {
         self.post_text(path, body.to_string()).await
     }
 
-    pub async fn post_text(&self, path: &str, body: impl Into<Bytes>) -> Reply {
+    pub(crate) async fn post_text(&self, path: &str, body: impl Into<Bytes>) -> Reply {
         let headers = [("authorization", "Bearer sk-acme"), ("content-type", "application/json")];
         self.send(Method::POST, path, &headers, body).await
     }
 
-    pub async fn open_post(&self, path: &str, body: &Value) -> Response<Incoming> {
+    pub(crate) async fn open_post(&self, path: &str, body: &Value) -> Response<Incoming> {
         let headers = [("authorization", "Bearer sk-acme"), ("content-type", "application/json")];
         self.open(Method::POST, path, &headers, body.to_string()).await
     }
 
     /// Waits until that many sequences live.
-    pub async fn wait_live(&self, count: usize) {
+    pub(crate) async fn wait_live(&self, count: usize) {
         for _ in 0..500 {
             if self.backend.live.load(Ordering::SeqCst) == count {
                 return;
@@ -134,12 +134,12 @@ impl Server {
 }
 
 /// A chat body with more parameters.
-pub fn chat(model: &str, more: Value) -> Value {
+pub(crate) fn chat(model: &str, more: Value) -> Value {
     merge(json!({"model": model, "messages": [{"role": "user", "content": "Hi"}]}), more)
 }
 
 /// A completion body with more parameters.
-pub fn completion(model: &str, more: Value) -> Value {
+pub(crate) fn completion(model: &str, more: Value) -> Value {
     merge(json!({"model": model, "prompt": "Hi", "max_tokens": 100}), more)
 }
 

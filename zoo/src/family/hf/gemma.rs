@@ -68,7 +68,11 @@ fn build(config: &Config, names: Names, generation: &Generation) -> Result<Decod
         kv_heads: or("num_key_value_heads", 4)?,
         head_dim,
         scale: inverse_sqrt(config.number("query_pre_attn_scalar")?.unwrap_or(256.0)),
-        softcap: softcap(config, "attn_logit_softcapping", generation.attention_softcap)?,
+        // Gemma 3's configurations have the key as well, and transformers does not use it.
+        softcap: match generation.attention_softcap {
+            Some(default) => softcap(config, "attn_logit_softcapping", Some(default))?,
+            None => None,
+        },
         qk_norm: generation.qk_norm.then_some(norm),
         post_norm: Some(norm),
     };
@@ -76,7 +80,7 @@ fn build(config: &Config, names: Names, generation: &Generation) -> Result<Decod
     let local = rope::settings(config, "sliding_attention", &generation.rope_local, head_dim, 10_000.0)?;
     let feed_forward = BlockKind::FeedForward {
         norm,
-        activation: need_activation(config, &["hidden_activation", "hidden_act"], "gelu_pytorch_tanh")?,
+        activation: need_activation(config, &["hidden_activation"], "gelu_pytorch_tanh")?,
         inner: or("intermediate_size", 9216)?,
         gated: true,
         post_norm: Some(norm),

@@ -29,7 +29,7 @@ pub(super) fn llama(config: &Config, names: Names) -> Result<Decoder, ConfigErro
 
 pub(super) fn mistral(config: &Config, names: Names) -> Result<Decoder, ConfigError> {
     // transformers' Mistral has one window for all layers, whatever `layer_types` says.
-    let windows = vec![config.count("sliding_window")?; layer_count(config, "num_hidden_layers")? as usize];
+    let windows = vec![window_or_default(config)?; layer_count(config, "num_hidden_layers")? as usize];
     build(config, Kin { architecture: "mistral", bias: Bias::default(), qk_norm: false, names, head_dim_default: None, windows })
 }
 
@@ -53,11 +53,16 @@ pub(super) fn phi3(config: &Config, names: Names) -> Result<Decoder, ConfigError
     build(config, Kin { architecture: "phi3", bias: Bias::default(), qk_norm: false, names, head_dim_default: None, windows })
 }
 
+/// Absent means the class's 4096, `null` none.
+fn window_or_default(config: &Config) -> Result<Option<u32>, ConfigError> {
+    if config.has_key("sliding_window") { config.count("sliding_window") } else { Ok(Some(4096)) }
+}
+
 /// `use_sliding_window` gives the layers from `max_window_layers` on a window, unless `layer_types` says which.
 fn qwen_windows(config: &Config) -> Result<Vec<Option<u32>>, ConfigError> {
     let layers = layer_count(config, "num_hidden_layers")?;
     let window = match config.flag("use_sliding_window")?.unwrap_or(false) {
-        true => config.count("sliding_window")?,
+        true => window_or_default(config)?,
         false => None,
     };
     let first = match config.get("max_window_layers").map(|v| v.as_u64()) {
@@ -76,7 +81,8 @@ fn build(config: &Config, kin: Kin) -> Result<Decoder, ConfigError> {
         (Some(dim), _) | (None, Some(dim)) => dim,
         (None, None) => width / heads,
     };
-    let norm = Norm::Rms { eps: config.need_number("rms_norm_eps")? as f32, weight_offset: 0.0 };
+    let eps_default = if kin.architecture == "phi3" { 1e-5 } else { 1e-6 };
+    let norm = Norm::Rms { eps: config.number("rms_norm_eps")?.unwrap_or(eps_default) as f32, weight_offset: 0.0 };
     let attention = AttentionParams {
         norm,
         heads,

@@ -1,0 +1,342 @@
+//! Configuration: one typed struct from a file, then `ASHLAR_<SECTION>_<KEY>` variables, then flags. Unknown keys are
+//! errors; `--print-config` prints what is in force.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, bail};
+use ashlar_executor::state::limits::Limits;
+use ashlar_router::io::rest::config::RestLimits;
+use clap::Args;
+use serde::{Deserialize, Serialize};
+
+/// Variables with our prefix that are not configuration keys: flags of single commands, and knobs of scripts and tests.
+const OTHER_VARIABLES: &[&str] = &["ASHLAR_ZOO", "ASHLAR_API_KEY", "ASHLAR_URL", "ASHLAR_MODELS", "ASHLAR_DOWNLOADS", "ASHLAR_FUZZ_SECONDS", "ASHLAR_BIN"];
+
+/// Everything that can be configured.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// REST and tenants.
+    pub router: RouterConfig,
+    /// Device, memory and engine.
+    pub executor: ExecutorConfig,
+    /// Where the cluster's facts are.
+    pub registry: RegistryConfig,
+    /// Where models are.
+    pub zoo: ZooConfig,
+    /// What placement aims at.
+    pub placement: PlacementConfig,
+    /// Logs and traces.
+    pub log: LogConfig,
+}
+
+/// `[router]`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RouterConfig {
+    /// Address of the REST server.
+    pub listen: String,
+    /// File of tenants' key hashes, beside those in the registry; empty: none.
+    pub keys_file: String,
+    /// Serve without keys even where others than this machine can reach the server.
+    pub insecure_open: bool,
+    /// A sequence must end within so many milliseconds; 0: no limit.
+    pub deadline_ms: u64,
+    /// Bounds of requests.
+    pub limits: RestLimits,
+}
+
+impl Default for RouterConfig {
+    fn default() -> Self {
+        Self { listen: "127.0.0.1:8080".to_owned(), keys_file: String::new(), insecure_open: false, deadline_ms: 0, limits: RestLimits::default() }
+    }
+}
+
+/// `[executor]`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ExecutorConfig {
+    /// Id in the registry; empty: drawn at start.
+    pub id: String,
+    /// Address of the gRPC service.
+    pub listen: String,
+    /// Address under which others reach it; empty: the one it listens on.
+    pub advertise: String,
+    /// Address of `/health`, `/ready` and `/metrics`.
+    pub metrics_listen: String,
+    /// `auto` or `cpu`.
+    pub device: String,
+    /// Threads of the CPU pool; 0: all.
+    pub threads: usize,
+    /// Bytes for weights; 0: 70% of the memory that is available at start.
+    pub memory_bytes: u64,
+    /// Bytes for KV pages; 0: a quarter of the memory that is available at start, at most 4 GiB.
+    pub kv_bytes: u64,
+    /// Tokens of one KV page; a multiple of 16.
+    pub page_tokens: u32,
+    /// Rows of one batch.
+    pub step_tokens_max: u32,
+    /// Rows of one sequence in one batch; 0: as `step_tokens_max`.
+    pub chunk_tokens_max: u32,
+    /// Sequences that hold pages at one time.
+    pub sequences_max: u32,
+    /// Sequences that wait.
+    pub waiting_max: u32,
+    /// Whether full pages are kept for later sequences.
+    pub prefix_cache: bool,
+    /// Time for running sequences to end after SIGTERM, in milliseconds.
+    pub drain_ms: u64,
+}
+
+impl Default for ExecutorConfig {
+    fn default() -> Self {
+        let limits = Limits::default();
+        Self {
+            id: String::new(),
+            listen: "127.0.0.1:8090".to_owned(),
+            advertise: String::new(),
+            metrics_listen: "127.0.0.1:8091".to_owned(),
+            device: "auto".to_owned(),
+            threads: 0,
+            memory_bytes: 0,
+            kv_bytes: 0,
+            page_tokens: limits.page_tokens,
+            step_tokens_max: limits.step_tokens_max,
+            chunk_tokens_max: 0,
+            sequences_max: limits.sequences_max,
+            waiting_max: limits.waiting_max,
+            prefix_cache: limits.prefix_cache,
+            drain_ms: 120_000,
+        }
+    }
+}
+
+impl ExecutorConfig {
+    /// The engine's limits, checked.
+    ///
+    /// # Errors
+    /// The relation of limits that does not hold.
+    pub fn limits(&self, available_bytes: u64) -> anyhow::Result<Limits> {
+        let kv_bytes = if self.kv_bytes > 0 { self.kv_bytes } else { (available_bytes / 4).min(4 << 30) };
+        let chunk_tokens_max = if self.chunk_tokens_max > 0 { self.chunk_tokens_max } else { self.step_tokens_max };
+        let limits = Limits {
+            page_tokens: self.page_tokens,
+            step_tokens_max: self.step_tokens_max,
+            chunk_tokens_max,
+            sequences_max: self.sequences_max,
+            waiting_max: self.waiting_max,
+            hidden_rows_max: self.step_tokens_max.saturating_mul(4),
+            link_rows_max: self.step_tokens_max.saturating_mul(2),
+            kv_bytes,
+            prefix_cache: self.prefix_cache,
+        };
+        limits.check().map_err(|sentence| anyhow::anyhow!("use section [executor]: {sentence}"))?;
+        Ok(limits)
+    }
+}
+
+/// `[registry]`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RegistryConfig {
+    /// `etcd://host:port,host:port[/prefix]`, `file:PATH` or `memory:`; empty: a file beside the zoo (`serve` only).
+    pub url: String,
+}
+
+/// `[zoo]`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ZooConfig {
+    /// Directory of the zoo.
+    pub root: PathBuf,
+    /// How often names are read again, in milliseconds.
+    pub refresh_ms: u64,
+}
+
+impl Default for ZooConfig {
+    fn default() -> Self {
+        Self { root: PathBuf::from("zoo-data"), refresh_ms: 2_000 }
+    }
+}
+
+/// `[placement]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct PlacementConfig {
+    /// Each chain is cut into so many spans on as many executors; 1: cut only where it must be.
+    pub spans_per_chain: u32,
+    /// Each span is on so many executors, where there is room.
+    pub replicas: u32,
+}
+
+impl Default for PlacementConfig {
+    fn default() -> Self {
+        Self { spans_per_chain: 1, replicas: 1 }
+    }
+}
+
+/// `[log]`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LogConfig {
+    /// What is logged, as `level` or `target=level,...`.
+    pub filter: String,
+    /// `text` or `json`.
+    pub format: String,
+    /// Where traces go, as `http://host:4317` (OTLP over gRPC); empty: nowhere.
+    pub otlp_endpoint: String,
+}
+
+impl Default for LogConfig {
+    fn default() -> Self {
+        Self { filter: "info".to_owned(), format: "text".to_owned(), otlp_endpoint: String::new() }
+    }
+}
+
+/// Flags of commands that read the configuration.
+#[derive(Debug, Args)]
+pub struct ConfigArgs {
+    /// Configuration file (TOML)
+    #[arg(long)]
+    config: Option<PathBuf>,
+    /// Directory of the zoo
+    #[arg(long)]
+    zoo: Option<PathBuf>,
+    /// Registry: etcd://HOST:PORT, file:PATH or memory:
+    #[arg(long)]
+    registry: Option<String>,
+    /// Address to listen on: REST for serve and router, gRPC for executor
+    #[arg(long)]
+    listen: Option<String>,
+    /// Any key: SECTION.KEY=VALUE
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
+    set: Vec<String>,
+    /// Print the configuration in force and exit
+    #[arg(long)]
+    pub print_config: bool,
+}
+
+impl ConfigArgs {
+    /// The configuration in force. `--listen` means the REST address.
+    ///
+    /// # Errors
+    /// Which file, variable or flag is wrong, and how.
+    pub fn load(&self) -> anyhow::Result<Config> {
+        self.load_for("router")
+    }
+
+    /// The configuration in force; `--listen` is the address of `listener` (`router` or `executor`).
+    ///
+    /// # Errors
+    /// Which file, variable or flag is wrong, and how.
+    pub fn load_for(&self, listener: &str) -> anyhow::Result<Config> {
+        let mut table = match &self.config {
+            None => toml::Table::new(),
+            Some(path) => {
+                let text = std::fs::read_to_string(path).with_context(|| format!("read configuration {}", path.display()))?;
+                // Read alone first, so that an unknown key is blamed on the file and its line.
+                toml::from_str::<Config>(&text).with_context(|| format!("read configuration {}", path.display()))?;
+                toml::from_str(&text).with_context(|| format!("read configuration {}", path.display()))?
+            }
+        };
+        let mut variables: Vec<(String, String)> = std::env::vars().filter(|(name, _)| name.starts_with("ASHLAR_")).collect();
+        variables.sort();
+        for (name, value) in variables {
+            if OTHER_VARIABLES.contains(&name.as_str()) {
+                continue;
+            }
+            let key = name["ASHLAR_".len()..].to_ascii_lowercase();
+            let Some((section, key)) = key.split_once('_') else { bail!("use variable {name}: expected ASHLAR_<SECTION>_<KEY>") };
+            set(&mut table, &format!("{section}.{key}"), &value).with_context(|| format!("use variable {name}"))?;
+        }
+        if let Some(zoo) = &self.zoo {
+            set(&mut table, "zoo.root", &zoo.display().to_string())?;
+        }
+        if let Some(registry) = &self.registry {
+            set(&mut table, "registry.url", registry)?;
+        }
+        if let Some(listen) = &self.listen {
+            set(&mut table, &format!("{listener}.listen"), listen)?;
+        }
+        for pair in &self.set {
+            let (key, value) = pair.split_once('=').with_context(|| format!("use --set {pair}: expected SECTION.KEY=VALUE"))?;
+            set(&mut table, key, value).with_context(|| format!("use --set {pair}"))?;
+        }
+        Config::deserialize(table).context("read the configuration")
+    }
+}
+
+/// Sets `section.key[.key]` and checks at once that the whole still makes sense.
+fn set(table: &mut toml::Table, key: &str, value: &str) -> anyhow::Result<()> {
+    let plain = toml::Value::String(value.to_owned());
+    // A value that reads as a number or truth is one, unless the key wants text.
+    let typed = toml::from_str::<toml::Table>(&format!("v = {value}")).ok().and_then(|mut parsed| parsed.remove("v")).unwrap_or_else(|| plain.clone());
+    let mut changed = table.clone();
+    insert(&mut changed, key, typed)?;
+    match Config::deserialize(changed.clone()) {
+        Ok(_) => *table = changed,
+        Err(error) => {
+            let mut textual = table.clone();
+            insert(&mut textual, key, plain)?;
+            if Config::deserialize(textual.clone()).is_err() {
+                return Err(error.into());
+            }
+            *table = textual;
+        }
+    }
+    Ok(())
+}
+
+fn insert(table: &mut toml::Table, key: &str, value: toml::Value) -> anyhow::Result<()> {
+    match key.split_once('.') {
+        None => {
+            table.insert(key.to_owned(), value);
+            Ok(())
+        }
+        Some((section, rest)) => {
+            let inner = table.entry(section).or_insert_with(|| toml::Value::Table(toml::Table::new()));
+            let toml::Value::Table(inner) = inner else { bail!("`{section}` is no section") };
+            insert(inner, rest, value)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_is_set_with_the_type_it_wants() {
+        let mut table = toml::Table::new();
+        set(&mut table, "executor.threads", "2").unwrap();
+        set(&mut table, "executor.id", "7").unwrap();
+        set(&mut table, "executor.prefix_cache", "false").unwrap();
+        set(&mut table, "router.limits.choices_max", "3").unwrap();
+        let config = Config::deserialize(table).unwrap();
+        assert_eq!((config.executor.threads, config.executor.id.as_str(), config.executor.prefix_cache), (2, "7", false));
+        assert_eq!(config.router.limits.choices_max, 3);
+    }
+
+    #[test]
+    fn unknown_keys_and_wrong_types_are_named() {
+        let mut table = toml::Table::new();
+        let error = set(&mut table, "executor.thread", "2").unwrap_err().to_string();
+        assert!(error.contains("unknown field `thread`"), "{error}");
+        let error = set(&mut table, "executor.threads", "two").unwrap_err().to_string();
+        assert!(error.contains("invalid type"), "{error}");
+        let error = toml::from_str::<Config>("[zoo]\nrot = 1").unwrap_err().to_string();
+        assert!(error.contains("unknown field `rot`"), "{error}");
+    }
+
+    #[test]
+    fn what_is_printed_reads_back() {
+        let printed = toml::to_string(&Config::default()).unwrap();
+        assert_eq!(toml::from_str::<Config>(&printed).unwrap(), Config::default());
+    }
+
+    #[test]
+    fn broken_relation_of_limits_is_a_sentence() {
+        let executor = ExecutorConfig { sequences_max: 1000, ..ExecutorConfig::default() };
+        assert!(executor.limits(1 << 30).unwrap_err().to_string().contains("sequences_max must not exceed step_tokens_max"));
+    }
+}

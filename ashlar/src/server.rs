@@ -1,0 +1,297 @@
+//! Starting processes: `serve` is router and executor over an embedded registry, `router` and `executor` are the same code apart.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use ashlar_executor::io::executor::{self, ExecutorHandle, Identity};
+use ashlar_executor::io::hosting::Hosting;
+use ashlar_executor::io::metrics::ExecutorMetrics;
+use ashlar_executor::io::service::Service;
+use ashlar_kernels::cpu::{Cpu, CpuOptions};
+use ashlar_kernels::ops::Ops;
+use ashlar_registry::record::{ExecutorRecord, PlanPolicy, RouterRecord};
+use ashlar_registry::{Registry, Session, key};
+use ashlar_router::io::catalog::Catalog;
+use ashlar_router::io::cluster::{Cluster, ClusterOptions};
+use ashlar_router::io::dispatch::{Dispatch, DispatchOptions};
+use ashlar_router::io::grpc::{Clients, ExecutorClient, RunEvents};
+use ashlar_router::io::metrics::RouterMetrics;
+use ashlar_router::io::planner::{Planner, PlannerOptions};
+use ashlar_router::io::rest::config::RestConfig;
+use ashlar_router::state::tenants::may_open;
+use ashlar_wire::id::{ExecutorId, RouterId};
+use ashlar_wire::{MESSAGE_BYTES_MAX, v1};
+use ashlar_zoo::store::Zoo;
+use tokio::net::TcpListener;
+use tokio_stream::StreamExt;
+
+use crate::config::{Config, ConfigArgs};
+use crate::process::{available_bytes, random_bits, stop_signal};
+use crate::{health, logging};
+
+/// How long a record outlives its process.
+const LEASE: Duration = Duration::from_secs(5);
+/// Numeric class of the CPU backend (docs/numerics.md).
+const CPU_CLASS: &str = "cpu-v1";
+
+/// Which parts run in this process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// Router, executor, embedded registry.
+    Serve,
+    /// A router.
+    Router,
+    /// An executor.
+    Executor,
+}
+
+/// Runs until the process is asked to stop, then drains.
+///
+/// # Errors
+/// What could not be started.
+pub async fn run(role: Role, args: ConfigArgs) -> anyhow::Result<()> {
+    let (name, listener) = match role {
+        Role::Serve => ("serve", "router"),
+        Role::Router => ("router", "router"),
+        Role::Executor => ("executor", "executor"),
+    };
+    let config = args.load_for(listener)?;
+    if args.print_config {
+        print!("{}", toml::to_string(&config).context("print the configuration")?);
+        return Ok(());
+    }
+    let _guard = logging::start(&config.log, name)?;
+    let zoo = Zoo::open_dir(&config.zoo.root)
+        .await
+        .with_context(|| format!("open the zoo in {} (`ashlar zoo add PATH --name TENANT/MODEL --zoo DIR` makes one)", config.zoo.root.display()))?;
+    let registry = open_registry(&config, role).await?;
+    match role {
+        Role::Serve => serve(config, zoo, registry).await,
+        Role::Router => route(config, zoo, registry, Vec::new(), Vec::new()).await,
+        Role::Executor => execute(config, zoo, registry).await,
+    }
+}
+
+/// Opens the registry that the configuration names.
+///
+/// # Errors
+/// When it cannot be opened, or separate processes are told to share an embedded one.
+pub async fn open_registry(config: &Config, role: Role) -> anyhow::Result<Arc<dyn Registry>> {
+    let url = &config.registry.url;
+    let embedded = !url.starts_with("etcd://");
+    if role != Role::Serve && embedded {
+        bail!("use registry `{url}`: separate processes find each other through etcd (--registry etcd://HOST:PORT)");
+    }
+    let url = if url.is_empty() { format!("file:{}.registry.json", config.zoo.root.display()) } else { url.clone() };
+    ashlar_registry::open(&url).await.with_context(|| format!("open registry {url}"))
+}
+
+/// An executor in this process, called without a network.
+struct Local(ExecutorHandle);
+
+#[async_trait::async_trait]
+impl ExecutorClient for Local {
+    async fn run(&self, admission: v1::Admission) -> Result<RunEvents, tonic::Status> {
+        Ok(Box::pin(self.0.run(admission).map(|event| Ok(v1::SequenceEvent { event: Some(event) }))))
+    }
+}
+
+/// A started executor.
+struct Started {
+    id: ExecutorId,
+    handle: ExecutorHandle,
+    session: Arc<Session<ExecutorRecord>>,
+    metrics: prometheus::Registry,
+}
+
+async fn start_executor(config: &Config, zoo: Zoo, registry: Arc<dyn Registry>, address: String) -> anyhow::Result<Started> {
+    let settings = &config.executor;
+    match settings.device.as_str() {
+        "auto" | "cpu" => {}
+        other => bail!("use executor.device `{other}`: this build has cpu only"),
+    }
+    let all = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let threads = if settings.threads > 0 { settings.threads } else { all };
+    let ops = Arc::new(Cpu::new(CpuOptions { threads, isa: None }));
+    let device = ops.describe();
+    let available = available_bytes();
+    let limits = settings.limits(available)?;
+    let memory_bytes = if settings.memory_bytes > 0 { settings.memory_bytes } else { available / 10 * 7 };
+    let id = ExecutorId(if settings.id.is_empty() { ExecutorId::from_bits(random_bits()).0 } else { settings.id.clone() });
+    let identity = Identity { executor_id: id.0.clone(), device: device.clone(), numeric_class: CPU_CLASS.to_owned() };
+    let metric_registry = prometheus::Registry::new();
+    let metrics = ExecutorMetrics::new(&metric_registry).context("register metrics")?;
+    let (handle, commands) = executor::start(Arc::clone(&ops), limits.clone(), &identity, metrics.clone())
+        .map_err(|error| anyhow::anyhow!("start the device: {error}"))?;
+    tracing::info!(
+        executor = %id, device, threads, weight_mib_max = memory_bytes >> 20, kv_mib_max = limits.kv_bytes >> 20,
+        page_tokens = limits.page_tokens, "executor starts"
+    );
+    let record = ExecutorRecord {
+        id: id.clone(),
+        address,
+        device,
+        numeric_class: CPU_CLASS.to_owned(),
+        memory_bytes,
+        kv_bytes: limits.kv_bytes,
+        threads: threads as u32,
+        spans: Vec::new(),
+        plan_generation: 0,
+        draining: false,
+        incarnation: random_bits(),
+    };
+    let session = Arc::new(Session::start(Arc::clone(&registry), key::executor(&id), record, LEASE));
+    let hosting = Hosting::new(ops, zoo, commands, handle.events(), metrics, memory_bytes, limits.page_tokens);
+    let follower = Arc::clone(&session);
+    tokio::spawn(async move {
+        let mut hosting = hosting;
+        loop {
+            match hosting.follow(Arc::clone(&registry), Arc::clone(&follower)).await {
+                Ok(()) => return,
+                Err(error) => {
+                    tracing::warn!(error = &error as &dyn std::error::Error, "failed to watch the plan; trying on");
+                    tokio::time::sleep(Duration::from_secs(1)).await;
+                }
+            }
+        }
+    });
+    Ok(Started { id, handle, session, metrics: metric_registry })
+}
+
+async fn serve(config: Config, zoo: Zoo, registry: Arc<dyn Registry>) -> anyhow::Result<()> {
+    let started = start_executor(&config, zoo.clone(), Arc::clone(&registry), "in-process".to_owned()).await?;
+    let local: Arc<dyn ExecutorClient> = Arc::new(Local(started.handle.clone()));
+    let outcome = route(config, zoo, registry, vec![(started.id.clone(), local)], vec![started.metrics.clone()]).await;
+    close(started.session).await;
+    outcome
+}
+
+async fn close(session: Arc<Session<ExecutorRecord>>) {
+    // The follower of the plan holds the session too; marking it is what others look at.
+    session.update(|record| record.draining = true);
+    if let Some(session) = Arc::into_inner(session) {
+        // The registry being gone is no reason not to stop.
+        let _ = session.close().await;
+    }
+}
+
+async fn route(
+    config: Config,
+    zoo: Zoo,
+    registry: Arc<dyn Registry>,
+    local: Vec<(ExecutorId, Arc<dyn ExecutorClient>)>,
+    mut metric_registries: Vec<prometheus::Registry>,
+) -> anyhow::Result<()> {
+    let listen: SocketAddr = config.router.listen.parse().with_context(|| format!("use router.listen `{}`", config.router.listen))?;
+    let without = match may_open(&config.router.listen, listen.ip().is_loopback(), config.router.insecure_open) {
+        Ok(without) => without,
+        Err(refused) => {
+            tracing::info!(%refused, "only callers with a key are served");
+            ashlar_router::state::tenants::Without::Closed
+        }
+    };
+    let listener = TcpListener::bind(listen).await.with_context(|| format!("listen on {listen}"))?;
+    let router = RouterId::from_bits(random_bits());
+    let keys_file = (!config.router.keys_file.is_empty()).then(|| PathBuf::from(&config.router.keys_file));
+    let cluster = Cluster::start(Arc::clone(&registry), ClusterOptions { without, keys_file, ..ClusterOptions::default() });
+    let catalog = Catalog::start(zoo, Duration::from_millis(config.zoo.refresh_ms)).await;
+    let policy = PlanPolicy { spans_per_chain: config.placement.spans_per_chain.max(1), replicas: config.placement.replicas.max(1) };
+    let mut options = PlannerOptions { policy, ..PlannerOptions::default() };
+    if !local.is_empty() {
+        // One process: an executor that an older plan names ended with the process that it was in, and will not return.
+        options.return_wait = Duration::ZERO;
+    }
+    let planner = Planner::start(Arc::clone(&registry), Arc::clone(&cluster), Arc::clone(&catalog), &router, options);
+    let record = RouterRecord { id: router.clone(), address: listener.local_addr().context("listen")?.to_string() };
+    let session = Session::start(registry, key::router(&router), record, LEASE);
+    let metrics = RouterMetrics::new().context("register metrics")?;
+    let deadline = (config.router.deadline_ms > 0).then(|| Duration::from_millis(config.router.deadline_ms));
+    let options = DispatchOptions { deadline, ..DispatchOptions::default() };
+    let dispatch = Dispatch::new(router, cluster, catalog, Clients::new(local), options, metrics.registry()).context("register metrics")?;
+    metric_registries.push(process_metrics()?);
+    let rest = RestConfig { limits: config.router.limits, metrics, registries: metric_registries };
+    let draining = dispatch.clone();
+    let shutdown = async move {
+        if let Err(error) = stop_signal().await {
+            tracing::error!(%error, "signals cannot be awaited; stopping");
+        }
+        draining.drain();
+    };
+    ashlar_router::io::rest::serve(listener, Arc::new(dispatch), rest, shutdown).await.context("serve REST")?;
+    // Leases run out by themselves if the registry is gone.
+    let _ = planner.resign().await;
+    let _ = session.close().await;
+    tracing::info!("router stopped");
+    Ok(())
+}
+
+async fn execute(config: Config, zoo: Zoo, registry: Arc<dyn Registry>) -> anyhow::Result<()> {
+    let listen = &config.executor.listen;
+    let listener = TcpListener::bind(listen).await.with_context(|| format!("listen on {listen}"))?;
+    let local = listener.local_addr().context("listen")?;
+    let address = if config.executor.advertise.is_empty() { local.to_string() } else { config.executor.advertise.clone() };
+    let health_listener = TcpListener::bind(&config.executor.metrics_listen)
+        .await
+        .with_context(|| format!("listen on {}", config.executor.metrics_listen))?;
+    let started = start_executor(&config, zoo, registry, address).await?;
+    let state = started.session.state();
+    let ready: health::Ready = Arc::new(move || match *state.borrow() {
+        ashlar_registry::SessionState::Registered => Ok(()),
+        _ => Err("not registered yet".to_owned()),
+    });
+    let registries = vec![started.metrics.clone(), process_metrics()?];
+    tokio::spawn(async move {
+        if let Err(error) = health::serve(health_listener, registries, ready).await {
+            tracing::error!(%error, "the health endpoint failed");
+        }
+    });
+    let service = v1::executor_server::ExecutorServer::new(Service::new(started.handle.clone()))
+        .max_decoding_message_size(MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(MESSAGE_BYTES_MAX);
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let incoming = tokio_stream::wrappers::TcpListenerStream::new(listener);
+    let server = tokio::spawn(
+        tonic::transport::Server::builder()
+            .tcp_nodelay(true)
+            .http2_keepalive_interval(Some(Duration::from_secs(10)))
+            .add_service(service)
+            .serve_with_incoming_shutdown(incoming, async {
+                // A dropped sender stops the server too.
+                let _ = stopped.await;
+            }),
+    );
+    tracing::info!(address = %local, "executor listens");
+    stop_signal().await?;
+    drain(&started, Duration::from_millis(config.executor.drain_ms)).await;
+    drop(stop);
+    // Links that others keep open would hold the server; the sequences are done.
+    let _ = tokio::time::timeout(Duration::from_secs(2), server).await;
+    close(started.session).await;
+    tracing::info!("executor stopped");
+    Ok(())
+}
+
+/// Takes nothing new and lets what runs finish.
+async fn drain(started: &Started, most: Duration) {
+    started.session.update(|record| record.draining = true);
+    tracing::info!("executor drains");
+    let deadline = tokio::time::Instant::now() + most;
+    // Routers learn of it through the registry, so the first look is not too early.
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    loop {
+        let status = started.handle.status();
+        if (status.running == 0 && status.waiting == 0) || tokio::time::Instant::now() > deadline {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+fn process_metrics() -> anyhow::Result<prometheus::Registry> {
+    let registry = prometheus::Registry::new();
+    registry.register(Box::new(prometheus::process_collector::ProcessCollector::for_self())).context("register metrics")?;
+    Ok(registry)
+}

@@ -1,0 +1,220 @@
+//! `ashlar tenant`: who may call. It changes the registry's tenant records by compare-and-swap, so that it may run beside a server
+//! and beside itself. A key is printed once, to standard output, and only its hash is kept.
+
+use std::io::Write;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, bail};
+use ashlar_registry::record::{self, TenantRecord};
+use ashlar_registry::{Registry, Swap, key};
+use ashlar_router::state::tenants::{KeyHash, PUBLIC, new_key};
+use ashlar_wire::id::TenantName;
+use ashlar_zoo::model_id::ModelId;
+use clap::Subcommand;
+
+/// Digits of a hash that name a key to people.
+const SHOWN_DIGITS: usize = 12;
+/// Shortest beginning of a hash that may name a key.
+const PREFIX_DIGITS_MIN: usize = 4;
+
+/// What to do with tenants.
+#[derive(Debug, Subcommand)]
+pub enum TenantCommand {
+    /// Add a tenant, or change its limits
+    Add {
+        /// The tenant's name: what its models' names begin with
+        name: String,
+        /// Requests that it may have in flight; 0: no limit
+        #[arg(long)]
+        requests_max: Option<u32>,
+        /// A model of another tenant that it may use too (repeatable)
+        #[arg(long = "model", value_name = "TENANT/MODEL")]
+        models: Vec<ModelId>,
+    },
+    /// Make a new API key and print it, this once
+    Key {
+        /// The tenant's name
+        name: String,
+    },
+    /// List tenants and the hashes of their keys
+    List,
+    /// Revoke keys; running requests end as they would
+    Revoke {
+        /// The tenant's name
+        name: String,
+        /// Only the key whose hash begins so (as `list` shows it); otherwise all keys
+        #[arg(long, value_name = "HASH")]
+        key: Option<String>,
+    },
+    /// Print the hash of a key read from standard input, for a keys file
+    Hash,
+}
+
+/// Does it.
+///
+/// # Errors
+/// A name that is none, a tenant or key that is not there, a registry out of reach.
+pub async fn run(command: TenantCommand, registry: Arc<dyn Registry>) -> anyhow::Result<()> {
+    let text = match command {
+        TenantCommand::Hash => {
+            let mut key = String::new();
+            std::io::stdin().read_line(&mut key).context("read the key")?;
+            hash(&key)?
+        }
+        TenantCommand::Add { name, requests_max, models } => add(&*registry, &parse(&name)?, requests_max, &models).await?,
+        TenantCommand::Key { name } => make_key(&*registry, &parse(&name)?).await?,
+        TenantCommand::List => list(&*registry).await?,
+        TenantCommand::Revoke { name, key } => revoke(&*registry, &parse(&name)?, key.as_deref()).await?,
+    };
+    std::io::stdout().write_all(text.as_bytes()).context("write to standard output")
+}
+
+fn parse(name: &str) -> anyhow::Result<TenantName> {
+    // A tenant's name is the first part of its models' names.
+    if ModelId::new(name, "x").is_err() {
+        bail!("use `{name}` as a tenant's name: 1 to 96 letters, digits, `.`, `_` or `-`, beginning with a letter or digit");
+    }
+    if name == PUBLIC {
+        bail!("use `{PUBLIC}` as a tenant's name: it owns the models that everyone may use, and no keys");
+    }
+    Ok(TenantName(name.to_owned()))
+}
+
+fn hash(key: &str) -> anyhow::Result<String> {
+    let key = key.trim();
+    if key.is_empty() {
+        bail!("read the key: standard input is empty");
+    }
+    Ok(format!("{}\n", KeyHash::of(key)))
+}
+
+async fn add(registry: &dyn Registry, name: &TenantName, requests_max: Option<u32>, models: &[ModelId]) -> anyhow::Result<String> {
+    let models: Vec<String> = models.iter().map(ModelId::to_string).collect();
+    let existed = change(registry, name, true, |record| {
+        if let Some(most) = requests_max {
+            record.limits.requests_max = (most > 0).then_some(most);
+        }
+        record.models.extend(models.iter().cloned());
+        record.models.sort();
+        record.models.dedup();
+        Ok(())
+    })
+    .await?;
+    Ok(if existed { format!("tenant {name} changed\n") } else { format!("tenant {name} added; `ashlar tenant key {name}` makes a key\n") })
+}
+
+async fn make_key(registry: &dyn Registry, name: &TenantName) -> anyhow::Result<String> {
+    let mut random = [0u8; 24];
+    getrandom::fill(&mut random).context("draw random numbers")?;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let (key, stored) = new_key(random, u64::try_from(now.as_millis()).unwrap_or(u64::MAX));
+    change(registry, name, false, |record| {
+        record.keys.push(stored.clone());
+        Ok(())
+    })
+    .await?;
+    Ok(format!("{key}\n"))
+}
+
+async fn list(registry: &dyn Registry) -> anyhow::Result<String> {
+    let mut text = String::new();
+    for entry in registry.get_prefix(key::TENANTS).await.context("read the tenants")? {
+        let record: TenantRecord = record::parse(&entry)?;
+        let name = entry.key.strip_prefix(key::TENANTS).unwrap_or(&entry.key);
+        let limit = record.limits.requests_max.map(|most| format!("  at most {most} requests")).unwrap_or_default();
+        let models: String = record.models.iter().map(|model| format!("  {model}")).collect();
+        text += &format!("{name}  {} keys{limit}{models}\n", record.keys.len());
+        for key in &record.keys {
+            text += &format!("    {}\n", key.hash.get(..SHOWN_DIGITS).unwrap_or(&key.hash));
+        }
+    }
+    Ok(text)
+}
+
+async fn revoke(registry: &dyn Registry, name: &TenantName, prefix: Option<&str>) -> anyhow::Result<String> {
+    if prefix.is_some_and(|prefix| prefix.len() < PREFIX_DIGITS_MIN) {
+        bail!("find the key: give at least {PREFIX_DIGITS_MIN} digits of its hash");
+    }
+    let mut revoked = 0;
+    change(registry, name, false, |record| {
+        let before = record.keys.len();
+        record.keys.retain(|key| prefix.is_some_and(|prefix| !key.hash.starts_with(prefix)));
+        revoked = before - record.keys.len();
+        match (revoked, prefix) {
+            (0, Some(prefix)) => bail!("find a key of tenant {name} whose hash begins with {prefix}"),
+            (2.., Some(prefix)) => bail!("revoke one key: {revoked} of tenant {name} have hashes that begin with {prefix}"),
+            _ => Ok(()),
+        }
+    })
+    .await?;
+    Ok(format!("revoked {revoked} keys of tenant {name}\n"))
+}
+
+/// Changes a tenant's record, whoever else changes it at the same time. True when it existed before.
+async fn change(
+    registry: &dyn Registry,
+    name: &TenantName,
+    create: bool,
+    mut change: impl FnMut(&mut TenantRecord) -> anyhow::Result<()>,
+) -> anyhow::Result<bool> {
+    let key = key::tenant(name);
+    loop {
+        let entry = registry.get(&key).await.with_context(|| format!("read tenant {name}"))?;
+        let mut record: TenantRecord = match &entry {
+            Some(entry) => record::parse(entry)?,
+            None if create => TenantRecord::default(),
+            None => bail!("find tenant {name}: `ashlar tenant add {name}` adds it"),
+        };
+        change(&mut record)?;
+        let expected = entry.as_ref().map(|entry| entry.revision);
+        let swap = registry.compare_and_swap(&key, expected, &record::to_value(&record), None).await;
+        if let Swap::Done(_) = swap.with_context(|| format!("write tenant {name}"))? {
+            return Ok(expected.is_some());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ashlar_registry::embedded::Embedded;
+
+    #[tokio::test]
+    async fn key_is_shown_once_and_stored_as_hash() {
+        let registry = Embedded::in_memory();
+        let acme = parse("acme").unwrap();
+        assert!(make_key(&registry, &acme).await.unwrap_err().to_string().contains("tenant add acme"));
+        add(&registry, &acme, Some(4), &["blue/m".parse().unwrap()]).await.unwrap();
+        let key = make_key(&registry, &acme).await.unwrap();
+        assert!(key.starts_with("ask_") && key.ends_with('\n'));
+        let stored = registry.get("tenants/acme").await.unwrap().unwrap().value;
+        assert!(!stored.contains(key.trim()) && stored.contains(&KeyHash::of(key.trim()).to_string()));
+        assert_eq!(hash(&key).unwrap().trim(), KeyHash::of(key.trim()).to_string());
+        let shown = list(&registry).await.unwrap();
+        assert!(shown.starts_with("acme  1 keys  at most 4 requests  blue/m\n"), "{shown}");
+    }
+
+    #[tokio::test]
+    async fn one_key_or_all_are_revoked() {
+        let registry = Embedded::in_memory();
+        let acme = parse("acme").unwrap();
+        add(&registry, &acme, None, &[]).await.unwrap();
+        let mut hashes = Vec::new();
+        for _ in 0..3 {
+            hashes.push(KeyHash::of(make_key(&registry, &acme).await.unwrap().trim()).to_string());
+        }
+        assert!(revoke(&registry, &acme, Some("")).await.is_err());
+        assert!(revoke(&registry, &acme, Some("zzzz")).await.is_err());
+        assert_eq!(revoke(&registry, &acme, Some(&hashes[0][..12])).await.unwrap(), "revoked 1 keys of tenant acme\n");
+        assert!(!list(&registry).await.unwrap().contains(&hashes[0][..12]));
+        assert_eq!(revoke(&registry, &acme, None).await.unwrap(), "revoked 2 keys of tenant acme\n");
+    }
+
+    #[test]
+    fn names_are_checked() {
+        for bad in ["", "a/b", "../a", "public", "a b"] {
+            assert!(parse(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,196 @@
+//! `ashlar zoo ...`: the block zoo from the command line. Parses, calls ashlar-zoo, prints; it decides nothing.
+
+mod progress;
+mod table;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use ashlar_zoo::gc;
+use ashlar_zoo::hub::{self, Hub, PullOptions};
+use ashlar_zoo::ingest::{self, AddOptions, AddReport, Recipe};
+use ashlar_zoo::model_id::ModelId;
+use ashlar_zoo::store::{GRACE_DEFAULT, Zoo};
+use ashlar_zoo::verify;
+use clap::{Args, Subcommand};
+
+/// Arguments of `ashlar zoo`.
+#[derive(Debug, Args)]
+pub(crate) struct ZooArgs {
+    /// Directory of the zoo
+    #[arg(long, env = "ASHLAR_ZOO", default_value = "zoo-data", global = true)]
+    zoo: PathBuf,
+    #[command(subcommand)]
+    command: ZooCommand,
+}
+
+/// What to do with the zoo.
+#[derive(Debug, Subcommand)]
+pub(crate) enum ZooCommand {
+    /// Add a checkpoint: a Hugging Face directory (safetensors) or a GGUF file
+    Add {
+        /// Directory or .gguf file
+        path: PathBuf,
+        #[command(flatten)]
+        naming: Naming,
+    },
+    /// Download a model from the Hugging Face hub (HF_ENDPOINT, HF_TOKEN) and add it
+    Pull {
+        /// Repository, as ORG/NAME
+        repo: String,
+        /// Branch, tag or commit
+        #[arg(long, default_value = "main")]
+        revision: String,
+        /// Take this one GGUF file instead of the safetensors
+        #[arg(long)]
+        file: Option<String>,
+        /// Where downloads are kept while they are incomplete, and afterwards with --keep
+        #[arg(long, env = "ASHLAR_DOWNLOADS", default_value = "downloads")]
+        downloads: PathBuf,
+        /// Keep the downloaded files after adding
+        #[arg(long)]
+        keep: bool,
+        #[command(flatten)]
+        naming: Naming,
+    },
+    /// List the models
+    List {
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show what a model is made of
+    Show {
+        /// TENANT/MODEL
+        model: ModelId,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show where two models differ
+    Diff {
+        /// TENANT/MODEL
+        a: ModelId,
+        /// TENANT/MODEL
+        b: ModelId,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Read every object and follow every name; fails if anything is damaged
+    Verify,
+    /// Drop a name; its blocks stay until gc
+    Rm {
+        /// TENANT/MODEL
+        model: ModelId,
+    },
+    /// Delete what no name leads to
+    Gc {
+        /// Leave objects younger than so many seconds: an add may be writing them
+        #[arg(long, default_value_t = GRACE_DEFAULT.as_secs())]
+        grace: u64,
+        /// Only say what would be deleted
+        #[arg(long)]
+        dry_run: bool,
+    },
+}
+
+/// How an added model is named and stored.
+#[derive(Debug, Args)]
+pub(crate) struct Naming {
+    /// TENANT/MODEL
+    #[arg(long)]
+    name: ModelId,
+    /// Store weights as f32, bf16, int8 or int4 (groups of 32), or as they are
+    #[arg(long, default_value = "keep")]
+    dtype: Recipe,
+    /// TENANT/MODEL that it was tuned from
+    #[arg(long)]
+    parent: Option<ModelId>,
+}
+
+/// Runs `ashlar zoo`.
+///
+/// # Errors
+/// What failed, for people; also when `verify` finds damage.
+pub(crate) async fn run(args: ZooArgs) -> anyhow::Result<()> {
+    if let ZooCommand::Add { path, naming } = &args.command {
+        let zoo = Zoo::create_dir(&args.zoo).await?;
+        return add(&zoo, path, naming, None).await;
+    }
+    if let ZooCommand::Pull { repo, revision, file, downloads, keep, naming } = args.command {
+        let options = PullOptions { repo: repo.parse()?, revision, file };
+        return pull(&args.zoo, &options, &downloads, keep, &naming).await;
+    }
+    let zoo = Zoo::open_dir(&args.zoo).await?;
+    match args.command {
+        ZooCommand::Add { .. } | ZooCommand::Pull { .. } => unreachable!("handled above"),
+        ZooCommand::List { json } => {
+            let listed = zoo.list_resolved().await?;
+            print(json, &listed, || table::list(&listed))
+        }
+        ZooCommand::Show { model, json } => {
+            let shown = zoo.show(&model).await?;
+            print(json, &shown, || table::show(&shown))
+        }
+        ZooCommand::Diff { a, b, json } => {
+            let diff = zoo.diff(&a, &b).await?;
+            print(json, &diff, || table::diff(&diff))
+        }
+        ZooCommand::Verify => {
+            let report = verify::verify(&zoo, &*progress::for_terminal()).await?;
+            print!("{}", table::verify(&report));
+            match report.damage.len() {
+                0 => Ok(()),
+                count => bail!("{count} of the zoo's objects are damaged or missing"),
+            }
+        }
+        ZooCommand::Rm { model } => {
+            zoo.remove_model(&model).await?;
+            println!("removed the name {model}; `zoo gc` frees what no other model uses");
+            Ok(())
+        }
+        ZooCommand::Gc { grace, dry_run } => {
+            let report = gc::collect(&zoo, Duration::from_secs(grace), dry_run).await?;
+            print!("{}", table::gc(&report, dry_run));
+            Ok(())
+        }
+    }
+}
+
+async fn add(zoo: &Zoo, path: &std::path::Path, naming: &Naming, source: Option<String>) -> anyhow::Result<()> {
+    let options = AddOptions { model: naming.name.clone(), recipe: naming.dtype, parent: naming.parent.clone(), source };
+    let report = ingest::add(zoo, path, &options, &*progress::for_terminal()).await.with_context(|| format!("failed to add {}", path.display()))?;
+    print_added(&report);
+    Ok(())
+}
+
+async fn pull(zoo: &std::path::Path, options: &PullOptions, downloads: &std::path::Path, keep: bool, naming: &Naming) -> anyhow::Result<()> {
+    let hub = Hub::from_env()?;
+    let pulled = hub::pull(&hub, options, downloads, &*progress::for_terminal()).await.with_context(|| format!("failed to pull {}", options.repo))?;
+    let zoo = Zoo::create_dir(zoo).await?;
+    add(&zoo, &pulled.path, naming, Some(pulled.source.clone())).await?;
+    if !keep {
+        std::fs::remove_dir_all(&pulled.directory).with_context(|| format!("failed to remove {}", pulled.directory.display()))?;
+    }
+    Ok(())
+}
+
+fn print_added(report: &AddReport) {
+    println!("{report}");
+    for note in &report.notes {
+        println!("note: {note}");
+    }
+    let verb = if report.replaced.is_some() { "now points to" } else { "is" };
+    println!("{} {verb} chain {} ({})", report.model, report.chain.short(), report.architecture);
+}
+
+fn print<T: serde::Serialize>(json: bool, value: &T, table: impl FnOnce() -> String) -> anyhow::Result<()> {
+    if json {
+        println!("{}", serde_json::to_string_pretty(value)?);
+    } else {
+        print!("{}", table());
+    }
+    Ok(())
+}

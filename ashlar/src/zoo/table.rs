@@ -1,0 +1,146 @@
+//! The zoo's reports as text for people.
+
+use std::fmt::Write;
+
+use ashlar_zoo::gc::GcReport;
+use ashlar_zoo::ingest::human_bytes;
+use ashlar_zoo::inspect::{Diff, Listed, Shown};
+use ashlar_zoo::verify::VerifyReport;
+
+/// Columns as wide as their widest cell; the columns in `right` are aligned to the right.
+fn columns(rows: &[Vec<String>], right: &[usize]) -> String {
+    let count = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let width = |column: usize| rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..count).map(width).collect();
+    let mut out = String::new();
+    for row in rows {
+        let cells = row.iter().enumerate().map(|(column, cell)| {
+            let width = widths[column];
+            if right.contains(&column) { format!("{cell:>width$}") } else { format!("{cell:<width$}") }
+        });
+        out.push_str(cells.collect::<Vec<_>>().join("  ").trim_end());
+        out.push('\n');
+    }
+    out
+}
+
+fn row<const N: usize>(cells: [&str; N]) -> Vec<String> {
+    cells.map(str::to_owned).to_vec()
+}
+
+pub(super) fn list(models: &[Listed]) -> String {
+    let mut rows = vec![row(["MODEL", "FAMILY", "LAYERS", "CONTEXT", "SIZE", "OWN", "PARENT", "CHAIN"])];
+    for model in models {
+        if let Some(error) = &model.error {
+            rows.push(vec![model.model.clone(), format!("(broken: {error})")]);
+            continue;
+        }
+        rows.push(vec![
+            model.model.clone(),
+            model.architecture.clone(),
+            model.layer_count.to_string(),
+            model.context_tokens.to_string(),
+            human_bytes(model.bytes),
+            human_bytes(model.own_bytes),
+            model.parent.clone().unwrap_or_else(|| "-".to_owned()),
+            model.chain.map(|chain| chain.short()).unwrap_or_default(),
+        ]);
+    }
+    columns(&rows, &[2, 3, 4, 5])
+}
+
+pub(super) fn show(model: &Shown) -> String {
+    let chain = &model.chain;
+    let or_none = |value: Option<String>| value.unwrap_or_else(|| "-".to_owned());
+    let digest = |value: Option<ashlar_zoo::digest::Digest>| or_none(value.map(|digest| digest.short()));
+    let facts = vec![
+        vec!["model".to_owned(), model.model.clone()],
+        vec!["chain".to_owned(), model.name.chain.to_string()],
+        vec!["family".to_owned(), chain.architecture.clone()],
+        vec!["width, vocabulary".to_owned(), format!("{}, {}", chain.width, chain.vocab)],
+        vec!["context".to_owned(), format!("{} tokens", chain.context_tokens)],
+        vec!["size".to_owned(), human_bytes(model.bytes)],
+        vec!["bos, eos".to_owned(), format!("{:?}, {:?}", chain.tokens.bos, chain.tokens.eos)],
+        vec!["tokenizer".to_owned(), digest(chain.assets.tokenizer)],
+        vec!["chat template".to_owned(), digest(chain.assets.chat_template)],
+        vec!["licence".to_owned(), or_none(chain.licence.clone())],
+        vec!["source".to_owned(), chain.source.clone()],
+        vec!["parent".to_owned(), or_none(model.name.parent.clone())],
+        vec!["earlier chains".to_owned(), model.name.history.len().to_string()],
+    ];
+    let mut rows = vec![row(["#", "KIND", "BLOCK", "LINEAGE", "SIZE", "DTYPES", "ALSO IN"])];
+    for block in &model.blocks {
+        rows.push(vec![
+            block.index.to_string(),
+            block.kind.to_owned(),
+            block.digest.short(),
+            block.lineage.short(),
+            human_bytes(block.bytes),
+            block.dtypes.join(","),
+            block.shared_with.join(","),
+        ]);
+    }
+    format!("{}\n{}", columns(&facts, &[]), columns(&rows, &[0, 4]))
+}
+
+pub(super) fn diff(diff: &Diff) -> String {
+    let mut out = String::new();
+    let [a, b] = &diff.models;
+    let write = |out: &mut String, text: std::fmt::Arguments<'_>| out.write_fmt(text).expect("writing to a String");
+    write(&mut out, format_args!("{a}: {} blocks, {}\n", diff.block_counts[0], human_bytes(diff.bytes[0])));
+    write(&mut out, format_args!("{b}: {} blocks, {}\n", diff.block_counts[1], human_bytes(diff.bytes[1])));
+    write(&mut out, format_args!("shared: {} blocks, {}; the first {} in a row (their KV is shared too)\n", diff.shared_blocks, human_bytes(diff.shared_bytes), diff.common_prefix));
+    write(&mut out, format_args!("tokenizer, template and special tokens: {}\n", if diff.same_text { "the same" } else { "different" }));
+    if diff.differences.is_empty() {
+        return out;
+    }
+    let mut rows = vec![row(["#", "KIND", "DIFFERS IN"])];
+    for difference in &diff.differences {
+        let kind = match difference.kinds {
+            [Some(a), Some(b)] if a == b => a.to_owned(),
+            [a, b] => format!("{} / {}", a.unwrap_or("-"), b.unwrap_or("-")),
+        };
+        let mut what: Vec<String> = difference.roles.clone();
+        if difference.params {
+            what.insert(0, "hyper-parameters".to_owned());
+        }
+        rows.push(vec![difference.index.to_string(), kind, what.join(" ")]);
+    }
+    out.push('\n');
+    out + &columns(&rows, &[0])
+}
+
+pub(super) fn verify(report: &VerifyReport) -> String {
+    let mut out = String::new();
+    for damage in &report.damage {
+        out.push_str(&format!("{}: {}\n", damage.object, damage.reason));
+        for block in &damage.blocks {
+            out.push_str(&format!("  block {block}\n"));
+        }
+        if !damage.models.is_empty() {
+            out.push_str(&format!("  models {}\n", damage.models.join(", ")));
+        }
+    }
+    let state = if report.damage.is_empty() { "all sound".to_owned() } else { format!("{} damaged or missing", report.damage.len()) };
+    let unreferenced = report.unreferenced_count;
+    out + &format!("{} models, {} objects, {}: {state}; {unreferenced} unreferenced\n", report.model_count, report.object_count, human_bytes(report.bytes))
+}
+
+pub(super) fn gc(report: &GcReport, dry_run: bool) -> String {
+    let verb = if dry_run { "would free" } else { "freed" };
+    let mut out = format!(
+        "{verb} {}: {} chains, {} blocks, {} tensors, {} assets",
+        human_bytes(report.bytes),
+        report.chain_count,
+        report.block_count,
+        report.tensor_count,
+        report.asset_count
+    );
+    if report.staged_count > 0 {
+        out.push_str(&format!(", {} unfinished writes", report.staged_count));
+    }
+    if report.young_count > 0 {
+        out.push_str(&format!("; {} unreferenced but younger than the grace period", report.young_count));
+    }
+    out + "\n"
+}

@@ -1,0 +1,112 @@
+//! `ashlar zoo` as a process: its words, its exit codes, and that it may be killed.
+
+#[path = "../../zoo/tests/support/mod.rs"]
+mod support;
+
+use std::path::Path;
+use std::process::{Command, Output};
+use std::time::{Duration, Instant};
+
+use support::Checkpoint;
+
+fn zoo(root: &Path, args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_ashlar")).arg("zoo").args(args).env("ASHLAR_ZOO", root).output().unwrap()
+}
+
+fn ok(root: &Path, args: &[&str]) -> String {
+    let output = zoo(root, args);
+    assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn the_commands_say_what_is_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let (root, a, b) = (dir.path().join("zoo"), dir.path().join("a"), dir.path().join("b"));
+    let mut checkpoint = Checkpoint::llama(1);
+    checkpoint.write(&a);
+    checkpoint.retrain("layers.1.mlp.up_proj", 2).write(&b);
+    ok(&root, &["add", a.to_str().unwrap(), "--name", "demo/a"]);
+    let added = ok(&root, &["add", b.to_str().unwrap(), "--name", "demo/b", "--parent", "demo/a"]);
+    assert!(added.starts_with("5 of 6 blocks, 20 of 21 tensors already here; 25 kB new of 385 kB\ndemo/b is chain "), "{added}");
+    let list = ok(&root, &["list"]);
+    assert_eq!(list.lines().count(), 3);
+    assert!(list.contains("demo/b") && list.contains("25 kB"), "{list}");
+    let json: serde_json::Value = serde_json::from_str(&ok(&root, &["list", "--json"])).unwrap();
+    assert_eq!(json[1]["parent"], "demo/a");
+    let shown = ok(&root, &["show", "demo/b"]);
+    assert!(shown.contains("family            llama") && shown.contains("feed_forward"), "{shown}");
+    let diff = ok(&root, &["diff", "demo/a", "demo/b"]);
+    assert!(diff.contains("the first 4 in a row") && diff.contains("4  feed_forward  up.weight"), "{diff}");
+    let json: serde_json::Value = serde_json::from_str(&ok(&root, &["diff", "demo/a", "demo/b", "--json"])).unwrap();
+    assert_eq!(json["shared_blocks"], 5);
+    assert!(ok(&root, &["verify"]).contains("all sound; 0 unreferenced"));
+    ok(&root, &["rm", "demo/b"]);
+    let gc = ok(&root, &["gc", "--grace", "0", "--dry-run"]);
+    assert!(gc.starts_with("would free ") && gc.contains("1 chains, 1 blocks, 1 tensors, 0 assets"), "{gc}");
+    ok(&root, &["gc", "--grace", "0"]);
+    assert!(!zoo(&root, &["show", "demo/b"]).status.success());
+}
+
+#[test]
+fn errors_are_one_sentence_and_fail() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join("zoo");
+    let output = zoo(&root, &["list"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("no zoo at"));
+    let output = zoo(&root, &["add", "nowhere", "--name", "demo/a"]);
+    assert_eq!(output.status.code(), Some(1));
+    for args in [["add", "x", "--name", "../a"], ["add", "x", "--name", "demo"], ["rm", "demo/..", "", ""]] {
+        let args: Vec<&str> = args.into_iter().filter(|arg| !arg.is_empty()).collect();
+        assert_eq!(zoo(&root, &args).status.code(), Some(2), "{args:?}");
+    }
+}
+
+#[test]
+fn verify_fails_on_damage_and_names_block_and_models() {
+    let dir = tempfile::tempdir().unwrap();
+    let (root, a) = (dir.path().join("zoo"), dir.path().join("a"));
+    Checkpoint::llama(1).write(&a);
+    ok(&root, &["add", a.to_str().unwrap(), "--name", "demo/a", "--dtype", "int8"]);
+    let shelf = std::fs::read_dir(root.join("tensors")).unwrap().next().unwrap().unwrap().path();
+    let tensor = std::fs::read_dir(shelf).unwrap().next().unwrap().unwrap().path();
+    let mut bytes = std::fs::read(&tensor).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(&tensor, bytes).unwrap();
+    let output = zoo(&root, &["verify"]);
+    assert_eq!(output.status.code(), Some(1));
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(text.contains(tensor.file_name().unwrap().to_str().unwrap()) && text.contains("  block ") && text.contains("models demo/a"), "{text}");
+}
+
+#[test]
+fn an_add_that_is_killed_leaves_a_zoo_that_verifies() {
+    let dir = tempfile::tempdir().unwrap();
+    let (root, a, b) = (dir.path().join("zoo"), dir.path().join("a"), dir.path().join("b"));
+    Checkpoint::llama(1).write(&a);
+    Checkpoint::llama(2).write(&b);
+    ok(&root, &["add", a.to_str().unwrap(), "--name", "demo/a"]);
+    let add = || {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_ashlar"));
+        command.args(["zoo", "add", b.to_str().unwrap(), "--name", "demo/a"]).env("ASHLAR_ZOO", &root);
+        command.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null()).spawn().unwrap()
+    };
+    // How long a whole one takes here, to spread the kills over it.
+    let before = Instant::now();
+    assert!(add().wait().unwrap().success());
+    let whole = before.elapsed();
+    for step in 1..12u32 {
+        std::fs::remove_dir_all(&root).unwrap();
+        ok(&root, &["add", a.to_str().unwrap(), "--name", "demo/a"]);
+        let mut child = add();
+        std::thread::sleep(whole.min(Duration::from_secs(5)) * step / 12);
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let verified = ok(&root, &["verify"]);
+        assert!(verified.contains("all sound"), "{verified}");
+        ok(&root, &["show", "demo/a"]);
+    }
+    ok(&root, &["gc", "--grace", "0"]);
+    assert!(ok(&root, &["verify"]).contains("; 0 unreferenced"));
+}

@@ -1,0 +1,277 @@
+//! Looking at a zoo: what models it holds, what one is made of, how two differ. Reads manifests only, never weights.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde::Serialize;
+
+use crate::digest::{Digest, lineages};
+use crate::manifest::{Block, BlockKind, Chain, ModelName, TensorRef};
+use crate::model_id::ModelId;
+use crate::store::{StoreError, Zoo};
+use crate::tensor_file;
+
+/// A model and all its manifests.
+#[derive(Debug, Clone)]
+pub struct Resolved {
+    /// The name.
+    pub id: ModelId,
+    /// What it points to.
+    pub name: ModelName,
+    /// The chain.
+    pub chain: Chain,
+    /// The chain's blocks, in order.
+    pub blocks: Vec<Block>,
+}
+
+/// One line of `zoo list`.
+#[derive(Debug, Clone, Serialize)]
+pub struct Listed {
+    /// `tenant/name`.
+    pub model: String,
+    /// Family.
+    pub architecture: String,
+    /// Attention and feed-forward pairs.
+    pub layer_count: usize,
+    /// Positions it can take.
+    pub context_tokens: u32,
+    /// Bytes of its distinct tensors.
+    pub bytes: u64,
+    /// Of these, in no other model of the list.
+    pub own_bytes: u64,
+    /// Model it was tuned from.
+    pub parent: Option<String>,
+    /// Unix time of the name's last change.
+    pub created_ms: u64,
+    /// The chain.
+    pub chain: Option<Digest>,
+    /// Why it cannot be resolved, if so.
+    pub error: Option<String>,
+}
+
+/// `zoo show`.
+#[derive(Debug, Clone, Serialize)]
+pub struct Shown {
+    /// `tenant/name`.
+    pub model: String,
+    /// The name's object.
+    pub name: ModelName,
+    /// The chain.
+    pub chain: Chain,
+    /// Bytes of its distinct tensors.
+    pub bytes: u64,
+    /// Its blocks, in order.
+    pub blocks: Vec<ShownBlock>,
+}
+
+/// A block of [`Shown`].
+#[derive(Debug, Clone, Serialize)]
+pub struct ShownBlock {
+    /// Place in the chain.
+    pub index: usize,
+    /// `embed`, `attention`, `feed_forward` or `head`.
+    pub kind: &'static str,
+    /// Its digest.
+    pub digest: Digest,
+    /// Digest of the chain up to and with it.
+    pub lineage: Digest,
+    /// Bytes of its tensors.
+    pub bytes: u64,
+    /// Dtypes of its matrices.
+    pub dtypes: Vec<String>,
+    /// Other models that have it.
+    pub shared_with: Vec<String>,
+}
+
+/// `zoo diff`.
+#[derive(Debug, Clone, Serialize)]
+pub struct Diff {
+    /// The two names.
+    pub models: [String; 2],
+    /// Blocks from the start with equal lineage: their KV is shared.
+    pub common_prefix: usize,
+    /// Blocks of each.
+    pub block_counts: [usize; 2],
+    /// Distinct blocks in both.
+    pub shared_blocks: usize,
+    /// Bytes of distinct tensors in both.
+    pub shared_bytes: u64,
+    /// Bytes of distinct tensors of each.
+    pub bytes: [u64; 2],
+    /// Whether tokenizer, template and special tokens are the same.
+    pub same_text: bool,
+    /// Places where the blocks differ.
+    pub differences: Vec<Difference>,
+}
+
+/// Blocks that differ at one place.
+#[derive(Debug, Clone, Serialize)]
+pub struct Difference {
+    /// Place in the chain.
+    pub index: usize,
+    /// Kind, of each.
+    pub kinds: [Option<&'static str>; 2],
+    /// Whether hyper-parameters differ.
+    pub params: bool,
+    /// Roles whose tensors differ, or that only one has.
+    pub roles: Vec<String>,
+}
+
+impl Zoo {
+    /// Reads a model with its chain and blocks.
+    ///
+    /// # Errors
+    /// The first manifest that is missing or damaged.
+    pub async fn resolve(&self, id: &ModelId) -> Result<Resolved, StoreError> {
+        let name = self.read_model(id).await?;
+        self.resolve_name(id, name, &mut BTreeMap::new()).await
+    }
+
+    /// All models, one line each; what cannot be resolved says why.
+    ///
+    /// # Errors
+    /// When the store cannot list.
+    pub async fn list_resolved(&self) -> Result<Vec<Listed>, StoreError> {
+        let mut cache = BTreeMap::new();
+        let mut resolved = Vec::new();
+        for (id, name) in self.list_models().await? {
+            let model = match name {
+                Ok(name) => self.resolve_name(&id, name, &mut cache).await,
+                Err(e) => Err(e),
+            };
+            resolved.push((id, model));
+        }
+        let mut owners: BTreeMap<Digest, usize> = BTreeMap::new();
+        for tensors in resolved.iter().filter_map(|(_, model)| model.as_ref().ok()).map(distinct_tensors) {
+            tensors.keys().for_each(|digest| *owners.entry(*digest).or_default() += 1);
+        }
+        Ok(resolved.iter().map(|(id, model)| listed(id, model.as_ref(), &owners)).collect())
+    }
+
+    /// One model in detail.
+    ///
+    /// # Errors
+    /// When a manifest is missing or damaged.
+    pub async fn show(&self, id: &ModelId) -> Result<Shown, StoreError> {
+        let model = self.resolve(id).await?;
+        let mut holders: BTreeMap<Digest, BTreeSet<String>> = BTreeMap::new();
+        for (other, name) in self.list_models().await? {
+            // Others that are damaged do not keep this one from being shown; `verify` tells of them.
+            let chain = match name {
+                Ok(name) if other != *id => self.read_chain(name.chain).await.ok(),
+                _ => None,
+            };
+            for block in chain.into_iter().flat_map(|chain| chain.blocks) {
+                holders.entry(block).or_default().insert(other.to_string());
+            }
+        }
+        let adapters: Vec<(u32, Digest)> = model.chain.adapters.iter().map(|adapter| (adapter.block_index, adapter.digest)).collect();
+        let lineages = lineages(&model.chain.blocks, &adapters);
+        let blocks = model.blocks.iter().enumerate().map(|(index, block)| {
+            let digest = model.chain.blocks[index];
+            let matrices: BTreeSet<String> = block.tensors.values().filter(|t| t.shape.len() == 2).map(|t| t.dtype.to_string()).collect();
+            ShownBlock {
+                index,
+                kind: kind(&block.params),
+                digest,
+                lineage: lineages[index],
+                bytes: block.tensors.values().map(tensor_bytes).sum(),
+                dtypes: matrices.into_iter().collect(),
+                shared_with: holders.get(&digest).into_iter().flatten().cloned().collect(),
+            }
+        });
+        let (blocks, bytes) = (blocks.collect(), distinct_tensors(&model).values().sum());
+        Ok(Shown { model: id.to_string(), name: model.name, chain: model.chain, bytes, blocks })
+    }
+
+    /// How two models differ.
+    ///
+    /// # Errors
+    /// When a manifest of either is missing or damaged.
+    pub async fn diff(&self, a: &ModelId, b: &ModelId) -> Result<Diff, StoreError> {
+        Ok(diff(&self.resolve(a).await?, &self.resolve(b).await?))
+    }
+
+    async fn resolve_name(&self, id: &ModelId, name: ModelName, cache: &mut BTreeMap<Digest, Block>) -> Result<Resolved, StoreError> {
+        let chain = self.read_chain(name.chain).await?;
+        let mut blocks = Vec::with_capacity(chain.blocks.len());
+        for digest in &chain.blocks {
+            if !cache.contains_key(digest) {
+                cache.insert(*digest, self.read_block(*digest).await?);
+            }
+            blocks.push(cache[digest].clone());
+        }
+        Ok(Resolved { id: id.clone(), name, chain, blocks })
+    }
+}
+
+/// Kind of a block, as it is written.
+pub fn kind(params: &BlockKind) -> &'static str {
+    match params {
+        BlockKind::Embed { .. } => "embed",
+        BlockKind::Attention { .. } => "attention",
+        BlockKind::FeedForward { .. } => "feed_forward",
+        BlockKind::Head { .. } => "head",
+    }
+}
+
+fn listed(id: &ModelId, model: Result<&Resolved, &StoreError>, owners: &BTreeMap<Digest, usize>) -> Listed {
+    let model = match model {
+        Ok(model) => model,
+        Err(e) => {
+            let (model, error) = (id.to_string(), Some(e.to_string()));
+            let architecture = String::new();
+            return Listed { model, architecture, layer_count: 0, context_tokens: 0, bytes: 0, own_bytes: 0, parent: None, created_ms: 0, chain: None, error };
+        }
+    };
+    let tensors = distinct_tensors(model);
+    Listed {
+        model: id.to_string(),
+        architecture: model.chain.architecture.clone(),
+        layer_count: model.blocks.len() / 2 - 1,
+        context_tokens: model.chain.context_tokens,
+        bytes: tensors.values().sum(),
+        own_bytes: tensors.iter().filter(|(digest, _)| owners.get(digest) == Some(&1)).map(|(_, bytes)| bytes).sum(),
+        parent: model.name.parent.clone(),
+        created_ms: model.name.created_ms,
+        chain: Some(model.name.chain),
+        error: None,
+    }
+}
+
+fn diff(a: &Resolved, b: &Resolved) -> Diff {
+    let (tensors_a, tensors_b) = (distinct_tensors(a), distinct_tensors(b));
+    let (blocks_a, blocks_b): (BTreeSet<&Digest>, BTreeSet<&Digest>) = (a.chain.blocks.iter().collect(), b.chain.blocks.iter().collect());
+    let differs = |index: usize| a.chain.blocks.get(index) != b.chain.blocks.get(index);
+    let longest = a.blocks.len().max(b.blocks.len());
+    let common_prefix = (0..longest).find(|index| differs(*index)).unwrap_or(longest);
+    let differences = (common_prefix..longest).filter(|index| differs(*index)).map(|index| {
+        let pair = [a.blocks.get(index), b.blocks.get(index)];
+        let roles: BTreeSet<&String> = pair.iter().flatten().flat_map(|block| block.tensors.keys()).collect();
+        let tensor = |block: Option<&Block>, role: &str| block.and_then(|block| block.tensors.get(role).cloned());
+        Difference {
+            index,
+            kinds: pair.map(|block| block.map(|block| kind(&block.params))),
+            params: pair[0].map(|block| &block.params) != pair[1].map(|block| &block.params),
+            roles: roles.into_iter().filter(|role| tensor(pair[0], role) != tensor(pair[1], role)).cloned().collect(),
+        }
+    });
+    Diff {
+        models: [a.id.to_string(), b.id.to_string()],
+        common_prefix,
+        block_counts: [a.blocks.len(), b.blocks.len()],
+        shared_blocks: blocks_a.intersection(&blocks_b).count(),
+        shared_bytes: tensors_a.iter().filter(|(digest, _)| tensors_b.contains_key(digest)).map(|(_, bytes)| bytes).sum(),
+        bytes: [tensors_a.values().sum(), tensors_b.values().sum()],
+        same_text: (&a.chain.assets.tokenizer, &a.chain.assets.chat_template, &a.chain.tokens)
+            == (&b.chain.assets.tokenizer, &b.chain.assets.chat_template, &b.chain.tokens),
+        differences: differences.collect(),
+    }
+}
+
+fn distinct_tensors(model: &Resolved) -> BTreeMap<Digest, u64> {
+    model.blocks.iter().flat_map(|block| block.tensors.values()).map(|tensor| (tensor.digest, tensor_bytes(tensor))).collect()
+}
+
+fn tensor_bytes(tensor: &TensorRef) -> u64 {
+    tensor_file::payload_bytes(tensor.dtype, &tensor.shape).map_or(0, |bytes| bytes as u64)
+}

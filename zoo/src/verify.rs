@@ -1,0 +1,156 @@
+//! Reads every object of a zoo and follows every name: what is damaged or missing, and which blocks and models that hits.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde::Serialize;
+
+use crate::digest::Digest;
+use crate::ingest::Progress;
+use crate::ingest::Stage;
+use crate::manifest::{Block, Chain};
+use crate::store::{Object, StoreError, Zoo, object};
+
+/// What [`verify`] found.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct VerifyReport {
+    /// Objects read.
+    pub object_count: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// Names followed.
+    pub model_count: u64,
+    /// Objects that no name leads to; `gc` takes them.
+    pub unreferenced_count: u64,
+    /// What is wrong. Empty: the zoo is sound.
+    pub damage: Vec<Damage>,
+}
+
+/// One object that is damaged, missing or cannot be read.
+#[derive(Debug, Clone, Serialize)]
+pub struct Damage {
+    /// Which.
+    pub object: String,
+    /// How.
+    pub reason: String,
+    /// Blocks that need it.
+    pub blocks: Vec<String>,
+    /// Names that need it.
+    pub models: Vec<String>,
+}
+
+/// Who needs an object.
+#[derive(Default)]
+struct Needs {
+    blocks: BTreeSet<String>,
+    models: BTreeSet<String>,
+}
+
+/// Checks the whole zoo.
+///
+/// # Errors
+/// When the store fails in a way that says nothing about the objects.
+pub async fn verify(zoo: &Zoo, progress: &dyn Progress) -> Result<VerifyReport, StoreError> {
+    let mut report = VerifyReport::default();
+    let mut broken: BTreeMap<Object, String> = BTreeMap::new();
+    let mut present = BTreeSet::new();
+    let mut listed = Vec::new();
+    // Blocks and chains first: they are small, and tell who needs a damaged tensor.
+    for folder in ["chains", "blocks", "assets", "tensors"] {
+        let metas = zoo.list(folder).await?;
+        listed.extend(metas.into_iter().filter_map(|meta| Some((object(&meta.location)?, meta.size))));
+    }
+    progress.begin(Stage::Hash, listed.iter().map(|(_, size)| size).sum());
+    for (object, size) in listed {
+        report.object_count += 1;
+        report.bytes += size;
+        match check(zoo, &object).await {
+            Ok(()) => {}
+            Err(StoreError::Missing { .. }) => continue, // Taken by a gc since the listing.
+            Err(StoreError::Damaged { reason, .. }) => {
+                broken.insert(object.clone(), reason);
+            }
+            Err(other) => return Err(other),
+        }
+        present.insert(object);
+        progress.advance(size);
+    }
+    progress.end();
+    let needs = follow_names(zoo, &mut report, &mut broken).await?;
+    for object in needs.keys().filter(|object| !present.contains(*object) && !matches!(object, Object::Model(_))) {
+        broken.entry(object.clone()).or_insert_with(|| "it is missing".to_owned());
+    }
+    report.unreferenced_count = present.iter().filter(|object| !needs.contains_key(*object)).count() as u64;
+    report.damage = broken.into_iter().map(|(object, reason)| damage(&object, reason, needs.get(&object))).collect();
+    Ok(report)
+}
+
+fn damage(object: &Object, reason: String, needs: Option<&Needs>) -> Damage {
+    let list = |set: fn(&Needs) -> &BTreeSet<String>| needs.map(|needs| set(needs).iter().cloned().collect()).unwrap_or_default();
+    Damage { object: object.to_string(), reason, blocks: list(|needs| &needs.blocks), models: list(|needs| &needs.models) }
+}
+
+async fn check(zoo: &Zoo, object: &Object) -> Result<(), StoreError> {
+    match object {
+        Object::Block(digest) => zoo.read_block(*digest).await.map(|_| ()),
+        Object::Chain(digest) => zoo.read_chain(*digest).await.map(|_| ()),
+        Object::Asset(digest) => zoo.read_asset(*digest).await.map(|_| ()),
+        Object::Tensor(digest) => {
+            let actual = zoo.stored_digest(object).await?;
+            if actual == *digest { Ok(()) } else { Err(StoreError::Damaged { object: object.clone(), reason: format!("its bytes have the digest {actual}") }) }
+        }
+        Object::Format | Object::TensorOf { .. } | Object::Model(_) => Ok(()),
+    }
+}
+
+/// Every object that a name (or its history) leads to, with who needs it.
+async fn follow_names(zoo: &Zoo, report: &mut VerifyReport, broken: &mut BTreeMap<Object, String>) -> Result<BTreeMap<Object, Needs>, StoreError> {
+    let mut needs: BTreeMap<Object, Needs> = BTreeMap::new();
+    let mut chains: BTreeMap<Digest, Option<Chain>> = BTreeMap::new();
+    let mut blocks: BTreeMap<Digest, Option<Block>> = BTreeMap::new();
+    for (id, name) in zoo.list_models().await? {
+        report.model_count += 1;
+        let model = id.to_string();
+        let name = match name {
+            Ok(name) => name,
+            Err(e) => {
+                let object = Object::Model(id);
+                needs.entry(object.clone()).or_default().models.insert(model);
+                broken.insert(object, e.to_string());
+                continue;
+            }
+        };
+        for chain_digest in std::iter::once(name.chain).chain(name.history.iter().map(|past| past.chain)) {
+            needs.entry(Object::Chain(chain_digest)).or_default().models.insert(model.clone());
+            if !chains.contains_key(&chain_digest) {
+                chains.insert(chain_digest, readable(zoo.read_chain(chain_digest).await)?);
+            }
+            let Some(chain) = &chains[&chain_digest] else { continue };
+            for asset in [chain.assets.tokenizer, chain.assets.chat_template, chain.assets.card].into_iter().flatten() {
+                needs.entry(Object::Asset(asset)).or_default().models.insert(model.clone());
+            }
+            for digest in &chain.blocks {
+                let entry = needs.entry(Object::Block(*digest)).or_default();
+                entry.models.insert(model.clone());
+                entry.blocks.insert(digest.to_string());
+                if !blocks.contains_key(digest) {
+                    blocks.insert(*digest, readable(zoo.read_block(*digest).await)?);
+                }
+                for (role, tensor) in blocks[digest].iter().flat_map(|block| &block.tensors) {
+                    let entry = needs.entry(Object::Tensor(tensor.digest)).or_default();
+                    entry.models.insert(model.clone());
+                    entry.blocks.insert(format!("{digest} (`{role}`)"));
+                }
+            }
+        }
+    }
+    Ok(needs)
+}
+
+/// What is damaged or missing is reported elsewhere; a store that fails ends the run.
+fn readable<T>(result: Result<T, StoreError>) -> Result<Option<T>, StoreError> {
+    match result {
+        Ok(value) => Ok(Some(value)),
+        Err(StoreError::Missing { .. } | StoreError::Damaged { .. }) => Ok(None),
+        Err(other) => Err(other),
+    }
+}
