@@ -64,9 +64,9 @@ pub async fn run(role: Role, args: ConfigArgs) -> anyhow::Result<()> {
         return Ok(());
     }
     let _guard = logging::start(&config.log, name)?;
-    let zoo = Zoo::open_dir(&config.zoo.root)
-        .await
-        .with_context(|| format!("open the zoo in {} (`ashlar zoo add PATH --name TENANT/MODEL --zoo DIR` makes one)", config.zoo.root.display()))?;
+    let zoo = Zoo::open_dir(&config.zoo.root).await.with_context(|| {
+        format!("open the zoo in {} (`ashlar zoo add PATH --name TENANT/MODEL --zoo DIR` makes one)", config.zoo.root.display())
+    })?;
     let registry = open_registry(&config, role).await?;
     match role {
         Role::Serve => serve(config, zoo, registry).await,

@@ -161,14 +161,23 @@ pub(crate) async fn run(args: ZooArgs) -> anyhow::Result<()> {
 
 async fn add(zoo: &Zoo, path: &std::path::Path, naming: &Naming, source: Option<String>) -> anyhow::Result<()> {
     let options = AddOptions { model: naming.name.clone(), recipe: naming.dtype, parent: naming.parent.clone(), source };
-    let report = ingest::add(zoo, path, &options, &*progress::for_terminal()).await.with_context(|| format!("failed to add {}", path.display()))?;
+    let report =
+        ingest::add(zoo, path, &options, &*progress::for_terminal()).await.with_context(|| format!("failed to add {}", path.display()))?;
     print_added(&report);
     Ok(())
 }
 
-async fn pull(zoo: &std::path::Path, options: &PullOptions, downloads: &std::path::Path, keep: bool, naming: &Naming) -> anyhow::Result<()> {
+async fn pull(
+    zoo: &std::path::Path,
+    options: &PullOptions,
+    downloads: &std::path::Path,
+    keep: bool,
+    naming: &Naming,
+) -> anyhow::Result<()> {
     let hub = Hub::from_env()?;
-    let pulled = hub::pull(&hub, options, downloads, &*progress::for_terminal()).await.with_context(|| format!("failed to pull {}", options.repo))?;
+    let pulled = hub::pull(&hub, options, downloads, &*progress::for_terminal())
+        .await
+        .with_context(|| format!("failed to pull {}", options.repo))?;
     let zoo = Zoo::create_dir(zoo).await?;
     add(&zoo, &pulled.path, naming, Some(pulled.source.clone())).await?;
     if !keep {

@@ -77,7 +77,10 @@ fn verify_fails_on_damage_and_names_block_and_models() {
     let output = zoo(&root, &["verify"]);
     assert_eq!(output.status.code(), Some(1));
     let text = String::from_utf8(output.stdout).unwrap();
-    assert!(text.contains(tensor.file_name().unwrap().to_str().unwrap()) && text.contains("  block ") && text.contains("models demo/a"), "{text}");
+    assert!(
+        text.contains(tensor.file_name().unwrap().to_str().unwrap()) && text.contains("  block ") && text.contains("models demo/a"),
+        "{text}"
+    );
 }
 
 #[test]

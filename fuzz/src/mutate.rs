@@ -25,7 +25,8 @@ impl Random {
     }
 }
 
-const EXTREMES: &[u64] = &[0, 1, 2, 3, 0x7f, 0x80, 0xff, 0xffff, 0x7fff_ffff, 0x8000_0000, 0xffff_ffff, 1 << 40, u64::MAX >> 1, u64::MAX - 1, u64::MAX];
+const EXTREMES: &[u64] =
+    &[0, 1, 2, 3, 0x7f, 0x80, 0xff, 0xffff, 0x7fff_ffff, 0x8000_0000, 0xffff_ffff, 1 << 40, u64::MAX >> 1, u64::MAX - 1, u64::MAX];
 const TEXTS: &[&str] = &["null", "-1", "1e999", "\"\"", "{}", "[[[[", "18446744073709551616", "NaN", "0.1", "\\ud800", ",\"a\":1", "true"];
 
 /// One to eight changes to a copy of `input`; `other` is mixed in now and then.

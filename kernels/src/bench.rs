@@ -118,7 +118,12 @@ fn random_layer(cpu: &Cpu, dtype: Dtype, outputs: usize, inputs: usize) -> Resul
     let bytes = match quantise(dtype, outputs, inputs, &pseudo_random(outputs * inputs)) {
         Some(bytes) => bytes,
         // GGUF's formats are not written; 0x2c as every byte is a small f16 scale and a mixture of codes.
-        None => vec![0x2c; dtype.bytes(outputs, inputs).ok_or_else(|| PackError::Shape { dtype: dtype.to_string(), rows: outputs, cols: inputs })?],
+        None => {
+            vec![
+                0x2c;
+                dtype.bytes(outputs, inputs).ok_or_else(|| PackError::Shape { dtype: dtype.to_string(), rows: outputs, cols: inputs })?
+            ]
+        }
     };
     cpu.linear(&[TensorView { dtype, rows: outputs, cols: inputs, bytes: &bytes }])
 }

@@ -194,9 +194,28 @@ pub trait Ops: Send + Sync + 'static {
     /// `out[i] += table[rows[i]]` (learned positions).
     fn embed_add(&self, out: &mut Self::Buffer, table: &Self::Table, rows: &[u32]);
     /// Norm of `row_count` rows of `src` columns into dense rows of `dst`.
-    fn norm(&self, dst: &mut Self::Buffer, src: &Self::Buffer, row_count: usize, width: usize, kind: NormKind, eps: f32, weight: &Self::Vector, bias: Option<&Self::Vector>);
+    fn norm(
+        &self,
+        dst: &mut Self::Buffer,
+        src: &Self::Buffer,
+        row_count: usize,
+        width: usize,
+        kind: NormKind,
+        eps: f32,
+        weight: &Self::Vector,
+        bias: Option<&Self::Vector>,
+    );
     /// RMSNorm in place of `head_count` consecutive heads of each row (Qwen3's and Gemma 3's q and k norms).
-    fn norm_heads(&self, buffer: &mut Self::Buffer, row_count: usize, columns: Columns, head_dim: usize, weight_offset: f32, eps: f32, weight: &Self::Vector);
+    fn norm_heads(
+        &self,
+        buffer: &mut Self::Buffer,
+        row_count: usize,
+        columns: Columns,
+        head_dim: usize,
+        weight_offset: f32,
+        eps: f32,
+        weight: &Self::Vector,
+    );
     /// `out[T, N] = x[T, K] W^T + bias`, dense rows.
     fn linear_apply(&self, out: &mut Self::Buffer, x: &Self::Buffer, row_count: usize, linear: &Self::Linear, bias: Option<&Self::Vector>);
     /// Cosines and sines of `positions x inverse frequencies`, times `attention_factor`: row t is

@@ -138,7 +138,11 @@ impl Ops for Reference {
 
     fn linear_apply(&self, out: &mut Vec<f32>, x: &Vec<f32>, row_count: usize, linear: &Linear, bias: Option<&Vec<f32>>) {
         for row in 0..row_count {
-            linear.row(&mut out[row * linear.outputs()..][..linear.outputs()], &x[row * linear.inputs()..][..linear.inputs()], bias.map(Vec::as_slice));
+            linear.row(
+                &mut out[row * linear.outputs()..][..linear.outputs()],
+                &x[row * linear.inputs()..][..linear.inputs()],
+                bias.map(Vec::as_slice),
+            );
         }
     }
 

@@ -34,7 +34,9 @@ pub enum IngestError {
         reason: &'static str,
     },
     /// A PEFT directory.
-    #[error("{path} is a PEFT adapter (it has adapter_config.json): unmerged adapters come with a later version; merge it into its base first")]
+    #[error(
+        "{path} is a PEFT adapter (it has adapter_config.json): unmerged adapters come with a later version; merge it into its base first"
+    )]
     Adapter {
         /// Path.
         path: PathBuf,

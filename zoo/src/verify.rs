@@ -96,14 +96,22 @@ async fn check(zoo: &Zoo, object: &Object) -> Result<(), StoreError> {
         Object::Asset(digest) => zoo.read_asset(*digest).await.map(|_| ()),
         Object::Tensor(digest) => {
             let actual = zoo.stored_digest(object).await?;
-            if actual == *digest { Ok(()) } else { Err(StoreError::Damaged { object: object.clone(), reason: format!("its bytes have the digest {actual}") }) }
+            if actual == *digest {
+                Ok(())
+            } else {
+                Err(StoreError::Damaged { object: object.clone(), reason: format!("its bytes have the digest {actual}") })
+            }
         }
         Object::Format | Object::TensorOf { .. } | Object::Model(_) => Ok(()),
     }
 }
 
 /// Every object that a name (or its history) leads to, with who needs it.
-async fn follow_names(zoo: &Zoo, report: &mut VerifyReport, broken: &mut BTreeMap<Object, String>) -> Result<BTreeMap<Object, Needs>, StoreError> {
+async fn follow_names(
+    zoo: &Zoo,
+    report: &mut VerifyReport,
+    broken: &mut BTreeMap<Object, String>,
+) -> Result<BTreeMap<Object, Needs>, StoreError> {
     let mut needs: BTreeMap<Object, Needs> = BTreeMap::new();
     let mut chains: BTreeMap<Digest, Option<Chain>> = BTreeMap::new();
     let mut blocks: BTreeMap<Digest, Option<Block>> = BTreeMap::new();

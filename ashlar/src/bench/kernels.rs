@@ -26,7 +26,7 @@ pub(crate) struct KernelsArgs {
     /// Instruction set [default: the best that the machine has]
     #[arg(long, value_enum)]
     isa: Option<IsaName>,
-    /// Formats of weights, comma-separated: f32, bf16, int8, int4, q8_0, q4_1 and so on
+    /// Formats of weights, comma-separated: f32, bf16, int8g32, int4g32, q8_0, q4_1 and so on
     #[arg(long = "dtypes", value_delimiter = ',')]
     dtypes: Vec<String>,
     /// Shapes, comma-separated: outputs x inputs, as in 576x1536

@@ -89,7 +89,15 @@ pub(super) fn diff(diff: &Diff) -> String {
     let write = |out: &mut String, text: std::fmt::Arguments<'_>| out.write_fmt(text).expect("writing to a String");
     write(&mut out, format_args!("{a}: {} blocks, {}\n", diff.block_counts[0], human_bytes(diff.bytes[0])));
     write(&mut out, format_args!("{b}: {} blocks, {}\n", diff.block_counts[1], human_bytes(diff.bytes[1])));
-    write(&mut out, format_args!("shared: {} blocks, {}; the first {} in a row (their KV is shared too)\n", diff.shared_blocks, human_bytes(diff.shared_bytes), diff.common_prefix));
+    write(
+        &mut out,
+        format_args!(
+            "shared: {} blocks, {}; the first {} in a row (their KV is shared too)\n",
+            diff.shared_blocks,
+            human_bytes(diff.shared_bytes),
+            diff.common_prefix
+        ),
+    );
     write(&mut out, format_args!("tokenizer, template and special tokens: {}\n", if diff.same_text { "the same" } else { "different" }));
     if diff.differences.is_empty() {
         return out;
@@ -123,7 +131,12 @@ pub(super) fn verify(report: &VerifyReport) -> String {
     }
     let state = if report.damage.is_empty() { "all sound".to_owned() } else { format!("{} damaged or missing", report.damage.len()) };
     let unreferenced = report.unreferenced_count;
-    out + &format!("{} models, {} objects, {}: {state}; {unreferenced} unreferenced\n", report.model_count, report.object_count, human_bytes(report.bytes))
+    out + &format!(
+        "{} models, {} objects, {}: {state}; {unreferenced} unreferenced\n",
+        report.model_count,
+        report.object_count,
+        human_bytes(report.bytes)
+    )
 }
 
 pub(super) fn gc(report: &GcReport, dry_run: bool) -> String {

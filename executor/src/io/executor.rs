@@ -275,7 +275,12 @@ impl<B: Ops> Driver<B> {
                     tracing::warn!(address, reason, sequence_count = lost.len(), "lost an executor downstream");
                 }
                 for id in lost {
-                    self.engine.handle_failure(id, Code::Unavailable, format!("lost the executor at {address}: {reason}"), Retry::Elsewhere);
+                    self.engine.handle_failure(
+                        id,
+                        Code::Unavailable,
+                        format!("lost the executor at {address}: {reason}"),
+                        Retry::Elsewhere,
+                    );
                 }
             }
             Event::Device(DeviceReply(Reply::Done(done))) => {
@@ -341,7 +346,8 @@ impl<B: Ops> Driver<B> {
     ) -> Result<(), (Code, String, Retry, Listener)> {
         let refuse = |code, message: &str, retry, listener| Err((code, message.to_owned(), retry, listener));
         if !admission.numeric_class.is_empty() && admission.numeric_class != self.numeric_class {
-            let message = format!("this executor is of class {}, the sequence is pinned to {}", self.numeric_class, admission.numeric_class);
+            let message =
+                format!("this executor is of class {}, the sequence is pinned to {}", self.numeric_class, admission.numeric_class);
             return refuse(Code::NumericClass, &message, Retry::Elsewhere, listener);
         }
         let Some(span) = admission.route.get(hop_index).and_then(|hop| hop.span.as_ref()) else {
@@ -387,7 +393,8 @@ impl<B: Ops> Driver<B> {
             Err((code, message, retry)) => return Err((code, message, retry, listener)),
         };
         if samples {
-            let params = SamplerParams::from(&admission.sampling.clone().unwrap_or_default()).seeded(admission.seed, admission.choice_index);
+            let params =
+                SamplerParams::from(&admission.sampling.clone().unwrap_or_default()).seeded(admission.seed, admission.choice_index);
             let sampler = Box::new(Sampler::new(params, &admission.prompt, &admission.generated));
             self.send(Command::Admit(id, sampler));
         }

@@ -172,7 +172,11 @@ impl<B: Ops> Hosting<B> {
     }
 
     /// Follows the plan until the registry is gone. The session's record always tells what is hosted.
-    pub async fn follow(&mut self, registry: Arc<dyn Registry>, session: Arc<Session<ExecutorRecord>>) -> Result<(), ashlar_registry::RegistryError> {
+    pub async fn follow(
+        &mut self,
+        registry: Arc<dyn Registry>,
+        session: Arc<Session<ExecutorRecord>>,
+    ) -> Result<(), ashlar_registry::RegistryError> {
         let mut watch = registry.watch_prefix(ashlar_registry::key::PLAN).await?;
         let mut generation = 0;
         let mut wanted: Option<Plan> = None;

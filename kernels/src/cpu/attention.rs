@@ -128,7 +128,15 @@ impl Attend<'_> {
 
     /// Takes one piece's products into the running softmax and the outputs of G heads.
     #[inline(always)]
-    fn accumulate<S: Lanes, const G: usize>(&self, s: S, out: &mut [f32], running: &mut [Running; G], products: [S::F; G], values: &[f32], seen: Range<usize>) {
+    fn accumulate<S: Lanes, const G: usize>(
+        &self,
+        s: S,
+        out: &mut [f32],
+        running: &mut [Running; G],
+        products: [S::F; G],
+        values: &[f32],
+        seen: Range<usize>,
+    ) {
         let d = self.shape.kv.head_dim;
         let mask = s.range_mask(seen.start, seen.end);
         let mut p = [[0.0f32; PIECE_TOKENS]; G];

@@ -108,7 +108,8 @@ impl Kernel for Rope<'_> {
             let row = unsafe { self.buffer.part(start..start + self.columns.width) };
             for head in row.chunks_exact_mut(self.head_dim) {
                 let (first, second) = head[..2 * self.half].split_at_mut(self.half);
-                for (((first, second), cos), sin) in first.chunks_mut(16).zip(second.chunks_mut(16)).zip(cos.chunks(16)).zip(sin.chunks(16)) {
+                for (((first, second), cos), sin) in first.chunks_mut(16).zip(second.chunks_mut(16)).zip(cos.chunks(16)).zip(sin.chunks(16))
+                {
                     let (a, b) = (load_some(s, first), load_some(s, second));
                     let (cos, sin) = (load_some(s, cos), load_some(s, sin));
                     store_some(s, s.sub(s.mul(a, cos), s.mul(b, sin)), first);

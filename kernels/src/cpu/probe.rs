@@ -48,17 +48,21 @@ pub fn read_bandwidth(cpu: &Cpu, bytes: usize) -> Result<f64, PackError> {
 
 /// f32 multiplications and additions a second of all threads.
 pub fn f32_peak(cpu: &Cpu) -> f64 {
-    let seconds = best_seconds(PEAK_RUNS, || cpu.pool.run(cpu.threads(), &|_| {
-        black_box(cpu.proven.run(Fma { x: black_box(0.5) }));
-    }));
+    let seconds = best_seconds(PEAK_RUNS, || {
+        cpu.pool.run(cpu.threads(), &|_| {
+            black_box(cpu.proven.run(Fma { x: black_box(0.5) }));
+        })
+    });
     (cpu.threads() * STEPS * ACCUMULATORS * 16 * 2) as f64 / seconds
 }
 
 /// int8 multiplications and additions a second of all threads.
 pub fn int8_peak(cpu: &Cpu) -> f64 {
-    let seconds = best_seconds(PEAK_RUNS, || cpu.pool.run(cpu.threads(), &|_| {
-        black_box(cpu.proven.run(Dot { x: black_box(3) }));
-    }));
+    let seconds = best_seconds(PEAK_RUNS, || {
+        cpu.pool.run(cpu.threads(), &|_| {
+            black_box(cpu.proven.run(Dot { x: black_box(3) }));
+        })
+    });
     (cpu.threads() * STEPS * ACCUMULATORS * 64 * 2) as f64 / seconds
 }
 

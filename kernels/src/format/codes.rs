@@ -99,9 +99,9 @@ impl CodeRow {
                 self.k_scales(block);
                 let (high, low) = (&block[16..48], &block[48..]);
                 // Bit i of high byte l is the fifth bit of element l of sub-group i.
-                self.codes.extend((0..256).map(|j| {
-                    nibble(low[j / 64 * 32 + j % 32], j / 32 % 2) + (((high[j % 32] >> (j / 32)) & 1) << 4).cast_signed()
-                }));
+                self.codes.extend(
+                    (0..256).map(|j| nibble(low[j / 64 * 32 + j % 32], j / 32 % 2) + (((high[j % 32] >> (j / 32)) & 1) << 4).cast_signed()),
+                );
             }
             Dtype::Q6K => {
                 let d = read_f16(block, 208).to_f32();

@@ -33,7 +33,9 @@ pub fn quantise(dtype: Dtype, rows: usize, cols: usize, weights: &[f32]) -> Opti
                 if wide {
                     bytes.extend(codes.iter().map(|code| code.cast_unsigned()));
                 } else {
-                    bytes.extend(codes.chunks(2).map(|pair| pair[0].cast_unsigned() | pair.get(1).map_or(0, |high| high.cast_unsigned() << 4)));
+                    bytes.extend(
+                        codes.chunks(2).map(|pair| pair[0].cast_unsigned() | pair.get(1).map_or(0, |high| high.cast_unsigned() << 4)),
+                    );
                 }
             }
             bytes.extend(scales);

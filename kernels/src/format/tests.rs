@@ -70,7 +70,10 @@ fn gguf_formats_dequantise_as_the_gguf_package_does() {
         for (index, (got, expected)) in dequantise(&view).iter().zip(expected).enumerate() {
             let expected = f32::from_le_bytes(*expected);
             // The sign of a zero depends on whether a minimum was added or subtracted; it is no part of the format.
-            assert!(got.to_bits() == expected.to_bits() || (*got == 0.0 && expected == 0.0), "{dtype} element {index}: {got} is not {expected}");
+            assert!(
+                got.to_bits() == expected.to_bits() || (*got == 0.0 && expected == 0.0),
+                "{dtype} element {index}: {got} is not {expected}"
+            );
         }
     }
 }
@@ -78,7 +81,10 @@ fn gguf_formats_dequantise_as_the_gguf_package_does() {
 #[test]
 fn non_finite_values_are_found_where_they_are() {
     let mut weights = vec![1.0f32; 9000];
-    assert_eq!(first_non_finite(&TensorView { dtype: Dtype::F32, rows: 9, cols: 1000, bytes: &quantise(Dtype::F32, 9, 1000, &weights).unwrap() }), None);
+    assert_eq!(
+        first_non_finite(&TensorView { dtype: Dtype::F32, rows: 9, cols: 1000, bytes: &quantise(Dtype::F32, 9, 1000, &weights).unwrap() }),
+        None
+    );
     weights[8123] = f32::NEG_INFINITY;
     weights[8999] = f32::NAN;
     for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16] {

@@ -106,7 +106,13 @@ fn page_size_changes_no_bit() {
     let mut random = Random(3);
     let mut chunk = Chunk::random(&mut random);
     let length = 77;
-    chunk.shape = AttentionShape { heads: 6, kv: KvShape { kv_heads: 2, head_dim: 64, page_tokens: 16 }, scale: 0.125, softcap: None, window: Some(40) };
+    chunk.shape = AttentionShape {
+        heads: 6,
+        kv: KvShape { kv_heads: 2, head_dim: 64, page_tokens: 16 },
+        scale: 0.125,
+        softcap: None,
+        window: Some(40),
+    };
     chunk.qkv = random.tame(length * chunk.shape.qkv_width());
     chunk.queries = (0..length as u32).map(|position| Query { table_start: 0, position }).collect();
     let mut results = Vec::new();

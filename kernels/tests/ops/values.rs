@@ -65,7 +65,11 @@ impl Random {
                 for _ in 0..rows * cols {
                     // Any pattern that is finite; every second one of the size that weights have.
                     let bits = self.next() as u16;
-                    let small = if dtype == Dtype::F16 { f16::from_f32(self.unit()).to_bits() } else { half::bf16::from_f32(self.unit()).to_bits() };
+                    let small = if dtype == Dtype::F16 {
+                        f16::from_f32(self.unit()).to_bits()
+                    } else {
+                        half::bf16::from_f32(self.unit()).to_bits()
+                    };
                     let wild = if bits & exponent == exponent { bits & !0x4000 } else { bits };
                     out.extend(if self.next() % 2 == 0 { small } else { wild }.to_le_bytes());
                 }

@@ -69,7 +69,10 @@ fn open_directory(path: &Path, source: String) -> Result<Checkpoint, IngestError
     let config = read_config(path, "config.json")?.expect("just seen");
     let weights = ["model.safetensors", "model.safetensors.index.json"];
     if !weights.iter().any(|name| path.join(name).exists()) {
-        return Err(IngestError::NoCheckpoint { path: path.to_owned(), reason: "it has no model.safetensors (pickled weights are never read)" });
+        return Err(IngestError::NoCheckpoint {
+            path: path.to_owned(),
+            reason: "it has no model.safetensors (pickled weights are never read)",
+        });
     }
     let generation_config = read_config(path, "generation_config.json")?;
     let tokenizer_config = read_config(path, "tokenizer_config.json")?;
