@@ -21,8 +21,7 @@ impl ProcessUse {
     pub(crate) fn read(pids: &[u32]) -> anyhow::Result<Self> {
         let mut total = Self::default();
         for pid in pids {
-            let file =
-                |name| fs::read_to_string(format!("/proc/{pid}/{name}")).with_context(|| format!("failed to read {name} of process {pid}"));
+            let file = |name| fs::read_to_string(format!("/proc/{pid}/{name}")).with_context(|| format!("read {name} of process {pid}"));
             let one = parse(&file("stat")?, &file("status")?).with_context(|| format!("process {pid} has an unknown form"))?;
             total.cpu_seconds += one.cpu_seconds;
             total.peak_rss_bytes += one.peak_rss_bytes;
