@@ -181,7 +181,16 @@ async fn what_cannot_run_is_refused_with_its_code() {
         ("context_length_exceeded", v1::Admission { generated_tokens_max: 600, ..good.clone() }),
         ("never_fits", v1::Admission { generated_tokens_max: 400, ..good.clone() }),
         ("numeric_class_mismatch", v1::Admission { numeric_class: "cuda-sm90-v1".to_owned(), ..good.clone() }),
-        ("unknown_span", admission(&Family { chains: vec![(Digest([9; 32]), 18, vec![1])], ..family_like(&family) }, 1, 0, vec![1], v1::Sampling::default())),
+        (
+            "unknown_span",
+            admission(
+                &Family { chains: vec![(Digest([9; 32]), 18, vec![1])], ..family_like(&family) },
+                1,
+                0,
+                vec![1],
+                v1::Sampling::default(),
+            ),
+        ),
         ("invalid_value", v1::Admission { prompt: vec![70_000], ..good.clone() }),
     ];
     for (code, request) in cases {
