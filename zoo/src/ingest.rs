@@ -70,7 +70,7 @@ pub enum IngestError {
     #[error("the tokenizer cannot be used")]
     Tokenizer(#[from] TokenizerError),
     /// Blocks that the configuration implies are impossible.
-    #[error("the configuration describes an impossible {block}")]
+    #[error("the configuration makes no sense for {block}")]
     Block {
         /// Which block.
         block: String,
