@@ -129,8 +129,8 @@ async fn follow_names(
         };
         for chain_digest in std::iter::once(name.chain).chain(name.history.iter().map(|past| past.chain)) {
             needs.entry(Object::Chain(chain_digest)).or_default().models.insert(model.clone());
-            if !chains.contains_key(&chain_digest) {
-                chains.insert(chain_digest, readable(zoo.read_chain(chain_digest).await)?);
+            if let std::collections::btree_map::Entry::Vacant(place) = chains.entry(chain_digest) {
+                place.insert(readable(zoo.read_chain(chain_digest).await)?);
             }
             let Some(chain) = &chains[&chain_digest] else { continue };
             for asset in [chain.assets.tokenizer, chain.assets.chat_template, chain.assets.card].into_iter().flatten() {

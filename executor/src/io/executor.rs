@@ -252,7 +252,7 @@ impl<B: Ops> Driver<B> {
                     self.engine.handle_cancel(id);
                 }
             }
-            Event::FromUpstream { link, frame, back } => self.from_upstream(now, link, frame, back),
+            Event::FromUpstream { link, frame, back } => self.handle_upstream(now, link, frame, back),
             Event::UpstreamLost(link) => {
                 let lost: Vec<SequenceId> = self
                     .attachments
@@ -262,7 +262,7 @@ impl<B: Ops> Driver<B> {
                     .collect();
                 lost.into_iter().for_each(|id| self.engine.handle_cancel(id));
             }
-            Event::FromDownstream(frame) => self.from_downstream(frame),
+            Event::FromDownstream(frame) => self.handle_downstream(frame),
             Event::DownstreamLost { address, reason } => {
                 self.links.forget(&address);
                 let lost: Vec<SequenceId> = self
@@ -418,7 +418,7 @@ impl<B: Ops> Driver<B> {
         Ok(())
     }
 
-    fn from_upstream(&mut self, now: Duration, link: LinkId, frame: v1::LinkFrame, back: FrameSender) {
+    fn handle_upstream(&mut self, now: Duration, link: LinkId, frame: v1::LinkFrame, back: FrameSender) {
         let key = frame_key(&frame);
         let (router_id, sequence_id, epoch) = (frame.router_id, frame.sequence_id, frame.epoch);
         match frame.frame {
@@ -466,7 +466,7 @@ impl<B: Ops> Driver<B> {
         admission.route.iter().skip(1).position(|hop| hop.executor_id == id && mine(hop)).map_or(admission.route.len(), |at| at + 1)
     }
 
-    fn from_downstream(&mut self, frame: v1::LinkFrame) {
+    fn handle_downstream(&mut self, frame: v1::LinkFrame) {
         let Some(id) = self.engine.find(&frame_key(&frame), frame.epoch) else { return };
         match frame.frame {
             Some(Frame::Consumed(position)) => self.engine.handle_consumed(id, position),

@@ -71,7 +71,7 @@ impl Random {
                         half::bf16::from_f32(self.unit()).to_bits()
                     };
                     let wild = if bits & exponent == exponent { bits & !0x4000 } else { bits };
-                    out.extend(if self.next() % 2 == 0 { small } else { wild }.to_le_bytes());
+                    out.extend(if self.next().is_multiple_of(2) { small } else { wild }.to_le_bytes());
                 }
             }
             Dtype::Int8 { .. } | Dtype::Int4 { .. } => {

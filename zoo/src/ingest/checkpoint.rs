@@ -27,7 +27,7 @@ pub struct Checkpoint {
 
 #[derive(Debug)]
 pub(super) enum Kind {
-    Directory(Directory),
+    Directory(Box<Directory>),
     Gguf(BTreeMap<String, Value>),
 }
 
@@ -78,7 +78,7 @@ fn open_directory(path: &Path, source: String) -> Result<Checkpoint, IngestError
     let tokenizer_config = read_config(path, "tokenizer_config.json")?;
     let tensors = shards::open(path)?;
     let decoder = family::from_config(&config, &|name| tensors.get(name).is_some())?;
-    let kind = Kind::Directory(Directory { path: path.to_owned(), config, generation_config, tokenizer_config });
+    let kind = Kind::Directory(Box::new(Directory { path: path.to_owned(), config, generation_config, tokenizer_config }));
     Ok(Checkpoint { source, tensors, decoder, kind })
 }
 
