@@ -13,7 +13,9 @@ for folder in "$demo"/base "$demo"/*/; do
   if [ "$name" = base ] && [ "$added" -gt 0 ]; then continue; fi
   # An adapter alone is no model; it is attached once the zoo takes adapters.
   if [ ! -f "$folder/config.json" ]; then continue; fi
-  "$ashlar" zoo add "$folder" --name "demo/$name" --zoo "$zoo"
+  parent=()
+  if [ "$name" != base ]; then parent=(--parent demo/base); fi
+  "$ashlar" zoo add "$folder" --name "demo/$name" --zoo "$zoo" "${parent[@]}"
   added=$((added + 1))
 done
 if [ "$added" = 0 ]; then

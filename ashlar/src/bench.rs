@@ -13,6 +13,8 @@ mod stats;
 #[cfg(test)]
 mod tests;
 
+use anyhow::Context;
+
 /// Measures a server or the kernels.
 #[derive(Debug, clap::Args)]
 pub(crate) struct BenchArgs {
@@ -31,7 +33,7 @@ enum Command {
 /// Runs the bench that was asked for.
 pub(crate) async fn run(args: BenchArgs) -> anyhow::Result<()> {
     match args.command {
-        Command::Load(args) => Box::pin(load::run(*args)).await,
-        Command::Kernels(args) => kernels::run(args).await,
+        Command::Load(args) => Box::pin(load::run(*args)).await.context("measure the server"),
+        Command::Kernels(args) => kernels::run(args).await.context("measure the kernels"),
     }
 }

@@ -43,6 +43,10 @@ pub(crate) struct ChatArgs {
 
 /// Chats until the input ends. Without a terminal on the input, all of it is one prompt and its answer is the output.
 pub(crate) async fn run(args: ChatArgs) -> anyhow::Result<()> {
+    chat(args).await.context("chat")
+}
+
+async fn chat(args: ChatArgs) -> anyhow::Result<()> {
     let client = Client::new(&args.url, args.api_key.as_deref())?;
     let model = match args.model {
         Some(model) => model,
@@ -65,7 +69,7 @@ pub(crate) async fn run(args: ChatArgs) -> anyhow::Result<()> {
 
 fn read_prompt() -> anyhow::Result<String> {
     let mut prompt = String::new();
-    std::io::stdin().take(PROMPT_BYTES_MAX + 1).read_to_string(&mut prompt).context("failed to read the prompt")?;
+    std::io::stdin().take(PROMPT_BYTES_MAX + 1).read_to_string(&mut prompt).context("read the prompt")?;
     ensure!(prompt.len() as u64 <= PROMPT_BYTES_MAX, "the prompt is longer than {PROMPT_BYTES_MAX} bytes");
     ensure!(!prompt.trim().is_empty(), "the prompt is empty");
     Ok(prompt.trim_end_matches(['\r', '\n']).to_owned())
@@ -95,9 +99,7 @@ fn lines() -> mpsc::Receiver<String> {
 /// One value for each Ctrl-C. From here on the signal does not end the process by itself.
 fn interrupts() -> mpsc::Receiver<()> {
     let (sender, receiver) = mpsc::channel(8);
-    tokio::spawn(async move {
-        while tokio::signal::ctrl_c().await.is_ok() && sender.send(()).await.is_ok() {}
-    });
+    tokio::spawn(async move { while tokio::signal::ctrl_c().await.is_ok() && sender.send(()).await.is_ok() {} });
     receiver
 }
 

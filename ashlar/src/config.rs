@@ -10,7 +10,8 @@ use clap::Args;
 use serde::{Deserialize, Serialize};
 
 /// Variables with our prefix that are not configuration keys: flags of single commands, and knobs of scripts and tests.
-const OTHER_VARIABLES: &[&str] = &["ASHLAR_ZOO", "ASHLAR_API_KEY", "ASHLAR_URL", "ASHLAR_MODELS", "ASHLAR_DOWNLOADS", "ASHLAR_FUZZ_SECONDS", "ASHLAR_BIN"];
+const OTHER_VARIABLES: &[&str] =
+    &["ASHLAR_ZOO", "ASHLAR_API_KEY", "ASHLAR_URL", "ASHLAR_MODELS", "ASHLAR_DOWNLOADS", "ASHLAR_FUZZ_SECONDS", "ASHLAR_BIN"];
 
 /// Everything that can be configured.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -48,7 +49,13 @@ pub struct RouterConfig {
 
 impl Default for RouterConfig {
     fn default() -> Self {
-        Self { listen: "127.0.0.1:8080".to_owned(), keys_file: String::new(), insecure_open: false, deadline_ms: 0, limits: RestLimits::default() }
+        Self {
+            listen: "127.0.0.1:8080".to_owned(),
+            keys_file: String::new(),
+            insecure_open: false,
+            deadline_ms: 0,
+            limits: RestLimits::default(),
+        }
     }
 }
 
@@ -270,7 +277,10 @@ impl ConfigArgs {
 fn set(table: &mut toml::Table, key: &str, value: &str) -> anyhow::Result<()> {
     let plain = toml::Value::String(value.to_owned());
     // A value that reads as a number or truth is one, unless the key wants text.
-    let typed = toml::from_str::<toml::Table>(&format!("v = {value}")).ok().and_then(|mut parsed| parsed.remove("v")).unwrap_or_else(|| plain.clone());
+    let typed = toml::from_str::<toml::Table>(&format!("v = {value}"))
+        .ok()
+        .and_then(|mut parsed| parsed.remove("v"))
+        .unwrap_or_else(|| plain.clone());
     let mut changed = table.clone();
     insert(&mut changed, key, typed)?;
     match Config::deserialize(changed.clone()) {

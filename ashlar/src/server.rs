@@ -64,9 +64,9 @@ pub async fn run(role: Role, args: ConfigArgs) -> anyhow::Result<()> {
         return Ok(());
     }
     let _guard = logging::start(&config.log, name)?;
-    let zoo = Zoo::open_dir(&config.zoo.root)
-        .await
-        .with_context(|| format!("open the zoo in {} (`ashlar zoo add PATH --name TENANT/MODEL --zoo DIR` makes one)", config.zoo.root.display()))?;
+    let zoo = Zoo::open_dir(&config.zoo.root).await.with_context(|| {
+        format!("open the zoo in {} (`ashlar zoo add PATH --name TENANT/MODEL --zoo DIR` makes one)", config.zoo.root.display())
+    })?;
     let registry = open_registry(&config, role).await?;
     match role {
         Role::Serve => serve(config, zoo, registry).await,
@@ -161,7 +161,24 @@ async fn start_executor(config: &Config, zoo: Zoo, registry: Arc<dyn Registry>, 
     Ok(Started { id, handle, session, metrics: metric_registry })
 }
 
+/// Holds the registry's file for this server alone: two would undo each other's plans. None for a registry in memory.
+fn hold_registry_file(config: &Config) -> anyhow::Result<Option<std::fs::File>> {
+    let url = &config.registry.url;
+    if url == "memory:" || url.starts_with("etcd://") {
+        return Ok(None);
+    }
+    let path =
+        if url.is_empty() { format!("{}.registry.json", config.zoo.root.display()) } else { url.trim_start_matches("file:").to_owned() };
+    let lock = format!("{path}.serving");
+    let file = std::fs::File::create(&lock).with_context(|| format!("create {lock}"))?;
+    if file.try_lock().is_err() {
+        bail!("hold {path}: another `ashlar serve` runs on it; give this one --registry memory: or a file of its own");
+    }
+    Ok(Some(file))
+}
+
 async fn serve(config: Config, zoo: Zoo, registry: Arc<dyn Registry>) -> anyhow::Result<()> {
+    let _held = hold_registry_file(&config)?;
     let started = start_executor(&config, zoo.clone(), Arc::clone(&registry), "in-process".to_owned()).await?;
     let local: Arc<dyn ExecutorClient> = Arc::new(Local(started.handle.clone()));
     let outcome = route(config, zoo, registry, vec![(started.id.clone(), local)], vec![started.metrics.clone()]).await;

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use ashlar_zoo::gc;
-use ashlar_zoo::hub::{self, Hub, PullOptions};
+use ashlar_zoo::hub::{self, Hub, PullOptions, RepoId};
 use ashlar_zoo::ingest::{self, AddOptions, AddReport, Recipe};
 use ashlar_zoo::model_id::ModelId;
 use ashlar_zoo::store::{GRACE_DEFAULT, Zoo};
@@ -116,43 +116,43 @@ pub(crate) struct Naming {
 /// What failed, for people; also when `verify` finds damage.
 pub(crate) async fn run(args: ZooArgs) -> anyhow::Result<()> {
     if let ZooCommand::Add { path, naming } = &args.command {
-        let zoo = Zoo::create_dir(&args.zoo).await?;
+        let zoo = Zoo::create_dir(&args.zoo).await.context("open the zoo")?;
         return add(&zoo, path, naming, None).await;
     }
     if let ZooCommand::Pull { repo, revision, file, downloads, keep, naming } = args.command {
-        let options = PullOptions { repo: repo.parse()?, revision, file };
+        let options = PullOptions { repo: repo.parse::<RepoId>().context("read the repository's name")?, revision, file };
         return pull(&args.zoo, &options, &downloads, keep, &naming).await;
     }
-    let zoo = Zoo::open_dir(&args.zoo).await?;
+    let zoo = Zoo::open_dir(&args.zoo).await.context("open the zoo")?;
     match args.command {
         ZooCommand::Add { .. } | ZooCommand::Pull { .. } => unreachable!("handled above"),
         ZooCommand::List { json } => {
-            let listed = zoo.list_resolved().await?;
+            let listed = zoo.list_resolved().await.context("list the models")?;
             print(json, &listed, || table::list(&listed))
         }
         ZooCommand::Show { model, json } => {
-            let shown = zoo.show(&model).await?;
+            let shown = zoo.show(&model).await.with_context(|| format!("show {model}"))?;
             print(json, &shown, || table::show(&shown))
         }
         ZooCommand::Diff { a, b, json } => {
-            let diff = zoo.diff(&a, &b).await?;
+            let diff = zoo.diff(&a, &b).await.with_context(|| format!("compare {a} with {b}"))?;
             print(json, &diff, || table::diff(&diff))
         }
         ZooCommand::Verify => {
-            let report = verify::verify(&zoo, &*progress::for_terminal()).await?;
+            let report = verify::verify(&zoo, &*progress::for_terminal()).await.context("verify the zoo")?;
             print!("{}", table::verify(&report));
             match report.damage.len() {
                 0 => Ok(()),
-                count => bail!("{count} of the zoo's objects are damaged or missing"),
+                count => bail!("find the zoo sound: {count} of its objects are damaged or missing"),
             }
         }
         ZooCommand::Rm { model } => {
-            zoo.remove_model(&model).await?;
+            zoo.remove_model(&model).await.with_context(|| format!("remove {model}"))?;
             println!("removed the name {model}; `zoo gc` frees what no other model uses");
             Ok(())
         }
         ZooCommand::Gc { grace, dry_run } => {
-            let report = gc::collect(&zoo, Duration::from_secs(grace), dry_run).await?;
+            let report = gc::collect(&zoo, Duration::from_secs(grace), dry_run).await.context("collect garbage")?;
             print!("{}", table::gc(&report, dry_run));
             Ok(())
         }
@@ -161,18 +161,24 @@ pub(crate) async fn run(args: ZooArgs) -> anyhow::Result<()> {
 
 async fn add(zoo: &Zoo, path: &std::path::Path, naming: &Naming, source: Option<String>) -> anyhow::Result<()> {
     let options = AddOptions { model: naming.name.clone(), recipe: naming.dtype, parent: naming.parent.clone(), source };
-    let report = ingest::add(zoo, path, &options, &*progress::for_terminal()).await.with_context(|| format!("failed to add {}", path.display()))?;
+    let report = ingest::add(zoo, path, &options, &*progress::for_terminal()).await.with_context(|| format!("add {}", path.display()))?;
     print_added(&report);
     Ok(())
 }
 
-async fn pull(zoo: &std::path::Path, options: &PullOptions, downloads: &std::path::Path, keep: bool, naming: &Naming) -> anyhow::Result<()> {
-    let hub = Hub::from_env()?;
-    let pulled = hub::pull(&hub, options, downloads, &*progress::for_terminal()).await.with_context(|| format!("failed to pull {}", options.repo))?;
-    let zoo = Zoo::create_dir(zoo).await?;
+async fn pull(
+    zoo: &std::path::Path,
+    options: &PullOptions,
+    downloads: &std::path::Path,
+    keep: bool,
+    naming: &Naming,
+) -> anyhow::Result<()> {
+    let hub = Hub::from_env().context("reach the hub")?;
+    let pulled = hub::pull(&hub, options, downloads, &*progress::for_terminal()).await.with_context(|| format!("pull {}", options.repo))?;
+    let zoo = Zoo::create_dir(zoo).await.context("open the zoo")?;
     add(&zoo, &pulled.path, naming, Some(pulled.source.clone())).await?;
     if !keep {
-        std::fs::remove_dir_all(&pulled.directory).with_context(|| format!("failed to remove {}", pulled.directory.display()))?;
+        std::fs::remove_dir_all(&pulled.directory).with_context(|| format!("remove {}", pulled.directory.display()))?;
     }
     Ok(())
 }

@@ -35,7 +35,7 @@ fn the_commands_say_what_is_there() {
     let json: serde_json::Value = serde_json::from_str(&ok(&root, &["list", "--json"])).unwrap();
     assert_eq!(json[1]["parent"], "demo/a");
     let shown = ok(&root, &["show", "demo/b"]);
-    assert!(shown.contains("family            llama") && shown.contains("feed_forward"), "{shown}");
+    assert!(shown.contains("family             llama") && shown.contains("feed_forward"), "{shown}");
     let diff = ok(&root, &["diff", "demo/a", "demo/b"]);
     assert!(diff.contains("the first 4 in a row") && diff.contains("4  feed_forward  up.weight"), "{diff}");
     let json: serde_json::Value = serde_json::from_str(&ok(&root, &["diff", "demo/a", "demo/b", "--json"])).unwrap();
@@ -77,7 +77,10 @@ fn verify_fails_on_damage_and_names_block_and_models() {
     let output = zoo(&root, &["verify"]);
     assert_eq!(output.status.code(), Some(1));
     let text = String::from_utf8(output.stdout).unwrap();
-    assert!(text.contains(tensor.file_name().unwrap().to_str().unwrap()) && text.contains("  block ") && text.contains("models demo/a"), "{text}");
+    assert!(
+        text.contains(tensor.file_name().unwrap().to_str().unwrap()) && text.contains("  block ") && text.contains("models demo/a"),
+        "{text}"
+    );
 }
 
 #[test]
@@ -93,6 +96,7 @@ fn an_add_that_is_killed_leaves_a_zoo_that_verifies() {
         command.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null()).spawn().unwrap()
     };
     // How long a whole one takes here, to spread the kills over it.
+    #[expect(clippy::disallowed_methods, reason = "the kills are spread over a measured time")]
     let before = Instant::now();
     assert!(add().wait().unwrap().success());
     let whole = before.elapsed();

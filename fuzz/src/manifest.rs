@@ -7,15 +7,15 @@ use ashlar_zoo::tensor_file;
 
 /// What is read reads back the same; what does not fit is refused.
 pub fn manifest(data: &[u8]) {
-    if let Ok(block) = serde_json::from_slice::<Block>(data) {
-        if block.check().is_ok() {
-            assert_eq!(serde_json::from_slice::<Block>(&canonical::to_bytes(&block)).ok(), Some(block));
-        }
+    if let Ok(block) = serde_json::from_slice::<Block>(data)
+        && block.check().is_ok()
+    {
+        assert_eq!(serde_json::from_slice::<Block>(&canonical::to_bytes(&block)).ok(), Some(block));
     }
-    if let Ok(chain) = serde_json::from_slice::<Chain>(data) {
-        if chain.check().is_ok() {
-            assert_eq!(serde_json::from_slice::<Chain>(&canonical::to_bytes(&chain)).ok(), Some(chain));
-        }
+    if let Ok(chain) = serde_json::from_slice::<Chain>(data)
+        && chain.check().is_ok()
+    {
+        assert_eq!(serde_json::from_slice::<Chain>(&canonical::to_bytes(&chain)).ok(), Some(chain));
     }
     if let Ok(name) = serde_json::from_slice::<ModelName>(data) {
         assert_eq!(serde_json::from_slice::<ModelName>(&canonical::to_bytes(&name)).ok(), Some(name));

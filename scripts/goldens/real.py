@@ -44,11 +44,6 @@ PLAIN = [
     ("long", LONG),
 ]
 
-QUARRIES, MASONS = ["north", "river", "old", "hill", "abbey"], ["Ada", "Bruno", "Clara", "Dieter", "Edda", "Fritz", "Greta"]
-BOOK = "".join(f"Block {i} came from the {QUARRIES[i * i % 5]} quarry and was dressed by {MASONS[i * 3 % 7]}.\n" for i in range(1, 41))
-# For Gemma, whose local layers look back 512 tokens: the answer lies beyond.
-BEYOND_WINDOW = ("beyond_window", BOOK + "Q: Who dressed block 2, and from which quarry did it come? A: Block 2 came from the")
-
 CHAT = [
     ("chat", [{"role": "user", "content": "Why is the sky blue? Answer in two sentences."}]),
     ("chat_system_turns", [
@@ -158,7 +153,7 @@ def make(name: str, models: Path, out: Path, tokenizer_only: bool) -> None:
     if tokenizer_only:
         return
     model = load(path, arch)
-    prompts = [prompt_entry(model, tokenizer, [eos], n, {"text": text}, text, True) for n, text in PLAIN + [BEYOND_WINDOW] * (arch == "gemma3")]
+    prompts = [prompt_entry(model, tokenizer, [eos], n, {"text": text}, text, True) for n, text in PLAIN]
     for n, messages in CHAT:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         prompts.append(prompt_entry(model, tokenizer, [eos], n, {"messages": messages, "rendered": text}, text, False))

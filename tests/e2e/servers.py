@@ -131,7 +131,7 @@ class Serve(Program):
 
     def __init__(self, zoo: Path, log: Path, *flags: str):
         address = f"127.0.0.1:{free_port()}"
-        super().__init__([BINARY, "serve", "--zoo", zoo, "--listen", address, *flags], log)
+        super().__init__([BINARY, "serve", "--zoo", zoo, "--registry", "memory:", "--listen", address, *flags], log)
         self.api = Api(address, [address])
         self.wait_for(f"{self.api.url}/ready")
 

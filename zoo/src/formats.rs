@@ -30,7 +30,7 @@ pub enum FormatError {
         source: std::io::Error,
     },
     /// The safetensors file is malformed.
-    #[error("{path} is not valid safetensors: {source}")]
+    #[error("{path} is not valid safetensors")]
     Safetensors {
         /// File.
         path: PathBuf,
@@ -38,7 +38,7 @@ pub enum FormatError {
         source: safetensors::SafetensorsError,
     },
     /// The GGUF file is malformed or of an unsupported kind.
-    #[error("{path} cannot be read as GGUF: {source}")]
+    #[error("{path} cannot be read as GGUF")]
     Gguf {
         /// File.
         path: PathBuf,

@@ -90,10 +90,14 @@ async fn mark(zoo: &Zoo, lists: &[Vec<(Object, ObjectMeta)>], grace: Duration) -
         marks.chains.insert(name.chain);
         marks.chains.extend(name.history.iter().map(|past| past.chain));
     }
-    let young = |list: &[(Object, ObjectMeta)]| list.iter().filter(|(_, meta)| is_young(meta, grace)).map(|(object, _)| object.clone()).collect::<Vec<_>>();
+    let young = |list: &[(Object, ObjectMeta)]| {
+        list.iter().filter(|(_, meta)| is_young(meta, grace)).map(|(object, _)| object.clone()).collect::<Vec<_>>()
+    };
     // A young chain or block is kept, so what it points to must be kept with it, be it old: an `add` took long.
-    let young_chains = young(&lists[0]).into_iter().filter_map(|object| if let Object::Chain(digest) = object { Some(digest) } else { None });
-    let young_blocks = young(&lists[1]).into_iter().filter_map(|object| if let Object::Block(digest) = object { Some(digest) } else { None });
+    let young_chains =
+        young(&lists[0]).into_iter().filter_map(|object| if let Object::Chain(digest) = object { Some(digest) } else { None });
+    let young_blocks =
+        young(&lists[1]).into_iter().filter_map(|object| if let Object::Block(digest) = object { Some(digest) } else { None });
     let mut unnamed_chains = BTreeSet::new();
     for digest in young_chains {
         if marks.chains.insert(digest) {
@@ -106,7 +110,9 @@ async fn mark(zoo: &Zoo, lists: &[Vec<(Object, ObjectMeta)>], grace: Duration) -
             chain => chain?,
         };
         marks.blocks.extend(chain.blocks);
-        marks.leaves.extend([chain.assets.tokenizer, chain.assets.chat_template, chain.assets.card].into_iter().flatten().map(Object::Asset));
+        marks
+            .leaves
+            .extend([chain.assets.tokenizer, chain.assets.chat_template, chain.assets.card].into_iter().flatten().map(Object::Asset));
     }
     let named_blocks = marks.blocks.clone();
     marks.blocks.extend(young_blocks);

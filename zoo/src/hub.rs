@@ -20,7 +20,8 @@ pub const ENDPOINT_DEFAULT: &str = "https://huggingface.co";
 /// Largest answer of the API that is read.
 const LISTING_BYTES_MAX: usize = 64 << 20;
 /// Small files of a model, taken where they are there.
-const SMALL_FILES: &[&str] = &["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "README.md"];
+const SMALL_FILES: &[&str] =
+    &["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "README.md"];
 
 /// Why a model could not be fetched.
 #[derive(Debug, thiserror::Error)]
@@ -40,7 +41,9 @@ pub enum HubError {
         file: String,
     },
     /// 401 or 403.
-    #[error("the hub refuses access to {what} ({status}): set HF_TOKEN to a token that may read it, and accept the model's conditions on its page")]
+    #[error(
+        "the hub refuses access to {what} ({status}): set HF_TOKEN to a token that may read it, and accept the model's conditions on its page"
+    )]
     Refused {
         /// Repository or file.
         what: String,
@@ -246,7 +249,9 @@ impl Hub {
         url.set_query(Some("blobs=true"));
         let mut response = self.send(Method::GET, url, &what).await?;
         let mut body = Vec::new();
-        while let Some(part) = response.chunk().await.map_err(|source| HubError::Http { what: what.clone(), source: source.without_url() })? {
+        while let Some(part) =
+            response.chunk().await.map_err(|source| HubError::Http { what: what.clone(), source: source.without_url() })?
+        {
             body.extend_from_slice(&part);
             if body.len() > LISTING_BYTES_MAX {
                 return Err(HubError::Answer { what, reason: format!("more than {LISTING_BYTES_MAX} bytes") });
@@ -307,7 +312,10 @@ pub async fn pull(hub: &Hub, options: &PullOptions, downloads: &Path, progress: 
         }
     } else {
         let file = "model.safetensors";
-        files.push(find(file).ok_or_else(|| HubError::NoFile { repo: repo.clone(), file: format!("{file} (for a GGUF file name it with --file)") })?);
+        files.push(
+            find(file)
+                .ok_or_else(|| HubError::NoFile { repo: repo.clone(), file: format!("{file} (for a GGUF file name it with --file)") })?,
+        );
     }
     if options.file.is_none() {
         files.splice(0..0, SMALL_FILES.iter().filter_map(|name| find(name)));
@@ -327,7 +335,8 @@ fn shards(index: &Path) -> Result<Vec<String>, HubError> {
         weight_map: std::collections::BTreeMap<String, String>,
     }
     let bytes = std::fs::read(index).map_err(|source| HubError::File { path: index.to_owned(), source })?;
-    let parsed: Index = serde_json::from_slice(&bytes).map_err(|e| HubError::Answer { what: "the shard index".to_owned(), reason: e.to_string() })?;
+    let parsed: Index =
+        serde_json::from_slice(&bytes).map_err(|e| HubError::Answer { what: "the shard index".to_owned(), reason: e.to_string() })?;
     let names: std::collections::BTreeSet<String> = parsed.weight_map.into_values().collect();
     match names.iter().find(|name| !is_plain_name(name)) {
         Some(name) => Err(HubError::FileName(name.clone())),

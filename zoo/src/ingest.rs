@@ -34,7 +34,9 @@ pub enum IngestError {
         reason: &'static str,
     },
     /// A PEFT directory.
-    #[error("{path} is a PEFT adapter (it has adapter_config.json): unmerged adapters come with a later version; merge it into its base first")]
+    #[error(
+        "{path} is a PEFT adapter (it has adapter_config.json): unmerged adapters come with a later version; merge it into its base first"
+    )]
     Adapter {
         /// Path.
         path: PathBuf,
@@ -62,13 +64,13 @@ pub enum IngestError {
     #[error(transparent)]
     Format(#[from] FormatError),
     /// Configuration.
-    #[error("the model cannot be served: {0}")]
+    #[error("the model cannot be served")]
     Config(#[from] ConfigError),
     /// Tokenizer.
-    #[error("the tokenizer cannot be used: {0}")]
+    #[error("the tokenizer cannot be used")]
     Tokenizer(#[from] TokenizerError),
     /// Blocks that the configuration implies are impossible.
-    #[error("the configuration describes an impossible {block}: {source}")]
+    #[error("the configuration makes no sense for {block}")]
     Block {
         /// Which block.
         block: String,

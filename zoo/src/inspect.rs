@@ -220,7 +220,18 @@ fn listed(id: &ModelId, model: Result<&Resolved, &StoreError>, owners: &BTreeMap
         Err(e) => {
             let (model, error) = (id.to_string(), Some(e.to_string()));
             let architecture = String::new();
-            return Listed { model, architecture, layer_count: 0, context_tokens: 0, bytes: 0, own_bytes: 0, parent: None, created_ms: 0, chain: None, error };
+            return Listed {
+                model,
+                architecture,
+                layer_count: 0,
+                context_tokens: 0,
+                bytes: 0,
+                own_bytes: 0,
+                parent: None,
+                created_ms: 0,
+                chain: None,
+                error,
+            };
         }
     };
     let tensors = distinct_tensors(model);

@@ -95,7 +95,8 @@ pub fn roles(width: u32, params: &BlockKind) -> Vec<Role> {
             list.may("position.weight", RoleShape::Rows(width));
         }
         BlockKind::Attention { norm, heads, kv_heads, head_dim, qk_norm, post_norm, .. } => {
-            let (q, kv, head) = (u64::from(*heads) * u64::from(*head_dim), u64::from(*kv_heads) * u64::from(*head_dim), u64::from(*head_dim));
+            let (q, kv, head) =
+                (u64::from(*heads) * u64::from(*head_dim), u64::from(*kv_heads) * u64::from(*head_dim), u64::from(*head_dim));
             list.norm(norm, width);
             list.must("q.weight", RoleShape::Matrix(q, width));
             list.must("k.weight", RoleShape::Matrix(kv, width));

@@ -109,10 +109,7 @@ pub fn parse_header(file: &[u8]) -> Result<(Dtype, Vec<u64>), TensorFileError> {
     if !(1..=2).contains(&dims) || name_len > HEADER_BYTES - 16 - 8 * dims || header[12..16] != [0; 4] {
         return Err(TensorFileError::Header);
     }
-    let shape = header[16..16 + 8 * dims]
-        .chunks_exact(8)
-        .map(|dim| u64::from_le_bytes(dim.try_into().expect("chunks of 8")))
-        .collect();
+    let shape = header[16..16 + 8 * dims].chunks_exact(8).map(|dim| u64::from_le_bytes(dim.try_into().expect("chunks of 8"))).collect();
     let (name, rest) = header[16 + 8 * dims..].split_at(name_len);
     let name = std::str::from_utf8(name).map_err(|_| TensorFileError::Header)?;
     let dtype = name.parse().map_err(|_| TensorFileError::Header)?;

@@ -96,14 +96,22 @@ async fn check(zoo: &Zoo, object: &Object) -> Result<(), StoreError> {
         Object::Asset(digest) => zoo.read_asset(*digest).await.map(|_| ()),
         Object::Tensor(digest) => {
             let actual = zoo.stored_digest(object).await?;
-            if actual == *digest { Ok(()) } else { Err(StoreError::Damaged { object: object.clone(), reason: format!("its bytes have the digest {actual}") }) }
+            if actual == *digest {
+                Ok(())
+            } else {
+                Err(StoreError::Damaged { object: object.clone(), reason: format!("its bytes have the digest {actual}") })
+            }
         }
         Object::Format | Object::TensorOf { .. } | Object::Model(_) => Ok(()),
     }
 }
 
 /// Every object that a name (or its history) leads to, with who needs it.
-async fn follow_names(zoo: &Zoo, report: &mut VerifyReport, broken: &mut BTreeMap<Object, String>) -> Result<BTreeMap<Object, Needs>, StoreError> {
+async fn follow_names(
+    zoo: &Zoo,
+    report: &mut VerifyReport,
+    broken: &mut BTreeMap<Object, String>,
+) -> Result<BTreeMap<Object, Needs>, StoreError> {
     let mut needs: BTreeMap<Object, Needs> = BTreeMap::new();
     let mut chains: BTreeMap<Digest, Option<Chain>> = BTreeMap::new();
     let mut blocks: BTreeMap<Digest, Option<Block>> = BTreeMap::new();
@@ -121,8 +129,8 @@ async fn follow_names(zoo: &Zoo, report: &mut VerifyReport, broken: &mut BTreeMa
         };
         for chain_digest in std::iter::once(name.chain).chain(name.history.iter().map(|past| past.chain)) {
             needs.entry(Object::Chain(chain_digest)).or_default().models.insert(model.clone());
-            if !chains.contains_key(&chain_digest) {
-                chains.insert(chain_digest, readable(zoo.read_chain(chain_digest).await)?);
+            if let std::collections::btree_map::Entry::Vacant(place) = chains.entry(chain_digest) {
+                place.insert(readable(zoo.read_chain(chain_digest).await)?);
             }
             let Some(chain) = &chains[&chain_digest] else { continue };
             for asset in [chain.assets.tokenizer, chain.assets.chat_template, chain.assets.card].into_iter().flatten() {

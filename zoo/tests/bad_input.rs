@@ -7,6 +7,11 @@ use ashlar_zoo::store::Zoo;
 use serde_json::{Value, json};
 use support::{Checkpoint, VOCAB, add_dir, tokenizer};
 
+/// The error and what caused it, as people see it.
+fn chain(error: &dyn std::error::Error) -> String {
+    std::iter::successors(Some(error), |e| e.source()).map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}
+
 type Break = Box<dyn Fn(&mut Checkpoint)>;
 
 fn config(key: &'static str, value: Value) -> Break {
@@ -26,9 +31,9 @@ async fn each_is_refused_by_name_before_anything_is_written() {
         ("wrong type", config("hidden_size", json!("64")), "`hidden_size` is \"64\", expected a positive integer"),
         ("negative", config("num_hidden_layers", json!(-1)), "`num_hidden_layers` is -1"),
         ("absurd layers", config("num_hidden_layers", json!(1_000_000)), "at most 2047 layers"),
-        ("absurd width", config("hidden_size", json!(4_000_000_000u32)), "impossible embed block: `width` is out of range"),
+        ("absurd width", config("hidden_size", json!(4_000_000_000u32)), "makes no sense for the embed block: `width` is out of range"),
         ("zero heads", config("num_attention_heads", json!(0)), "`num_attention_heads` is 0"),
-        ("heads do not divide", config("num_key_value_heads", json!(3)), "impossible attention block of layer 0: `kv_heads`"),
+        ("heads do not divide", config("num_key_value_heads", json!(3)), "makes no sense for the attention block of layer 0: `kv_heads`"),
         ("unknown rope", config("rope_scaling", json!({"rope_type": "yarn", "factor": 4.0})), "\"yarn\" is not supported"),
         ("bad rope", config("rope_scaling", json!({"rope_type": "linear"})), "`factor` is missing"),
         ("rope of no object", config("rope_scaling", json!(3)), "`rope_scaling` is 3, expected an object"),
@@ -36,25 +41,79 @@ async fn each_is_refused_by_name_before_anything_is_written() {
         ("quantised", config("quantization_config", json!({"quant_method": "gptq"})), "`quantization_config`"),
         ("unknown activation", config("hidden_act", json!("xielu")), "`hidden_act` = xielu"),
         ("negative eps", config("rms_norm_eps", json!(-1.0)), "`norm.eps` is out of range"),
-        ("missing tensor", Box::new(|c| drop(c.tensors.remove(Q))), "tensor `model.layers.0.self_attn.q_proj.weight` is missing (it is `q.weight` of the attention block of layer 0)"),
-        ("unexpected tensor", Box::new(|c| drop(c.tensors.insert("model.layers.0.extra".to_owned(), (vec![2], vec![0.0; 2])))), "tensor `model.layers.0.extra` is not part of a llama model"),
+        (
+            "missing tensor",
+            Box::new(|c| drop(c.tensors.remove(Q))),
+            "tensor `model.layers.0.self_attn.q_proj.weight` is missing (it is `q.weight` of the attention block of layer 0)",
+        ),
+        (
+            "unexpected tensor",
+            Box::new(|c| drop(c.tensors.insert("model.layers.0.extra".to_owned(), (vec![2], vec![0.0; 2])))),
+            "tensor `model.layers.0.extra` is not part of a llama model",
+        ),
         ("more layers than stated", config("num_hidden_layers", json!(1)), "is not part of a llama model (and 8 more)"),
         ("mis-shaped", tensor(Q, |t| t.0 = vec![32, 128]), "has shape [32, 128], the configuration implies [64, 64]"),
         ("rank 3", tensor(Q, |t| t.0 = vec![1, 64, 64]), "has shape [1, 64, 64]"),
         ("vocabulary", config("vocab_size", json!(VOCAB + 1)), "the configuration implies [271, 64]"),
         ("NaN", tensor(Q, |t| t.1[70] = f32::NAN), "tensor `model.layers.0.self_attn.q_proj.weight` holds NaN (element 70)"),
-        ("infinity", tensor("model.norm.weight", |t| t.1[3] = f32::NEG_INFINITY), "tensor `model.norm.weight` holds an infinity (element 3)"),
+        (
+            "infinity",
+            tensor("model.norm.weight", |t| t.1[3] = f32::NEG_INFINITY),
+            "tensor `model.norm.weight` holds an infinity (element 3)",
+        ),
         ("untied", config("tie_word_embeddings", json!(true)), "`lm_head.weight` differs from it"),
-        ("large tokenizer", Box::new(|c| drop(c.files.insert("tokenizer.json".to_owned(), tokenizer(VOCAB + 5)))), "has id 274, but the embedding has 270 rows"),
+        (
+            "large tokenizer",
+            Box::new(|c| drop(c.files.insert("tokenizer.json".to_owned(), tokenizer(VOCAB + 5)))),
+            "has id 274, but the embedding has 270 rows",
+        ),
         ("no tokenizer", Box::new(|c| drop(c.files.remove("tokenizer.json"))), "tokenizer.json is missing"),
-        ("broken tokenizer", Box::new(|c| drop(c.files.insert("tokenizer.json".to_owned(), b"{}".to_vec()))), "tokenizer.json cannot be loaded"),
-        ("adapter", Box::new(|c| drop(c.files.insert("adapter_config.json".to_owned(), b"{}".to_vec()))), "adapters come with a later version"),
-        ("index of nothing", Box::new(|c| drop(c.files.insert("model.safetensors.index.json".to_owned(), br#"{"weight_map":{"a":"../a.safetensors"}}"#.to_vec()))), "shard name `../a.safetensors` is not a plain file name"),
-        ("index without map", Box::new(|c| drop(c.files.insert("model.safetensors.index.json".to_owned(), b"{}".to_vec()))), "not a valid shard index"),
-        ("index of a missing shard", Box::new(|c| drop(c.files.insert("model.safetensors.index.json".to_owned(), br#"{"weight_map":{"a":"b.safetensors"}}"#.to_vec()))), "b.safetensors"),
-        ("index of a missing tensor", Box::new(|c| drop(c.files.insert("model.safetensors.index.json".to_owned(), br#"{"weight_map":{"a":"model.safetensors"}}"#.to_vec()))), "tensor `a` is in no shard"),
-        ("generation config", Box::new(|c| drop(c.files.insert("generation_config.json".to_owned(), br#"{"temperature":"hot"}"#.to_vec()))), "`temperature` is \"hot\""),
-        ("no JSON", Box::new(|c| drop(c.files.insert("tokenizer_config.json".to_owned(), b"[".to_vec()))), "tokenizer_config.json is not a JSON object"),
+        (
+            "broken tokenizer",
+            Box::new(|c| drop(c.files.insert("tokenizer.json".to_owned(), b"{}".to_vec()))),
+            "tokenizer.json cannot be loaded",
+        ),
+        (
+            "adapter",
+            Box::new(|c| drop(c.files.insert("adapter_config.json".to_owned(), b"{}".to_vec()))),
+            "adapters come with a later version",
+        ),
+        (
+            "index of nothing",
+            Box::new(|c| {
+                drop(c.files.insert("model.safetensors.index.json".to_owned(), br#"{"weight_map":{"a":"../a.safetensors"}}"#.to_vec()))
+            }),
+            "shard name `../a.safetensors` is not a plain file name",
+        ),
+        (
+            "index without map",
+            Box::new(|c| drop(c.files.insert("model.safetensors.index.json".to_owned(), b"{}".to_vec()))),
+            "not a valid shard index",
+        ),
+        (
+            "index of a missing shard",
+            Box::new(|c| {
+                drop(c.files.insert("model.safetensors.index.json".to_owned(), br#"{"weight_map":{"a":"b.safetensors"}}"#.to_vec()))
+            }),
+            "b.safetensors",
+        ),
+        (
+            "index of a missing tensor",
+            Box::new(|c| {
+                drop(c.files.insert("model.safetensors.index.json".to_owned(), br#"{"weight_map":{"a":"model.safetensors"}}"#.to_vec()))
+            }),
+            "tensor `a` is in no shard",
+        ),
+        (
+            "generation config",
+            Box::new(|c| drop(c.files.insert("generation_config.json".to_owned(), br#"{"temperature":"hot"}"#.to_vec()))),
+            "`temperature` is \"hot\"",
+        ),
+        (
+            "no JSON",
+            Box::new(|c| drop(c.files.insert("tokenizer_config.json".to_owned(), b"[".to_vec()))),
+            "tokenizer_config.json is not a JSON object",
+        ),
     ];
     for (what, change, message) in cases {
         let dir = tempfile::tempdir().unwrap();
@@ -63,7 +122,7 @@ async fn each_is_refused_by_name_before_anything_is_written() {
         checkpoint.write(&dir.path().join("a"));
         let zoo = Zoo::create_dir(&dir.path().join("zoo")).await.unwrap();
         let error = add_dir(&zoo, &dir.path().join("a"), "demo/a", Recipe::Keep).await.expect_err(what);
-        let error = std::iter::successors(Some(&error as &dyn std::error::Error), |e| e.source()).map(ToString::to_string).collect::<Vec<_>>().join(": ");
+        let error = chain(&error);
         assert!(error.contains(message), "{what}: {error}");
         let written: Vec<_> = std::fs::read_dir(dir.path().join("zoo")).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         assert_eq!(written, ["format.json"], "{what}");
@@ -87,10 +146,10 @@ async fn weights_files_that_lie_are_refused() {
         let gguf = dir.path().join("b.gguf");
         std::fs::write(&gguf, &bytes).unwrap();
         let zoo = Zoo::create_dir(&dir.path().join("zoo")).await.unwrap();
-        let error = add_dir(&zoo, &dir.path().join("a"), "demo/a", Recipe::Keep).await.expect_err(what).to_string();
-        assert!(error.contains(message), "{what}: {error}");
-        let error = add_dir(&zoo, &gguf, "demo/a", Recipe::Keep).await.expect_err(what).to_string();
-        assert!(error.contains("does not begin with GGUF"), "{what}: {error}");
+        let error = add_dir(&zoo, &dir.path().join("a"), "demo/a", Recipe::Keep).await.expect_err(what);
+        assert!(chain(&error).contains(message), "{what}: {error}");
+        let error = add_dir(&zoo, &gguf, "demo/a", Recipe::Keep).await.expect_err(what);
+        assert!(chain(&error).contains("does not begin with GGUF"), "{what}: {error}");
     }
 }
 
@@ -102,7 +161,12 @@ async fn paths_without_a_checkpoint_are_told_apart() {
     std::fs::create_dir(dir.path().join("empty")).unwrap();
     std::fs::create_dir(dir.path().join("pickled")).unwrap();
     std::fs::write(dir.path().join("pickled/config.json"), b"{}").unwrap();
-    for (path, message) in [("nowhere", "failed to read"), ("x.bin", "neither a directory nor a .gguf file"), ("empty", "no config.json"), ("pickled", "pickled weights are never read")] {
+    for (path, message) in [
+        ("nowhere", "failed to read"),
+        ("x.bin", "neither a directory nor a .gguf file"),
+        ("empty", "no config.json"),
+        ("pickled", "pickled weights are never read"),
+    ] {
         let error = add_dir(&zoo, &dir.path().join(path), "demo/a", Recipe::Keep).await.expect_err(path).to_string();
         assert!(error.contains(message), "{path}: {error}");
     }

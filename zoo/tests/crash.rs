@@ -1,8 +1,8 @@
 //! Killed at any change, `add` and `gc` leave a zoo that verifies and in which every name resolves.
 
-mod support;
 #[path = "support/faulty.rs"]
 mod faulty;
+mod support;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -98,7 +98,8 @@ async fn assert_closed(inner: &Arc<InMemory>) {
     use object_store::ObjectStore;
     let zoo = Zoo::open(inner.clone(), "memory").await.unwrap();
     let keys: Vec<String> = inner.list(None).map_ok(|meta| meta.location.to_string()).try_collect().await.unwrap();
-    let digests = |folder: &str| keys.iter().filter_map(|key| key.strip_prefix(folder)?.strip_suffix(".json")?.parse().ok()).collect::<Vec<_>>();
+    let digests =
+        |folder: &str| keys.iter().filter_map(|key| key.strip_prefix(folder)?.strip_suffix(".json")?.parse().ok()).collect::<Vec<_>>();
     for chain in digests("chains/") {
         for block in zoo.read_chain(chain).await.unwrap().blocks {
             zoo.read_block(block).await.unwrap();

@@ -59,10 +59,16 @@ async fn each_kind_of_damage_is_named() {
         let fixture = fixture().await;
         let root = fixture.dir.path().join("zoo");
         let first = |folder: &str| std::fs::read_dir(root.join(folder)).unwrap().next().unwrap().unwrap().path();
-        let path = [root.join(format!("blocks/{}.json", fixture.block)), first("chains"), first("assets"), root.join("models/demo/a.json")][index].clone();
+        let path = [root.join(format!("blocks/{}.json", fixture.block)), first("chains"), first("assets"), root.join("models/demo/a.json")]
+            [index]
+            .clone();
         flip(&path, 3);
         let report = verify(&fixture.zoo, &Silent).await.unwrap();
-        assert!(report.damage.iter().any(|damage| damage.object.starts_with(expected) && !damage.models.is_empty()), "{what}: {:?}", report.damage);
+        assert!(
+            report.damage.iter().any(|damage| damage.object.starts_with(expected) && !damage.models.is_empty()),
+            "{what}: {:?}",
+            report.damage
+        );
     }
 }
 

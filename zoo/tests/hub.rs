@@ -69,14 +69,22 @@ async fn listing(State(stand): State<Arc<Stand>>, headers: HeaderMap) -> Respons
 }
 
 /// The hub itself: small files from here, large ones by redirect to another host.
-async fn resolve(State(stand): State<Arc<Stand>>, Path((_, _, _, name)): Path<(String, String, String, String)>, method: Method, headers: HeaderMap) -> Response {
+async fn resolve(
+    State(stand): State<Arc<Stand>>,
+    Path((_, _, _, name)): Path<(String, String, String, String)>,
+    method: Method,
+    headers: HeaderMap,
+) -> Response {
     if !stand.allowed(&headers) {
         return StatusCode::UNAUTHORIZED.into_response();
     }
     let Some(bytes) = stand.files.lock().unwrap().get(&name).cloned() else { return StatusCode::NOT_FOUND.into_response() };
     if name.ends_with(".safetensors") {
         let store = stand.store.lock().unwrap().clone();
-        let linked = [("x-linked-etag", format!("\"{}\"", stand.claimed_sha.clone().unwrap_or_else(|| sha(&bytes)))), ("x-linked-size", bytes.len().to_string())];
+        let linked = [
+            ("x-linked-etag", format!("\"{}\"", stand.claimed_sha.clone().unwrap_or_else(|| sha(&bytes)))),
+            ("x-linked-size", bytes.len().to_string()),
+        ];
         return (StatusCode::FOUND, linked, [(header::LOCATION, format!("{store}/data/{name}"))]).into_response();
     }
     let etag = [(header::ETAG, format!("\"{}\"", &sha(&bytes)[..40]))];
@@ -129,7 +137,10 @@ async fn start(stand: Stand) -> (Arc<Stand>, String) {
     *stand.store.lock().unwrap() = listen(store).await;
     let hub = Router::new()
         .route("/api/models/{org}/{name}/revision/{revision}", get(listing))
-        .route("/{org}/{name}/resolve/{sha}/{file}", get(|path: Path<(String, String, String, String)>, state, method, headers| resolve(state, path, method, headers)))
+        .route(
+            "/{org}/{name}/resolve/{sha}/{file}",
+            get(|path: Path<(String, String, String, String)>, state, method, headers| resolve(state, path, method, headers)),
+        )
         .with_state(stand.clone());
     let endpoint = listen(hub).await;
     (stand, endpoint)
@@ -195,7 +206,10 @@ async fn a_wrong_hash_is_refused_and_nothing_is_left() {
     let stand = Stand { files: Mutex::new(files()), claimed_sha: Some("ab".repeat(32)), ..Stand::default() };
     let (_, dir, pulled) = try_pull(stand, None).await;
     assert!(matches!(pulled, Err(HubError::Hash { .. })), "{pulled:?}");
-    let left: Vec<String> = std::fs::read_dir(dir.path().join("org--model").join(COMMIT)).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    let left: Vec<String> = std::fs::read_dir(dir.path().join("org--model").join(COMMIT))
+        .unwrap()
+        .map(|e| e.unwrap().file_name().into_string().unwrap())
+        .collect();
     assert!(!left.iter().any(|name| name.contains("safetensors")), "{left:?}");
 }
 
@@ -213,7 +227,10 @@ async fn the_token_goes_to_the_hub_and_not_to_where_it_redirects() {
 async fn refusals_say_what_to_do() {
     let (_, _dir, pulled) = try_pull(Stand { files: Mutex::new(files()), token: Some("x".to_owned()), ..Stand::default() }, None).await;
     let error = pulled.unwrap_err();
-    assert!(matches!(error, HubError::Refused { status: StatusCode::UNAUTHORIZED, .. }) && error.to_string().contains("HF_TOKEN"), "{error}");
+    assert!(
+        matches!(error, HubError::Refused { status: StatusCode::UNAUTHORIZED, .. }) && error.to_string().contains("HF_TOKEN"),
+        "{error}"
+    );
     let (_, endpoint) = start(Stand::default()).await;
     let hub = Hub::new(&endpoint, None).unwrap();
     let dir = tempfile::tempdir().unwrap();

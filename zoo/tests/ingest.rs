@@ -110,10 +110,10 @@ async fn every_tiny_model_is_taken() {
         let source = if gguf.exists() { gguf } else { path };
         for recipe in [Recipe::Keep, Recipe::F32, Recipe::Int8, Recipe::Int4] {
             let model = format!("{name}/{recipe:?}");
-            let report = add_dir(&zoo, &source, &model, recipe).await.unwrap_or_else(|e| panic!("{name}: {e}"));
+            let report = add_dir(&zoo, &source, &model, recipe).await.unwrap_or_else(|e| panic!("{name}: {e:?}"));
             let chain = zoo.read_chain(report.chain).await.unwrap();
             for block in &chain.blocks {
-                zoo.map_block(*block).await.unwrap_or_else(|e| panic!("{name}: {e}"));
+                zoo.map_block(*block).await.unwrap_or_else(|e| panic!("{name}: {e:?}"));
             }
         }
         taken += 1;

@@ -26,7 +26,7 @@ pub(crate) struct KernelsArgs {
     /// Instruction set [default: the best that the machine has]
     #[arg(long, value_enum)]
     isa: Option<IsaName>,
-    /// Formats of weights, comma-separated: f32, bf16, int8, int4, q8_0, q4_1 and so on
+    /// Formats of weights, comma-separated: f32, bf16, int8g32, int4g32, q8_0, q4_1 and so on
     #[arg(long = "dtypes", value_delimiter = ',')]
     dtypes: Vec<String>,
     /// Shapes, comma-separated: outputs x inputs, as in 576x1536
@@ -78,7 +78,7 @@ fn measure(args: &KernelsArgs) -> anyhow::Result<()> {
     }
     let cpu = Cpu::new(CpuOptions { threads: args.threads, isa });
     println!("{}", cpu.describe());
-    let ceilings = probe::ceilings(&cpu, options.rotate_bytes).context("failed to probe the machine")?;
+    let ceilings = probe::ceilings(&cpu, options.rotate_bytes).context("probe the machine")?;
     println!("{ceilings}");
     let mut cells = Vec::new();
     bench::linear(&cpu, &ceilings, &options, |cell| {
@@ -94,7 +94,7 @@ fn measure(args: &KernelsArgs) -> anyhow::Result<()> {
             "share": cell.share,
         }));
     })
-    .context("failed to pack a layer")?;
+    .context("pack a layer")?;
     let Some(path) = &args.json else { return Ok(()) };
     let report: Value = json!({
         "version": env!("CARGO_PKG_VERSION"),
@@ -109,7 +109,7 @@ fn measure(args: &KernelsArgs) -> anyhow::Result<()> {
         "rotate_bytes": options.rotate_bytes,
         "cells": cells,
     });
-    std::fs::write(path, serde_json::to_string_pretty(&report)? + "\n").with_context(|| format!("failed to write {}", path.display()))
+    std::fs::write(path, serde_json::to_string_pretty(&report)? + "\n").with_context(|| format!("write {}", path.display()))
 }
 
 fn options(args: &KernelsArgs) -> anyhow::Result<BenchOptions> {
@@ -135,7 +135,9 @@ fn options(args: &KernelsArgs) -> anyhow::Result<BenchOptions> {
 fn shape(text: &str) -> Result<(usize, usize), String> {
     let parts = text.split_once('x').and_then(|(outputs, inputs)| Some((outputs.parse::<usize>().ok()?, inputs.parse::<usize>().ok()?)));
     match parts {
-        Some((outputs, inputs)) if outputs > 0 && inputs > 0 && outputs.saturating_mul(inputs).saturating_mul(4) <= BYTES_MAX => Ok((outputs, inputs)),
+        Some((outputs, inputs)) if outputs > 0 && inputs > 0 && outputs.saturating_mul(inputs).saturating_mul(4) <= BYTES_MAX => {
+            Ok((outputs, inputs))
+        }
         Some(_) => Err("a layer must have outputs and inputs, and at most 16 GiB as f32".into()),
         None => Err("a shape is outputs x inputs, as in 576x1536".into()),
     }

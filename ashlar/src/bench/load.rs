@@ -18,7 +18,8 @@ use crate::bench::prompts::Prompts;
 use crate::bench::report::{self, Limits, Report, ServerUse, Summary};
 use crate::bench::request::{BodyOptions, Endpoint};
 use crate::bench::schedule::{
-    self, Arrivals, DURATION_S_MAX, MODELS_MAX, OUTPUT_TOKENS_TOTAL_MAX, Planned, RATE_MAX, REQUESTS_MAX, ScheduleSpec, TokenRange, WeightedModel,
+    self, Arrivals, DURATION_S_MAX, MODELS_MAX, OUTPUT_TOKENS_TOTAL_MAX, Planned, RATE_MAX, REQUESTS_MAX, ScheduleSpec, TokenRange,
+    WeightedModel,
 };
 use crate::client::Client;
 
@@ -120,7 +121,7 @@ pub(crate) async fn run(args: LoadArgs) -> anyhow::Result<()> {
     print!("{report}");
     if let Some(path) = &args.json {
         let text = serde_json::to_string_pretty(&report)? + "\n";
-        std::fs::write(path, text).with_context(|| format!("failed to write {}", path.display()))?;
+        std::fs::write(path, text).with_context(|| format!("write {}", path.display()))?;
     }
     if report.all.answered_count() == 0 {
         bail!("no request was answered");
@@ -135,6 +136,8 @@ pub(crate) async fn run(args: LoadArgs) -> anyhow::Result<()> {
 pub(crate) async fn measure(args: &LoadArgs) -> anyhow::Result<Report> {
     let notes = notes(&args.notes)?;
     let (job, spec) = job(args).await?;
+    // Before the warm-up, so that a wrong process is told at once.
+    ProcessUse::read(&args.server_pids)?;
     warm_up(&job, args.warmup).await?;
 
     let own_pid = [std::process::id()];
@@ -150,7 +153,8 @@ pub(crate) async fn measure(args: &LoadArgs) -> anyhow::Result<Report> {
         }
     };
     let elapsed_s = start.elapsed().as_secs_f64();
-    let client_cpu_seconds = client_before.zip(ProcessUse::read(&own_pid).ok()).map(|(before, after)| after.cpu_seconds - before.cpu_seconds);
+    let client_cpu_seconds =
+        client_before.zip(ProcessUse::read(&own_pid).ok()).map(|(before, after)| after.cpu_seconds - before.cpu_seconds);
 
     let limits = Limits { ttft_ms: args.ttft_ms, itl_ms: args.itl_ms, tpot_ms: args.tpot_ms };
     let all = Summary::of(&outcomes, limits, elapsed_s);
@@ -257,7 +261,7 @@ async fn warm_up(job: &Job, count: usize) -> anyhow::Result<()> {
     for (model, WeightedModel { name, .. }) in job.models.iter().enumerate() {
         for _ in 0..count {
             let planned = Planned { index, at: Duration::ZERO, model, ..like };
-            job.send(planned, Instant::now()).await.result.with_context(|| format!("failed to warm up {name}"))?;
+            job.send(planned, Instant::now()).await.result.with_context(|| format!("warm up {name}"))?;
             index += 1;
         }
     }

@@ -21,7 +21,7 @@ impl ProcessUse {
     pub(crate) fn read(pids: &[u32]) -> anyhow::Result<Self> {
         let mut total = Self::default();
         for pid in pids {
-            let file = |name| fs::read_to_string(format!("/proc/{pid}/{name}")).with_context(|| format!("failed to read {name} of process {pid}"));
+            let file = |name| fs::read_to_string(format!("/proc/{pid}/{name}")).with_context(|| format!("read {name} of process {pid}"));
             let one = parse(&file("stat")?, &file("status")?).with_context(|| format!("process {pid} has an unknown form"))?;
             total.cpu_seconds += one.cpu_seconds;
             total.peak_rss_bytes += one.peak_rss_bytes;
@@ -45,7 +45,8 @@ fn parse(stat: &str, status: &str) -> anyhow::Result<ProcessUse> {
 pub(crate) fn machine() -> String {
     let field = |path: &str, name: &str| {
         let text = fs::read_to_string(path).unwrap_or_default();
-        let value = text.lines().find_map(|line| line.strip_prefix(name)?.trim_start().strip_prefix(':').map(|value| value.trim().to_owned()));
+        let value =
+            text.lines().find_map(|line| line.strip_prefix(name)?.trim_start().strip_prefix(':').map(|value| value.trim().to_owned()));
         value.unwrap_or_else(|| "unknown".into())
     };
     format!("{}, {} cores, memory {}", field("/proc/cpuinfo", "model name"), core_count(), field("/proc/meminfo", "MemTotal"))

@@ -56,8 +56,8 @@ impl Prompts {
     /// Reads a file of JSON lines, each with `prompt` or with `messages`.
     pub(crate) fn read(path: &Path, endpoint: Endpoint) -> anyhow::Result<Self> {
         let mut bytes = Vec::new();
-        let file = File::open(path).with_context(|| format!("failed to open {}", path.display()))?;
-        file.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes).with_context(|| format!("failed to read {}", path.display()))?;
+        let file = File::open(path).with_context(|| format!("open {}", path.display()))?;
+        file.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes).with_context(|| format!("read {}", path.display()))?;
         ensure!(bytes.len() as u64 <= FILE_BYTES_MAX, "{} is larger than {FILE_BYTES_MAX} bytes", path.display());
         Self::parse(&bytes, endpoint).with_context(|| format!("{} is no file of prompts", path.display()))
     }
@@ -121,20 +121,20 @@ fn words(seed: u64, index: u32, count: u32) -> String {
     text
 }
 
-/// Common English words, 256 of them.
+/// Common English words, 256 of them, none twice.
 const WORDS: &str = "
-    the of and to in is that for it as was with be by on not he his but at are this have from or had an they which one
-    you were all her she there would their we him been has when who will no more if out so up said what its about than
-    into them can only other time new some could these two may first then do any like my now over such our man me even
-    most made after also did many off before must well back through years where much your way down should because long
-    each just state those people too good how make world still see own work men day get here old both life between
-    being under three never know same last another while us might great go come right few use place small found part
-    during without house again thought home left number course war until always away something fact though water less
-    public put think almost hand enough far took head yet set better told nothing night end why called find going look
-    asked later point knew next city give group young let room side social given present several order right second
-    form need high light line body week cut land name air green white red river stone wall door road tree book word
-    music hour table glass bread fire wind rain snow field horse bird fish paper sound field star moon sun sea ship
-    child friend king law art voice face mind heart hope gold iron wood north south east west early full open free
+    the of and to in is that for it as was with be by on not he his but at are this have from or had an they which
+    one you were all her she there would their we him been has when who will no more if out so up said what its
+    about than into them can only other time new some could these two may first then do any like my now over such
+    our man me even most made after also did many off before must well back through years where much your way down
+    should because long each just state those people too good how make world still see own work men day get here old
+    both life between being under three never know same last another while us might great go come right few use
+    place small found part during without house again thought home left number course war until always away
+    something fact though water less public put think almost hand enough far took head yet set better told nothing
+    night end why called find going look asked later point knew next city give group young let room side social
+    given present several order second form need high light line body week cut land name air green white red river
+    stone wall door road tree book word music hour table glass bread fire wind rain snow field horse bird fish paper
+    sound star moon sun sea ship child friend king law art voice face mind heart hope gold iron
 ";
 
 #[cfg(test)]
@@ -151,7 +151,7 @@ mod tests {
     fn generated_prompts_depend_on_seed_and_index_alone() {
         let prompts = Prompts::Generated { seed: 1 };
         let one = prompts.of(&planned(3), Endpoint::Completions).into_owned();
-        assert_eq!(one, Prompt::Text("PINNED".into()));
+        assert_eq!(one, Prompt::Text("three it men use still from art head what about day fire".into()));
         assert_ne!(one, prompts.of(&planned(4), Endpoint::Completions).into_owned());
         assert_ne!(one, Prompts::Generated { seed: 2 }.of(&planned(3), Endpoint::Completions).into_owned());
     }
@@ -167,7 +167,13 @@ mod tests {
 
     #[test]
     fn wrong_files_are_refused_with_the_line() {
-        for (text, says) in [("", "empty"), ("{\"prompt\": 1}", "line 1"), ("\n{}", "line 2"), ("{\"messages\":[]}", "--endpoint chat"), ("{\"a\":1}", "line 1")] {
+        for (text, says) in [
+            ("", "empty"),
+            ("{\"prompt\": 1}", "line 1"),
+            ("\n{}", "line 2"),
+            ("{\"messages\":[]}", "--endpoint chat"),
+            ("{\"a\":1}", "line 1"),
+        ] {
             let error = format!("{:#}", Prompts::parse(text.as_bytes(), Endpoint::Completions).expect_err(text));
             assert!(error.contains(says), "{text}: {error}");
         }

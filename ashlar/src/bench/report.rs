@@ -254,7 +254,11 @@ impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{} | {}", self.url, self.machine)?;
         writeln!(f, "{}", Value::Object(self.load.clone()))?;
-        writeln!(f, "seed {}, schedule {}, prompts {}, texts {}, {:.1} s", self.seed, self.schedule_hash, self.prompts_hash, self.output_hash, self.elapsed_s)?;
+        writeln!(
+            f,
+            "seed {}, schedule {}, prompts {}, texts {}, {:.1} s",
+            self.seed, self.schedule_hash, self.prompts_hash, self.output_hash, self.elapsed_s
+        )?;
         write!(f, "{}", self.all)?;
         if let Some(server) = self.server {
             write!(f, "  server     {:.2} CPU-s, {:.0}% of {} cores", server.cpu_seconds, server.utilisation * 100.0, server.core_count)?;

@@ -110,7 +110,12 @@ impl Conversation {
 
     /// Asks `text`, writes the answer as it comes, and keeps both in the history. Errors of `output` are returned; the server's are
     /// a way to end.
-    pub(crate) async fn answer(&mut self, text: String, interrupts: &mut mpsc::Receiver<()>, output: &mut impl Write) -> anyhow::Result<Ended> {
+    pub(crate) async fn answer(
+        &mut self,
+        text: String,
+        interrupts: &mut mpsc::Receiver<()>,
+        output: &mut impl Write,
+    ) -> anyhow::Result<Ended> {
         if self.messages.len() + 2 > MESSAGES_MAX {
             // The oldest question and its answer make room.
             let oldest = usize::from(self.settings.system.is_some());

@@ -66,7 +66,11 @@ async fn refused_question_is_one_sentence_and_leaves_no_trace() {
     })
     .await;
     let output = talk(&server, &["long", "short"]).await;
-    assert!(output.contains("\nthe server answered 400 (context_length_exceeded): Too long.; /reset begins anew\n") || output.contains("> the server answered 400 (context_length_exceeded): Too long.; /reset begins anew\n"), "{output}");
+    assert!(
+        output.contains("\nthe server answered 400 (context_length_exceeded): Too long.; /reset begins anew\n")
+            || output.contains("> the server answered 400 (context_length_exceeded): Too long.; /reset begins anew\n"),
+        "{output}"
+    );
     assert_eq!(roles(&server.asked()[1]), ["system", "user"]);
 }
 

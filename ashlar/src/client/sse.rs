@@ -90,7 +90,8 @@ mod tests {
 
     #[test]
     fn events_are_the_same_however_packets_split_them() {
-        let text = ": keep-alive\n\ndata: {\"a\":\"héllo 🧱\"}\r\n\r\nevent: x\ndata:one\ndata: two\nid: 1\n\ndata\n\ndata: [DONE]\n\n".as_bytes();
+        let text =
+            ": keep-alive\n\ndata: {\"a\":\"héllo 🧱\"}\r\n\r\nevent: x\ndata:one\ndata: two\nid: 1\n\ndata\n\ndata: [DONE]\n\n".as_bytes();
         let expected = ["{\"a\":\"héllo 🧱\"}", "one\ntwo", "", "[DONE]"];
         for piece_bytes in 1..=text.len() {
             assert_eq!(events(text, piece_bytes).expect("valid events"), expected, "in pieces of {piece_bytes} bytes");

@@ -128,7 +128,9 @@ async fn respond<A: Fn(&Asked) -> Script>(
     log.lock().expect("no test panics while it holds the lock").push(asked);
     let response = Response::builder();
     Ok(match script {
-        Script::Whole { status, body } => response.status(status).body(Full::new(Bytes::from(body)).map_err(|never| match never {}).boxed()),
+        Script::Whole { status, body } => {
+            response.status(status).body(Full::new(Bytes::from(body)).map_err(|never| match never {}).boxed())
+        }
         Script::Stream(pieces) => response.header("content-type", "text/event-stream; charset=utf-8").body(stream(pieces, After::End)),
         Script::Silence => response.header("content-type", "text/event-stream").body(stream(Vec::new(), After::Silence)),
         Script::Broken(piece) => response.header("content-type", "text/event-stream").body(stream(vec![(0, piece)], After::Break)),

@@ -53,6 +53,7 @@ pub(super) fn show(model: &Shown) -> String {
     let chain = &model.chain;
     let or_none = |value: Option<String>| value.unwrap_or_else(|| "-".to_owned());
     let digest = |value: Option<ashlar_zoo::digest::Digest>| or_none(value.map(|digest| digest.short()));
+    let eos: Vec<String> = chain.tokens.eos.iter().map(ToString::to_string).collect();
     let facts = vec![
         vec!["model".to_owned(), model.model.clone()],
         vec!["chain".to_owned(), model.name.chain.to_string()],
@@ -60,7 +61,7 @@ pub(super) fn show(model: &Shown) -> String {
         vec!["width, vocabulary".to_owned(), format!("{}, {}", chain.width, chain.vocab)],
         vec!["context".to_owned(), format!("{} tokens", chain.context_tokens)],
         vec!["size".to_owned(), human_bytes(model.bytes)],
-        vec!["bos, eos".to_owned(), format!("{:?}, {:?}", chain.tokens.bos, chain.tokens.eos)],
+        vec!["bos, eos".to_owned(), format!("{}, {}", or_none(chain.tokens.bos.map(|id| id.to_string())), eos.join(" "))],
         vec!["tokenizer".to_owned(), digest(chain.assets.tokenizer)],
         vec!["chat template".to_owned(), digest(chain.assets.chat_template)],
         vec!["licence".to_owned(), or_none(chain.licence.clone())],
@@ -89,7 +90,15 @@ pub(super) fn diff(diff: &Diff) -> String {
     let write = |out: &mut String, text: std::fmt::Arguments<'_>| out.write_fmt(text).expect("writing to a String");
     write(&mut out, format_args!("{a}: {} blocks, {}\n", diff.block_counts[0], human_bytes(diff.bytes[0])));
     write(&mut out, format_args!("{b}: {} blocks, {}\n", diff.block_counts[1], human_bytes(diff.bytes[1])));
-    write(&mut out, format_args!("shared: {} blocks, {}; the first {} in a row (their KV is shared too)\n", diff.shared_blocks, human_bytes(diff.shared_bytes), diff.common_prefix));
+    write(
+        &mut out,
+        format_args!(
+            "shared: {} blocks, {}; the first {} in a row (their KV is shared too)\n",
+            diff.shared_blocks,
+            human_bytes(diff.shared_bytes),
+            diff.common_prefix
+        ),
+    );
     write(&mut out, format_args!("tokenizer, template and special tokens: {}\n", if diff.same_text { "the same" } else { "different" }));
     if diff.differences.is_empty() {
         return out;
@@ -123,7 +132,12 @@ pub(super) fn verify(report: &VerifyReport) -> String {
     }
     let state = if report.damage.is_empty() { "all sound".to_owned() } else { format!("{} damaged or missing", report.damage.len()) };
     let unreferenced = report.unreferenced_count;
-    out + &format!("{} models, {} objects, {}: {state}; {unreferenced} unreferenced\n", report.model_count, report.object_count, human_bytes(report.bytes))
+    out + &format!(
+        "{} models, {} objects, {}: {state}; {unreferenced} unreferenced\n",
+        report.model_count,
+        report.object_count,
+        human_bytes(report.bytes)
+    )
 }
 
 pub(super) fn gc(report: &GcReport, dry_run: bool) -> String {

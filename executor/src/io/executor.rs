@@ -252,7 +252,7 @@ impl<B: Ops> Driver<B> {
                     self.engine.handle_cancel(id);
                 }
             }
-            Event::FromUpstream { link, frame, back } => self.from_upstream(now, link, frame, back),
+            Event::FromUpstream { link, frame, back } => self.handle_upstream(now, link, frame, back),
             Event::UpstreamLost(link) => {
                 let lost: Vec<SequenceId> = self
                     .attachments
@@ -262,7 +262,7 @@ impl<B: Ops> Driver<B> {
                     .collect();
                 lost.into_iter().for_each(|id| self.engine.handle_cancel(id));
             }
-            Event::FromDownstream(frame) => self.from_downstream(frame),
+            Event::FromDownstream(frame) => self.handle_downstream(frame),
             Event::DownstreamLost { address, reason } => {
                 self.links.forget(&address);
                 let lost: Vec<SequenceId> = self
@@ -275,7 +275,12 @@ impl<B: Ops> Driver<B> {
                     tracing::warn!(address, reason, sequence_count = lost.len(), "lost an executor downstream");
                 }
                 for id in lost {
-                    self.engine.handle_failure(id, Code::Unavailable, format!("lost the executor at {address}: {reason}"), Retry::Elsewhere);
+                    self.engine.handle_failure(
+                        id,
+                        Code::Unavailable,
+                        format!("lost the executor at {address}: {reason}"),
+                        Retry::Elsewhere,
+                    );
                 }
             }
             Event::Device(DeviceReply(Reply::Done(done))) => {
@@ -341,7 +346,8 @@ impl<B: Ops> Driver<B> {
     ) -> Result<(), (Code, String, Retry, Listener)> {
         let refuse = |code, message: &str, retry, listener| Err((code, message.to_owned(), retry, listener));
         if !admission.numeric_class.is_empty() && admission.numeric_class != self.numeric_class {
-            let message = format!("this executor is of class {}, the sequence is pinned to {}", self.numeric_class, admission.numeric_class);
+            let message =
+                format!("this executor is of class {}, the sequence is pinned to {}", self.numeric_class, admission.numeric_class);
             return refuse(Code::NumericClass, &message, Retry::Elsewhere, listener);
         }
         let Some(span) = admission.route.get(hop_index).and_then(|hop| hop.span.as_ref()) else {
@@ -387,7 +393,8 @@ impl<B: Ops> Driver<B> {
             Err((code, message, retry)) => return Err((code, message, retry, listener)),
         };
         if samples {
-            let params = SamplerParams::from(&admission.sampling.clone().unwrap_or_default()).seeded(admission.seed, admission.choice_index);
+            let params =
+                SamplerParams::from(&admission.sampling.clone().unwrap_or_default()).seeded(admission.seed, admission.choice_index);
             let sampler = Box::new(Sampler::new(params, &admission.prompt, &admission.generated));
             self.send(Command::Admit(id, sampler));
         }
@@ -411,7 +418,7 @@ impl<B: Ops> Driver<B> {
         Ok(())
     }
 
-    fn from_upstream(&mut self, now: Duration, link: LinkId, frame: v1::LinkFrame, back: FrameSender) {
+    fn handle_upstream(&mut self, now: Duration, link: LinkId, frame: v1::LinkFrame, back: FrameSender) {
         let key = frame_key(&frame);
         let (router_id, sequence_id, epoch) = (frame.router_id, frame.sequence_id, frame.epoch);
         match frame.frame {
@@ -459,7 +466,7 @@ impl<B: Ops> Driver<B> {
         admission.route.iter().skip(1).position(|hop| hop.executor_id == id && mine(hop)).map_or(admission.route.len(), |at| at + 1)
     }
 
-    fn from_downstream(&mut self, frame: v1::LinkFrame) {
+    fn handle_downstream(&mut self, frame: v1::LinkFrame) {
         let Some(id) = self.engine.find(&frame_key(&frame), frame.epoch) else { return };
         match frame.frame {
             Some(Frame::Consumed(position)) => self.engine.handle_consumed(id, position),

@@ -126,6 +126,17 @@ struct Resident {
     spans: BTreeSet<SpanKey>,
 }
 
+/// The plan that an entry holds. One that cannot be read is logged, and the plan before stays in force.
+fn read_plan(entry: &ashlar_registry::Entry) -> Option<Plan> {
+    match ashlar_registry::record::parse::<Plan>(entry) {
+        Ok(plan) => Some(plan),
+        Err(error) => {
+            tracing::error!(%error, "the plan cannot be read; going on with the one before");
+            None
+        }
+    }
+}
+
 /// Keeps what is on the device equal to what the plan asks for.
 pub struct Hosting<B: Ops> {
     ops: Arc<B>,
@@ -172,32 +183,32 @@ impl<B: Ops> Hosting<B> {
     }
 
     /// Follows the plan until the registry is gone. The session's record always tells what is hosted.
-    pub async fn follow(&mut self, registry: Arc<dyn Registry>, session: Arc<Session<ExecutorRecord>>) -> Result<(), ashlar_registry::RegistryError> {
+    pub async fn follow(
+        &mut self,
+        registry: Arc<dyn Registry>,
+        session: Arc<Session<ExecutorRecord>>,
+    ) -> Result<(), ashlar_registry::RegistryError> {
         let mut watch = registry.watch_prefix(ashlar_registry::key::PLAN).await?;
-        let mut generation = 0;
-        let mut wanted: Option<Plan> = None;
+        let mut wanted = watch.entries().get(ashlar_registry::key::PLAN).and_then(read_plan);
+        let mut first = true;
         loop {
             let retry = tokio::time::sleep(std::time::Duration::from_secs(5));
             tokio::select! {
+                () = std::future::ready(()), if first && wanted.is_some() => {}
                 change = watch.next() => match change {
-                    Some(ashlar_registry::Change::Put(entry)) => match ashlar_registry::record::parse::<Plan>(&entry) {
-                        Ok(plan) if plan.generation >= generation => {
-                            generation = plan.generation;
-                            wanted = Some(plan);
-                        }
-                        Ok(_) => continue,
-                        Err(error) => {
-                            tracing::error!(%error, "the plan cannot be read; going on with the one before");
-                            continue;
-                        }
+                    Some(ashlar_registry::Change::Put(entry)) => match read_plan(&entry) {
+                        Some(plan) if wanted.as_ref().is_none_or(|known| plan.generation >= known.generation) => wanted = Some(plan),
+                        _ => continue,
                     },
-                    Some(_) => continue,
+                    Some(ashlar_registry::Change::Delete { .. }) => continue,
                     None => return Ok(()),
                 },
                 // A block that could not be read before may be readable now.
                 () = retry, if !self.failed.is_empty() => {}
             }
+            first = false;
             let Some(plan) = &wanted else { continue };
+            let generation = plan.generation;
             let mine: Vec<SpanKey> = plan.assignments.get(&session.record().id).into_iter().flatten().map(SpanKey::of).collect();
             self.obey(&mine, &session).await;
             self.metrics.plan_generation.set(i64::try_from(generation).unwrap_or(i64::MAX));

@@ -203,7 +203,8 @@ impl<B: Ops> Pools<B> {
                 (*slots - page_count..*slots).rev().collect()
             })
             .collect();
-        let pools = slot_counts.into_iter().map(|(shape, slots)| Ok((shape, ops.kv(shape, slots as usize)?))).collect::<Result<_, PackError>>()?;
+        let pools =
+            slot_counts.into_iter().map(|(shape, slots)| Ok((shape, ops.kv(shape, slots as usize)?))).collect::<Result<_, PackError>>()?;
         Ok((Self { page_tokens: limits.page_tokens, pools }, tables))
     }
 }

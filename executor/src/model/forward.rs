@@ -147,7 +147,12 @@ impl<B: Ops> Forward<B> {
                 Kind::FeedForward(_) => {}
                 Kind::Head(head) => {
                     assert_eq!(index + 1, blocks.len(), "a head block ends a run");
-                    assert!(batch.logit_rows.len() <= self.logit_rows_max, "{} logit rows, at most {}", batch.logit_rows.len(), self.logit_rows_max);
+                    assert!(
+                        batch.logit_rows.len() <= self.logit_rows_max,
+                        "{} logit rows, at most {}",
+                        batch.logit_rows.len(),
+                        self.logit_rows_max
+                    );
                     assert!(self.work.logits.elements() >= self.logit_rows_max * head.vocab, "the head was not reserved");
                 }
             }
@@ -164,7 +169,14 @@ impl<B: Ops> Forward<B> {
         }
     }
 
-    fn attend(&mut self, block: &Attention<B>, width: usize, batch: &ForwardBatch<'_>, pages: &AttentionBatch<'_>, kv: &mut dyn KvPools<B>) {
+    fn attend(
+        &mut self,
+        block: &Attention<B>,
+        width: usize,
+        batch: &ForwardBatch<'_>,
+        pages: &AttentionBatch<'_>,
+        kv: &mut dyn KvPools<B>,
+    ) {
         let (ops, work, rows) = (&*self.ops, &mut self.work, batch.row_count);
         let shape = block.shape(kv.page_tokens());
         let (q_width, k_width, stride) = (block.heads * block.head_dim, block.kv_heads * block.head_dim, block.qkv_width());

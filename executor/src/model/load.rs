@@ -95,7 +95,8 @@ impl<B: Ops> Loader<'_, B> {
     }
 
     fn attention(&mut self) -> Result<Attention<B>, LoadError> {
-        let BlockKind::Attention { norm, heads, kv_heads, head_dim, scale, rope, window, softcap, qk_norm, post_norm } = &self.block.params else {
+        let BlockKind::Attention { norm, heads, kv_heads, head_dim, scale, rope, window, softcap, qk_norm, post_norm } = &self.block.params
+        else {
             unreachable!("called for attention blocks only");
         };
         let (q, kv) = ((heads * head_dim) as usize, (kv_heads * head_dim) as usize);
@@ -150,7 +151,12 @@ impl<B: Ops> Loader<'_, B> {
             return Err(LoadError::Unsupported("a scale of logits other than 1"));
         }
         let vocab = self.take("output.weight")?.rows;
-        Ok(Head { vocab, softcap: *softcap, norm: self.norm("norm.weight", Some("norm.bias"), norm)?, output: self.linear(&["output.weight"])? })
+        Ok(Head {
+            vocab,
+            softcap: *softcap,
+            norm: self.norm("norm.weight", Some("norm.bias"), norm)?,
+            output: self.linear(&["output.weight"])?,
+        })
     }
 
     fn norm(&mut self, weight: &'static str, bias: Option<&'static str>, norm: &Norm) -> Result<NormWeights<B>, LoadError> {

@@ -277,7 +277,11 @@ impl Engine {
         }
         if let Some(id) = self.by_key.get(&admit.key).copied() {
             if self.sequences[&id].epoch >= admit.epoch {
-                return Err((Code::StalePlan, format!("{} runs already under epoch {}", admit.key, self.sequences[&id].epoch), Retry::Never));
+                return Err((
+                    Code::StalePlan,
+                    format!("{} runs already under epoch {}", admit.key, self.sequences[&id].epoch),
+                    Retry::Never,
+                ));
             }
             self.remove(id);
             self.outputs.push_back(Output::Release(id));

@@ -24,7 +24,11 @@ impl Engine {
                     return Err(format!("sequence {id:?} computed {lower} tokens below {upper}"));
                 }
                 if sequence.boundary[i - 1].len() != (upper - lower) as usize {
-                    return Err(format!("sequence {id:?} keeps {} hidden rows for {} tokens", sequence.boundary[i - 1].len(), upper - lower));
+                    return Err(format!(
+                        "sequence {id:?} keeps {} hidden rows for {} tokens",
+                        sequence.boundary[i - 1].len(),
+                        upper - lower
+                    ));
                 }
             }
         }

@@ -50,7 +50,10 @@ impl Limits {
             (self.chunk_tokens_max >= 1, "chunk_tokens_max must be at least 1"),
             (self.chunk_tokens_max <= self.step_tokens_max, "chunk_tokens_max must not exceed step_tokens_max"),
             (self.sequences_max >= 1, "sequences_max must be at least 1"),
-            (self.sequences_max <= self.step_tokens_max, "sequences_max must not exceed step_tokens_max, so that all decodes fit one batch"),
+            (
+                self.sequences_max <= self.step_tokens_max,
+                "sequences_max must not exceed step_tokens_max, so that all decodes fit one batch",
+            ),
             (self.hidden_rows_max >= 2 * self.step_tokens_max, "hidden_rows_max must be at least twice step_tokens_max"),
             (self.link_rows_max >= self.chunk_tokens_max, "link_rows_max must be at least chunk_tokens_max"),
         ];

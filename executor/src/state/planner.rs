@@ -1,6 +1,7 @@
 //! Which rows run next: the deepest ready segment, all sequences that wait there, decodes before chunks of prompts.
 
-use std::collections::BTreeSet;
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::Now;
 use super::batch::{Batch, RowInput, RowOutput, Rows, SequenceId};
@@ -17,10 +18,23 @@ struct Ready {
 }
 
 impl Engine {
-    /// Admits what fits, then hands out at most one batch.
+    /// Admits what fits, then hands out at most one batch: of the first segment, in order of choice, that can run.
     pub(crate) fn plan_step(&mut self, now: Now) {
         self.start_waiting(now);
-        let Some(segment) = self.choose_segment() else { return };
+        loop {
+            let choices = self.segment_choices();
+            if choices.is_empty() || choices.into_iter().any(|segment| self.plan_segment(segment)) {
+                return;
+            }
+            // Rows are ready and none can run: pages or hidden rows are held by sequences that wait for each other. The
+            // latest gives way until the first can go on. Links are waited for, never broken.
+            let Some((_, latest)) = self.preemptible().max().filter(|_| self.preemptible().count() > 1) else { return };
+            self.preempt(latest);
+        }
+    }
+
+    /// Hands out a batch of one segment; false if none of its rows can run.
+    fn plan_segment(&mut self, segment: SegmentIndex) -> bool {
         let mut ready = self.ready_in(segment);
         // Decodes (one row to the end of what is known) first, each group in order of priority and arrival.
         ready.sort_by_key(|r| (r.count > 1, self.sequences[&r.sequence].priority, r.sequence));
@@ -55,7 +69,7 @@ impl Engine {
         // Preemption may have hit a sequence that was already chosen.
         rows.retain(|(id, _, _)| self.sequences[id].status == Status::Running);
         if rows.is_empty() {
-            return;
+            return false;
         }
         let rows: Vec<Rows> = rows.into_iter().map(|(id, step, count)| self.advance(id, step, count)).collect();
         let id = self.next_batch_id();
@@ -65,6 +79,16 @@ impl Engine {
         self.counters.row_count += u64::from(batch.row_count());
         self.batches_in_flight += 1;
         self.outputs.push_back(Output::RunBatch(batch));
+        true
+    }
+
+    /// Sequences that hold pages and could start over: chains that are whole here, with no sample on the way.
+    fn preemptible(&self) -> impl Iterator<Item = (i32, SequenceId)> + '_ {
+        self.sequences.iter().filter_map(|(id, s)| {
+            let host = &self.span(s.span).host;
+            let holds = s.status == Status::Running && s.pages.iter().any(|slots| !slots.is_empty());
+            (holds && host.begins_with_embed && host.ends_with_head && !s.awaits_sample).then_some((s.priority, *id))
+        })
     }
 
     /// Gives pages and a place among the running to waiting sequences, by priority and arrival, while they fit.
@@ -139,24 +163,20 @@ impl Engine {
         }
     }
 
-    /// The deepest segment with a ready row; among equals the one whose oldest sequence came first.
-    fn choose_segment(&self) -> Option<SegmentIndex> {
-        let mut best: Option<(usize, std::cmp::Reverse<(i32, SequenceId)>, SegmentIndex)> = None;
-        for (id, sequence) in &self.sequences {
-            if sequence.status != Status::Running {
-                continue;
-            }
-            for step in (0..sequence.path.len()).rev() {
+    /// Segments with a ready row, deepest first; among equals the one whose oldest sequence came first.
+    fn segment_choices(&self) -> Vec<SegmentIndex> {
+        let mut best: BTreeMap<SegmentIndex, (Reverse<usize>, (i32, SequenceId))> = BTreeMap::new();
+        for (id, sequence) in self.sequences.iter().filter(|(_, s)| s.status == Status::Running) {
+            for step in 0..sequence.path.len() {
                 if self.ready_count(*id, step) > 0 {
-                    let candidate = (step, std::cmp::Reverse((sequence.priority, *id)), sequence.path[step].0);
-                    if best.as_ref().is_none_or(|b| (candidate.0, candidate.1) > (b.0, b.1)) {
-                        best = Some(candidate);
-                    }
-                    break;
+                    let rank = (Reverse(step), (sequence.priority, *id));
+                    best.entry(sequence.path[step].0).and_modify(|known| *known = rank.min(*known)).or_insert(rank);
                 }
             }
         }
-        best.map(|(_, _, segment)| segment)
+        let mut choices: Vec<_> = best.into_iter().map(|(segment, rank)| (rank, segment)).collect();
+        choices.sort_unstable();
+        choices.into_iter().map(|(_, segment)| segment).collect()
     }
 
     fn ready_in(&self, segment: SegmentIndex) -> Vec<Ready> {
@@ -188,20 +208,7 @@ impl Engine {
         let tokens = self.sequences[&id].computed[step] + count;
         while !self.reserve_to(id, step, tokens) {
             let mine = (self.sequences[&id].priority, id);
-            let victim = self
-                .sequences
-                .iter()
-                .filter(|(other, s)| {
-                    let host = &self.span(s.span).host;
-                    s.status == Status::Running
-                        && host.begins_with_embed
-                        && host.ends_with_head
-                        && !s.awaits_sample
-                        && (s.priority, **other) > mine
-                        && s.pages.iter().any(|slots| !slots.is_empty())
-                })
-                .map(|(other, s)| (s.priority, *other))
-                .max();
+            let victim = self.preemptible().filter(|other| *other > mine).max();
             match victim {
                 Some((_, victim)) => self.preempt(victim),
                 None => return false,

@@ -81,10 +81,8 @@ mod tests {
             .paths
             .iter()
             .map(|path| {
-                let names: Vec<String> = path
-                    .iter()
-                    .map(|(s, _)| cut.segments[s.0 as usize].blocks.iter().map(|b| b.0 as u8 as char).collect())
-                    .collect();
+                let names: Vec<String> =
+                    path.iter().map(|(s, _)| cut.segments[s.0 as usize].blocks.iter().map(|b| b.0 as u8 as char).collect()).collect();
                 names.join(".")
             })
             .collect();

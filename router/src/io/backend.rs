@@ -105,7 +105,7 @@ impl fmt::Debug for NewSequence {
 /// resumes), then one `Finished` and the end; or one error and the end. `Failed` may come as an event or as an error.
 pub type SequenceEvents = BoxStream<'static, Result<v1::sequence_event::Event, ApiError>>;
 
-/// What REST asks of the router.
+/// What REST asks of the router. Failures of the world are logged here, where their causes are known; REST logs only `internal_error`.
 #[async_trait::async_trait]
 pub trait Backend: Send + Sync + 'static {
     /// The tenant of an API key (`None`: the request had no Authorization header).

@@ -206,7 +206,8 @@ fn model_view(id: &ModelId, name: &ModelName, entry: &ChainEntry, parents: &BTre
 
 /// Bytes of a block's tensors as stored; executors hold them in about the same.
 fn weight_bytes(block: &Block) -> u64 {
-    let bytes = block.tensors.values().map(|tensor| tensor_file::payload_bytes(tensor.dtype, &tensor.shape).map_or(u64::MAX, |bytes| bytes as u64));
+    let bytes =
+        block.tensors.values().map(|tensor| tensor_file::payload_bytes(tensor.dtype, &tensor.shape).map_or(u64::MAX, |bytes| bytes as u64));
     bytes.fold(0, u64::saturating_add)
 }
 

@@ -145,10 +145,8 @@ async fn each_choice_is_a_sequence_of_one_seed() {
     assert_eq!((&body["usage"]["prompt_tokens"], &body["usage"]["completion_tokens"]), (&json!(PROMPT_TOKENS), &json!(6)));
     let seed: u64 = reply.header("x-ashlar-seed").parse().unwrap();
     assert!(seed < 1 << 53, "every client's JSON can hold it");
-    let started = server.backend.started.lock().unwrap();
-    assert!(started.iter().all(|sequence| sequence.seed == seed));
+    assert!(server.backend.started.lock().unwrap().iter().all(|sequence| sequence.seed == seed));
 
-    drop(started);
     let streamed = server.post(PATH, &chat("acme/story", json!({"n": 2, "max_tokens": 2, "stream": true}))).await;
     let mut texts = [String::new(), String::new()];
     for chunk in streamed.chunks() {

@@ -84,7 +84,10 @@ async fn logprobs_are_parallel_lists() {
         })
     );
     let none = server.post(PATH, &completion("acme/story", json!({"logprobs": 0, "max_tokens": 1}))).await.json();
-    assert_eq!(none["choices"][0]["logprobs"], json!({"text_offset": [0], "token_logprobs": [-0.125], "tokens": ["0"], "top_logprobs": null}));
+    assert_eq!(
+        none["choices"][0]["logprobs"],
+        json!({"text_offset": [0], "token_logprobs": [-0.125], "tokens": ["0"], "top_logprobs": null})
+    );
     // Offsets count characters, also after wide ones and in a stream.
     let all = completion("acme/story", json!({"logprobs": 0, "stream": true, "stop": "naïve"}));
     let reply = server.post(PATH, &all).await;

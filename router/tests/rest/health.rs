@@ -4,6 +4,8 @@ use std::sync::atomic::Ordering;
 
 use hyper::Method;
 use serde_json::json;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 
 use crate::support::Server;
 
@@ -21,4 +23,16 @@ async fn probes_need_no_key_and_tell_what_is_missing() {
     server.backend.draining.store(true, Ordering::SeqCst);
     assert_eq!(probe("/ready").await, (503, json!({"status": "draining"})));
     assert_eq!(probe("/health").await, (200, json!({"status": "ok"})));
+}
+
+#[tokio::test]
+async fn connection_serves_one_request_after_the_other() {
+    let server = Server::start().await;
+    let mut stream = TcpStream::connect(server.address).await.unwrap();
+    for _ in 0..3 {
+        stream.write_all(b"GET /health HTTP/1.1\r\nhost: test\r\n\r\n").await.unwrap();
+        let mut reply = [0; 1024];
+        let count = stream.read(&mut reply).await.unwrap();
+        assert!(reply[..count].starts_with(b"HTTP/1.1 200 OK\r\n"));
+    }
 }

@@ -32,8 +32,16 @@ async fn mistakes_name_their_param() {
     let server = Server::start().await;
     for (path, body, expected) in [
         ("/tokenize", json!({"model": "acme/story"}), "400 invalid_value messages"),
-        ("/tokenize", json!({"model": "acme/story", "prompt": "a", "messages": [{"role": "user", "content": "b"}]}), "400 invalid_value messages"),
-        ("/tokenize", json!({"model": "acme/story", "prompt": "a", "add_generation_prompt": true}), "400 invalid_value add_generation_prompt"),
+        (
+            "/tokenize",
+            json!({"model": "acme/story", "prompt": "a", "messages": [{"role": "user", "content": "b"}]}),
+            "400 invalid_value messages",
+        ),
+        (
+            "/tokenize",
+            json!({"model": "acme/story", "prompt": "a", "add_generation_prompt": true}),
+            "400 invalid_value add_generation_prompt",
+        ),
         ("/tokenize", json!({"model": "acme/story", "prompt": 1}), "400 invalid_value prompt"),
         ("/tokenize", json!({"model": "acme/bare", "messages": [{"role": "user", "content": "b"}]}), "400 no_chat_template -"),
         ("/detokenize", json!({"model": "acme/story", "tokens": [269]}), "400 invalid_value tokens"),

@@ -233,7 +233,7 @@ const NOUNS: &[(&str, &[&str], &str)] = &[
         &["tenant", "tenants", "model", "models", "sequence", "sequences", "zoo"],
         "kernels know numbers, and not tenants, models, sequences or the zoo",
     ),
-    ("router/src/", &["tensor", "tensors", "safetensors"], "the router does not read tensors"),
+    ("router/src/", &["map_tensor", "map_block", "MappedTensor", "MappedBlock", "safetensors"], "the router does not read tensors"),
     ("zoo/src/", &["TcpListener", "UnixListener", "UdpSocket", "axum"], "the zoo opens no listening socket"),
 ];
 

@@ -40,4 +40,4 @@ const BYTES_MAX: u64 = 1 << 20;
 const DATA_FOLDERS: &[&str] = &["demo/", "executor/tests/data/"];
 
 /// Long files, and why each is better whole.
-const LONG_FILES: &[(&str, &str)] = &[];
+const LONG_FILES: &[(&str, &str)] = &[("demo/train.py", "one script that makes the whole family, read from top to bottom")];

@@ -98,7 +98,11 @@ fn build(family: &'static str, keys: &Keys<'_>, tensors: &dyn Tensors) -> Result
     };
     if keys.count("attention.value_length")?.is_some_and(|length| length != head_dim) {
         let key = keys.key("attention.value_length");
-        return Err(ConfigError::Unsupported { key, value: "another length than the keys'".to_owned(), reason: "values and keys of one length are" });
+        return Err(ConfigError::Unsupported {
+            key,
+            value: "another length than the keys'".to_owned(),
+            reason: "values and keys of one length are",
+        });
     }
     let gemma = matches!(family, "gemma2" | "gemma3");
     let norm = match family {

@@ -21,7 +21,13 @@ pub(super) struct OldKeys<'a> {
 }
 
 /// Settings of layers of `layer_type` (`full_attention`, `sliding_attention`), for heads of `head_dim`.
-pub(super) fn settings(config: &Config, layer_type: &str, old: &OldKeys<'_>, head_dim: u32, theta_default: f64) -> Result<RopeSettings, ConfigError> {
+pub(super) fn settings(
+    config: &Config,
+    layer_type: &str,
+    old: &OldKeys<'_>,
+    head_dim: u32,
+    theta_default: f64,
+) -> Result<RopeSettings, ConfigError> {
     let parameters = config.object("rope_parameters")?.unwrap_or_default();
     let per_layer_type = parameters.has_key("full_attention") || parameters.has_key("sliding_attention");
     let mut scaling = match per_layer_type {
@@ -41,7 +47,11 @@ pub(super) fn settings(config: &Config, layer_type: &str, old: &OldKeys<'_>, hea
         None => config.number("partial_rotary_factor")?.unwrap_or(1.0),
     };
     if !(partial > 0.0 && partial <= 1.0) {
-        return Err(ConfigError::Value { key: "partial_rotary_factor".to_owned(), value: partial.to_string(), expected: "a share above 0 and at most 1" });
+        return Err(ConfigError::Value {
+            key: "partial_rotary_factor".to_owned(),
+            value: partial.to_string(),
+            expected: "a share above 0 and at most 1",
+        });
     }
     let dim = (f64::from(head_dim) * partial) as u32;
     let (scaling, context_tokens_max) = scaling_of(config, &scaling, dim)?;

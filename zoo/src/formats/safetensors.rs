@@ -112,7 +112,11 @@ fn check_names(header: Header) -> Result<Vec<(String, HeaderEntry)>, Safetensors
     Ok(header.entries)
 }
 
-fn lay_out(entries: Vec<(String, HeaderEntry)>, data_start: usize, file_len: usize) -> Result<Vec<(String, TensorEntry)>, SafetensorsError> {
+fn lay_out(
+    entries: Vec<(String, HeaderEntry)>,
+    data_start: usize,
+    file_len: usize,
+) -> Result<Vec<(String, TensorEntry)>, SafetensorsError> {
     let data_len = (file_len - data_start) as u64;
     let mut end = 0;
     let mut tensors = Vec::with_capacity(entries.len());

@@ -223,4 +223,3 @@ fn concurrency() -> usize {
 async fn blocking<T: Send + 'static>(task: impl FnOnce() -> Result<T, IngestError> + Send + 'static) -> Result<T, IngestError> {
     tokio::task::spawn_blocking(task).await.expect("conversion does not panic")
 }
-

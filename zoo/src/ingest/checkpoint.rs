@@ -27,7 +27,7 @@ pub struct Checkpoint {
 
 #[derive(Debug)]
 pub(super) enum Kind {
-    Directory(Directory),
+    Directory(Box<Directory>),
     Gguf(BTreeMap<String, Value>),
 }
 
@@ -69,13 +69,16 @@ fn open_directory(path: &Path, source: String) -> Result<Checkpoint, IngestError
     let config = read_config(path, "config.json")?.expect("just seen");
     let weights = ["model.safetensors", "model.safetensors.index.json"];
     if !weights.iter().any(|name| path.join(name).exists()) {
-        return Err(IngestError::NoCheckpoint { path: path.to_owned(), reason: "it has no model.safetensors (pickled weights are never read)" });
+        return Err(IngestError::NoCheckpoint {
+            path: path.to_owned(),
+            reason: "it has no model.safetensors (pickled weights are never read)",
+        });
     }
     let generation_config = read_config(path, "generation_config.json")?;
     let tokenizer_config = read_config(path, "tokenizer_config.json")?;
     let tensors = shards::open(path)?;
     let decoder = family::from_config(&config, &|name| tensors.get(name).is_some())?;
-    let kind = Kind::Directory(Directory { path: path.to_owned(), config, generation_config, tokenizer_config });
+    let kind = Kind::Directory(Box::new(Directory { path: path.to_owned(), config, generation_config, tokenizer_config }));
     Ok(Checkpoint { source, tensors, decoder, kind })
 }
 

@@ -116,7 +116,11 @@ impl Planner<'_> {
             return Err(IngestError::TensorType { name: piece.name, element: entry.element.to_string(), advice });
         };
         let Some(shape) = target_shape(&piece, &entry.shape).filter(|shape| role.shape.fits(shape)) else {
-            return Err(IngestError::TensorShape { name: piece.name.clone(), actual: entry.shape.clone(), expected: source_shape(&piece, role.shape) });
+            return Err(IngestError::TensorShape {
+                name: piece.name.clone(),
+                actual: entry.shape.clone(),
+                expected: source_shape(&piece, role.shape),
+            });
         };
         let in_rows = !piece.transposed && (shape.len() == 2 || piece.rows == Rows::All);
         if !in_rows && !matches!(source, Dtype::F32 | Dtype::F16 | Dtype::Bf16) {
@@ -146,7 +150,8 @@ impl Planner<'_> {
                 let embedding = self.decoder.names.piece(Place::Embed, &self.decoder.head, "token.weight").name;
                 let same = self.files.get(output).map(|entry| (&entry.element, &entry.shape))
                     == self.files.get(&embedding).map(|entry| (&entry.element, &entry.shape))
-                    && self.files.bytes(output).as_ref().map(AsRef::as_ref) == self.files.bytes(&embedding).as_ref().map(AsRef::<[u8]>::as_ref);
+                    && self.files.bytes(output).as_ref().map(AsRef::as_ref)
+                        == self.files.bytes(&embedding).as_ref().map(AsRef::<[u8]>::as_ref);
                 if same { Ok(true) } else { Err(IngestError::Untied { name: output.to_owned() }) }
             }
             Some(tied) => Ok(tied),
@@ -190,7 +195,11 @@ impl Planner<'_> {
             let positions = &self.tensors[tensor_of(blocks, 0, "position.weight")];
             if positions.shape[0] < u64::from(context) {
                 let expected = format!("[{context}, {}]", self.decoder.width);
-                return Err(IngestError::TensorShape { name: positions.piece.name.clone(), actual: positions.source_shape.clone(), expected });
+                return Err(IngestError::TensorShape {
+                    name: positions.piece.name.clone(),
+                    actual: positions.source_shape.clone(),
+                    expected,
+                });
             }
         }
         Ok(context)

@@ -102,7 +102,15 @@ impl Progress for Silent {
 mod tests {
     #[test]
     fn bytes_are_written_for_people() {
-        for (bytes, text) in [(0, "0 B"), (999, "999 B"), (1800, "1.8 kB"), (1_800_000, "1.8 MB"), (268_900_000, "269 MB"), (999_999, "1.0 MB"), (12_345_678_901, "12 GB")] {
+        for (bytes, text) in [
+            (0, "0 B"),
+            (999, "999 B"),
+            (1800, "1.8 kB"),
+            (1_800_000, "1.8 MB"),
+            (268_900_000, "269 MB"),
+            (999_999, "1.0 MB"),
+            (12_345_678_901, "12 GB"),
+        ] {
             assert_eq!(super::human_bytes(bytes), text);
         }
     }

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use futures::StreamExt;
-use object_store::{GetOptions, ObjectMeta};
 use object_store::path::Path;
+use object_store::{GetOptions, ObjectMeta};
 use serde::de::DeserializeOwned;
 
 use super::{ASSET_BYTES_MAX, MANIFEST_BYTES_MAX, Object, StoreError, Zoo, key};

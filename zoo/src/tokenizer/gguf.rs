@@ -34,7 +34,9 @@ struct Vocabulary<'a> {
 /// # Errors
 /// What is missing, malformed or not supported.
 pub fn from_gguf(metadata: &BTreeMap<String, Value>) -> Result<Vec<u8>, TokenizerError> {
-    let text = |key: &'static str| metadata.get(key).map(|value| value.as_str().ok_or(TokenizerError::Value { key, expected: "text" })).transpose();
+    let text = |key: &'static str| {
+        metadata.get(key).map(|value| value.as_str().ok_or(TokenizerError::Value { key, expected: "text" })).transpose()
+    };
     let model = text("tokenizer.ggml.model")?.ok_or(TokenizerError::Key("tokenizer.ggml.model"))?;
     let vocabulary = vocabulary(metadata)?;
     let json = match model {
@@ -68,7 +70,9 @@ fn vocabulary(metadata: &BTreeMap<String, Value>) -> Result<Vocabulary<'_>, Toke
         None => vec![Kind::Normal; tokens.len()],
         Some(list) => {
             let kinds = list.as_array().and_then(|list| list.iter().map(|value| kind(value.as_u64()?)).collect::<Option<Vec<_>>>());
-            kinds.filter(|kinds| kinds.len() == tokens.len()).ok_or(TokenizerError::Value { key: TYPES, expected: "one type of 1 to 6 for each token" })?
+            kinds
+                .filter(|kinds| kinds.len() == tokens.len())
+                .ok_or(TokenizerError::Value { key: TYPES, expected: "one type of 1 to 6 for each token" })?
         }
     };
     Ok(Vocabulary { tokens, kinds })

@@ -7,7 +7,8 @@ use serde_json::{Value, json};
 /// Merges that give what SentencePiece's scores give: for each token every pair of tokens that it splits into, best score
 /// first, then the longest left part.
 pub(super) fn merges(tokens: &[(&str, f64, bool)]) -> Vec<(String, String)> {
-    let ids: HashMap<&str, usize> = tokens.iter().enumerate().filter(|(_, (_, _, merges))| *merges).map(|(id, (text, _, _))| (*text, id)).collect();
+    let ids: HashMap<&str, usize> =
+        tokens.iter().enumerate().filter(|(_, (_, _, merges))| *merges).map(|(id, (text, _, _))| (*text, id)).collect();
     struct Pair<'a> {
         left: &'a str,
         right: &'a str,

@@ -30,7 +30,8 @@ fn byte_level(pre: &str) -> BTreeMap<String, Meta> {
 
 #[test]
 fn byte_level_tokenizers_cut_words_as_their_pre_tokenizer_says() {
-    for (pre, ids) in [("gpt-2", vec![4, 5, 8]), ("smollm", vec![4, 5, 6, 7]), ("qwen2", vec![4, 5, 6, 7]), ("llama-bpe", vec![0, 4, 5, 8])] {
+    for (pre, ids) in [("gpt-2", vec![4, 5, 8]), ("smollm", vec![4, 5, 6, 7]), ("qwen2", vec![4, 5, 6, 7]), ("llama-bpe", vec![0, 4, 5, 8])]
+    {
         let fitted = fit(from_gguf(&byte_level(pre)).unwrap(), 10).unwrap();
         assert_eq!(encode(&fitted, "ab ab12"), ids, "{pre}");
         assert_eq!(fitted.tokenizer.decode(&[4, 5, 8], true).unwrap(), "ab ab12");

@@ -1,5 +1,5 @@
 //! Small checkpoints made on the spot, honest or broken, for the tests of this folder.
-#![allow(dead_code, reason = "each test uses a part")]
+#![allow(dead_code, unreachable_pub, reason = "each test includes this file and uses a part")]
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -59,7 +59,10 @@ impl Checkpoint {
         });
         let files = BTreeMap::from([
             ("tokenizer.json".to_owned(), tokenizer(VOCAB - 2)),
-            ("tokenizer_config.json".to_owned(), br#"{"bos_token":"<s>","eos_token":{"content":"</s>"},"chat_template":"{{ messages }}"}"#.to_vec()),
+            (
+                "tokenizer_config.json".to_owned(),
+                br#"{"bos_token":"<s>","eos_token":{"content":"</s>"},"chat_template":"{{ messages }}"}"#.to_vec(),
+            ),
         ]);
         Self { config, tensors: tensors.collect(), files }
     }
@@ -118,7 +121,9 @@ pub fn tokenizer(size: usize) -> Vec<u8> {
 
 /// Reproducible values in [-1, 1), of a name.
 fn values(seed: u64, name: &str, count: usize) -> Vec<f32> {
-    let mut state = name.bytes().fold(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1, |state, byte| (state ^ u64::from(byte)).wrapping_mul(0x100_0000_01B3));
+    let mut state = name
+        .bytes()
+        .fold(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1, |state, byte| (state ^ u64::from(byte)).wrapping_mul(0x100_0000_01B3));
     let mut next = || {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0

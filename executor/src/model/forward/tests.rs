@@ -47,7 +47,8 @@ fn mixed_batch_gives_what_each_sequence_gives_alone() {
             std::iter::zip(&places, &tables).map(|(places, tables)| AttentionBatch { places, queries: &queries, tables }).collect();
         let last = rows.len() as u32 - 1;
         let logit_rows = [last, 0, last / 2];
-        let batch = ForwardBatch { row_count: rows.len(), tokens: &ids, positions: &positions, attention: &attention, logit_rows: &logit_rows };
+        let batch =
+            ForwardBatch { row_count: rows.len(), tokens: &ids, positions: &positions, attention: &attention, logit_rows: &logit_rows };
         forward.run(&blocks, &batch, &mut pools);
         for (i, row) in logit_rows.iter().enumerate() {
             let (s, p) = rows[*row as usize];

@@ -66,7 +66,8 @@ fn what_no_op_computes_is_refused() {
     assert!(matches!(load(&head, &memory), Err(LoadError::Unsupported(_))));
     let BlockKind::Attention { heads, kv_heads, head_dim, scale, norm, .. } = attention() else { unreachable!() };
     let qk_norm = Some(Norm::Layer { eps: 1e-5 });
-    let odd = BlockKind::Attention { norm, heads, kv_heads, head_dim, scale, rope: None, window: None, softcap: None, qk_norm, post_norm: None };
+    let odd =
+        BlockKind::Attention { norm, heads, kv_heads, head_dim, scale, rope: None, window: None, softcap: None, qk_norm, post_norm: None };
     let odd = memory.block(odd);
     assert!(matches!(load(&odd, &memory), Err(LoadError::Unsupported(_))));
 }

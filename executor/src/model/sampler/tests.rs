@@ -128,7 +128,13 @@ fn messages_without_fields_are_greedy_with_everything_off() {
     let params = SamplerParams::from(&ashlar_wire::v1::Sampling::default()).seeded(3, 1);
     assert_eq!((params.temperature, params.top_p, params.repetition_penalty), (0.0, 1.0, 1.0));
     assert_eq!((params.seed, params.choice_index), (3, 1));
-    let odd = ashlar_wire::v1::Sampling { temperature: f32::NAN, top_p: -1.0, min_p: f32::INFINITY, repetition_penalty: 0.0, ..Default::default() };
+    let odd = ashlar_wire::v1::Sampling {
+        temperature: f32::NAN,
+        top_p: -1.0,
+        min_p: f32::INFINITY,
+        repetition_penalty: 0.0,
+        ..Default::default()
+    };
     assert_eq!(SamplerParams::from(&odd).seeded(3, 1), params);
 }
 

@@ -45,7 +45,7 @@ impl World {
         let mut blocks = Vec::new();
         for index in 0..6u8 {
             let tensor = json!({"digest": Digest::of(&[seed, index]), "dtype": "f32", "shape": [250, 4]});
-            let block = json!({"width": 4, "params": {"kind": "embed", "scale": 1.0}, "tensors": {"weight": tensor}});
+            let block = json!({"width": 4, "params": {"kind": "embed", "scale": 1.0}, "tensors": {"token.weight": tensor}});
             let block: Block = serde_json::from_value(block).unwrap();
             blocks.push(self.zoo.put_block(&block).await.unwrap().0);
         }
@@ -141,7 +141,7 @@ async fn plan_that_was_lost_is_made_again_from_what_executors_hold() {
     let _planner = world.planner("rtr_1");
     let plan = world.plan_where(|plan| plan.generation > 0).await;
     assert_eq!(holder_names(&plan, one), ["exe_b"], "nothing moves");
-    assert!(plan.generation > 40, "or the executor would not obey");
+    assert_eq!(plan.generation, 40, "as the executor saw it, or it would not obey");
 }
 
 #[tokio::test]

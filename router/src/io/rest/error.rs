@@ -1,5 +1,4 @@
-//! Errors as clients see them: OpenAI's error object, with the status of the code. The one place that logs what a tenant
-//! cannot mend.
+//! Errors as clients see them: OpenAI's error object, with the status of the code.
 
 use ashlar_wire::code::Code;
 use axum::Json;
@@ -36,14 +35,12 @@ impl<'a> ErrorBody<'a> {
     }
 }
 
-/// Logs a failure at the level of who must act. Called where the failure meets the client, once.
+/// Logs a failure where it meets the client. Failures of the world were logged by the backend, which knows their causes; what is left
+/// to log is our own fault.
 pub(crate) fn log(error: &ApiError) {
     match error.code {
         Code::Internal => tracing::error!(code = %error.code, "a request failed by our own fault: {}", error.message),
-        Code::Unavailable | Code::StalePlan | Code::UnknownSpan | Code::NumericClass => {
-            tracing::warn!(code = %error.code, "a request could not be served: {}", error.message);
-        }
-        _ => tracing::debug!(code = %error.code, param = error.param.as_deref(), "a request was refused: {}", error.message),
+        _ => tracing::debug!(code = %error.code, param = error.param.as_deref(), "a request failed: {}", error.message),
     }
 }
 

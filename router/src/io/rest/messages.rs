@@ -18,6 +18,8 @@ const OFF: &[Off] = &[
     ("tool_call_id", &[]),
     ("reasoning_content", &["\"\""]),
 ];
+/// Parts of other types.
+const OFF_PART: &[Off] = &[("image_url", &[]), ("input_audio", &[]), ("file", &[]), ("refusal", &[])];
 const PARTS: &str = "a string or an array of text parts";
 
 /// Takes `messages`: at least one.
@@ -56,7 +58,7 @@ fn read_content(raw: &RawValue, param: &str) -> Result<String, ApiError> {
     let parts: Vec<&RawValue> = parse(raw, param, PARTS)?;
     let mut content = String::new();
     for (index, part) in parts.iter().enumerate() {
-        let mut fields = Fields::of_value(part, format!("{param}[{index}]."), &["type", "text"], &[])?;
+        let mut fields = Fields::of_value(part, format!("{param}[{index}]."), &["type", "text"], OFF_PART)?;
         let kind: String = fields.require("type", "\"text\"")?;
         if kind != "text" {
             return Err(unsupported(&fields.param("type")));

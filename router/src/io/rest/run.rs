@@ -136,7 +136,7 @@ impl Run {
             }
             Some(Ok(Event::Failed(failed))) => Err(of_failed(failed)),
             Some(Err(error)) => Err(error),
-            None => Err(ApiError::new(Code::Unavailable, "the sequence ended without a reason")),
+            None => Err(ApiError::new(Code::Internal, "the sequence ended without a reason")),
         };
         if choice.state != ChoiceState::Running {
             self.streams[index] = None;

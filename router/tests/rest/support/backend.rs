@@ -77,7 +77,12 @@ impl ScriptedBackend {
             blocks: Vec::new(),
             adapters: Vec::new(),
             assets: Assets { tokenizer: Some(Digest::of(&self.tokenizer_bytes)), chat_template: template, card: None },
-            tokens: Tokens { bos: Some(2), eos: vec![IM_END, 2], bos_text: Some("<|endoftext|>".into()), eos_text: Some("<|im_end|>".into()) },
+            tokens: Tokens {
+                bos: Some(2),
+                eos: vec![IM_END, 2],
+                bos_text: Some("<|endoftext|>".into()),
+                eos_text: Some("<|im_end|>".into()),
+            },
             defaults: if tuned { defaults } else { Defaults::default() },
             licence: None,
             source: "test".to_owned(),
@@ -97,7 +102,8 @@ impl ScriptedBackend {
         let token = script[index as usize % script.len()];
         let sampling = &sequence.sampling;
         let logprob = if sampling.logprobs { -(index as f32 + 1.0) / 8.0 } else { 0.0 };
-        let top = (0..sampling.top_logprobs).map(|k| v1::TokenLogprob { token: (token + k) % VOCAB, logprob: logprob - k as f32 }).collect();
+        let top =
+            (0..sampling.top_logprobs).map(|k| v1::TokenLogprob { token: (token + k) % VOCAB, logprob: logprob - k as f32 }).collect();
         v1::TokenEvent { index, token, logprob, top }
     }
 }

@@ -12,8 +12,16 @@ pub(super) fn gpt2(config: &Config, has: &dyn Fn(&str) -> bool) -> Result<Decode
     }
     let head_dim = width / heads;
     let norm = Norm::Layer { eps: config.number("layer_norm_epsilon")?.unwrap_or(1e-5) as f32 };
-    let attention =
-        AttentionParams { norm, heads, kv_heads: heads, head_dim, scale: inverse_sqrt(f64::from(head_dim)), softcap: None, qk_norm: None, post_norm: None };
+    let attention = AttentionParams {
+        norm,
+        heads,
+        kv_heads: heads,
+        head_dim,
+        scale: inverse_sqrt(f64::from(head_dim)),
+        softcap: None,
+        qk_norm: None,
+        post_norm: None,
+    };
     let feed_forward = BlockKind::FeedForward {
         norm,
         activation: need_activation(config, &["activation_function"], "gelu_new")?,

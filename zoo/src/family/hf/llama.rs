@@ -101,7 +101,8 @@ fn build(config: &Config, kin: Kin) -> Result<Decoder, ConfigError> {
         gated: true,
         post_norm: None,
     };
-    let layer = |window: &Option<u32>| Layer { attention: attention.block(Some(rope.rope.clone()), *window), feed_forward: feed_forward.clone() };
+    let layer =
+        |window: &Option<u32>| Layer { attention: attention.block(Some(rope.rope.clone()), *window), feed_forward: feed_forward.clone() };
     let context = config.need_count("max_position_embeddings")?;
     Ok(Decoder {
         architecture: kin.architecture,

@@ -54,7 +54,12 @@ fn metadata_and_tensors_are_read() {
     let mut array = 4u32.to_le_bytes().to_vec();
     array.extend_from_slice(&2u64.to_le_bytes());
     array.extend_from_slice(&[1, 0, 0, 0, 2, 0, 0, 0]);
-    let file = Writer::default().meta("n", 4, &7u32.to_le_bytes()).meta("list", 9, &array).tensor("a", &[32, 3], 8, 128).tensor("b", &[4], 0, 0).file(256);
+    let file = Writer::default()
+        .meta("n", 4, &7u32.to_le_bytes())
+        .meta("list", 9, &array)
+        .tensor("a", &[32, 3], 8, 128)
+        .tensor("b", &[4], 0, 0)
+        .file(256);
     let gguf = parse(&file).unwrap();
     assert_eq!(gguf.metadata["n"].as_u64(), Some(7));
     assert_eq!(gguf.metadata["list"].as_array().unwrap().len(), 2);

@@ -21,13 +21,23 @@ fn a_well_formed_file_is_read_in_order_of_offsets() {
 
 #[test]
 fn each_lie_is_refused_by_name() {
-    let entry = |name: &str, dtype: &str, shape: &str, from: u64, to: u64| format!(r#""{name}":{{"dtype":"{dtype}","shape":{shape},"data_offsets":[{from},{to}]}}"#);
+    let entry = |name: &str, dtype: &str, shape: &str, from: u64, to: u64| {
+        format!(r#""{name}":{{"dtype":"{dtype}","shape":{shape},"data_offsets":[{from},{to}]}}"#)
+    };
     let cases: Vec<(&str, Vec<u8>, &str)> = vec![
         ("empty", vec![], "ends within its header"),
         ("only a length", 10u64.to_le_bytes().to_vec(), "ends within its header"),
         ("huge length", u64::MAX.to_le_bytes().to_vec(), "claims"),
         ("truncated header", file("{}", 0)[..9].to_vec(), "ends within its header"),
-        ("not utf-8", { let mut f = file("{\"a\":1}", 0); f[10] = 0xff; f }, "not the JSON"),
+        (
+            "not utf-8",
+            {
+                let mut f = file("{\"a\":1}", 0);
+                f[10] = 0xff;
+                f
+            },
+            "not the JSON",
+        ),
         ("no object", file("[]", 0), "not the JSON"),
         ("deep nesting", file(&"[".repeat(100_000), 0), "not the JSON"),
         ("duplicate", file(&format!("{{{},{}}}", entry("a", "F32", "[1]", 0, 4), entry("a", "F32", "[1]", 4, 8)), 8), "`a` is there twice"),
@@ -35,7 +45,11 @@ fn each_lie_is_refused_by_name() {
         ("hole", file(&format!("{{{},{}}}", entry("a", "F32", "[1]", 0, 4), entry("b", "F32", "[1]", 8, 12)), 12), "`b` begins at 8"),
         ("wrong dtype", file(&format!("{{{}}}", entry("a", "F31", "[1]", 0, 4)), 4), "unknown dtype `F31`"),
         ("wrong size", file(&format!("{{{}}}", entry("a", "F32", "[2]", 0, 4)), 4), "has 4 bytes"),
-        ("overflowing shape", file(&format!("{{{}}}", entry("a", "F32", "[4294967296,4294967296,4294967296]", 0, 4)), 4), "outside the file"),
+        (
+            "overflowing shape",
+            file(&format!("{{{}}}", entry("a", "F32", "[4294967296,4294967296,4294967296]", 0, 4)), 4),
+            "outside the file",
+        ),
         ("offsets backwards", file(&format!("{{{}}}", entry("a", "F32", "[1]", 4, 0)), 4), "outside the file"),
         ("offsets outside", file(&format!("{{{}}}", entry("a", "F32", "[1]", 0, 4)), 3), "outside the file"),
         ("trailing bytes", file(&format!("{{{}}}", entry("a", "F32", "[1]", 0, 4)), 5), "describes 4"),

@@ -1,0 +1,207 @@
+//! A real executor over the demo family: eight sequences of several models at once, in chunks of any size, with and without
+//! a prefix cache, give the tokens that each gives alone. Level 1 of docs/numerics.md, on the real device thread.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ashlar_executor::io::executor::{self, ExecutorHandle, Identity};
+use ashlar_executor::io::hosting::Hosting;
+use ashlar_executor::io::metrics::ExecutorMetrics;
+use ashlar_executor::state::limits::Limits;
+use ashlar_kernels::cpu::{Cpu, CpuOptions, Isa};
+use ashlar_registry::record::{ExecutorRecord, Plan, SpanAssignment, to_value};
+use ashlar_registry::{ChainDigest, Registry, Session, key};
+use ashlar_wire::id::ExecutorId;
+use ashlar_wire::v1;
+use ashlar_zoo::digest::{Digest, lineages};
+use ashlar_zoo::ingest::{AddOptions, Recipe, Silent, add};
+use ashlar_zoo::model_id::ModelId;
+use ashlar_zoo::store::Zoo;
+use tokio_stream::StreamExt;
+
+const MODELS: [&str; 4] = ["base", "shakespeare-top", "math-lora", "japanese-full"];
+
+struct Family {
+    _folder: tempfile::TempDir,
+    zoo: Zoo,
+    chains: Vec<(Digest, usize, Vec<u8>)>,
+}
+
+async fn family() -> Family {
+    let folder = tempfile::tempdir().unwrap();
+    let zoo = Zoo::create_dir(folder.path()).await.unwrap();
+    let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../demo");
+    let mut chains = Vec::new();
+    for name in MODELS {
+        let options = AddOptions { model: ModelId::new("demo", name).unwrap(), recipe: Recipe::Keep, parent: None, source: None };
+        let report = add(&zoo, &demo.join(name), &options, &Silent).await.unwrap();
+        let chain = zoo.read_chain(report.chain).await.unwrap();
+        let lineage = lineages(&chain.blocks, &[]).last().unwrap().0.to_vec();
+        chains.push((report.chain, chain.blocks.len(), lineage));
+    }
+    Family { _folder: folder, zoo, chains }
+}
+
+async fn start(family: &Family, limits: Limits, options: CpuOptions) -> ExecutorHandle {
+    let registry: Arc<dyn Registry> = ashlar_registry::open("memory:").await.unwrap();
+    let id = ExecutorId("exe_test".to_owned());
+    let spans: Vec<SpanAssignment> =
+        family.chains.iter().map(|(chain, count, _)| SpanAssignment { chain: ChainDigest(chain.0), from: 0, to: *count as u32 }).collect();
+    let plan = Plan { generation: 1, assignments: [(id.clone(), spans)].into(), ..Plan::default() };
+    registry.put(key::PLAN, &to_value(&plan), None).await.unwrap();
+    let record = ExecutorRecord {
+        id: id.clone(),
+        address: String::new(),
+        device: String::new(),
+        numeric_class: "cpu-v1".to_owned(),
+        memory_bytes: 1 << 30,
+        kv_bytes: limits.kv_bytes,
+        threads: 1,
+        spans: Vec::new(),
+        plan_generation: 0,
+        draining: false,
+        incarnation: 1,
+    };
+    let session = Arc::new(Session::start(Arc::clone(&registry), key::executor(&id), record, Duration::from_secs(5)));
+    let ops = Arc::new(Cpu::new(options));
+    let metrics = ExecutorMetrics::new(&prometheus::Registry::new()).unwrap();
+    let identity = Identity { executor_id: id.0, device: "cpu".to_owned(), numeric_class: "cpu-v1".to_owned() };
+    let page_tokens = limits.page_tokens;
+    let (handle, commands) = executor::start(Arc::clone(&ops), limits, &identity, metrics.clone()).unwrap();
+    let mut hosting = Hosting::new(ops, family.zoo.clone(), commands, handle.events(), metrics, 1 << 30, page_tokens);
+    tokio::spawn(async move { hosting.follow(registry, session).await });
+    while handle.status().spans.len() < family.chains.len() {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    handle
+}
+
+fn admission(family: &Family, number: u64, model: usize, prompt: Vec<u32>, sampling: v1::Sampling) -> v1::Admission {
+    let (chain, count, lineage) = &family.chains[model];
+    let span = v1::Span { chain: chain.0.to_vec(), from: 0, to: *count as u32, lineage_from: Vec::new(), lineage_to: lineage.clone() };
+    v1::Admission {
+        router_id: "rtr_test".to_owned(),
+        sequence_id: number,
+        cache_domain: vec![3; 32],
+        numeric_class: "cpu-v1".to_owned(),
+        seed: 11,
+        route: vec![v1::Hop { span: Some(span), executor_id: "exe_test".to_owned(), address: String::new() }],
+        prompt,
+        generated_tokens_max: 24,
+        sampling: Some(sampling),
+        ..v1::Admission::default()
+    }
+}
+
+async fn tokens(handle: &ExecutorHandle, admission: v1::Admission) -> Vec<(u32, u32)> {
+    let mut events = handle.run(admission);
+    let mut tokens = Vec::new();
+    while let Some(event) = events.next().await {
+        match event {
+            v1::sequence_event::Event::Token(token) => tokens.push((token.token, token.logprob.to_bits())),
+            v1::sequence_event::Event::Failed(failed) => panic!("{}: {}", failed.code, failed.message),
+            v1::sequence_event::Event::Started(_) | v1::sequence_event::Event::Finished(_) => {}
+        }
+    }
+    tokens
+}
+
+fn requests(family: &Family) -> Vec<v1::Admission> {
+    (0..8u64)
+        .map(|i| {
+            // The first tokens are common, so that the cache has something to find; lengths cross page borders.
+            let prompt: Vec<u32> = (0..30 + i as u32 * 5).map(|t| if t < 20 { 100 + t } else { (t * 37 + i as u32 * 11) % 2000 }).collect();
+            let temperature = if i % 2 == 0 { 0.0 } else { 0.8 };
+            let sampling = v1::Sampling { temperature, top_p: 0.95, logprobs: true, repetition_penalty: 1.1, ..v1::Sampling::default() };
+            admission(family, i, i as usize % MODELS.len(), prompt, sampling)
+        })
+        .collect()
+}
+
+fn limits() -> Limits {
+    Limits { kv_bytes: 64 << 20, ..Limits::default() }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn eight_together_in_any_chunks_give_the_tokens_of_each_alone() {
+    let family = family().await;
+    let alone = start(&family, Limits { prefix_cache: false, ..limits() }, CpuOptions { threads: 1, isa: Some(Isa::Scalar) }).await;
+    let mut golden = Vec::new();
+    for request in requests(&family) {
+        golden.push(tokens(&alone, request).await);
+    }
+    assert!(golden.iter().all(|tokens| tokens.len() == 24));
+    let cases = [
+        ("one chunk", limits(), 2),
+        ("chunks of 7", Limits { chunk_tokens_max: 7, ..limits() }, 1),
+        ("chunks of 1, pages of 32", Limits { chunk_tokens_max: 1, page_tokens: 32, ..limits() }, 2),
+        ("little memory", Limits { chunk_tokens_max: 16, kv_bytes: 1 << 20, ..limits() }, 2),
+    ];
+    for (name, limits, threads) in cases {
+        let handle = start(&family, limits, CpuOptions { threads, isa: None }).await;
+        // Twice: the second round meets a warm prefix cache.
+        for round in 0..2 {
+            let all = requests(&family).into_iter().map(|mut request| {
+                request.sequence_id += 100 * round;
+                let handle = handle.clone();
+                tokio::spawn(async move { tokens(&handle, request).await })
+            });
+            let together = futures::future::join_all(all.collect::<Vec<_>>()).await;
+            for (i, (tokens, golden)) in together.into_iter().zip(&golden).enumerate() {
+                assert_eq!(&tokens.unwrap(), golden, "{name}, round {round}, sequence {i}");
+            }
+        }
+        handle.check_integrity().await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dropped_stream_frees_the_sequence() {
+    let family = family().await;
+    let handle = start(&family, limits(), CpuOptions { threads: 1, isa: None }).await;
+    let mut request = requests(&family).remove(0);
+    request.generated_tokens_max = 400;
+    let mut events = handle.run(request);
+    while !matches!(events.next().await, Some(v1::sequence_event::Event::Token(_))) {}
+    assert_eq!(handle.status().running + handle.status().waiting, 1);
+    drop(events);
+    while handle.status().running + handle.status().waiting > 0 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    handle.check_integrity().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_cannot_run_is_refused_with_its_code() {
+    let family = family().await;
+    let handle = start(&family, Limits { kv_bytes: 200 << 10, ..limits() }, CpuOptions { threads: 1, isa: None }).await;
+    let good = requests(&family).remove(0);
+    let cases = [
+        ("context_length_exceeded", v1::Admission { generated_tokens_max: 600, ..good.clone() }),
+        ("never_fits", v1::Admission { generated_tokens_max: 400, ..good.clone() }),
+        ("numeric_class_mismatch", v1::Admission { numeric_class: "cuda-sm90-v1".to_owned(), ..good.clone() }),
+        (
+            "unknown_span",
+            admission(
+                &Family { chains: vec![(Digest([9; 32]), 18, vec![1])], ..family_like(&family) },
+                1,
+                0,
+                vec![1],
+                v1::Sampling::default(),
+            ),
+        ),
+        ("invalid_value", v1::Admission { prompt: vec![70_000], ..good.clone() }),
+    ];
+    for (code, request) in cases {
+        let mut events = handle.run(request);
+        match events.next().await {
+            Some(v1::sequence_event::Event::Failed(failed)) => assert_eq!(failed.code, code, "{}", failed.message),
+            other => panic!("{code}: {other:?}"),
+        }
+    }
+}
+
+fn family_like(family: &Family) -> Family {
+    Family { _folder: tempfile::tempdir().unwrap(), zoo: family.zoo.clone(), chains: Vec::new() }
+}

@@ -1,0 +1,43 @@
+//! The demo family: what `add` reports as shared is what the way of training implies, counted by `demo/train.py` from bytes.
+
+use std::path::Path;
+
+use ashlar_zoo::ingest::{AddOptions, Recipe, Shared, Silent, add};
+use ashlar_zoo::model_id::ModelId;
+use ashlar_zoo::store::Zoo;
+
+#[tokio::test]
+async fn each_descendant_shares_what_its_training_left_alone() {
+    let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../demo");
+    let counted: serde_json::Value = serde_json::from_slice(&std::fs::read(demo.join("sharing.json")).unwrap()).unwrap();
+    let mut seen = Vec::new();
+    for (name, expected) in counted["descendants"].as_object().unwrap() {
+        if !demo.join(name).join("config.json").exists() {
+            continue; // an adapter alone
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let zoo = Zoo::create_dir(folder.path()).await.unwrap();
+        let options =
+            |name: &str| AddOptions { model: ModelId::new("demo", name).unwrap(), recipe: Recipe::Keep, parent: None, source: None };
+        let base = add(&zoo, &demo.join("base"), &options("base"), &Silent).await.unwrap();
+        assert_eq!((base.blocks, base.tensors), (Shared { total: 18, present: 0 }, Shared { total: 130, present: 0 }));
+        let report = add(&zoo, &demo.join(name), &options(name), &Silent).await.unwrap();
+        let count = |key: &str| usize::try_from(expected[key].as_u64().unwrap()).unwrap();
+        assert_eq!(
+            (report.blocks.present as usize, report.tensors.present as usize),
+            (count("blocks_shared"), count("tensors_shared")),
+            "{name}"
+        );
+        seen.push((name.clone(), report.blocks.present, report.tensors.present));
+    }
+    seen.sort();
+    let pinned = [
+        ("assistant-top", 12, 82),
+        ("banking-bias", 2, 74),
+        ("japanese-full", 0, 0),
+        ("math-lora", 14, 122),
+        ("phonemes-attention", 10, 98),
+        ("shakespeare-top", 14, 98),
+    ];
+    assert_eq!(seen, pinned.map(|(name, blocks, tensors)| (name.to_owned(), blocks, tensors)));
+}
