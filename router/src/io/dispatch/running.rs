@@ -205,11 +205,10 @@ impl Running {
 
     /// Says that an executor failed, unless that was said a moment ago.
     fn tell(&self, executor: &str, status: &tonic::Status, what: &'static str) {
-        let error = status as &dyn std::error::Error;
         if self.shared.suspects.now().contains(&ExecutorId(executor.to_owned())) {
-            tracing::debug!(executor, sequence = self.number, error, "{what}");
+            tracing::debug!(executor, sequence = self.number, error = status as &dyn std::error::Error, "{what}");
         } else {
-            tracing::warn!(executor, sequence = self.number, error, "{what}");
+            tracing::warn!(executor, sequence = self.number, error = status as &dyn std::error::Error, "{what}");
         }
     }
 
