@@ -269,10 +269,10 @@ async fn execute(config: Config, zoo: Zoo, registry: Arc<dyn Registry>) -> anyho
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-    let incoming = tokio_stream::wrappers::TcpListenerStream::new(listener);
+    // The server's own `tcp_nodelay` is for sockets that it binds itself; without it here a token of a cut chain waits 40 ms.
+    let incoming = tonic::transport::server::TcpIncoming::from(listener).with_nodelay(Some(true));
     let server = tokio::spawn(
         tonic::transport::Server::builder()
-            .tcp_nodelay(true)
             .http2_keepalive_interval(Some(Duration::from_secs(10)))
             .add_service(service)
             .serve_with_incoming_shutdown(incoming, async {

@@ -14,6 +14,8 @@ use crate::{LeaseId, Registry, RegistryError};
 
 /// Wait before the first new try after a failure; it doubles up to a third of the TTL.
 const RETRY_FIRST: Duration = Duration::from_millis(100);
+/// Failures in a row after which an operator should hear of it.
+const FAILURES_TO_WARN: u32 = 3;
 
 /// Whether the record is in the registry, as far as its owner knows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -97,17 +99,24 @@ struct Keeper<T> {
 impl<T: Serialize + Clone + Send + Sync + 'static> Keeper<T> {
     async fn run(mut self) {
         let mut retry = RETRY_FIRST;
+        let mut failure_count = 0;
         loop {
             let began = Instant::now();
             let error = self.keep().await;
             let told = *self.state.borrow();
             match error {
                 RegistryError::LeaseLost(lease) => tracing::info!(key = self.key, %lease, "lease ended; registering again"),
-                // Said once: while the store is away, only the state says so.
-                error if told != SessionState::Lost => {
-                    tracing::warn!(key = self.key, error = &error as &dyn std::error::Error, "failed to register; trying on");
+                error => {
+                    failure_count = if told == SessionState::Registered { 1 } else { failure_count + 1 };
+                    let error = &error as &dyn std::error::Error;
+                    match failure_count {
+                        // A connection that broke; the next one usually stands.
+                        1 => tracing::info!(key = self.key, error, "failed to register; trying again"),
+                        // Said once: while the store is away, only the state says so.
+                        FAILURES_TO_WARN => tracing::warn!(key = self.key, error, "failed to register; trying on"),
+                        _ => {}
+                    }
                 }
-                _ => {}
             }
             self.state.send_replace(SessionState::Lost);
             if began.elapsed() > self.ttl {

@@ -7,8 +7,8 @@ mod loss;
 mod running;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use ashlar_registry::ChainDigest;
@@ -92,7 +92,9 @@ impl Dispatch {
         let (loads, requests) = (Arc::default(), Arc::default());
         let shared =
             Shared { router, catalog, cluster, clients, options, sequences_drawn, draining, loads, requests, suspects, resumes, lost };
-        Ok(Self { shared: Arc::new(shared) })
+        let shared = Arc::new(shared);
+        tokio::spawn(close_unused(Arc::downgrade(&shared), shared.cluster.subscribe()));
+        Ok(Self { shared })
     }
 
     /// Refuses new sequences from now on; those that run go on.
@@ -103,6 +105,15 @@ impl Dispatch {
     /// Sequences that run now, in all.
     pub fn in_flight(&self) -> u32 {
         self.shared.requests.sequence_count()
+    }
+}
+
+/// Closes connections to addresses that no executor has any more; ends with the dispatch.
+async fn close_unused(shared: Weak<Shared>, mut clusters: tokio::sync::watch::Receiver<Arc<ClusterState>>) {
+    while clusters.changed().await.is_ok() {
+        let state = clusters.borrow_and_update().clone();
+        let Some(shared) = shared.upgrade() else { return };
+        shared.clients.retain(|address| state.executors.values().any(|record| record.address == address));
     }
 }
 

@@ -32,7 +32,7 @@ pub(super) struct Running {
     number: u64,
     /// Of the next attempt.
     epoch: u32,
-    /// Set by the first route; all later ones are of it.
+    /// Of the last route; once there are tokens, all routes are of it.
     numeric_class: Option<String>,
     /// Tokens handed out.
     generated: Vec<u32>,
@@ -138,7 +138,9 @@ impl Running {
     /// Assembles a route and calls its first executor.
     async fn open(&mut self) -> Result<(), Loss> {
         let begun = self.epoch > 0;
-        let route = self.shared.assemble(&self.path, self.numeric_class.as_deref(), &self.avoided);
+        // Before the first token any class will do.
+        let pinned = self.numeric_class.as_deref().filter(|_| !self.generated.is_empty());
+        let route = self.shared.assemble(&self.path, pinned, &self.avoided);
         let route = route.map_err(|error| Loss::not_ready(error, begun))?;
         if self.generated.is_empty()
             && let Some(error) = &self.refusal
@@ -148,7 +150,7 @@ impl Running {
         }
         let admission = self.admission(&route);
         let load = Loads::add(&self.shared.loads, route.executors().collect());
-        self.numeric_class.get_or_insert_with(|| route.numeric_class.clone());
+        self.numeric_class = Some(route.numeric_class.clone());
         self.epoch += 1;
         let first = &route.hops[0];
         let events = match self.shared.clients.client(&ExecutorId(first.executor_id.clone()), &first.address) {
@@ -161,12 +163,7 @@ impl Running {
                 Ok(())
             }
             Err(status) => {
-                tracing::warn!(
-                    executor = first.executor_id,
-                    sequence = self.number,
-                    error = &status as &dyn std::error::Error,
-                    "failed to call an executor"
-                );
+                self.tell(&first.executor_id, &status, "failed to call an executor");
                 Err(Loss::of_status(&status, &route))
             }
         }
@@ -178,8 +175,7 @@ impl Running {
         match event {
             None => Step::Lost(Loss::of_end(route)),
             Some(Err(status)) => {
-                let executor = route.hops[0].executor_id.as_str();
-                tracing::warn!(executor, sequence = self.number, error = &status as &dyn std::error::Error, "lost an executor");
+                self.tell(&route.hops[0].executor_id, &status, "lost an executor");
                 Step::Lost(Loss::of_status(&status, route))
             }
             Some(Ok(v1::SequenceEvent { event: Some(event) })) => match event {
@@ -204,6 +200,15 @@ impl Running {
             },
             // An event of a later version.
             Some(Ok(v1::SequenceEvent { event: None })) => Step::Skip,
+        }
+    }
+
+    /// Says that an executor failed, unless that was said a moment ago.
+    fn tell(&self, executor: &str, status: &tonic::Status, what: &'static str) {
+        if self.shared.suspects.now().contains(&ExecutorId(executor.to_owned())) {
+            tracing::debug!(executor, sequence = self.number, error = status as &dyn std::error::Error, "{what}");
+        } else {
+            tracing::warn!(executor, sequence = self.number, error = status as &dyn std::error::Error, "{what}");
         }
     }
 

@@ -132,6 +132,10 @@ fn executor_id(index: usize) -> ExecutorId {
 impl Stage {
     /// One executor for each script, each holding its span of the chain.
     async fn of(scripts: Vec<(Vec<Act>, (u32, u32))>) -> Self {
+        Self::with(scripts, DispatchOptions { attempts_max: 6, ..DispatchOptions::default() }).await
+    }
+
+    async fn with(scripts: Vec<(Vec<Act>, (u32, u32))>, options: DispatchOptions) -> Self {
         let registry: Arc<dyn Registry> = Arc::new(Embedded::in_memory());
         let digest = Digest::of(b"chain");
         let mut executors = Vec::new();
@@ -157,7 +161,6 @@ impl Stage {
         let directory = tempfile::tempdir().unwrap();
         let catalog = Catalog::start(Zoo::create_dir(directory.path()).await.unwrap(), Duration::from_secs(3600)).await;
         let local = executors.iter().enumerate().map(|(index, executor)| (executor_id(index), executor.clone() as Arc<dyn ExecutorClient>));
-        let options = DispatchOptions { attempts_max: 6, ..DispatchOptions::default() };
         let router = RouterId("rtr_1".to_owned());
         let dispatch = Dispatch::new(router, cluster, catalog, Clients::new(local), options, &MetricRegistry::new()).unwrap();
         let view =
@@ -340,6 +343,22 @@ async fn refusals_go_elsewhere_and_are_told_when_all_refuse() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn class_is_pinned_by_the_first_token_only() {
+    for (count, class) in [(0, "gpu-v1"), (2, "cpu-v1")] {
+        let stage = Stage::whole([vec![Act::DieAfter(count)], vec![], vec![]]).await;
+        let key_b = key::executor(&executor_id(1));
+        let mut other: ExecutorRecord = record::parse(&stage.registry.get(&key_b).await.unwrap().unwrap()).unwrap();
+        other.numeric_class = "gpu-v1".to_owned();
+        stage.registry.put(&key_b, &record::to_value(&other), None).await.unwrap();
+        let ready = |state: &Arc<ClusterState>| state.executors.values().any(|record| record.numeric_class == "gpu-v1");
+        stage.dispatch.shared.cluster.subscribe().wait_for(ready).await.unwrap();
+        assert_eq!(stage.run().await.0, Stage::wanted());
+        let resumed: Vec<v1::Admission> = [1, 2].into_iter().flat_map(|index| stage.admissions(index)).collect();
+        assert_eq!((resumed.len(), resumed[0].numeric_class.as_str()), (1, class), "died after {count}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn attempts_are_bounded() {
     let stage = Stage::whole([vec![Act::DieAfter(2)].into_iter().chain((0..99).map(|_| Act::DieAfter(0))).collect()]).await;
     let (tokens, end) = stage.run().await;
@@ -405,9 +424,9 @@ async fn keys_and_limits_of_tenants_hold() {
 
 #[tokio::test(start_paused = true)]
 async fn deadline_ends_a_sequence_that_nobody_runs() {
-    let mut stage = Stage::whole([(0..99).map(|_| Act::DieAfter(0)).collect()]).await;
-    let shared = Arc::get_mut(&mut stage.dispatch.shared).unwrap();
-    shared.options = DispatchOptions { attempts_max: 1000, deadline: Some(Duration::from_secs(3)), ..shared.options.clone() };
+    let options = DispatchOptions { attempts_max: 1000, deadline: Some(Duration::from_secs(3)), ..DispatchOptions::default() };
+    let deaths = (0..99).map(|_| Act::DieAfter(0)).collect();
+    let stage = Stage::with(vec![(deaths, (0, BLOCKS))], options).await;
     let (_, end) = stage.run().await;
     assert!(end.unwrap_err().message.contains("time is up"));
     assert!(stage.admissions(0)[0].deadline_unix_ms > 0);
