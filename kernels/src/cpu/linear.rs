@@ -27,7 +27,7 @@ pub(super) struct Output<'a> {
     pub(super) bias: Option<&'a [f32]>,
 }
 
-impl Output<'_> {
+impl<'a> Output<'a> {
     /// What an earlier pass over K left for `row` and `panel`.
     ///
     /// # Safety
@@ -56,7 +56,7 @@ impl Output<'_> {
     /// # Safety
     /// No other thread works on this row and panel.
     #[inline(always)]
-    unsafe fn place(&self, row: usize, panel: usize) -> &mut [f32] {
+    unsafe fn place(&self, row: usize, panel: usize) -> &'a mut [f32] {
         let start = row * self.stride + self.first + panel * LANES;
         // SAFETY: the caller owns this row and panel.
         unsafe { self.values.part(start..start + LANES.min(self.outputs - panel * LANES)) }
