@@ -9,11 +9,17 @@ cargo build --release --locked -p ashlar
 ashlar=${CARGO_TARGET_DIR:-target}/release/ashlar
 scripts/add-demo.sh "$ashlar" zoo-data
 
-listen=127.0.0.1:8080
+listen=127.0.0.1:8080 flags=(--listen 127.0.0.1:8080)
+for ((index = 1; index <= $#; index++)); do
+  case ${!index} in
+    --listen) next=$((index + 1)) && listen=${!next:-} flags=() ;;
+    --listen=*) listen=${!index#*=} flags=() ;;
+  esac
+done
 say ""
 say "Serving on http://$listen. Try, in another terminal:"
 say ""
 say "  $ashlar chat demo/base"
 say "  curl -s http://$listen/v1/models"
 say ""
-exec "$ashlar" serve --zoo zoo-data --listen "$listen" "$@"
+exec "$ashlar" serve --zoo zoo-data "${flags[@]}" "$@"

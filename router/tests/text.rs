@@ -69,7 +69,7 @@ fn cut(text: &str, stops: &[String]) -> (String, bool) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 2000, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: ProptestConfig::default().cases * 8, failure_persistence: None, ..ProptestConfig::default() })]
 
     /// Any ids at all, also those that make no UTF-8.
     #[test]

@@ -54,7 +54,7 @@ class Program:
     """A running program with its log in a file."""
 
     def __init__(self, command: list, log: Path):
-        self.log = log
+        self.command, self.log = command, log
         self.log_file = log.open("w")
         environment = {key: value for key, value in os.environ.items() if not key.startswith("ASHLAR_")} | {"NO_COLOR": "1"}
         self.process = subprocess.Popen(
@@ -183,6 +183,13 @@ class Cluster:
     def _started(self, program):
         self.programs.append(program)
         return program
+
+    def restart(self, ended: Program) -> Program:
+        """The same program again, in the place of one that ended."""
+        ended.wait()
+        again = Program(ended.command, ended.log.with_suffix(".again.log"))
+        self.programs[self.programs.index(ended)] = again
+        return again
 
     def stop(self) -> list[int]:
         """Stops all, the router first, and returns their exit statuses in order of their start."""

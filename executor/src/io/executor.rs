@@ -523,17 +523,17 @@ impl<B: Ops> Driver<B> {
                 }
                 self.send(Command::Run(batch, link_rows));
             }
-            Output::EmitStarted { sequence, waited } => {
+            Output::EmitStarted { sequence, waited, cached_tokens } => {
                 self.metrics.queued(waited.as_secs_f64());
-                self.tell(sequence, SequenceEvent::Started(v1::Started { queue_ms: waited.as_secs_f64() * 1e3 }));
+                self.tell(sequence, SequenceEvent::Started(v1::Started { queue_ms: waited.as_secs_f64() * 1e3, cached_tokens }));
             }
             Output::EmitToken { sequence, index, token } => self.tell(sequence, SequenceEvent::Token(token_event(index, token))),
-            Output::EmitFinished { sequence, reason, cached_tokens } => {
+            Output::EmitFinished { sequence, reason } => {
                 let reason = match reason {
                     Reason::Stop => v1::FinishReason::Stop,
                     Reason::Length => v1::FinishReason::Length,
                 };
-                self.tell(sequence, SequenceEvent::Finished(v1::Finished { reason: reason.into(), cached_tokens }));
+                self.tell(sequence, SequenceEvent::Finished(v1::Finished { reason: reason.into() }));
             }
             Output::EmitFailed { sequence, code, message, retry } => self.tell(sequence, failed_event(code, &message, retry)),
             Output::SendToken { sequence, position, token } => {

@@ -78,6 +78,8 @@ pub enum Output {
         sequence: SequenceId,
         /// Time in the queue.
         waited: Now,
+        /// Prompt tokens whose compute was avoided.
+        cached_tokens: u32,
     },
     /// Give a token to the router.
     EmitToken {
@@ -94,8 +96,6 @@ pub enum Output {
         sequence: SequenceId,
         /// Why.
         reason: Reason,
-        /// Prompt tokens whose compute was avoided.
-        cached_tokens: u32,
     },
     /// Tell the router that the sequence failed. The engine has forgotten it.
     EmitFailed {
@@ -480,9 +480,8 @@ impl Engine {
     }
 
     fn finish(&mut self, id: SequenceId, reason: Reason) {
-        let cached_tokens = self.sequences[&id].cached_tokens;
         self.remove(id);
-        self.outputs.push_back(Output::EmitFinished { sequence: id, reason, cached_tokens });
+        self.outputs.push_back(Output::EmitFinished { sequence: id, reason });
         self.outputs.push_back(Output::Release(id));
     }
 

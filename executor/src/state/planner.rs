@@ -122,7 +122,8 @@ impl Engine {
             if !sequence.started {
                 sequence.started = true;
                 let waited = now.saturating_sub(sequence.admitted_at);
-                self.outputs.push_back(Output::EmitStarted { sequence: id, waited });
+                let cached_tokens = sequence.cached_tokens;
+                self.outputs.push_back(Output::EmitStarted { sequence: id, waited, cached_tokens });
             }
         }
     }

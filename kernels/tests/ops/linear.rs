@@ -87,7 +87,7 @@ fn rows(random: &mut Random) -> usize {
 macro_rules! formats {
     ($($name:ident: $dtype:expr;)*) => {
         proptest! {
-            #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
+            #![proptest_config(ProptestConfig { cases: ProptestConfig::default().cases / 10, failure_persistence: None, ..ProptestConfig::default() })]
             $(
                 #[test]
                 fn $name(seed in any::<u64>()) {
@@ -123,7 +123,7 @@ formats! {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: ProptestConfig::default().cases / 10, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn parts_of_different_formats_make_one_layer(seed in any::<u64>()) {

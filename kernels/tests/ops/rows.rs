@@ -113,7 +113,7 @@ impl Case for Lookup {
 const ACTIVATIONS: [Activation; 4] = [Activation::Silu, Activation::GeluTanh, Activation::Gelu, Activation::Relu];
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 40, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: ProptestConfig::default().cases / 6, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn norms_have_the_reference_bits(seed in any::<u64>(), row_count in 0usize..70) {

@@ -101,6 +101,7 @@ async fn stop_strings_are_cut_and_not_leaked() {
         let whole = server.post(PATH, &chat("acme/story", json!({"stop": stop, "logprobs": true}))).await.json();
         assert_eq!(whole["choices"][0]["message"]["content"], expected);
         assert_eq!(whole["choices"][0]["finish_reason"], "stop");
+        assert_eq!(whole["usage"]["prompt_tokens_details"]["cached_tokens"], CACHED, "also where the router ends it");
         let streamed = server.post(PATH, &chat("acme/story", json!({"stop": stop, "stream": true, "logprobs": true}))).await;
         assert_eq!(content(&streamed), expected);
         // Log probabilities spell the same text, whole and streamed.

@@ -279,7 +279,7 @@ impl Running {
             (false, true) => v1::FinishReason::Length,
             (false, false) => return None,
         };
-        Some(v1::Finished { reason: reason.into(), cached_tokens: 0 })
+        Some(v1::Finished { reason: reason.into() })
     }
 
     fn admission(&self, route: &Route) -> v1::Admission {

@@ -94,8 +94,7 @@ impl Choice {
     }
 
     /// Takes the sequence's own end.
-    pub(crate) fn handle_finished(&mut self, reason: FinishReason, cached_tokens: u32) {
-        self.cached_tokens = cached_tokens;
+    pub(crate) fn handle_finished(&mut self, reason: FinishReason) {
         if self.state != ChoiceState::Running {
             return;
         }

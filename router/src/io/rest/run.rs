@@ -120,7 +120,10 @@ impl Run {
     fn handle_event(&mut self, index: usize, event: Option<Result<Event, ApiError>>) -> Result<(), ApiError> {
         let choice = &mut self.choices[index];
         let outcome = match event {
-            Some(Ok(Event::Started(_))) => Ok(()),
+            Some(Ok(Event::Started(started))) => {
+                choice.cached_tokens = started.cached_tokens;
+                Ok(())
+            }
             Some(Ok(Event::Token(token))) if token.index == choice.generated_tokens => {
                 choice.last_token_at = Some(self.metrics.token(choice.last_token_at));
                 choice.handle_token(token);
@@ -131,7 +134,7 @@ impl Run {
                 Err(ApiError::new(Code::Internal, message))
             }
             Some(Ok(Event::Finished(finished))) => {
-                choice.handle_finished(finished.reason(), finished.cached_tokens);
+                choice.handle_finished(finished.reason());
                 Ok(())
             }
             Some(Ok(Event::Failed(failed))) => Err(of_failed(failed)),

@@ -175,7 +175,7 @@ fn moved(plan: &Plan, other: &Plan) -> Vec<(ExecutorId, SpanAssignment)> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(400) })]
+    #![proptest_config(ProptestConfig { cases: ProptestConfig::default().cases * 2, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn every_plan_is_sound_and_stands_when_planned_again(inventory in inventories(), policy in policies()) {

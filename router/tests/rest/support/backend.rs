@@ -144,7 +144,7 @@ impl Backend for ScriptedBackend {
         }
         let mut script = self.encode(&format!("{}:{STORY}", sequence.choice_index));
         script.push(IM_END);
-        let mut events = vec![Ok(Event::Started(v1::Started { queue_ms: 0.5 }))];
+        let mut events = vec![Ok(Event::Started(v1::Started { queue_ms: 0.5, cached_tokens: CACHED }))];
         let mut reason = v1::FinishReason::Length;
         for index in 0..sequence.generated_tokens_max {
             let token = self.token(&script, &sequence, index);
@@ -155,7 +155,7 @@ impl Backend for ScriptedBackend {
                 break;
             }
         }
-        events.push(Ok(Event::Finished(v1::Finished { reason: reason.into(), cached_tokens: CACHED })));
+        events.push(Ok(Event::Finished(v1::Finished { reason: reason.into() })));
         match name.as_str() {
             "breaks" => {
                 events.truncate(3);

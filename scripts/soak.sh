@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# The long checks, run by hand before something large is called done: scripts/soak.sh [STAGE...]. Some hours on two cores. Stages:
+#
+#   seeds        every property test with SEEDS (10000) seeds for the engine, and as many times more for the others
+#   fuzz         every fuzz target for FUZZ_SECONDS (600)
+#   real-models  64 greedy tokens of every prompt on three real models against transformers
+#   repeat       the end-to-end tests RUNS (10) times over
+#   smoke        SmolLM2 and the demo family behind the official client, release build
+#   speed        one stream against llama.cpp, with one thread and with all
+#
+# Ends with a table of minutes; logs lie in target/soak-logs.
+set -uo pipefail
+source "$(dirname "$0")/lib.sh"
+
+SEEDS=${SEEDS:-10000} FUZZ_SECONDS=${FUZZ_SECONDS:-600} RUNS=${RUNS:-10}
+target=${CARGO_TARGET_DIR:-$ROOT/target}
+export ASHLAR_MODELS=${ASHLAR_MODELS:-$ROOT/target/models}
+export PATH=$ROOT/.venv/bin:$PATH
+stages=(seeds fuzz real-models repeat smoke speed)
+logs=$target/soak-logs
+trap 'exit 130' INT TERM
+
+# The tests state their cases as parts and multiples of proptest's own number; the engine's is a quarter of it.
+seeds() {
+  export PROPTEST_CASES=$((SEEDS * 4))
+  cargo test --locked -p ashlar-executor --lib && cargo test --locked -p ashlar-router --lib --test text && cargo test --locked -p ashlar-kernels --tests
+}
+
+fuzz() { ASHLAR_FUZZ_SECONDS=$FUZZ_SECONDS cargo test --locked -p ashlar-fuzz; }
+
+real-models() { scripts/test-real-models.sh all; }
+
+repeat() {
+  cargo build --locked -p ashlar || return
+  local run
+  for run in $(seq "$RUNS"); do
+    say "== run $run of $RUNS"
+    ASHLAR_BIN=$target/debug/ashlar python -m pytest -q -p no:cacheprovider tests/e2e || return
+  done
+}
+
+smoke() { bench/smoke.sh; }
+
+speed() { THREADS=1 bench/single-stream.sh && bench/single-stream.sh; }
+
+[ $# = 0 ] || stages=("$@")
+for stage in "${stages[@]}"; do
+  declare -F "$stage" >/dev/null || die "no stage $stage: see the head of $0"
+done
+mkdir -p "$logs"
+scripts/setup-tests.sh || exit 1
+scripts/fetch-models.sh smollm2 || exit 1
+table='' failed=0
+for stage in "${stages[@]}"; do
+  say "== $stage"
+  began=$SECONDS result=ok
+  "$stage" </dev/null 2>&1 | tee "$logs/$stage.log"
+  [ "${PIPESTATUS[0]}" = 0 ] || { result=FAILED; failed=1; }
+  table+=$(awk -v stage="$stage" -v s="$((SECONDS - began))" -v result="$result" 'BEGIN { printf "%-12s %8.1f  %s", stage, s / 60, result }')$'\n'
+done
+printf '\n%-12s %8s  %s\n%s' stage minutes result "$table"
+exit "$failed"
