@@ -1,6 +1,5 @@
-"""The talking half of smoke.sh: a zoo, a server, and the official client. Needs ASHLAR_BIN and ASHLAR_MODELS."""
+"""The talking half of smoke.sh: a zoo, a server, and the official client: smoke.py GGUF, with ASHLAR_BIN set."""
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -14,12 +13,6 @@ import openai  # noqa: E402
 import servers  # noqa: E402
 
 SMOLLM = "hub/smollm2-135m-instruct"
-
-
-def add_smollm(zoo: Path):
-    found = sorted(Path(os.environ["ASHLAR_MODELS"]).rglob("SmolLM2-135M-Instruct*.gguf"))
-    assert found, "scripts/fetch-models.sh smollm2 left no GGUF file in ASHLAR_MODELS"
-    subprocess.run([servers.BINARY, "zoo", "add", found[0], "--name", SMOLLM, "--zoo", zoo], check=True)
 
 
 def talk(client: openai.OpenAI, model: str):
@@ -48,7 +41,7 @@ def main():
     with tempfile.TemporaryDirectory() as scratch:
         zoo = Path(scratch) / "zoo"
         models = [SMOLLM, *servers.make_zoo(zoo)]
-        add_smollm(zoo)
+        subprocess.run([servers.BINARY, "zoo", "add", sys.argv[1], "--name", SMOLLM, "--zoo", zoo], check=True)
         serve = servers.Serve(zoo, Path(scratch) / "serve.log")
         try:
             serve.api.wait_for_models(models)

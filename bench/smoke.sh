@@ -7,6 +7,6 @@ source "$(dirname "$0")/../scripts/lib.sh"
 
 scripts/setup-tests.sh
 export ASHLAR_MODELS=${ASHLAR_MODELS:-$ROOT/target/models}
-scripts/fetch-models.sh smollm2
+gguf=$(scripts/fetch-models.sh smollm2)
 cargo build --release --locked -p ashlar
-ASHLAR_BIN=${CARGO_TARGET_DIR:-$ROOT/target}/release/ashlar exec .venv/bin/python bench/smoke.py
+ASHLAR_BIN=${CARGO_TARGET_DIR:-$ROOT/target}/release/ashlar exec .venv/bin/python bench/smoke.py "$gguf"
