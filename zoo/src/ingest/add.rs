@@ -3,9 +3,11 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt, stream};
 
 use super::checkpoint::Checkpoint;
@@ -22,6 +24,9 @@ use crate::tensor_file;
 
 /// Times that a name is tried again after someone else changed it.
 const NAME_ATTEMPTS: usize = 8;
+
+/// Bytes of converted tensors that are kept from their hashing to their storing; others are converted twice.
+const KEPT_BYTES_MAX: u64 = 1 << 30;
 
 /// What `zoo add` was asked.
 #[derive(Debug, Clone)]
@@ -52,8 +57,8 @@ pub async fn add(zoo: &Zoo, path: &Path, options: &AddOptions, progress: &dyn Pr
     let checkpoint = Arc::new(checkpoint);
     let tensor_plans: Vec<Arc<TensorPlan>> = std::mem::take(&mut plan.tensors).into_iter().map(Arc::new).collect();
 
-    let refs = hash(&checkpoint, &tensor_plans, progress).await?;
-    let stored = store_tensors(zoo, &checkpoint, &tensor_plans, &refs, progress).await?;
+    let (refs, kept) = hash(&checkpoint, &tensor_plans, progress).await?;
+    let stored = store_tensors(zoo, &checkpoint, &tensor_plans, &refs, kept, progress).await?;
     let (blocks, block_count) = store_blocks(zoo, checkpoint.decoder.width, &plan, &refs).await?;
     let chain = chain(&checkpoint, &plan, blocks, &text, store_assets(zoo, &text).await?, options);
     let (chain, _) = zoo.put_chain(&chain).await?;
@@ -71,27 +76,45 @@ pub async fn add(zoo: &Zoo, path: &Path, options: &AddOptions, progress: &dyn Pr
     })
 }
 
+/// Payloads by index, where they were converted and kept.
+type Kept = BTreeMap<usize, Bytes>;
+
 /// Identity of every tensor as it will be stored. Finds values that are not finite before anything is written.
-async fn hash(checkpoint: &Arc<Checkpoint>, plans: &[Arc<TensorPlan>], progress: &dyn Progress) -> Result<Vec<TensorRef>, IngestError> {
+async fn hash(
+    checkpoint: &Arc<Checkpoint>,
+    plans: &[Arc<TensorPlan>],
+    progress: &dyn Progress,
+) -> Result<(Vec<TensorRef>, Kept), IngestError> {
     progress.begin(Stage::Hash, plans.iter().map(|plan| target_bytes(plan)).sum());
     let hashed = stream::iter(plans).map(|plan| {
         let (checkpoint, plan) = (checkpoint.clone(), plan.clone());
         async move {
             let bytes = target_bytes(&plan);
-            let tensor = blocking(move || {
+            let hashed = blocking(move || {
                 let payload = gather::payload(&checkpoint.tensors, &plan)?;
                 let digest = tensor_file::digest(plan.target, &plan.shape, &payload);
-                Ok(TensorRef { digest, dtype: plan.target, shape: plan.shape.clone() })
+                let tensor = TensorRef { digest, dtype: plan.target, shape: plan.shape.clone() };
+                Ok((tensor, (plan.source != plan.target).then_some(payload)))
             })
             .await?;
             progress.advance(bytes);
-            Ok::<_, IngestError>(tensor)
+            Ok::<_, IngestError>(hashed)
         }
     });
-    // A few at a time: memory is bounded by so many tensors, whatever the model.
-    let refs = hashed.buffered(concurrency()).try_collect().await?;
+    // A few at a time: memory is bounded by so many tensors and what is kept, whatever the model.
+    let mut hashed = pin!(hashed.buffered(concurrency()));
+    let (mut refs, mut kept, mut kept_bytes) = (Vec::with_capacity(plans.len()), Kept::new(), 0);
+    while let Some((tensor, converted)) = hashed.try_next().await? {
+        if let Some(payload) = converted
+            && kept_bytes + payload.len() as u64 <= KEPT_BYTES_MAX
+        {
+            kept_bytes += payload.len() as u64;
+            kept.insert(refs.len(), payload);
+        }
+        refs.push(tensor);
+    }
     progress.end();
-    Ok(refs)
+    Ok((refs, kept))
 }
 
 struct Stored {
@@ -105,20 +128,24 @@ async fn store_tensors(
     checkpoint: &Arc<Checkpoint>,
     plans: &[Arc<TensorPlan>],
     refs: &[TensorRef],
+    mut kept: Kept,
     progress: &dyn Progress,
 ) -> Result<Stored, IngestError> {
     let distinct: BTreeMap<Digest, usize> = refs.iter().enumerate().rev().map(|(index, tensor)| (tensor.digest, index)).collect();
     let bytes_total = distinct.values().map(|index| target_bytes(&plans[*index])).sum();
     progress.begin(Stage::Store, bytes_total);
     let stored = stream::iter(distinct.values().copied()).map(|index| {
-        let (plan, tensor) = (&plans[index], &refs[index]);
+        let (plan, tensor, kept) = (&plans[index], &refs[index], kept.remove(&index));
         async move {
             let bytes = target_bytes(plan);
             let put = match zoo.keep_tensor(tensor).await? {
                 true => Put::Present,
                 false => {
                     let (checkpoint, plan) = (checkpoint.clone(), plan.clone());
-                    let payload = blocking(move || gather::payload(&checkpoint.tensors, &plan)).await?;
+                    let payload = match kept {
+                        Some(payload) => payload,
+                        None => blocking(move || gather::payload(&checkpoint.tensors, &plan)).await?,
+                    };
                     zoo.put_tensor(tensor, payload).await?
                 }
             };
