@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The long checks, run by hand before something large is called done: scripts/soak.sh [STAGE...]. Some hours on two cores. Stages:
 #
-#   seeds        every property test with SEEDS (10000) seeds for the engine, and as many times more for the others
+#   seeds        every property test with many seeds, the engine's with SEEDS (10000)
 #   fuzz         every fuzz target for FUZZ_SECONDS (600)
 #   real-models  64 greedy tokens of every prompt on three real models against transformers
 #   repeat       the end-to-end tests RUNS (10) times over
@@ -20,18 +20,19 @@ stages=(seeds fuzz real-models repeat smoke speed)
 logs=$target/soak-logs
 trap 'exit 130' INT TERM
 
-# The tests state their cases as parts and multiples of proptest's own number; the engine's is a quarter of it.
+# The tests state their cases as parts and multiples of proptest's own number; the engine's is a quarter of it. All crates at once,
+# so that nothing is built anew with other features.
 seeds() {
-  export PROPTEST_CASES=$((SEEDS * 4))
-  cargo test --locked -p ashlar-executor --lib && cargo test --locked -p ashlar-router --lib --test text && cargo test --locked -p ashlar-kernels --tests
+  PROPTEST_CASES=$((SEEDS * 4)) cargo test --workspace --locked --lib --test text &&
+    PROPTEST_CASES=$((SEEDS / 4)) cargo test --workspace --locked --test ops # against a slow reference
 }
 
-fuzz() { ASHLAR_FUZZ_SECONDS=$FUZZ_SECONDS cargo test --locked -p ashlar-fuzz; }
+fuzz() { ASHLAR_FUZZ_SECONDS=$FUZZ_SECONDS cargo test --workspace --locked --test smoke; }
 
 real-models() { scripts/test-real-models.sh all; }
 
 repeat() {
-  cargo build --locked -p ashlar || return
+  cargo build --workspace --bins --locked || return
   local run
   for run in $(seq "$RUNS"); do
     say "== run $run of $RUNS"
