@@ -1,8 +1,11 @@
 """Clients that leave, servers that are told to stop, and what the metrics say of it all."""
 
+import json
 import signal
 import socket
+import subprocess
 
+import pytest
 import queries
 import servers
 from asking import GREEDY, PROMPT, complete
@@ -10,6 +13,7 @@ from conftest import client_of
 from servers import wait_until
 
 MODEL = "demo/base"
+OTHER = "demo/shakespeare-top"
 LONG_TOKENS = 400
 
 
@@ -51,6 +55,49 @@ def test_told_to_stop_it_finishes_what_runs(zoo, tmp_path):
         assert serve.complaints() == []
     finally:
         serve.process.kill()
+
+
+@pytest.fixture
+def own_serve(tmp_path):
+    """A server with a zoo of its own, that may be changed."""
+    servers.make_zoo(tmp_path / "zoo")
+    serve = servers.Serve(tmp_path / "zoo", tmp_path / "serve.log", "--set", "zoo.refresh_ms=50")
+    serve.zoo = tmp_path / "zoo"
+    try:
+        serve.api.wait_for_models([MODEL, OTHER])
+        yield serve
+    finally:
+        serve.terminate()
+
+
+def zoo_command(serve, *words):
+    subprocess.run([servers.BINARY, "zoo", *words, "--zoo", serve.zoo], check=True, capture_output=True, timeout=60)
+
+
+def test_what_runs_outlasts_a_change_of_its_name(own_serve):
+    """A name is given to another chain, then removed, while it answers: streams end with the text of the model that they began with."""
+    client = client_of(own_serve.api)
+    texts = {model: complete(client, model, LONG_TOKENS) for model in (MODEL, OTHER)}
+    assert texts[MODEL] != texts[OTHER]
+    changes = [("add", servers.DEMO / OTHER.split("/")[1], "--name", MODEL), ("rm", MODEL)]
+    for change, now, after in zip(changes, [MODEL, OTHER], [OTHER, None], strict=True):
+        resumed = own_serve.api.metric("ashlar_sequence_resumes_total")
+        # Many, so that they run long enough.
+        streams = [iter(client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=LONG_TOKENS, stream=True, **GREEDY)) for _ in range(16)]
+        starts = [next(stream).choices[0].text for stream in streams]
+        zoo_command(own_serve, *change)
+        for start, stream in zip(starts, streams, strict=True):
+            assert start + "".join(chunk.choices[0].text for chunk in stream) == texts[now]
+        assert own_serve.api.metric("ashlar_sequence_resumes_total") == resumed
+        question = {"model": MODEL, "prompt": PROMPT, "max_tokens": LONG_TOKENS, "temperature": 0, "ignore_eos": True}
+
+        def answer():
+            status, body = servers.get(f"{own_serve.api.url}/v1/completions", question)
+            return json.loads(body)["choices"][0]["text"] if status == 200 else None if status == 404 else "not yet"
+
+        wait_until(f"{MODEL} says what {after} says", lambda: answer() == (texts[after] if after else None), 20)
+    wait_until("the old chain's pages are free", lambda: own_serve.api.metric("ashlar_kv_pages", state="used") == 0, 5)
+    assert own_serve.complaints() == []
 
 
 def test_metrics_have_all_that_dashboard_and_rules_ask_for(server, client):

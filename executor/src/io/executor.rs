@@ -32,6 +32,9 @@ use crate::state::sequence::{Admit, Reason, SpanIndex};
 /// Time between copies of the engine's gauges into metrics while it is busy.
 const GAUGE_INTERVAL: Duration = Duration::from_millis(200);
 
+/// How long sequences of a span that is no longer wanted may go on.
+const RETIRE_MAX: Duration = Duration::from_secs(120);
+
 /// What an executor is, apart from its load.
 #[derive(Debug, Clone)]
 pub struct Identity {
@@ -74,8 +77,8 @@ pub enum Event {
     Device(DeviceReply),
     /// A span's blocks were handed to the device.
     Host(Box<HostedSpan>),
-    /// A span is no longer wanted.
-    Unhost(SpanKey, oneshot::Sender<()>),
+    /// A span is no longer wanted: it takes no new sequence, and is gone (which the sender is told) when those that it has have ended.
+    Retire(SpanKey, oneshot::Sender<()>),
     /// The newest plan that the executor obeys.
     Plan(u64),
     /// Look for faults in the engine's books.
@@ -186,6 +189,7 @@ pub fn start<B: Ops>(
         links: Links::new(events.clone()),
         attachments: BTreeMap::new(),
         hosted: BTreeMap::new(),
+        retiring: BTreeMap::new(),
         numeric_class: identity.numeric_class.clone(),
         status: Arc::clone(&status),
         metrics,
@@ -203,6 +207,8 @@ struct Driver<B: Ops> {
     links: Links,
     attachments: BTreeMap<SequenceId, Attachment>,
     hosted: BTreeMap<SpanKey, (SpanIndex, HostedSpan)>,
+    /// Those of `hosted` that only finish what they have, and until when.
+    retiring: BTreeMap<SpanKey, (Instant, oneshot::Sender<()>)>,
     numeric_class: String,
     status: Arc<Mutex<v1::StatusReply>>,
     metrics: ExecutorMetrics,
@@ -213,14 +219,26 @@ struct Driver<B: Ops> {
 
 impl<B: Ops> Driver<B> {
     async fn drive(mut self, mut events: mpsc::UnboundedReceiver<Event>) {
-        while let Some(event) = events.recv().await {
-            self.handle(event);
+        loop {
+            let late = self.retiring.values().map(|(until, _)| *until).min();
+            tokio::select! {
+                event = events.recv() => match event {
+                    Some(event) => self.handle(event),
+                    None => return,
+                },
+                () = tokio::time::sleep_until(late.unwrap_or_else(Instant::now)), if late.is_some() => {}
+            }
             // Everything that has arrived meanwhile joins the same plan.
             while let Ok(event) = events.try_recv() {
                 self.handle(event);
             }
-            while let Some(output) = self.engine.poll_output(self.began.elapsed()) {
-                self.act(output);
+            loop {
+                while let Some(output) = self.engine.poll_output(self.began.elapsed()) {
+                    self.act(output);
+                }
+                if !self.unhost_retired() {
+                    break;
+                }
             }
             if events.is_empty() || self.gauges_at.elapsed() > GAUGE_INTERVAL {
                 self.gauges_at = Instant::now();
@@ -303,12 +321,9 @@ impl<B: Ops> Driver<B> {
                 std::process::abort();
             }
             Event::Host(span) => self.host(*span),
-            Event::Unhost(key, done) => {
-                if let Some((index, _)) = self.hosted.remove(&key) {
-                    self.engine.handle_unhost(index);
-                    self.update_spans();
-                }
-                let _ = done.send(());
+            Event::Retire(key, done) => {
+                self.retiring.insert(key, (Instant::now() + RETIRE_MAX, done));
+                self.update_spans();
             }
             Event::Plan(generation) => self.generation = self.generation.max(generation),
             Event::CheckIntegrity(answer) => {
@@ -323,9 +338,32 @@ impl<B: Ops> Driver<B> {
         self.update_spans();
     }
 
+    /// Lets go of retiring spans that have nothing left to do, or no time to do it. Whether there were any.
+    fn unhost_retired(&mut self) -> bool {
+        let now = Instant::now();
+        let is_over = |key: &SpanKey, until: Instant| {
+            self.hosted.get(key).is_none_or(|(index, _)| now >= until || self.engine.sequence_count(*index) == 0)
+        };
+        let over: Vec<SpanKey> =
+            self.retiring.iter().filter(|(key, (until, _))| is_over(key, *until)).map(|(key, _)| key.clone()).collect();
+        for key in &over {
+            if let Some((index, _)) = self.hosted.remove(key) {
+                self.engine.handle_unhost(index);
+            }
+            if let Some((_, done)) = self.retiring.remove(key) {
+                let _ = done.send(());
+            }
+        }
+        if !over.is_empty() {
+            self.update_spans();
+        }
+        !over.is_empty()
+    }
+
     fn update_spans(&mut self) {
         let mut status = self.status.lock().expect("no holder panics");
-        status.spans = self.hosted.values().map(|(_, span)| span.to_wire()).collect();
+        let wanted = self.hosted.iter().filter(|(key, _)| !self.retiring.contains_key(key));
+        status.spans = wanted.map(|(_, (_, span))| span.to_wire()).collect();
         let mut weight_bytes: BTreeMap<u32, u64> = BTreeMap::new();
         for (_, span) in self.hosted.values() {
             for (block, bytes) in span.host.blocks.iter().zip(&span.block_bytes) {
@@ -351,9 +389,11 @@ impl<B: Ops> Driver<B> {
             return refuse(Code::NumericClass, &message, Retry::Elsewhere, listener);
         }
         let Some(span) = admission.route.get(hop_index).and_then(|hop| hop.span.as_ref()) else {
-            return refuse(Code::InvalidValue, "the route ends before this executor", Retry::Never, listener);
+            // It was made for one that had this address before.
+            return refuse(Code::UnknownSpan, "no hop of the route names this executor", Retry::Elsewhere, listener);
         };
-        let Some((index, hosted)) = SpanKey::parse(span).and_then(|key| self.hosted.get(&key)) else {
+        let wanted = SpanKey::parse(span).filter(|key| !self.retiring.contains_key(key));
+        let Some((index, hosted)) = wanted.and_then(|key| self.hosted.get(&key)) else {
             return refuse(Code::UnknownSpan, "this executor does not hold the span named", Retry::Elsewhere, listener);
         };
         if span.lineage_to != hosted.lineage_to || (span.from > 0 && span.lineage_from != hosted.lineage_from) {
@@ -459,11 +499,14 @@ impl<B: Ops> Driver<B> {
         self.hosted.values().any(|(index, hosted)| Some(*index) == span && hosted.width as usize == width)
     }
 
-    /// Which hop of a route that came over a link is this executor's: the first that it hosts after the embedding's.
+    /// Which hop of a route that came over a link is this executor's: the first after the embedding's that it hosts, else the first
+    /// that names it; past the end where none does.
     fn hop_of_mine(&self, admission: &v1::Admission) -> usize {
-        let mine = |hop: &v1::Hop| hop.span.as_ref().and_then(SpanKey::parse).is_some_and(|key| self.hosted.contains_key(&key));
+        let hosts = |hop: &v1::Hop| hop.span.as_ref().and_then(SpanKey::parse).is_some_and(|key| self.hosted.contains_key(&key));
         let id = self.status.lock().expect("no holder panics").executor_id.clone();
-        admission.route.iter().skip(1).position(|hop| hop.executor_id == id && mine(hop)).map_or(admission.route.len(), |at| at + 1)
+        let mut named = admission.route.iter().enumerate().skip(1).filter(|(_, hop)| hop.executor_id == id);
+        let first = named.clone().next();
+        named.find(|(_, hop)| hosts(hop)).or(first).map_or(admission.route.len(), |(index, _)| index)
     }
 
     fn handle_downstream(&mut self, frame: v1::LinkFrame) {

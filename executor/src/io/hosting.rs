@@ -10,6 +10,9 @@ use ashlar_registry::{Registry, Session};
 use ashlar_wire::v1;
 use ashlar_zoo::digest::{Digest, lineages};
 use ashlar_zoo::store::Zoo;
+use futures::StreamExt;
+use futures::future::BoxFuture;
+use futures::stream::FuturesUnordered;
 use tokio::sync::{mpsc, oneshot};
 
 use super::device::Command;
@@ -148,6 +151,10 @@ pub struct Hosting<B: Ops> {
     page_tokens: u32,
     resident: BTreeMap<Digest, Resident>,
     spans: BTreeSet<SpanKey>,
+    /// Spans that finish what they have, until it has ended.
+    retiring: FuturesUnordered<BoxFuture<'static, SpanKey>>,
+    /// Their keys.
+    retiring_keys: BTreeSet<SpanKey>,
     /// Places of evicted blocks, to be used again.
     free: Vec<BlockIndex>,
     next: u32,
@@ -176,6 +183,8 @@ impl<B: Ops> Hosting<B> {
             page_tokens,
             resident: BTreeMap::new(),
             spans: BTreeSet::new(),
+            retiring: FuturesUnordered::new(),
+            retiring_keys: BTreeSet::new(),
             free: Vec::new(),
             next: 0,
             failed: BTreeSet::new(),
@@ -203,6 +212,12 @@ impl<B: Ops> Hosting<B> {
                     Some(ashlar_registry::Change::Delete { .. }) => continue,
                     None => return Ok(()),
                 },
+                // What it held may be what another span waits for.
+                Some(key) = self.retiring.next() => {
+                    self.retiring_keys.remove(&key);
+                    self.forget_unused(&key);
+                    tracing::info!(chain = %key.chain.short(), from = key.from, to = key.to, "let go of a span");
+                }
                 // A block that could not be read before may be readable now.
                 () = retry, if !self.failed.is_empty() => {}
             }
@@ -229,15 +244,16 @@ impl<B: Ops> Hosting<B> {
         });
     }
 
-    /// Drops what is no longer wanted, then loads what is new, one span after another.
+    /// Retires what is no longer wanted, and loads what is new, one span after another.
     pub async fn obey(&mut self, wanted: &[SpanKey], session: &Session<ExecutorRecord>) {
         let gone: Vec<SpanKey> = self.spans.iter().filter(|key| !wanted.contains(key)).cloned().collect();
         for key in gone {
-            self.drop_span(&key).await;
+            self.retire_span(key);
         }
         self.failed.retain(|key| wanted.contains(key));
         for key in wanted {
-            if self.spans.contains(key) {
+            // One that is wanted again is loaded when it is gone.
+            if self.spans.contains(key) || self.retiring_keys.contains(key) {
                 continue;
             }
             match self.load_span(key).await {
@@ -250,6 +266,10 @@ impl<B: Ops> Hosting<B> {
                 }
                 Err(error) => {
                     self.forget_unused(key);
+                    if matches!(error, HostError::Memory { .. }) && !self.retiring_keys.is_empty() {
+                        tracing::info!(chain = %key.chain.short(), "waiting for memory of spans that are on their way out");
+                        continue;
+                    }
                     if self.failed.insert(key.clone()) {
                         tracing::error!(chain = %key.chain, from = key.from, to = key.to, error = &error as &dyn std::error::Error, "failed to host a span");
                     }
@@ -258,14 +278,17 @@ impl<B: Ops> Hosting<B> {
         }
     }
 
-    async fn drop_span(&mut self, key: &SpanKey) {
-        self.spans.remove(key);
-        let (done, dropped) = oneshot::channel();
-        // Blocks leave the device after the engine has stopped to plan for them.
-        if self.events.send(Event::Unhost(key.clone(), done)).is_ok() {
-            let _ = dropped.await;
-        }
-        self.forget_unused(key);
+    /// Its blocks leave the device after its last sequence has ended.
+    fn retire_span(&mut self, key: SpanKey) {
+        self.spans.remove(&key);
+        let (done, retired) = oneshot::channel();
+        let _ = self.events.send(Event::Retire(key.clone(), done));
+        self.retiring_keys.insert(key.clone());
+        self.retiring.push(Box::pin(async move {
+            // Also over where the engine task has ended.
+            let _ = retired.await;
+            key
+        }));
     }
 
     fn forget_unused(&mut self, key: &SpanKey) {

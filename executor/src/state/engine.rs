@@ -194,6 +194,11 @@ impl Engine {
         SpanIndex(self.spans.len() as u32 - 1)
     }
 
+    /// Sequences of a span that have not ended.
+    pub fn sequence_count(&self, span: SpanIndex) -> usize {
+        self.sequences.values().filter(|sequence| sequence.span == span).count()
+    }
+
     /// Stops to host a span: its sequences fail with advice to go elsewhere.
     pub fn handle_unhost(&mut self, span: SpanIndex) {
         let ids: Vec<SequenceId> = self.sequences.iter().filter(|(_, s)| s.span == span).map(|(id, _)| *id).collect();

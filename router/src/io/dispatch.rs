@@ -137,6 +137,13 @@ impl Shared {
         }
     }
 
+    /// Whether no name and no plan has the model's chain any more.
+    fn is_gone(&self, model: &ModelView) -> bool {
+        let (catalog, chain) = (self.catalog.view(), ChainDigest(model.chain_digest.0));
+        let planned = |state: &ClusterState| state.plan.assignments.values().flatten().any(|span| span.chain == chain);
+        catalog.loaded && !catalog.chains.contains_key(&chain) && !planned(&self.cluster.state())
+    }
+
     fn sees(&self, state: &ClusterState, tenant: &TenantName, id: &str) -> bool {
         id.split_once('/').is_some_and(|(owner, name)| state.tenants.may_use(tenant, owner, name))
     }

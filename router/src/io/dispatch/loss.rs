@@ -43,6 +43,12 @@ impl Loss {
         Self { error: ApiError::new(code, error.reason), next, blamed: BTreeSet::new() }
     }
 
+    /// The model's name was given to another chain, or removed, and what served it could not go on.
+    pub(super) fn gone() -> Self {
+        let message = "the model was replaced or removed while this request ran, and an executor was lost";
+        Self { error: ApiError::new(Code::Unavailable, message), next: Next::GiveUp, blamed: BTreeSet::new() }
+    }
+
     /// The first executor could not be called, or its stream broke.
     pub(super) fn of_status(status: &Status, route: &Route) -> Self {
         let next = match status.code() {
@@ -76,8 +82,11 @@ impl Loss {
         let (next, blamed) = match (failed.retry(), code) {
             (v1::Retry::Same, _) => (Next::Again, BTreeSet::new()),
             (v1::Retry::Elsewhere, Code::NeverFits | Code::TooManyRequests) => (Next::RefusedHere, route.executors().collect()),
-            // It may hold the span a moment later; the registry will say so.
-            (v1::Retry::Elsewhere, Code::UnknownSpan | Code::StalePlan | Code::NumericClass | Code::Draining) => (Next::AvoidHere, first()),
+            // It may hold the span a moment later; the registry will say so. Which hop refused is not said: where there are more, the
+            // first has usually passed on the word of one behind it.
+            (v1::Retry::Elsewhere, Code::UnknownSpan | Code::StalePlan | Code::NumericClass | Code::Draining) => {
+                (Next::AvoidHere, if route.hops.len() > 1 { route.executors().skip(1).collect() } else { first() })
+            }
             // The one that speaks lives: it lost one behind it, if there is one.
             (v1::Retry::Elsewhere, _) if route.hops.len() > 1 => (Next::AvoidForAll, route.executors().skip(1).collect()),
             (v1::Retry::Elsewhere, _) => (Next::AvoidForAll, first()),

@@ -141,7 +141,11 @@ impl Running {
         // Before the first token any class will do.
         let pinned = self.numeric_class.as_deref().filter(|_| !self.generated.is_empty());
         let route = self.shared.assemble(&self.path, pinned, &self.avoided);
-        let route = route.map_err(|error| Loss::not_ready(error, begun))?;
+        let route = match route {
+            Ok(route) => route,
+            Err(_) if begun && self.shared.is_gone(&self.sequence.model) => return Err(Loss::gone()),
+            Err(error) => return Err(Loss::not_ready(error, begun)),
+        };
         if self.generated.is_empty()
             && let Some(error) = &self.refusal
             && route.executors().any(|id| self.avoided.contains(&id))

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::sync::Mutex;
 
 use ashlar_registry::embedded::Embedded;
-use ashlar_registry::record::{self, ExecutorRecord, KeyRecord, Limits, SpanAssignment, TenantRecord};
+use ashlar_registry::record::{self, ExecutorRecord, KeyRecord, Limits, Plan, SpanAssignment, TenantRecord};
 use ashlar_registry::{Registry, key};
 use ashlar_wire::id::RequestId;
 use ashlar_wire::v1;
@@ -139,6 +139,7 @@ impl Stage {
         let registry: Arc<dyn Registry> = Arc::new(Embedded::in_memory());
         let digest = Digest::of(b"chain");
         let mut executors = Vec::new();
+        let mut plan = Plan { generation: 7, ..Plan::default() };
         for (index, (acts, (from, to))) in scripts.into_iter().enumerate() {
             let record = ExecutorRecord {
                 id: executor_id(index),
@@ -154,8 +155,10 @@ impl Stage {
                 incarnation: 1,
             };
             registry.put(&key::executor(&record.id), &record::to_value(&record), None).await.unwrap();
+            plan.assignments.insert(record.id, record.spans);
             executors.push(Arc::new(Scripted { acts: Mutex::new(acts.into()), admissions: Mutex::default() }));
         }
+        registry.put(key::PLAN, &record::to_value(&plan), None).await.unwrap();
         let cluster = Cluster::start(registry.clone(), ClusterOptions { without: Without::Open, ..ClusterOptions::default() });
         cluster.loaded().await;
         let directory = tempfile::tempdir().unwrap();
@@ -310,6 +313,25 @@ async fn stream_waits_for_an_executor_that_takes_over() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn model_that_was_replaced_is_not_waited_for() {
+    let stage = Stage::whole([vec![Act::DieAfter(3)]]).await;
+    let mut events = stage.dispatch.start(stage.sequence(1)).await.unwrap();
+    stage.registry.put(key::PLAN, &record::to_value(&Plan { generation: 8, ..Plan::default() }), None).await.unwrap();
+    let mut gone: ExecutorRecord = record::parse(&stage.registry.get("executors/exe_a").await.unwrap().unwrap()).unwrap();
+    gone.spans.clear();
+    stage.registry.put("executors/exe_a", &record::to_value(&gone), None).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let began = tokio::time::Instant::now();
+    let mut last = None;
+    while let Some(event) = events.next().await {
+        last = Some(event);
+    }
+    let error = last.unwrap().unwrap_err();
+    assert!(error.message.contains("replaced or removed"), "{}", error.message);
+    assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
 async fn repeated_tokens_are_dropped_and_skipped_ones_are_a_loss() {
     let stage = Stage::whole([vec![Act::DieAfter(3)], vec![Act::Repeat]]).await;
     assert_eq!(stage.run().await.0, Stage::wanted());
@@ -379,6 +401,13 @@ async fn cut_chain_runs_over_its_owners_and_blames_the_right_one() {
         stage.admissions(0).iter().map(|admission| admission.route.iter().map(|hop| hop.executor_id.clone()).collect()).collect();
     assert_eq!(routes, [["exe_a", "exe_b"], ["exe_a", "exe_c"]]);
     assert!(stage.dispatch.shared.suspects.now().contains(&executor_id(1)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn span_that_a_later_hop_does_not_hold_yet_is_asked_for_again() {
+    let refuse = || Act::FailAfter(0, Code::UnknownSpan, v1::Retry::Elsewhere);
+    let stage = Stage::of(vec![(vec![refuse(), refuse()], (0, 2)), (vec![], (2, BLOCKS))]).await;
+    assert_eq!(stage.run().await.0, Stage::wanted());
 }
 
 #[tokio::test(start_paused = true)]
