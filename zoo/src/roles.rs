@@ -225,25 +225,26 @@ fn check_params(width: u32, params: &BlockKind) -> Result<(), ManifestError> {
 }
 
 fn check_rope(rope: &Rope, head_dim: u32) -> Result<(), ManifestError> {
-    positive("rope.theta", rope.theta)?;
+    // Bounds that keep angles finite in f32 at any position.
+    within("rope.theta", rope.theta, 1.0..=1e15)?;
     if rope.dim == 0 || rope.dim > head_dim || !rope.dim.is_multiple_of(2) {
         return Err(ManifestError::Range("rope.dim"));
     }
     match &rope.scaling {
         RopeScaling::None => Ok(()),
-        RopeScaling::Linear { factor } => positive("rope.factor", *factor),
+        RopeScaling::Linear { factor } => within("rope.factor", *factor, 1e-3..=1e6),
         RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
-            positive("rope.factor", *factor)?;
+            within("rope.factor", *factor, 1e-3..=1e6)?;
             positive("rope.low_freq_factor", *low_freq_factor)?;
             positive("rope.high_freq_factor", *high_freq_factor - *low_freq_factor)?;
             if *original_context == 0 { Err(ManifestError::Range("rope.original_context")) } else { Ok(()) }
         }
         RopeScaling::Factors { factors, attention_factor } => {
-            positive("rope.attention_factor", *attention_factor)?;
+            within("rope.attention_factor", *attention_factor, 1e-3..=1e3)?;
             if factors.len() != rope.dim as usize / 2 {
                 return Err(ManifestError::Range("rope.factors"));
             }
-            factors.iter().try_for_each(|factor| positive("rope.factors", *factor))
+            factors.iter().try_for_each(|factor| within("rope.factors", *factor, 1e-3..=1e6))
         }
     }
 }
@@ -255,6 +256,10 @@ fn check_norm(norm: &Norm) -> Result<(), ManifestError> {
 
 fn range(name: &'static str, value: u32) -> Result<(), ManifestError> {
     if (1..=DIMENSION_MAX).contains(&value) { Ok(()) } else { Err(ManifestError::Range(name)) }
+}
+
+fn within(name: &'static str, value: f64, bounds: std::ops::RangeInclusive<f64>) -> Result<(), ManifestError> {
+    if bounds.contains(&value) { Ok(()) } else { Err(ManifestError::Range(name)) }
 }
 
 fn positive(name: &'static str, value: f64) -> Result<(), ManifestError> {

@@ -89,7 +89,11 @@ fn damage(object: &Object, reason: String, needs: Option<&Needs>) -> Damage {
     Damage { object: object.to_string(), reason, blocks: list(|needs| &needs.blocks), models: list(|needs| &needs.models) }
 }
 
-async fn check(zoo: &Zoo, object: &Object) -> Result<(), StoreError> {
+/// Reads one object to its end.
+///
+/// # Errors
+/// `Damaged` where its bytes are not those of its name.
+pub(crate) async fn check(zoo: &Zoo, object: &Object) -> Result<(), StoreError> {
     match object {
         Object::Block(digest) => zoo.read_block(*digest).await.map(|_| ()),
         Object::Chain(digest) => zoo.read_chain(*digest).await.map(|_| ()),

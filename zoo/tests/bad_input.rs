@@ -39,6 +39,8 @@ async fn each_is_refused_by_name_before_anything_is_written() {
         ("rope of no object", config("rope_scaling", json!(3)), "`rope_scaling` is 3, expected an object"),
         ("experts", config("num_local_experts", json!(8)), "`num_local_experts` = 8 is not supported"),
         ("quantised", config("quantization_config", json!({"quant_method": "gptq"})), "`quantization_config`"),
+        ("tiny rope base", config("rope_theta", json!(1e-300)), "`rope.theta` is out of range"),
+        ("tiny rope factor", config("rope_scaling", json!({"rope_type": "linear", "factor": 1e-300})), "`rope.factor` is out of range"),
         ("unknown activation", config("hidden_act", json!("xielu")), "`hidden_act` = xielu"),
         ("negative eps", config("rms_norm_eps", json!(-1.0)), "`norm.eps` is out of range"),
         (
@@ -110,6 +112,11 @@ async fn each_is_refused_by_name_before_anything_is_written() {
             "`temperature` is \"hot\"",
         ),
         (
+            "generation defaults that no request may ask for",
+            Box::new(|c| drop(c.files.insert("generation_config.json".to_owned(), br#"{"top_p":9}"#.to_vec()))),
+            "`top_p` is 9, expected a number from 0 to 1",
+        ),
+        (
             "no JSON",
             Box::new(|c| drop(c.files.insert("tokenizer_config.json".to_owned(), b"[".to_vec()))),
             "tokenizer_config.json is not a JSON object",
@@ -126,6 +133,22 @@ async fn each_is_refused_by_name_before_anything_is_written() {
         assert!(error.contains(message), "{what}: {error}");
         let written: Vec<_> = std::fs::read_dir(dir.path().join("zoo")).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         assert_eq!(written, ["format.json"], "{what}");
+    }
+}
+
+/// A pipe without a writer would be waited for without end.
+#[cfg(unix)]
+#[tokio::test]
+async fn files_that_are_no_plain_files_are_refused() {
+    for name in ["model.safetensors", "config.json", "model.safetensors.index.json", "tokenizer.json"] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a");
+        Checkpoint::llama(1).write(&path);
+        drop(std::fs::remove_file(path.join(name)));
+        assert!(std::process::Command::new("mkfifo").arg(path.join(name)).status().unwrap().success());
+        let zoo = Zoo::create_dir(&dir.path().join("zoo")).await.unwrap();
+        let error = chain(&add_dir(&zoo, &path, "demo/a", Recipe::Keep).await.expect_err(name));
+        assert!(error.contains("not a plain file") && error.contains(name), "{name}: {error}");
     }
 }
 

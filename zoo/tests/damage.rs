@@ -98,6 +98,22 @@ async fn a_truncated_tensor_is_refused_and_healed_by_adding_again() {
 }
 
 #[tokio::test]
+async fn adding_again_mends_flipped_bits() {
+    let fixture = fixture().await;
+    let root = fixture.dir.path().join("zoo");
+    flip(&fixture.tensor, 1000);
+    for folder in ["assets", "chains", "blocks"] {
+        let object = std::fs::read_dir(root.join(folder)).unwrap().next().unwrap().unwrap().path();
+        flip(&object, 3);
+    }
+    assert_eq!(verify(&fixture.zoo, &Silent).await.unwrap().damage.len(), 4);
+    for name in ["a", "b"] {
+        add_dir(&fixture.zoo, &fixture.dir.path().join(name), &format!("demo/{name}"), Recipe::Keep).await.unwrap();
+    }
+    assert!(verify(&fixture.zoo, &Silent).await.unwrap().damage.is_empty());
+}
+
+#[tokio::test]
 async fn without_local_files_tensors_are_aligned_copies() {
     let dir = tempfile::tempdir().unwrap();
     Checkpoint::llama(1).write(&dir.path().join("a"));

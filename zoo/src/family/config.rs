@@ -118,6 +118,18 @@ impl Config {
         value.as_f64().map(Some).ok_or_else(|| wrong(key, value, "a number"))
     }
 
+    /// A number within bounds, told as `expected`.
+    ///
+    /// # Errors
+    /// When it is of another type, or outside.
+    pub fn number_in(&self, key: &str, bounds: std::ops::RangeInclusive<f64>, expected: &'static str) -> Result<Option<f64>, ConfigError> {
+        let number = self.number(key)?;
+        match (number, self.get(key)) {
+            (Some(number), Some(value)) if !bounds.contains(&number) => Err(wrong(key, value, expected)),
+            _ => Ok(number),
+        }
+    }
+
     /// A number that must be there.
     ///
     /// # Errors

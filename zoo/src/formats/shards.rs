@@ -60,7 +60,11 @@ fn add(files: &mut TensorFiles, path: &Path) -> Result<(), FormatError> {
 
 fn read_index(path: &PathBuf) -> Result<Index, FormatError> {
     let io = |source| FormatError::Io { path: path.clone(), source };
-    if std::fs::metadata(path).map_err(io)?.len() > INDEX_BYTES_MAX {
+    let meta = std::fs::metadata(path).map_err(io)?;
+    if !meta.is_file() {
+        return Err(FormatError::Index { path: path.clone(), reason: "not a plain file".to_owned() });
+    }
+    if meta.len() > INDEX_BYTES_MAX {
         return Err(FormatError::Index { path: path.clone(), reason: format!("more than {INDEX_BYTES_MAX} bytes") });
     }
     let bytes = std::fs::read(path).map_err(io)?;

@@ -106,6 +106,8 @@ impl family::gguf::Tensors for TensorFiles {
 pub(super) fn read_small(path: &Path, bytes_max: u64) -> Result<Option<Vec<u8>>, IngestError> {
     let io = |source| IngestError::Io { path: path.to_owned(), source };
     let actual = match std::fs::metadata(path) {
+        // Opening a pipe would wait for its writer, reading a device might never end.
+        Ok(meta) if !meta.is_file() => return Err(io(not_plain())),
         Ok(meta) => meta.len(),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(source) => return Err(io(source)),
@@ -114,6 +116,10 @@ pub(super) fn read_small(path: &Path, bytes_max: u64) -> Result<Option<Vec<u8>>,
         return Err(IngestError::TooLarge { path: path.to_owned(), actual, max: bytes_max });
     }
     std::fs::read(path).map(Some).map_err(io)
+}
+
+fn not_plain() -> std::io::Error {
+    std::io::Error::new(std::io::ErrorKind::InvalidInput, "not a plain file")
 }
 
 fn read_config(dir: &Path, name: &str) -> Result<Option<Config>, IngestError> {

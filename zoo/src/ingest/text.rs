@@ -122,12 +122,16 @@ fn template_of(config: &Config) -> Result<Option<String>, ConfigError> {
 }
 
 fn defaults(generation: &Config) -> Result<Defaults, ConfigError> {
-    let number = |key: &str| generation.number(key).map(|value| value.map(|value| value as f32).filter(|value| value.is_finite()));
+    // As docs/api.md bounds what a request may ask for; a `top_k` of -1 or 0 is off.
+    let temperature = generation.number_in("temperature", 0.0..=2.0, "a number from 0 to 2")?;
+    let top_p = generation.number_in("top_p", 0.0..=1.0, "a number from 0 to 1")?;
+    let top_k = generation.number_in("top_k", -1.0..=f64::from(u32::MAX), "a number from -1")?;
+    let repetition_penalty = generation.number_in("repetition_penalty", 0.01..=10.0, "a number from 0.01 to 10")?;
     Ok(Defaults {
-        temperature: number("temperature")?,
-        top_p: number("top_p")?,
-        top_k: generation.number("top_k")?.filter(|k| *k >= 1.0).map(|k| k as u32),
-        repetition_penalty: number("repetition_penalty")?,
+        temperature: temperature.map(|value| value as f32),
+        top_p: top_p.map(|value| value as f32),
+        top_k: top_k.filter(|k| *k >= 1.0).map(|k| k as u32),
+        repetition_penalty: repetition_penalty.map(|value| value as f32),
     })
 }
 

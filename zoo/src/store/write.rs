@@ -73,17 +73,24 @@ impl Zoo {
         Ok((digest, self.put(&Object::Asset(digest), vec![bytes]).await?))
     }
 
-    /// Whether the tensor is there in full length; as [`Zoo::keep`].
+    /// Whether the tensor is there and sound; as [`Zoo::keep`].
     pub(crate) async fn keep_tensor(&self, tensor: &TensorRef) -> Result<bool, StoreError> {
         let payload = tensor_file::payload_bytes(tensor.dtype, &tensor.shape).expect("refs have shapes that can be stored");
         self.keep(&Object::Tensor(tensor.digest), (tensor_file::HEADER_BYTES + payload) as u64).await
     }
 
-    /// Whether the object is there in full length; where it is, makes sure that `gc` leaves it for a grace period.
+    /// Whether the object is there and sound (a remote store is trusted with that); where it is, makes sure that `gc` leaves it for a grace period.
     pub(crate) async fn keep(&self, object: &Object, len: u64) -> Result<bool, StoreError> {
         let Some(meta) = self.head(object).await? else { return Ok(false) };
         if meta.size != len {
             return Ok(false); // Damaged by something outside; the caller writes it anew.
+        }
+        if self.inner.root.is_some() {
+            match crate::verify::check(self, object).await {
+                Ok(()) => {}
+                Err(StoreError::Damaged { .. } | StoreError::Missing { .. }) => return Ok(false),
+                Err(other) => return Err(other),
+            }
         }
         let age = SystemTime::now().duration_since(meta.last_modified.into()).unwrap_or_default();
         if age <= self.inner.grace / 2 {
