@@ -138,6 +138,8 @@ async fn plan_that_was_lost_is_made_again_from_what_executors_hold() {
     held.plan_generation = 40;
     world.registry.put("executors/exe_b", &record::to_value(&held), None).await.unwrap();
     world.catalog.refresh().await.unwrap();
+    let seen = |state: &ClusterState| state.executors.get(&held.id).is_some_and(|record| record.plan_generation == 40);
+    world.cluster.subscribe().wait_for(|state| seen(state)).await.unwrap();
     let _planner = world.planner("rtr_1");
     let plan = world.plan_where(|plan| plan.generation > 0).await;
     assert_eq!(holder_names(&plan, one), ["exe_b"], "nothing moves");
