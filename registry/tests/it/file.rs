@@ -58,3 +58,20 @@ async fn urls_are_checked_at_the_door() {
     assert!(ashlar_registry::open("memory:").await.is_ok());
     assert!(ashlar_registry::open("etcd://127.0.0.1:1,127.0.0.1:2/x").await.is_ok(), "it connects later");
 }
+
+#[tokio::test]
+async fn file_that_vanished_is_not_taken_for_an_empty_one() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("registry.json");
+    let registry = Embedded::open(&path).await.unwrap();
+    registry.put("tenants/acme", "{}", None).await.unwrap();
+    std::fs::rename(&path, directory.path().join("elsewhere")).unwrap();
+    // A write begins with a look at the file, as the poll does; deleting what is not there writes nothing.
+    assert!(!registry.delete("no-such-key").await.unwrap());
+    assert!(registry.get("tenants/acme").await.unwrap().is_some());
+    assert!(!path.exists());
+
+    registry.put("plan", "1", None).await.unwrap();
+    let again = Embedded::open(&path).await.unwrap();
+    assert!(again.get("tenants/acme").await.unwrap().is_some(), "the next write makes the file again, with all keys");
+}

@@ -77,7 +77,8 @@ impl Cluster {
         let task = tokio::spawn(async move {
             let secret = persist("read the cluster's secret", || load_secret(&*registry)).await;
             // The watch ends only when the registry is dropped, with the process.
-            Follower { registry, options, secret, sender, key_records: BTreeMap::new() }.follow().await;
+            let without = options.without;
+            Follower { registry, options, without, secret, sender, key_records: BTreeMap::new() }.follow().await;
         });
         Arc::new(Self { state, _task: AbortOnDropHandle::new(task) })
     }
@@ -102,6 +103,8 @@ impl Cluster {
 struct Follower {
     registry: Arc<dyn Registry>,
     options: ClusterOptions,
+    /// Closed for good once a tenant was seen, so that neither a revocation nor a lost record opens the server.
+    without: Without,
     secret: [u8; 32],
     sender: watch::Sender<Arc<ClusterState>>,
     /// From the file of keys.
@@ -127,7 +130,7 @@ impl Follower {
         }
     }
 
-    fn publish(&self, entries: &BTreeMap<String, Entry>) {
+    fn publish(&mut self, entries: &BTreeMap<String, Entry>) {
         let old = self.sender.borrow().clone();
         let now = Instant::now();
         let mut executors: BTreeMap<ExecutorId, ExecutorRecord> = BTreeMap::new();
@@ -152,7 +155,16 @@ impl Follower {
             Some((plan, revision)) => (plan.unwrap_or_else(|| old.plan.clone()), Some(revision)),
             None => (Plan::default(), None),
         };
-        let tenants = Tenants::new(self.tenant_records(entries), self.options.without, self.secret);
+        let tenants = Tenants::new(self.tenant_records(entries), self.without, self.secret);
+        if tenants.is_any() {
+            self.without = Without::Closed;
+        }
+        if old.loaded && old.tenants.is_open() && !tenants.is_open() {
+            tracing::warn!("the server is closed now: it has tenants, so only callers with a key are served");
+        }
+        if !old.loaded && tenants.is_open() {
+            tracing::info!("the server is open: it has no tenants, so everyone who can reach it is served");
+        }
         self.sender.send_replace(Arc::new(ClusterState { loaded: true, executors, departed, plan, plan_revision, tenants }));
     }
 
@@ -279,6 +291,27 @@ mod tests {
         let tenants = &cluster.state().tenants;
         assert!(tenants.authenticate(None).is_err());
         assert_eq!(tenants.authenticate(Some(&key)), Ok(TenantName("acme".to_owned())));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn server_that_had_a_key_stays_closed_when_keys_and_tenants_vanish() {
+        let registry: Arc<dyn Registry> = Arc::new(Embedded::in_memory());
+        let (key, keys) = crate::state::tenants::new_key([1; 24], 0);
+        let record = TenantRecord { keys: vec![keys], ..TenantRecord::default() };
+        registry.put("tenants/acme", &record::to_value(&record), None).await.unwrap();
+        let options = ClusterOptions { without: Without::Open, ..ClusterOptions::default() };
+        let cluster = Cluster::start(registry.clone(), options);
+        cluster.loaded().await;
+        assert!(cluster.state().tenants.authenticate(Some(&key)).is_ok());
+
+        registry.put("tenants/acme", &record::to_value(&TenantRecord::default()), None).await.unwrap();
+        cluster.subscribe().wait_for(|state| state.tenants.has_no_keys()).await.unwrap();
+        assert!(cluster.state().tenants.authenticate(None).is_err(), "the last key was revoked");
+        assert!(cluster.state().tenants.authenticate(Some(&key)).is_err(), "this is the revoked key");
+
+        registry.delete("tenants/acme").await.unwrap();
+        cluster.subscribe().wait_for(|state| !state.tenants.is_any()).await.unwrap();
+        assert!(cluster.state().tenants.authenticate(None).is_err(), "the record was lost");
     }
 
     #[tokio::test(start_paused = true)]
