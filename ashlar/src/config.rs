@@ -289,19 +289,19 @@ impl Default for LogConfig {
 #[derive(Debug, Args)]
 pub struct ConfigArgs {
     /// Configuration file (TOML)
-    #[arg(long)]
+    #[arg(long, global = true)]
     config: Option<PathBuf>,
     /// Directory of the zoo [env: ASHLAR_ZOO]
-    #[arg(long)]
+    #[arg(long, global = true)]
     zoo: Option<PathBuf>,
     /// Registry: etcd://HOST:PORT[,HOST:PORT][/PREFIX], file:PATH or memory:
-    #[arg(long)]
+    #[arg(long, global = true)]
     registry: Option<String>,
     /// Address to listen on: REST for serve and router, gRPC for executor
     #[arg(long)]
     listen: Option<String>,
     /// Any key: SECTION.KEY=VALUE
-    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
+    #[arg(long = "set", global = true, value_name = "SECTION.KEY=VALUE")]
     set: Vec<String>,
     /// Print the configuration in force and exit
     #[arg(long)]
@@ -472,6 +472,23 @@ mod tests {
             let error = load(&[], &[pair]).unwrap_err().to_string();
             assert!(error.contains(expected), "{pair}: {error}");
         }
+    }
+
+    #[test]
+    fn every_key_is_in_the_document() {
+        let document = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/configuration.md")).unwrap();
+        fn keys(prefix: &str, table: &toml::Table, found: &mut Vec<String>) {
+            for (key, value) in table {
+                match value {
+                    toml::Value::Table(inner) => keys(&format!("{prefix}{key}."), inner, found),
+                    _ => found.push(format!("{prefix}{key}")),
+                }
+            }
+        }
+        let mut found = Vec::new();
+        keys("", &toml::Table::try_from(Config::default()).unwrap(), &mut found);
+        let missing: Vec<&String> = found.iter().filter(|key| !document.contains(&format!("| `{key}` |"))).collect();
+        assert!(found.len() > 30 && missing.is_empty(), "docs/configuration.md has no line for {missing:?}");
     }
 
     #[test]
