@@ -166,6 +166,9 @@ pub(crate) async fn run(args: ZooArgs) -> anyhow::Result<()> {
 }
 
 async fn add(zoo: &Zoo, path: &std::path::Path, naming: &Naming, source: Option<String>) -> anyhow::Result<()> {
+    if let Some(parent) = &naming.parent {
+        zoo.resolve(parent).await.with_context(|| format!("use --parent {parent}"))?;
+    }
     let options = AddOptions { model: naming.name.clone(), recipe: naming.dtype, parent: naming.parent.clone(), source };
     let report = ingest::add(zoo, path, &options, &*progress::for_terminal()).await.with_context(|| format!("add {}", path.display()))?;
     print_added(&report);
