@@ -149,12 +149,15 @@ pub(crate) async fn run(args: ZooArgs) -> anyhow::Result<()> {
             print!("{}", table::verify(&report));
             match report.damage.len() {
                 0 => Ok(()),
-                count => bail!("find the zoo sound: {count} of its objects are damaged or missing"),
+                count => bail!("verify the zoo: {count} of its objects are damaged or missing"),
             }
         }
         ZooCommand::Rm { model } => {
             zoo.remove_model(&model).await.with_context(|| format!("remove {model}"))?;
-            println!("removed the name {model}; `zoo gc` frees what no other model uses");
+            println!(
+                "removed the name {model}; `zoo gc` frees what no other model uses, once it is {} minutes old (--grace SECONDS)",
+                GRACE_DEFAULT.as_secs() / 60
+            );
             Ok(())
         }
         ZooCommand::Gc { grace, dry_run } => {
