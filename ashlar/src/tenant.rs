@@ -129,6 +129,9 @@ async fn list(registry: &dyn Registry) -> anyhow::Result<String> {
             text += &format!("    {}\n", key.hash.get(..SHOWN_DIGITS).unwrap_or(&key.hash));
         }
     }
+    if text.is_empty() {
+        text.push_str("no tenants yet: ashlar tenant add NAME\n");
+    }
     Ok(text)
 }
 
@@ -193,6 +196,7 @@ mod tests {
     async fn key_is_shown_once_and_stored_as_hash() {
         let registry = Embedded::in_memory();
         let acme = parse("acme").unwrap();
+        assert_eq!(list(&registry).await.unwrap(), "no tenants yet: ashlar tenant add NAME\n");
         assert!(make_key(&registry, &acme).await.unwrap_err().to_string().contains("tenant add acme"));
         add(&registry, &acme, Some(4), &["blue/m".parse().unwrap()]).await.unwrap();
         let key = make_key(&registry, &acme).await.unwrap();
