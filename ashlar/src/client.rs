@@ -121,7 +121,9 @@ impl Client {
     /// A client of `url` (`http://host:port`, with or without `/v1`). Nothing is connected yet.
     pub(crate) fn new(url: &str, api_key: Option<&str>) -> Result<Self, ClientError> {
         let wrong = |reason| ClientError::Url { url: url.to_owned(), reason };
-        let uri: Uri = url.parse().map_err(|_| wrong("it is no URL"))?;
+        // `HOST:PORT` alone means plain http, the one scheme there is.
+        let whole = if url.contains("://") { url.to_owned() } else { format!("http://{url}") };
+        let uri: Uri = whole.parse().map_err(|_| wrong("it is no URL"))?;
         match uri.scheme_str() {
             Some("http") => (),
             Some("https") => return Err(wrong("https is not spoken here; put a proxy before it")),
@@ -130,7 +132,7 @@ impl Client {
         if uri.query().is_some() {
             return Err(wrong("it must not hold a query"));
         }
-        let base = url.trim_end_matches('/').trim_end_matches("/v1").trim_end_matches('/').to_owned();
+        let base = whole.trim_end_matches('/').trim_end_matches("/v1").trim_end_matches('/').to_owned();
         let authorization = match api_key.filter(|key| !key.is_empty()) {
             None => None,
             Some(key) => {

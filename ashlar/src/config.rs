@@ -1,9 +1,10 @@
 //! Configuration: one typed struct from a file, then `ASHLAR_<SECTION>_<KEY>` variables, then flags. Unknown keys are
 //! errors; `--print-config` prints what is in force.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use ashlar_executor::state::limits::Limits;
 use ashlar_router::io::rest::config::RestLimits;
 use clap::Args;
@@ -11,7 +12,19 @@ use serde::{Deserialize, Serialize};
 
 /// Variables with our prefix that are not configuration keys: flags of single commands, and knobs of scripts and tests.
 const OTHER_VARIABLES: &[&str] =
-    &["ASHLAR_ZOO", "ASHLAR_API_KEY", "ASHLAR_URL", "ASHLAR_MODELS", "ASHLAR_DOWNLOADS", "ASHLAR_FUZZ_SECONDS", "ASHLAR_BIN"];
+    &[ZOO_VARIABLE, "ASHLAR_API_KEY", "ASHLAR_URL", "ASHLAR_MODELS", "ASHLAR_DOWNLOADS", "ASHLAR_FUZZ_SECONDS", "ASHLAR_BIN"];
+
+/// Short for `ASHLAR_ZOO_ROOT`.
+const ZOO_VARIABLE: &str = "ASHLAR_ZOO";
+const ZOO_ROOT_VARIABLE: &str = "ASHLAR_ZOO_ROOT";
+/// Most threads of a CPU pool: beyond any machine, and below what a slip of the hand asks for.
+const THREADS_MAX: usize = 1024;
+/// Least bytes of KV pages: one page of a small model.
+const KV_BYTES_MIN: u64 = 64 << 10;
+/// Most spans of a chain, and most replicas of a span.
+const PLACEMENT_MAX: u32 = 1024;
+/// Least time between two looks at the zoo's names.
+const REFRESH_MS_MIN: u64 = 10;
 
 /// Everything that can be configured.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -142,6 +155,78 @@ impl ExecutorConfig {
     }
 }
 
+impl Config {
+    /// Checks what types cannot, before anything starts.
+    ///
+    /// # Errors
+    /// The first key whose value cannot be used, with the range that can.
+    fn check(&self) -> anyhow::Result<()> {
+        let within = |key: &str, value: u64, least: u64, most: u64| {
+            ensure!((least..=most).contains(&value), "use {key} = {value}: expected {least} to {most}");
+            Ok(())
+        };
+        let threads = u64::try_from(self.executor.threads).unwrap_or(u64::MAX);
+        within("executor.threads", threads, 0, THREADS_MAX as u64)?;
+        within("placement.spans_per_chain", self.placement.spans_per_chain.into(), 1, PLACEMENT_MAX.into())?;
+        within("placement.replicas", self.placement.replicas.into(), 1, PLACEMENT_MAX.into())?;
+        within("zoo.refresh_ms", self.zoo.refresh_ms, REFRESH_MS_MIN, 86_400_000)?;
+        let kv_bytes = self.executor.kv_bytes;
+        ensure!(
+            kv_bytes == 0 || kv_bytes >= KV_BYTES_MIN,
+            "use executor.kv_bytes = {kv_bytes}: expected 0 (chosen at start) or at least {KV_BYTES_MIN}"
+        );
+        let listen = &self.router.listen;
+        ensure!(listen.parse::<SocketAddr>().is_ok(), "use router.listen = `{listen}`: expected IP:PORT, as 127.0.0.1:8080");
+        for (key, listen) in [("executor.listen", &self.executor.listen), ("executor.metrics_listen", &self.executor.metrics_listen)] {
+            let parts = listen.rsplit_once(':').filter(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok());
+            ensure!(parts.is_some(), "use {key} = `{listen}`: expected HOST:PORT, as 0.0.0.0:8090");
+        }
+        let (device, format) = (&self.executor.device, &self.log.format);
+        ensure!(["auto", "cpu"].contains(&device.as_str()), "use executor.device = `{device}`: expected auto or cpu");
+        ensure!(["text", "json"].contains(&format.as_str()), "use log.format = `{format}`: expected text or json");
+        // Memory decides no relation, so that any amount of it serves.
+        self.executor.limits(1 << 30).map(drop)
+    }
+}
+
+/// The zoo that variables name, for commands that read no configuration.
+///
+/// # Errors
+/// When two variables name two zoos.
+pub fn zoo_of_environment() -> anyhow::Result<Option<PathBuf>> {
+    zoo_of(&our_variables())
+}
+
+fn zoo_of(variables: &[(String, String)]) -> anyhow::Result<Option<PathBuf>> {
+    let value = |wanted: &str| variables.iter().find(|(name, value)| name == wanted && !value.is_empty()).map(|(_, value)| value);
+    let (short, long) = (value(ZOO_VARIABLE), value(ZOO_ROOT_VARIABLE));
+    if let (Some(short), Some(long)) = (short, long)
+        && short != long
+    {
+        bail!("use {ZOO_VARIABLE}={short} and {ZOO_ROOT_VARIABLE}={long}: both mean zoo.root, so set one of them");
+    }
+    Ok(short.or(long).map(PathBuf::from))
+}
+
+/// Variables with our prefix, in order of name.
+fn our_variables() -> Vec<(String, String)> {
+    let mut variables: Vec<(String, String)> = std::env::vars().filter(|(name, _)| name.starts_with("ASHLAR_")).collect();
+    variables.sort();
+    variables
+}
+
+/// The key that a variable's name means, without the prefix and in lower case: the one whose parts, joined by `_`, are the name. Names
+/// of keys hold `_` too, so the default configuration tells where a section ends.
+fn key_of(name: &str, table: &toml::Table) -> Option<String> {
+    table.iter().find_map(|(key, value)| {
+        if key == name {
+            return Some(key.clone());
+        }
+        let inner = name.strip_prefix(key.as_str())?.strip_prefix('_')?;
+        Some(format!("{key}.{}", key_of(inner, value.as_table()?)?))
+    })
+}
+
 /// `[registry]`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -204,19 +289,19 @@ impl Default for LogConfig {
 #[derive(Debug, Args)]
 pub struct ConfigArgs {
     /// Configuration file (TOML)
-    #[arg(long)]
+    #[arg(long, global = true)]
     config: Option<PathBuf>,
-    /// Directory of the zoo
-    #[arg(long)]
+    /// Directory of the zoo [env: ASHLAR_ZOO]
+    #[arg(long, global = true)]
     zoo: Option<PathBuf>,
-    /// Registry: etcd://HOST:PORT, file:PATH or memory:
-    #[arg(long)]
+    /// Registry: etcd://HOST:PORT[,HOST:PORT][/PREFIX], file:PATH or memory:
+    #[arg(long, global = true)]
     registry: Option<String>,
     /// Address to listen on: REST for serve and router, gRPC for executor
     #[arg(long)]
     listen: Option<String>,
     /// Any key: SECTION.KEY=VALUE
-    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
+    #[arg(long = "set", global = true, value_name = "SECTION.KEY=VALUE")]
     set: Vec<String>,
     /// Print the configuration in force and exit
     #[arg(long)]
@@ -237,6 +322,10 @@ impl ConfigArgs {
     /// # Errors
     /// Which file, variable or flag is wrong, and how.
     pub fn load_for(&self, listener: &str) -> anyhow::Result<Config> {
+        self.load_with(listener, &our_variables())
+    }
+
+    fn load_with(&self, listener: &str, variables: &[(String, String)]) -> anyhow::Result<Config> {
         let mut table = match &self.config {
             None => toml::Table::new(),
             Some(path) => {
@@ -246,17 +335,18 @@ impl ConfigArgs {
                 toml::from_str(&text).with_context(|| format!("read configuration {}", path.display()))?
             }
         };
-        let mut variables: Vec<(String, String)> = std::env::vars().filter(|(name, _)| name.starts_with("ASHLAR_")).collect();
-        variables.sort();
+        let known = toml::Table::try_from(Config::default()).context("read the default configuration")?;
         for (name, value) in variables {
             if OTHER_VARIABLES.contains(&name.as_str()) {
                 continue;
             }
             let key = name["ASHLAR_".len()..].to_ascii_lowercase();
-            let Some((section, key)) = key.split_once('_') else { bail!("use variable {name}: expected ASHLAR_<SECTION>_<KEY>") };
-            set(&mut table, &format!("{section}.{key}"), &value).with_context(|| format!("use variable {name}"))?;
+            let Some((section, rest)) = key.split_once('_') else { bail!("use variable {name}: expected ASHLAR_<SECTION>_<KEY>") };
+            // A name that no key has is told with the words of the section.
+            let key = key_of(&key, &known).unwrap_or_else(|| format!("{section}.{rest}"));
+            set(&mut table, &key, value).with_context(|| format!("use variable {name}"))?;
         }
-        if let Some(zoo) = &self.zoo {
+        if let Some(zoo) = self.zoo.clone().or(zoo_of(variables)?) {
             set(&mut table, "zoo.root", &zoo.display().to_string())?;
         }
         if let Some(registry) = &self.registry {
@@ -269,7 +359,9 @@ impl ConfigArgs {
             let (key, value) = pair.split_once('=').with_context(|| format!("use --set {pair}: expected SECTION.KEY=VALUE"))?;
             set(&mut table, key, value).with_context(|| format!("use --set {pair}"))?;
         }
-        Config::deserialize(table).context("read the configuration")
+        let config = Config::deserialize(table).context("read the configuration")?;
+        config.check()?;
+        Ok(config)
     }
 }
 
@@ -336,6 +428,67 @@ mod tests {
         assert!(error.contains("invalid type"), "{error}");
         let error = toml::from_str::<Config>("[zoo]\nrot = 1").unwrap_err().to_string();
         assert!(error.contains("unknown field `rot`"), "{error}");
+    }
+
+    fn load(variables: &[(&str, &str)], sets: &[&str]) -> anyhow::Result<Config> {
+        let set = sets.iter().map(|pair| (*pair).to_owned()).collect();
+        let args = ConfigArgs { config: None, zoo: None, registry: None, listen: None, set, print_config: false };
+        let variables: Vec<(String, String)> = variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        args.load_with("router", &variables)
+    }
+
+    #[test]
+    fn variables_reach_nested_keys_and_unknown_ones_are_named() {
+        let config = load(&[("ASHLAR_ROUTER_LIMITS_PROMPTS_MAX", "3"), ("ASHLAR_ROUTER_DEADLINE_MS", "7")], &[]).unwrap();
+        assert_eq!((config.router.limits.prompts_max, config.router.deadline_ms), (3, 7));
+        let error = format!("{:#}", load(&[("ASHLAR_ROUTER_NONE", "3")], &[]).unwrap_err());
+        assert!(error.contains("ASHLAR_ROUTER_NONE") && error.contains("unknown field"), "{error}");
+    }
+
+    #[test]
+    fn both_variables_of_the_zoo_mean_its_root_and_may_not_differ() {
+        for name in [ZOO_VARIABLE, ZOO_ROOT_VARIABLE] {
+            assert_eq!(load(&[(name, "/z")], &[]).unwrap().zoo.root, PathBuf::from("/z"), "{name}");
+            assert_eq!(zoo_of(&[(name.to_owned(), "/z".to_owned())]).unwrap(), Some(PathBuf::from("/z")), "{name}");
+        }
+        let error = load(&[(ZOO_VARIABLE, "/a"), (ZOO_ROOT_VARIABLE, "/b")], &[]).unwrap_err().to_string();
+        assert!(error.contains("ASHLAR_ZOO=/a") && error.contains("ASHLAR_ZOO_ROOT=/b"), "{error}");
+    }
+
+    #[test]
+    fn values_that_make_no_sense_are_told_with_key_value_and_range() {
+        for (pair, expected) in [
+            ("placement.replicas=0", "placement.replicas = 0: expected 1 to 1024"),
+            ("placement.spans_per_chain=0", "placement.spans_per_chain = 0: expected 1 to 1024"),
+            ("executor.threads=9999", "executor.threads = 9999: expected 0 to 1024"),
+            ("executor.kv_bytes=5", "executor.kv_bytes = 5: expected 0 (chosen at start) or at least 65536"),
+            ("executor.page_tokens=5", "page_tokens must be a positive multiple of 16"),
+            ("executor.device=gpu", "executor.device = `gpu`: expected auto or cpu"),
+            ("executor.listen=here", "executor.listen = `here`: expected HOST:PORT"),
+            ("router.listen=here", "router.listen = `here`: expected IP:PORT"),
+            ("log.format=xml", "log.format = `xml`: expected text or json"),
+            ("zoo.refresh_ms=0", "zoo.refresh_ms = 0: expected 10 to"),
+        ] {
+            let error = load(&[], &[pair]).unwrap_err().to_string();
+            assert!(error.contains(expected), "{pair}: {error}");
+        }
+    }
+
+    #[test]
+    fn every_key_is_in_the_document() {
+        let document = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/configuration.md")).unwrap();
+        fn keys(prefix: &str, table: &toml::Table, found: &mut Vec<String>) {
+            for (key, value) in table {
+                match value {
+                    toml::Value::Table(inner) => keys(&format!("{prefix}{key}."), inner, found),
+                    _ => found.push(format!("{prefix}{key}")),
+                }
+            }
+        }
+        let mut found = Vec::new();
+        keys("", &toml::Table::try_from(Config::default()).unwrap(), &mut found);
+        let missing: Vec<&String> = found.iter().filter(|key| !document.contains(&format!("| `{key}` |"))).collect();
+        assert!(found.len() > 30 && missing.is_empty(), "docs/configuration.md has no line for {missing:?}");
     }
 
     #[test]

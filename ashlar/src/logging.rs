@@ -27,7 +27,8 @@ impl Drop for Guard {
 /// # Errors
 /// When the filter, the format or the endpoint cannot be used.
 pub fn start(config: &LogConfig, role: &'static str) -> anyhow::Result<Guard> {
-    let filter = EnvFilter::try_new(&config.filter).with_context(|| format!("use log.filter `{}`", config.filter))?;
+    // The error tells its cause itself; as a source it would be told twice.
+    let filter = EnvFilter::try_new(&config.filter).map_err(|error| anyhow::anyhow!("use log.filter `{}`: {error}", config.filter))?;
     let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_target(false);
     let lines = match config.format.as_str() {
         "text" => lines.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).boxed(),

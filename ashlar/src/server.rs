@@ -1,7 +1,7 @@
 //! Starting processes: `serve` is router and executor over an embedded registry, `router` and `executor` are the same code apart.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,6 +18,7 @@ use ashlar_router::io::catalog::Catalog;
 use ashlar_router::io::cluster::{Cluster, ClusterOptions};
 use ashlar_router::io::dispatch::{Dispatch, DispatchOptions};
 use ashlar_router::io::grpc::{Clients, ExecutorClient, RunEvents};
+use ashlar_router::io::keys_file::KeysFile;
 use ashlar_router::io::metrics::RouterMetrics;
 use ashlar_router::io::planner::{Planner, PlannerOptions};
 use ashlar_router::io::rest::config::RestConfig;
@@ -64,6 +65,10 @@ pub async fn run(role: Role, args: ConfigArgs) -> anyhow::Result<()> {
         return Ok(());
     }
     let _guard = logging::start(&config.log, name)?;
+    if role != Role::Executor {
+        // Before anything starts: without the keys it was told of a server must not run.
+        keys_file(&config)?;
+    }
     let zoo = Zoo::open_dir(&config.zoo.root).await.with_context(|| {
         format!("open the zoo in {} (`ashlar zoo add PATH --name TENANT/MODEL --zoo DIR` makes one)", config.zoo.root.display())
     })?;
@@ -83,7 +88,8 @@ pub async fn open_registry(config: &Config, role: Role) -> anyhow::Result<Arc<dy
     let url = &config.registry.url;
     let embedded = !url.starts_with("etcd://");
     if role != Role::Serve && embedded {
-        bail!("use registry `{url}`: separate processes find each other through etcd (--registry etcd://HOST:PORT)");
+        let given = if url.is_empty() { "none is named, and".to_owned() } else { format!("`{url}` is for one process, and") };
+        bail!("use a registry: {given} separate processes find each other through etcd (--registry etcd://HOST:PORT)");
     }
     let url = if url.is_empty() { format!("file:{}.registry.json", config.zoo.root.display()) } else { url.clone() };
     ashlar_registry::open(&url).await.with_context(|| format!("open registry {url}"))
@@ -195,6 +201,14 @@ async fn close(session: Arc<Session<ExecutorRecord>>) {
     }
 }
 
+fn keys_file(config: &Config) -> anyhow::Result<Option<KeysFile>> {
+    let path = &config.router.keys_file;
+    if path.is_empty() {
+        return Ok(None);
+    }
+    KeysFile::open(Path::new(path)).map(Some).context("use router.keys_file")
+}
+
 async fn route(
     config: Config,
     zoo: Zoo,
@@ -206,13 +220,15 @@ async fn route(
     let without = match may_open(&config.router.listen, listen.ip().is_loopback(), config.router.insecure_open) {
         Ok(without) => without,
         Err(refused) => {
-            tracing::info!(%refused, "only callers with a key are served");
+            if config.router.keys_file.is_empty() {
+                tracing::warn!(%refused, "only callers with a key are served");
+            }
             ashlar_router::state::tenants::Without::Closed
         }
     };
     let listener = TcpListener::bind(listen).await.with_context(|| format!("listen on {listen}"))?;
     let router = RouterId::from_bits(random_bits());
-    let keys_file = (!config.router.keys_file.is_empty()).then(|| PathBuf::from(&config.router.keys_file));
+    let keys_file = keys_file(&config)?;
     let cluster = Cluster::start(Arc::clone(&registry), ClusterOptions { without, keys_file, ..ClusterOptions::default() });
     let catalog = Catalog::start(zoo, Duration::from_millis(config.zoo.refresh_ms)).await;
     let policy = PlanPolicy { spans_per_chain: config.placement.spans_per_chain.max(1), replicas: config.placement.replicas.max(1) };

@@ -124,10 +124,13 @@ async fn list(registry: &dyn Registry) -> anyhow::Result<String> {
         let name = entry.key.strip_prefix(key::TENANTS).unwrap_or(&entry.key);
         let limit = record.limits.requests_max.map(|most| format!("  at most {most} requests")).unwrap_or_default();
         let models: String = record.models.iter().map(|model| format!("  {model}")).collect();
-        text += &format!("{name}  {} keys{limit}{models}\n", record.keys.len());
+        text += &format!("{name}  {}{limit}{models}\n", keys(record.keys.len()));
         for key in &record.keys {
             text += &format!("    {}\n", key.hash.get(..SHOWN_DIGITS).unwrap_or(&key.hash));
         }
+    }
+    if text.is_empty() {
+        text.push_str("no tenants yet: ashlar tenant add NAME\n");
     }
     Ok(text)
 }
@@ -136,11 +139,12 @@ async fn revoke(registry: &dyn Registry, name: &TenantName, prefix: Option<&str>
     if prefix.is_some_and(|prefix| prefix.len() < PREFIX_DIGITS_MIN) {
         bail!("find the key: give at least {PREFIX_DIGITS_MIN} digits of its hash");
     }
-    let mut revoked = 0;
+    let (mut revoked, mut left) = (0, 0);
     change(registry, name, false, |record| {
         let before = record.keys.len();
         record.keys.retain(|key| prefix.is_some_and(|prefix| !key.hash.starts_with(prefix)));
-        revoked = before - record.keys.len();
+        left = record.keys.len();
+        revoked = before - left;
         match (revoked, prefix) {
             (0, Some(prefix)) => bail!("find a key of tenant {name} whose hash begins with {prefix}"),
             (2.., Some(prefix)) => bail!("revoke one key: {revoked} of tenant {name} have hashes that begin with {prefix}"),
@@ -148,7 +152,15 @@ async fn revoke(registry: &dyn Registry, name: &TenantName, prefix: Option<&str>
         }
     })
     .await?;
-    Ok(format!("revoked {revoked} keys of tenant {name}\n"))
+    let left = match left {
+        0 => format!("{name} has no key left: its requests are refused"),
+        _ => format!("{name} has {} left", keys(left)),
+    };
+    Ok(format!("revoked {} of tenant {name}; {left}\n", keys(revoked)))
+}
+
+fn keys(count: usize) -> String {
+    format!("{count} key{}", if count == 1 { "" } else { "s" })
 }
 
 /// Changes a tenant's record, whoever else changes it at the same time. True when it existed before.
@@ -184,6 +196,7 @@ mod tests {
     async fn key_is_shown_once_and_stored_as_hash() {
         let registry = Embedded::in_memory();
         let acme = parse("acme").unwrap();
+        assert_eq!(list(&registry).await.unwrap(), "no tenants yet: ashlar tenant add NAME\n");
         assert!(make_key(&registry, &acme).await.unwrap_err().to_string().contains("tenant add acme"));
         add(&registry, &acme, Some(4), &["blue/m".parse().unwrap()]).await.unwrap();
         let key = make_key(&registry, &acme).await.unwrap();
@@ -192,7 +205,7 @@ mod tests {
         assert!(!stored.contains(key.trim()) && stored.contains(&KeyHash::of(key.trim()).to_string()));
         assert_eq!(hash(&key).unwrap().trim(), KeyHash::of(key.trim()).to_string());
         let shown = list(&registry).await.unwrap();
-        assert!(shown.starts_with("acme  1 keys  at most 4 requests  blue/m\n"), "{shown}");
+        assert!(shown.starts_with("acme  1 key  at most 4 requests  blue/m\n"), "{shown}");
     }
 
     #[tokio::test]
@@ -206,9 +219,10 @@ mod tests {
         }
         assert!(revoke(&registry, &acme, Some("")).await.is_err());
         assert!(revoke(&registry, &acme, Some("zzzz")).await.is_err());
-        assert_eq!(revoke(&registry, &acme, Some(&hashes[0][..12])).await.unwrap(), "revoked 1 keys of tenant acme\n");
+        assert_eq!(revoke(&registry, &acme, Some(&hashes[0][..12])).await.unwrap(), "revoked 1 key of tenant acme; acme has 2 keys left\n");
         assert!(!list(&registry).await.unwrap().contains(&hashes[0][..12]));
-        assert_eq!(revoke(&registry, &acme, None).await.unwrap(), "revoked 2 keys of tenant acme\n");
+        let told = "revoked 2 keys of tenant acme; acme has no key left: its requests are refused\n";
+        assert_eq!(revoke(&registry, &acme, None).await.unwrap(), told);
     }
 
     #[test]

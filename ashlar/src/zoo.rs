@@ -15,12 +15,14 @@ use ashlar_zoo::store::{GRACE_DEFAULT, Zoo};
 use ashlar_zoo::verify;
 use clap::{Args, Subcommand};
 
+use crate::config::{ZooConfig, zoo_of_environment};
+
 /// Arguments of `ashlar zoo`.
 #[derive(Debug, Args)]
 pub(crate) struct ZooArgs {
-    /// Directory of the zoo
-    #[arg(long, env = "ASHLAR_ZOO", default_value = "zoo-data", global = true)]
-    zoo: PathBuf,
+    /// Directory of the zoo [env: ASHLAR_ZOO] [default: zoo-data]
+    #[arg(long, global = true)]
+    zoo: Option<PathBuf>,
     #[command(subcommand)]
     command: ZooCommand,
 }
@@ -115,15 +117,19 @@ pub(crate) struct Naming {
 /// # Errors
 /// What failed, for people; also when `verify` finds damage.
 pub(crate) async fn run(args: ZooArgs) -> anyhow::Result<()> {
+    let root = match args.zoo {
+        Some(root) => root,
+        None => zoo_of_environment()?.unwrap_or_else(|| ZooConfig::default().root),
+    };
     if let ZooCommand::Add { path, naming } = &args.command {
-        let zoo = Zoo::create_dir(&args.zoo).await.context("open the zoo")?;
+        let zoo = Zoo::create_dir(&root).await.context("open the zoo")?;
         return add(&zoo, path, naming, None).await;
     }
     if let ZooCommand::Pull { repo, revision, file, downloads, keep, naming } = args.command {
         let options = PullOptions { repo: repo.parse::<RepoId>().context("read the repository's name")?, revision, file };
-        return pull(&args.zoo, &options, &downloads, keep, &naming).await;
+        return pull(&root, &options, &downloads, keep, &naming).await;
     }
-    let zoo = Zoo::open_dir(&args.zoo).await.context("open the zoo")?;
+    let zoo = Zoo::open_dir(&root).await.context("open the zoo")?;
     match args.command {
         ZooCommand::Add { .. } | ZooCommand::Pull { .. } => unreachable!("handled above"),
         ZooCommand::List { json } => {
@@ -143,12 +149,15 @@ pub(crate) async fn run(args: ZooArgs) -> anyhow::Result<()> {
             print!("{}", table::verify(&report));
             match report.damage.len() {
                 0 => Ok(()),
-                count => bail!("find the zoo sound: {count} of its objects are damaged or missing"),
+                count => bail!("verify the zoo: {count} of its objects are damaged or missing"),
             }
         }
         ZooCommand::Rm { model } => {
             zoo.remove_model(&model).await.with_context(|| format!("remove {model}"))?;
-            println!("removed the name {model}; `zoo gc` frees what no other model uses");
+            println!(
+                "removed the name {model}; `zoo gc` frees what no other model uses, once it is {} minutes old (--grace SECONDS)",
+                GRACE_DEFAULT.as_secs() / 60
+            );
             Ok(())
         }
         ZooCommand::Gc { grace, dry_run } => {
@@ -160,6 +169,9 @@ pub(crate) async fn run(args: ZooArgs) -> anyhow::Result<()> {
 }
 
 async fn add(zoo: &Zoo, path: &std::path::Path, naming: &Naming, source: Option<String>) -> anyhow::Result<()> {
+    if let Some(parent) = &naming.parent {
+        zoo.resolve(parent).await.with_context(|| format!("use --parent {parent}"))?;
+    }
     let options = AddOptions { model: naming.name.clone(), recipe: naming.dtype, parent: naming.parent.clone(), source };
     let report = ingest::add(zoo, path, &options, &*progress::for_terminal()).await.with_context(|| format!("add {}", path.display()))?;
     print_added(&report);

@@ -27,6 +27,8 @@ fn the_commands_say_what_is_there() {
     checkpoint.write(&a);
     checkpoint.retrain("layers.1.mlp.up_proj", 2).write(&b);
     ok(&root, &["add", a.to_str().unwrap(), "--name", "demo/a"]);
+    let orphan = zoo(&root, &["add", b.to_str().unwrap(), "--name", "demo/b", "--parent", "no/such"]);
+    assert!(!orphan.status.success() && String::from_utf8_lossy(&orphan.stderr).contains("--parent no/such"));
     let added = ok(&root, &["add", b.to_str().unwrap(), "--name", "demo/b", "--parent", "demo/a"]);
     assert!(added.starts_with("5 of 6 blocks, 20 of 21 tensors already here; 25 kB new of 385 kB\ndemo/b is chain "), "{added}");
     let list = ok(&root, &["list"]);

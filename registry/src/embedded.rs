@@ -140,6 +140,19 @@ impl Inner {
         }
     }
 
+    /// A holder that waits for the writer cannot renew meanwhile, and a slow disk may keep the writer longer than a lease lasts. So its
+    /// lease counts from when it got the lock; whoever asked before the lease ended stands before the reaper in the lock's queue.
+    fn renew_after_wait(&self, lease: Option<LeaseId>) -> Result<(), RegistryError> {
+        let Some(id) = lease else { return Ok(()) };
+        match self.leases().get_mut(&id) {
+            Some(held) => {
+                held.deadline = held.deadline.max(Instant::now() + held.ttl);
+                Ok(())
+            }
+            None => Err(RegistryError::LeaseLost(id)),
+        }
+    }
+
     /// Makes one change. What it does to lasting keys is in the file before anyone sees it.
     async fn change<T: Send + 'static>(
         self: &Arc<Self>,
@@ -147,8 +160,9 @@ impl Inner {
         lease: Option<LeaseId>,
         change: impl FnOnce(&mut Entries) -> T + Send + 'static,
     ) -> Result<T, RegistryError> {
-        let mut writer = self.writer.clone().lock_owned().await;
         self.check(lease)?;
+        let mut writer = self.writer.clone().lock_owned().await;
+        self.renew_after_wait(lease)?;
         let old = self.snapshot();
         let lasting = lease.is_none() || old.map.get(key).is_some_and(|entry| entry.lease.is_none());
         if !lasting || writer.is_none() {

@@ -95,7 +95,8 @@ async fn key_is_sent_and_models_are_listed() {
 
 #[tokio::test]
 async fn unusable_addresses_and_keys_are_told_before_anything_is_sent() {
-    for (url, says) in [("https://a", "https"), ("localhost:1", "http://"), ("http://a?b", "query"), ("", "no URL")] {
+    assert_eq!(Client::new("localhost:1/v1/", None).unwrap().base(), "http://localhost:1");
+    for (url, says) in [("https://a", "https"), ("ftp://a", "http://"), ("http://a?b", "query"), ("", "no URL")] {
         let error = Client::new(url, None).err().expect("an unusable address").to_string();
         assert!(error.contains(says), "{url}: {error}");
     }

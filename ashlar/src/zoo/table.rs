@@ -93,7 +93,7 @@ pub(super) fn diff(diff: &Diff) -> String {
     write(
         &mut out,
         format_args!(
-            "shared: {} blocks, {}; the first {} in a row (their KV is shared too)\n",
+            "shared: {} blocks, {}; the first {} in a row\n",
             diff.shared_blocks,
             human_bytes(diff.shared_bytes),
             diff.common_prefix

@@ -47,11 +47,13 @@ struct Stamp {
 pub(super) struct LastingFile {
     path: PathBuf,
     seen: Option<Stamp>,
+    /// The file was there and is gone; said once.
+    vanished: bool,
 }
 
 impl LastingFile {
     pub(super) fn new(path: &Path) -> Self {
-        Self { path: path.to_owned(), seen: None }
+        Self { path: path.to_owned(), seen: None, vanished: false }
     }
 
     /// Keeps other writers out until dropped.
@@ -64,18 +66,24 @@ impl LastingFile {
         Ok(file)
     }
 
-    /// The file's keys, where it is not the version we read or wrote last. A missing file holds nothing.
+    /// The file's keys, where it is not the version we read or wrote last. None too where the file is missing: what was read of a
+    /// file that vanished stands, for to forget all tenants is worse than to be out of date. The next write makes it again.
     pub(super) fn read_if_changed(&mut self) -> Result<Option<Entries>, RegistryError> {
         let stamp = self.stamp()?;
         if stamp == self.seen {
             return Ok(None);
         }
         let text = match std::fs::read_to_string(&self.path) {
-            Err(error) if error.kind() == ErrorKind::NotFound => None,
-            read => Some(read.map_err(|source| self.failed("read", source))?),
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                if !std::mem::replace(&mut self.vanished, true) {
+                    tracing::warn!(path = %self.path.display(), "the registry's file is gone; keeping what was known");
+                }
+                return Ok(None);
+            }
+            read => read.map_err(|source| self.failed("read", source))?,
         };
         self.seen = stamp;
-        let Some(text) = text else { return Ok(Some(Entries::default())) };
+        self.vanished = false;
         let format = |source| RegistryError::Format { path: self.path.display().to_string(), source };
         let Stored { format: Format::One, revision, entries } = serde_json::from_str(&text).map_err(format)?;
         let entry = |(key, stored): (String, StoredEntry)| {
@@ -93,6 +101,7 @@ impl LastingFile {
         let new = self.beside("new");
         self.replace(&new, &text).map_err(|source| self.failed("write", source))?;
         self.seen = self.stamp()?;
+        self.vanished = false;
         Ok(())
     }
 

@@ -58,3 +58,41 @@ async fn urls_are_checked_at_the_door() {
     assert!(ashlar_registry::open("memory:").await.is_ok());
     assert!(ashlar_registry::open("etcd://127.0.0.1:1,127.0.0.1:2/x").await.is_ok(), "it connects later");
 }
+
+#[tokio::test]
+async fn file_that_vanished_is_not_taken_for_an_empty_one() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("registry.json");
+    let registry = Embedded::open(&path).await.unwrap();
+    registry.put("tenants/acme", "{}", None).await.unwrap();
+    std::fs::rename(&path, directory.path().join("elsewhere")).unwrap();
+    // A write begins with a look at the file, as the poll does; deleting what is not there writes nothing.
+    assert!(!registry.delete("no-such-key").await.unwrap());
+    assert!(registry.get("tenants/acme").await.unwrap().is_some());
+    assert!(!path.exists());
+
+    registry.put("plan", "1", None).await.unwrap();
+    let again = Embedded::open(&path).await.unwrap();
+    assert!(again.get("tenants/acme").await.unwrap().is_some(), "the next write makes the file again, with all keys");
+}
+
+#[tokio::test]
+async fn lease_outlives_its_holders_wait_for_a_slow_disk() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("registry.json");
+    let registry = std::sync::Arc::new(Embedded::open(&path).await.unwrap());
+    let disk = std::fs::File::create(directory.path().join("registry.json.lock")).unwrap();
+    disk.lock().unwrap();
+    let slow = registry.clone();
+    let write = tokio::spawn(async move { slow.put("plan", "1", None).await });
+    // It holds the writer now, and waits for the file.
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let lease = registry.grant(Duration::from_millis(400)).await.unwrap();
+    let leased = registry.clone();
+    let put = tokio::spawn(async move { leased.put("executors/exe_1", "{}", Some(lease)).await });
+    tokio::time::sleep(Duration::from_millis(800)).await;
+    disk.unlock().unwrap();
+    write.await.unwrap().unwrap();
+    put.await.unwrap().unwrap();
+    assert!(registry.keep_alive(lease).await.is_ok());
+}

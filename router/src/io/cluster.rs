@@ -3,7 +3,6 @@
 //! *departed* for a while, because a registry that comes back from a fault forgets those that live.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,7 +13,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::keys_file;
+use super::keys_file::KeysFile;
 use crate::state::tenants::{Tenants, Without};
 
 const RETRY: Duration = Duration::from_millis(500);
@@ -24,10 +23,10 @@ const KEYS_FILE_INTERVAL: Duration = Duration::from_secs(5);
 /// How the picture is taken.
 #[derive(Debug, Clone)]
 pub struct ClusterOptions {
-    /// What a server without keys does.
+    /// What a server without tenants does. Where there is a file of keys it is closed, whatever stands here or in the file.
     pub without: Without,
     /// Keys beside those in the registry (a mounted secret).
-    pub keys_file: Option<PathBuf>,
+    pub keys_file: Option<KeysFile>,
     /// How long an executor is kept after its record vanished: longer than a registry's restart, shorter than patience.
     pub departed_keep: Duration,
 }
@@ -77,7 +76,8 @@ impl Cluster {
         let task = tokio::spawn(async move {
             let secret = persist("read the cluster's secret", || load_secret(&*registry)).await;
             // The watch ends only when the registry is dropped, with the process.
-            Follower { registry, options, secret, sender, key_records: BTreeMap::new() }.follow().await;
+            let without = if options.keys_file.is_some() { Without::Closed } else { options.without };
+            Follower { registry, options, without, secret, sender }.follow().await;
         });
         Arc::new(Self { state, _task: AbortOnDropHandle::new(task) })
     }
@@ -102,15 +102,14 @@ impl Cluster {
 struct Follower {
     registry: Arc<dyn Registry>,
     options: ClusterOptions,
+    /// Closed for good once a tenant was seen, so that neither a revocation nor a lost record opens the server.
+    without: Without,
     secret: [u8; 32],
     sender: watch::Sender<Arc<ClusterState>>,
-    /// From the file of keys.
-    key_records: BTreeMap<TenantName, TenantRecord>,
 }
 
 impl Follower {
     async fn follow(mut self) {
-        self.read_keys_file();
         let mut watch = persist("watch the registry", || self.registry.watch_prefix("")).await;
         let mut keys_due = Instant::now() + KEYS_FILE_INTERVAL;
         loop {
@@ -127,7 +126,7 @@ impl Follower {
         }
     }
 
-    fn publish(&self, entries: &BTreeMap<String, Entry>) {
+    fn publish(&mut self, entries: &BTreeMap<String, Entry>) {
         let old = self.sender.borrow().clone();
         let now = Instant::now();
         let mut executors: BTreeMap<ExecutorId, ExecutorRecord> = BTreeMap::new();
@@ -152,17 +151,27 @@ impl Follower {
             Some((plan, revision)) => (plan.unwrap_or_else(|| old.plan.clone()), Some(revision)),
             None => (Plan::default(), None),
         };
-        let tenants = Tenants::new(self.tenant_records(entries), self.options.without, self.secret);
+        let tenants = Tenants::new(self.tenant_records(entries), self.without, self.secret);
+        if tenants.is_any() {
+            self.without = Without::Closed;
+        }
+        if old.loaded && old.tenants.is_open() && !tenants.is_open() {
+            tracing::warn!("the server is closed now: it has tenants, so only callers with a key are served");
+        }
+        if !old.loaded && tenants.is_open() {
+            tracing::info!("the server is open: it has no tenants, so everyone who can reach it is served");
+        }
         self.sender.send_replace(Arc::new(ClusterState { loaded: true, executors, departed, plan, plan_revision, tenants }));
     }
 
     fn tenant_records(&self, entries: &BTreeMap<String, Entry>) -> BTreeMap<TenantName, TenantRecord> {
-        let mut records = self.key_records.clone();
+        let of_file = self.options.keys_file.as_ref().map(|file| file.records().clone()).unwrap_or_default();
+        let mut records = of_file.clone();
         for entry in entries.range(key::TENANTS.to_owned()..).map(|(_, entry)| entry) {
             let Some(name) = entry.key.strip_prefix(key::TENANTS) else { break };
             let Some(mut record) = readable::<TenantRecord>(entry) else { continue };
             let name = TenantName(name.to_owned());
-            if let Some(of_file) = self.key_records.get(&name) {
+            if let Some(of_file) = of_file.get(&name) {
                 record.keys.extend(of_file.keys.iter().cloned());
             }
             records.insert(name, record);
@@ -170,12 +179,10 @@ impl Follower {
         records
     }
 
-    /// A file that cannot be read leaves the keys as they were: a half-written secret locks nobody out.
     fn read_keys_file(&mut self) {
-        let Some(path) = &self.options.keys_file else { return };
-        match keys_file::read(path) {
-            Ok(records) => self.key_records = records,
-            Err(error) => tracing::warn!(error = &error as &dyn std::error::Error, "keeping the keys as they were"),
+        let Some(file) = &mut self.options.keys_file else { return };
+        if let Err(error) = file.read_again() {
+            tracing::warn!(error = &error as &dyn std::error::Error, "keeping the keys as they were");
         }
     }
 }
@@ -279,6 +286,39 @@ mod tests {
         let tenants = &cluster.state().tenants;
         assert!(tenants.authenticate(None).is_err());
         assert_eq!(tenants.authenticate(Some(&key)), Ok(TenantName("acme".to_owned())));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn server_that_had_a_key_stays_closed_when_keys_and_tenants_vanish() {
+        let registry: Arc<dyn Registry> = Arc::new(Embedded::in_memory());
+        let (key, keys) = crate::state::tenants::new_key([1; 24], 0);
+        let record = TenantRecord { keys: vec![keys], ..TenantRecord::default() };
+        registry.put("tenants/acme", &record::to_value(&record), None).await.unwrap();
+        let options = ClusterOptions { without: Without::Open, ..ClusterOptions::default() };
+        let cluster = Cluster::start(registry.clone(), options);
+        cluster.loaded().await;
+        assert!(cluster.state().tenants.authenticate(Some(&key)).is_ok());
+
+        registry.put("tenants/acme", &record::to_value(&TenantRecord::default()), None).await.unwrap();
+        cluster.subscribe().wait_for(|state| state.tenants.has_no_keys()).await.unwrap();
+        assert!(cluster.state().tenants.authenticate(None).is_err(), "the last key was revoked");
+        assert!(cluster.state().tenants.authenticate(Some(&key)).is_err(), "this is the revoked key");
+
+        registry.delete("tenants/acme").await.unwrap();
+        cluster.subscribe().wait_for(|state| !state.tenants.is_any()).await.unwrap();
+        assert!(cluster.state().tenants.authenticate(None).is_err(), "the record was lost");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn server_with_an_empty_keys_file_is_closed() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("keys.json");
+        std::fs::write(&path, "{}").unwrap();
+        let keys_file = Some(KeysFile::open(&path).unwrap());
+        let options = ClusterOptions { without: Without::Open, keys_file, ..ClusterOptions::default() };
+        let cluster = Cluster::start(Arc::new(Embedded::in_memory()), options);
+        cluster.loaded().await;
+        assert!(cluster.state().tenants.authenticate(None).is_err());
     }
 
     #[tokio::test(start_paused = true)]

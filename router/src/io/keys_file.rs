@@ -1,7 +1,7 @@
 //! Keys from a file, for a mounted secret: tenant -> list of key hashes, as TOML (`acme = ["<64 hex digits>"]`) or JSON.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use ashlar_registry::record::{KeyRecord, TenantRecord};
 use ashlar_wire::id::TenantName;
@@ -36,11 +36,38 @@ pub enum KeysFileError {
     },
 }
 
-/// Reads the file.
-///
-/// # Errors
-/// When it cannot be read or is not of that shape.
-pub fn read(path: &Path) -> Result<BTreeMap<TenantName, TenantRecord>, KeysFileError> {
+/// A file of keys that was read at least once: a server never starts without the keys that it was told of.
+#[derive(Debug, Clone)]
+pub struct KeysFile {
+    path: PathBuf,
+    records: BTreeMap<TenantName, TenantRecord>,
+}
+
+impl KeysFile {
+    /// Reads the file for the first time.
+    ///
+    /// # Errors
+    /// When it cannot be read or is not of that shape.
+    pub fn open(path: &Path) -> Result<Self, KeysFileError> {
+        Ok(Self { path: path.to_owned(), records: read(path)? })
+    }
+
+    /// Its tenants, with their keys alone.
+    pub fn records(&self) -> &BTreeMap<TenantName, TenantRecord> {
+        &self.records
+    }
+
+    /// Reads it again; what cannot be read leaves the keys as they were: a half-written secret locks nobody out.
+    ///
+    /// # Errors
+    /// As [`KeysFile::open`].
+    pub fn read_again(&mut self) -> Result<(), KeysFileError> {
+        self.records = read(&self.path)?;
+        Ok(())
+    }
+}
+
+fn read(path: &Path) -> Result<BTreeMap<TenantName, TenantRecord>, KeysFileError> {
     let name = path.display().to_string();
     let text = std::fs::read_to_string(path).map_err(|source| KeysFileError::Read { path: name.clone(), source })?;
     parse(&text, &name)
@@ -71,6 +98,19 @@ mod tests {
         let toml = parse(&format!("acme = [\"{hash}\"]\n"), "f").unwrap();
         assert_eq!(toml, parse(&format!("{{\"acme\": [\"{hash}\"]}}"), "f").unwrap());
         assert_eq!(toml[&TenantName("acme".into())].keys[0].hash, hash.to_string());
+    }
+
+    #[test]
+    fn file_that_cannot_be_read_is_named_at_the_start_and_changes_nothing_later() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("keys.toml");
+        let error = KeysFile::open(&path).unwrap_err().to_string();
+        assert!(error.contains(&path.display().to_string()), "{error}");
+        std::fs::write(&path, format!("acme = [\"{}\"]", KeyHash::of("ask_x"))).unwrap();
+        let mut file = KeysFile::open(&path).unwrap();
+        std::fs::write(&path, "acme = [\"").unwrap();
+        assert!(file.read_again().is_err());
+        assert!(file.records().contains_key(&TenantName("acme".into())));
     }
 
     #[test]

@@ -131,6 +131,7 @@ impl Office {
         match self.registry.compare_and_swap(key::PLAN, cluster.plan_revision, &record::to_value(&planned.plan), None).await {
             Ok(Swap::Done(_)) => {
                 tracing::info!(generation, unplaced_count = planned.plan.unplaced.len(), "a new plan is in force");
+                tell_unplaced(&planned.plan, cluster, catalog);
                 for line in &planned.explanation {
                     tracing::debug!(generation, "{line}");
                 }
@@ -138,6 +139,19 @@ impl Office {
             // The picture is older than the plan in force; the next one is on its way.
             Ok(Swap::Conflict(_)) => tracing::debug!(generation, "another plan came first"),
             Err(error) => tracing::warn!(generation, error = &error as &dyn std::error::Error, "failed to write the plan; trying on"),
+        }
+    }
+}
+
+/// Warns once of each model that newly found no place. Without any executor all have none, as at every start: that is no news.
+fn tell_unplaced(plan: &Plan, cluster: &ClusterState, catalog: &CatalogView) {
+    if cluster.executors.is_empty() {
+        return;
+    }
+    let new = plan.unplaced.iter().filter(|(chain, reason)| cluster.plan.unplaced.get(*chain) != Some(*reason));
+    for (chain, reason) in new {
+        for model in catalog.models.values().filter(|model| model.chain_digest.0 == chain.0) {
+            tracing::warn!(model = model.id, reason, "a model has no place and is not served");
         }
     }
 }

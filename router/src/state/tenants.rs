@@ -37,12 +37,12 @@ pub struct OpenRefused {
 #[error("no or unknown API key")]
 pub struct Denied;
 
-/// Whether a server without keys serves everyone. Decided at start, by [`may_open`]; a server that may not refuses all instead.
+/// Whether a server without tenants serves everyone. Decided at start, by [`may_open`]; a server that may not refuses all instead.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Without {
-    /// No keys: everyone is the public tenant and sees all models.
+    /// No tenants: everyone is the public tenant and sees all models.
     Open,
-    /// No keys: nobody.
+    /// No tenants: nobody.
     Closed,
 }
 
@@ -125,9 +125,15 @@ impl Tenants {
         self.keys.is_empty()
     }
 
-    /// Whether everyone is let in.
+    /// Whether everyone is let in: only where no tenant is known at all. A tenant whose last key was revoked stays known, so that
+    /// a revocation closes a door and never opens one.
     pub fn is_open(&self) -> bool {
-        self.has_no_keys() && self.without == Without::Open
+        self.records.is_empty() && self.without == Without::Open
+    }
+
+    /// Whether a tenant was seen: who asks for keys once goes on asking.
+    pub fn is_any(&self) -> bool {
+        !self.records.is_empty()
     }
 
     /// Whose key it is. All hashes are compared whatever the key, so that time tells nothing.
@@ -216,11 +222,20 @@ mod tests {
         assert_eq!(may_open("0.0.0.0:80", false, true), Ok(Without::Open));
         assert!(may_open("0.0.0.0:80", false, false).unwrap_err().to_string().contains("--set router.insecure_open=true"));
 
-        let open = tenants(&[("acme", &[], &[])], Without::Open);
+        let open = tenants(&[], Without::Open);
         assert_eq!(open.authenticate(None), Ok(name("public")));
         assert_eq!(open.authenticate(Some("anything")), Ok(name("public")));
         assert!(open.may_use(&name("public"), "acme", "x"));
-        assert_eq!(tenants(&[], Without::Closed).authenticate(Some("x")), Err(Denied), "the last key was revoked");
+        assert_eq!(tenants(&[], Without::Closed).authenticate(Some("x")), Err(Denied));
+    }
+
+    #[test]
+    fn tenant_without_keys_opens_nothing() {
+        let revoked = tenants(&[("acme", &[], &[])], Without::Open);
+        for key in [None, Some(""), Some("ask_revoked")] {
+            assert_eq!(revoked.authenticate(key), Err(Denied), "{key:?}");
+        }
+        assert!(!revoked.may_use(&name("blue"), "acme", "x"));
     }
 
     #[test]
