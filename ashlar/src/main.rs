@@ -58,7 +58,12 @@ fn main() -> std::process::ExitCode {
     let _ = rustls::crypto::ring::default_provider().install_default();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let outcome = match runtime {
-        Ok(runtime) => runtime.block_on(run(cli.command)),
+        Ok(runtime) => {
+            let outcome = runtime.block_on(run(cli.command));
+            // Work on threads of its own, such as a template that does not end, is not waited for.
+            runtime.shutdown_timeout(std::time::Duration::from_secs(1));
+            outcome
+        }
         Err(error) => Err(anyhow::Error::new(error).context("start the runtime")),
     };
     match outcome {

@@ -252,6 +252,12 @@ async fn route(
             tracing::error!(%error, "signals cannot be awaited; stopping");
         }
         draining.drain();
+        tokio::spawn(async {
+            if stop_signal().await.is_ok() {
+                tracing::warn!("asked again to stop: what runs is cut");
+                std::process::exit(130);
+            }
+        });
     };
     ashlar_router::io::rest::serve(listener, Arc::new(dispatch), rest, shutdown).await.context("serve REST")?;
     // Leases run out by themselves if the registry is gone.

@@ -109,6 +109,11 @@ impl Pieces {
         self.kinds.get(id as usize).copied().unwrap_or(Kind::Absent)
     }
 
+    /// Bytes of the longest piece.
+    pub fn longest_bytes(&self) -> usize {
+        (0..self.count()).map(|id| self.bytes(id).len()).max().unwrap_or(0)
+    }
+
     /// The bytes of an id: for special tokens their own text, for absent ones nothing.
     pub fn bytes(&self, id: u32) -> &[u8] {
         let Some(&end) = self.ends.get(id as usize) else { return &[] };

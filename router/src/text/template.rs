@@ -10,10 +10,16 @@ use minijinja::value::{Kwargs, Value};
 use minijinja::{Environment, Error, ErrorKind, UndefinedBehavior};
 use serde::Serialize;
 
-/// Steps that one rendering may take, or 64-byte pieces of data that it may make: at most 128 MB.
-const FUEL: u64 = 2_000_000;
-/// Longest template.
-const SOURCE_BYTES_MAX: usize = 1 << 20;
+/// Steps that one rendering may take, or 64-byte pieces of data that it may make: at most 32 MB. It bounds how deep lists can hold
+/// lists, too.
+const FUEL: u64 = 500_000;
+/// Longest template. It bounds how deep expressions can be.
+const SOURCE_BYTES_MAX: usize = 64 << 10;
+/// Parsing and the dropping of values recurse as deep as a template wants, so they get a stack for the worst that the two bounds
+/// above allow. Pages that are not touched cost nothing.
+const STACK_BYTES: usize = 512 << 20;
+/// Most digits of a width or precision in `str.format`.
+const FORMAT_DIGITS_MAX: usize = 4;
 
 /// One message, as a template sees it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -53,7 +59,19 @@ pub enum TemplateError {
     Refused(String),
 }
 
-/// A compiled template. Immutable.
+/// Runs work on templates on a thread of its own with a deep stack. The receiver fails if the work panicked.
+///
+/// # Errors
+/// When the system has no thread.
+pub fn on_deep_stack<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> io::Result<tokio::sync::oneshot::Receiver<T>> {
+    let (sender, receiver) = tokio::sync::oneshot::channel();
+    // A receiver that is gone does not want it any more.
+    let run = move || drop(sender.send(work()));
+    std::thread::Builder::new().name("template".to_owned()).stack_size(STACK_BYTES).spawn(run)?;
+    Ok(receiver)
+}
+
+/// A compiled template. Immutable. Make and render it [`on_deep_stack`] where it comes from others.
 pub struct Template {
     environment: Environment<'static>,
 }
@@ -69,7 +87,7 @@ impl Template {
         environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(parse)?);
         environment.set_undefined_behavior(UndefinedBehavior::Lenient);
         environment.set_fuel(Some(FUEL));
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.set_unknown_method_callback(python_method);
         environment.add_function("raise_exception", raise_exception);
         environment.add_filter("tojson", tojson);
         environment.add_template_owned("chat", source.to_owned()).map_err(parse)?;
@@ -108,6 +126,15 @@ fn sentence(error: &Error) -> String {
         ErrorKind::OutOfFuel => "the chat template takes too many steps, or makes too much text".to_owned(),
         _ => innermost.detail().map_or_else(|| innermost.kind().to_string(), str::to_owned),
     }
+}
+
+/// Python's methods. Fuel does not see what `format` pads, so its widths are bounded.
+fn python_method(state: &mut minijinja::State<'_, '_>, value: &Value, method: &str, args: &[Value]) -> Result<Value, Error> {
+    let is_wide = |format: &str| format.split(|c: char| !c.is_ascii_digit()).any(|digits| digits.len() > FORMAT_DIGITS_MAX);
+    if method == "format" && value.as_str().is_some_and(is_wide) {
+        return Err(Error::new(ErrorKind::InvalidOperation, format!("format: a number has over {FORMAT_DIGITS_MAX} digits")));
+    }
+    minijinja_contrib::pycompat::unknown_method_callback(state, value, method, args)
 }
 
 fn raise_exception(message: String) -> Result<Value, Error> {

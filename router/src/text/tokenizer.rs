@@ -7,6 +7,7 @@ use crate::text::pieces::{Pieces, PiecesError};
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     pieces: Pieces,
+    longest_bytes: usize,
 }
 
 /// Why a tokenizer cannot be loaded or used.
@@ -33,7 +34,7 @@ impl Tokenizer {
         inner.with_truncation(None).map_err(|e| TokenizerError::Parse(e.to_string()))?;
         inner.with_padding(None);
         let pieces = Pieces::of(&inner)?;
-        Ok(Self { inner, pieces })
+        Ok(Self { inner, longest_bytes: pieces.longest_bytes(), pieces })
     }
 
     /// Token ids of a text, with or without what the post-processor adds (such as a beginning-of-sequence token). Special
@@ -51,6 +52,11 @@ impl Tokenizer {
     /// The vocabulary's own spelling of a token (`Ġthe`, `▁the`), if the id is one.
     pub fn spelling(&self, id: u32) -> Option<String> {
         self.inner.id_to_token(id)
+    }
+
+    /// Bytes of the longest piece: a text of N tokens has at most N times as many, before a normaliser makes it shorter.
+    pub fn longest_bytes(&self) -> usize {
+        self.longest_bytes
     }
 
     /// What each id contributes to the text.

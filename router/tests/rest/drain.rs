@@ -38,6 +38,19 @@ async fn drain_is_bounded() {
 }
 
 #[tokio::test]
+async fn what_has_not_arrived_yet_delays_no_stop() {
+    for sent in ["GET /hea", "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer sk-acme\r\ncontent-length: 9\r\n\r\n{"]
+    {
+        let mut server = Server::start().await;
+        let mut stream = tokio::net::TcpStream::connect(server.address).await.unwrap();
+        tokio::io::AsyncWriteExt::write_all(&mut stream, sent.as_bytes()).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        server.stop.take().unwrap().send(()).unwrap();
+        tokio::time::timeout(Duration::from_secs(5), &mut server.served).await.expect(sent).unwrap().unwrap();
+    }
+}
+
+#[tokio::test]
 async fn backend_may_drain_first() {
     let server = Server::start().await;
     server.backend.draining.store(true, Ordering::SeqCst);

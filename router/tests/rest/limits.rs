@@ -85,6 +85,29 @@ async fn concurrent_requests_are_bounded_and_room_comes_back() {
 }
 
 #[tokio::test]
+async fn slow_senders_take_no_room_from_others() {
+    let server = Server::with(|limits| limits.concurrent_requests_max = 1).await;
+    let mut slow = TcpStream::connect(server.address).await.unwrap();
+    let head = format!("POST {CHAT} HTTP/1.1\r\nhost: test\r\nauthorization: Bearer sk-acme\r\ncontent-length: 100\r\n\r\n{{");
+    slow.write_all(head.as_bytes()).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let refused = server.post(CHAT, &chat("acme/story", json!({}))).await;
+    assert_eq!(refused.error(), "429 too_many_requests -", "the same tenant has its limit of bodies on their way");
+    let other =
+        server.open(hyper::Method::POST, CHAT, &[("authorization", "Bearer sk-other")], chat("acme/story", json!({})).to_string()).await;
+    assert_eq!(other.status(), 404, "let in, and not shown another's model");
+}
+
+#[tokio::test]
+async fn text_that_cannot_fit_is_refused_unread() {
+    let server = Server::start().await;
+    let long = "a".repeat(2 << 20);
+    let refused = server.post(COMPLETIONS, &completion("acme/story", json!({"prompt": long}))).await;
+    assert_eq!(refused.error(), "400 context_length_exceeded prompt");
+    assert!(refused.json()["error"]["message"].as_str().unwrap().contains("2097152 bytes"), "{}", refused.json());
+}
+
+#[tokio::test]
 async fn connections_over_the_limit_wait() {
     let server = Server::with(|limits| limits.connections_max = 1).await;
     let held = TcpStream::connect(server.address).await.unwrap();

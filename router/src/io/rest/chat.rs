@@ -127,7 +127,7 @@ async fn prepare(rest: &Rest, request: Request) -> Result<Ready, ApiError> {
     let tokenizer = rest.texts.tokenizer(&*rest.backend, &model).await?;
     let text = rest.texts.render(&*rest.backend, &model, messages, true).await?;
     // The template has written the special tokens itself.
-    let prompt = rest.texts.encode(&tokenizer, &model, text, false).await?;
+    let prompt = rest.texts.encode(&tokenizer, &model, text, false, (rest.prompt_tokens_max(&model), "messages")).await?;
     Ok(Ready { call, model, tokenizer, prompts: vec![prompt], generation, default_tokens_max: None, prompt_param: "messages" })
 }
 

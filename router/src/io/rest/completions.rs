@@ -122,7 +122,10 @@ async fn prepare(rest: &Rest, request: Request) -> Result<Ready, ApiError> {
     for prompt in prompts {
         encoded.push(match prompt {
             Prompt::Tokens(tokens) => tokens,
-            Prompt::Text(text) => rest.texts.encode(&tokenizer, &model, text, true).await?,
+            Prompt::Text(text) => {
+                let bound = (rest.prompt_tokens_max(&model), "prompt");
+                rest.texts.encode(&tokenizer, &model, text, true, bound).await?
+            }
         });
     }
     let default_tokens_max = Some(GENERATED_TOKENS_DEFAULT);

@@ -11,7 +11,6 @@ use serde::Serialize;
 use crate::io::backend::ApiError;
 use crate::io::rest::Rest;
 use crate::io::rest::fields::{Fields, wrong};
-use crate::io::rest::texts::off_thread;
 
 #[derive(Serialize)]
 struct Detokenized {
@@ -29,7 +28,7 @@ pub(crate) async fn detokenize(State(rest): State<Arc<Rest>>, request: Request) 
         return Err(wrong("tokens", &format!("made of token ids below {}", model.chain.vocab)));
     }
     let tokenizer = rest.texts.tokenizer(&*rest.backend, &model).await?;
-    let decoded = off_thread(move || tokenizer.decode(&tokens, false)).await?;
+    let decoded = rest.texts.off_thread(move || tokenizer.decode(&tokens, false)).await?;
     let prompt = decoded.map_err(|error| ApiError::new(Code::Internal, error.to_string()))?;
     Ok(Json(Detokenized { prompt }).into_response())
 }

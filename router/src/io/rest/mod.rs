@@ -19,11 +19,13 @@ mod models;
 mod run;
 mod serve;
 mod sse;
+mod stall;
 mod texts;
 mod tokenize;
 
-use std::sync::Arc;
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use ashlar_wire::code::Code;
 use ashlar_wire::id::{RequestId, TenantName};
@@ -51,6 +53,8 @@ pub(crate) struct Rest {
     texts: Texts,
     /// One permit for each request that generates or tokenizes.
     requests: Arc<Semaphore>,
+    /// Bodies that each tenant is sending now.
+    arriving: Arc<Mutex<HashMap<TenantName, u32>>>,
     /// Set once this server stops; the backend may drain earlier.
     stopping: AtomicBool,
 }
@@ -87,7 +91,7 @@ impl Rest {
     fn new(backend: Arc<dyn Backend>, config: RestConfig) -> Self {
         let requests = Arc::new(Semaphore::new(config.limits.concurrent_requests_max as usize));
         let texts = Texts::new(config.limits.tokenizers_max);
-        Self { backend, config, texts, requests, stopping: AtomicBool::new(false) }
+        Self { backend, config, texts, requests, arriving: Arc::default(), stopping: AtomicBool::new(false) }
     }
 
     fn draining(&self) -> bool {
@@ -117,14 +121,17 @@ impl Rest {
         })
     }
 
-    /// Key, room and body of a request that will do work.
+    /// Key, body and room of a request that will do work. Room comes last: who sends slowly takes none from others.
     async fn open(&self, request: axum::extract::Request) -> Result<Call, ApiError> {
         let tenant = self.tenant(request.headers())?;
-        let permit = Arc::clone(&self.requests).try_acquire_owned().map_err(|_| {
-            let limit = self.config.limits.concurrent_requests_max;
-            ApiError::new(Code::TooManyRequests, format!("{limit} requests are running, which is the limit; try again"))
-        })?;
-        let body = body::read(request, &self.config.limits).await?;
+        let limit = self.config.limits.concurrent_requests_max;
+        let body = {
+            let _arriving = Arriving::enter(&self.arriving, &tenant, limit)?;
+            body::read(request, &self.config.limits).await?
+        };
+        let permit = Arc::clone(&self.requests)
+            .try_acquire_owned()
+            .map_err(|_| ApiError::new(Code::TooManyRequests, format!("{limit} requests are running, which is the limit; try again")))?;
         Ok(Call { tenant, body, permit })
     }
 
@@ -137,6 +144,10 @@ impl Rest {
         let Call { tenant, permit, .. } = ready.call;
         let (model, tokenizer, generation) = (ready.model, ready.tokenizer, ready.generation);
         Run::start(&*self.backend, NewRun { request_id: id, tenant, model, tokenizer, prompts, generation, metrics, permit }).await
+    }
+
+    fn prompt_tokens_max(&self, model: &ModelView) -> u32 {
+        self.config.limits.prompt_tokens_max.min(model.chain.context_tokens)
     }
 
     /// How many tokens may follow each prompt.
@@ -168,6 +179,37 @@ impl Rest {
             created: now_s(),
             model: model.id.clone(),
             system_fingerprint: format!("fp_{}", model.chain_digest.short()),
+        }
+    }
+}
+
+/// A body that is on its way; a tenant may have so many at a time as may run in all.
+struct Arriving {
+    counts: Arc<Mutex<HashMap<TenantName, u32>>>,
+    tenant: TenantName,
+}
+
+impl Arriving {
+    fn enter(counts: &Arc<Mutex<HashMap<TenantName, u32>>>, tenant: &TenantName, limit: u32) -> Result<Self, ApiError> {
+        let mut by_tenant = counts.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = by_tenant.entry(tenant.clone()).or_default();
+        if *count >= limit {
+            let message = format!("tenant {tenant} is sending {limit} requests at once, which is the limit; try again");
+            return Err(ApiError::new(Code::TooManyRequests, message));
+        }
+        *count += 1;
+        Ok(Self { counts: Arc::clone(counts), tenant: tenant.clone() })
+    }
+}
+
+impl Drop for Arriving {
+    fn drop(&mut self) {
+        let mut by_tenant = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = by_tenant.get_mut(&self.tenant) {
+            *count -= 1;
+            if *count == 0 {
+                by_tenant.remove(&self.tenant);
+            }
         }
     }
 }

@@ -18,10 +18,15 @@ use tokio::time::Instant;
 
 use crate::io::backend::Backend;
 use crate::io::rest::config::RestConfig;
+use crate::io::rest::stall::Stalling;
 use crate::io::rest::{Rest, router};
 
 /// Pause after a failed accept, such as when file descriptors ran out.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// Time for connections to close once no request runs.
+const CLOSE_MAX: Duration = Duration::from_secs(1);
+/// A client that reads nothing for so long is gone.
+const STALL_MAX: Duration = Duration::from_secs(30);
 /// Bytes of a request's head.
 const HEAD_BYTES_MAX: usize = 64 << 10;
 
@@ -51,7 +56,8 @@ pub async fn serve(
     }
 
     rest.stopping.store(true, Ordering::Relaxed);
-    tracing::info!("REST drains");
+    let running = rest.config.limits.concurrent_requests_max as usize - rest.requests.available_permits();
+    tracing::info!(running, limit_ms = rest.config.limits.drain_ms, "REST drains; a second signal stops at once");
     let deadline = Instant::now() + Duration::from_millis(rest.config.limits.drain_ms);
     let idle = async {
         tokio::select! {
@@ -62,8 +68,9 @@ pub async fn serve(
     let idle = tokio::time::timeout_at(deadline, idle).await.is_ok();
     let Server { listener, graceful, mut connections, .. } = server;
     drop(listener);
-    let closed = tokio::time::timeout_at(deadline, graceful.shutdown()).await.is_ok();
-    if !(idle && closed) {
+    // What is left has no request that runs: ends of responses, and heads and bodies that may never come.
+    let _ = tokio::time::timeout_at(deadline.min(Instant::now() + CLOSE_MAX), graceful.shutdown()).await;
+    if !idle {
         tracing::warn!("requests were still running when the time to drain was over; they are cut");
     }
     connections.abort_all();
@@ -109,7 +116,7 @@ impl Server {
         }
         let mut builder = http1::Builder::new();
         builder.timer(TokioTimer::new()).header_read_timeout(self.header_read).max_buf_size(HEAD_BYTES_MAX);
-        let connection = builder.serve_connection(TokioIo::new(stream), self.service.clone());
+        let connection = builder.serve_connection(TokioIo::new(Stalling::new(stream, STALL_MAX)), self.service.clone());
         let connection = self.graceful.watch(connection);
         self.connections.spawn(async move {
             let _room = room;

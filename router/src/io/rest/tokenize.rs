@@ -47,7 +47,7 @@ pub(crate) async fn tokenize(State(rest): State<Arc<Rest>>, request: Request) ->
     };
     fields.finish();
     let tokenizer = rest.texts.tokenizer(&*rest.backend, &model).await?;
-    let tokens = rest.texts.encode(&tokenizer, &model, text, add_special_tokens).await?;
+    let tokens = rest.texts.encode(&tokenizer, &model, text, add_special_tokens, (rest.config.limits.prompt_tokens_max, "prompt")).await?;
     let token_strs = return_token_strs.then(|| tokens.iter().map(|token| tokenizer.spelling(*token)).collect());
     Ok(Json(Tokenized { count: tokens.len(), max_model_len: model.chain.context_tokens, tokens, token_strs }).into_response())
 }

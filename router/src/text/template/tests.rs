@@ -59,3 +59,35 @@ fn greedy_templates_are_stopped() {
     assert!(matches!(render("{% if %}", &[]), Err(TemplateError::Parse(_))));
     assert!(matches!(render("{{ messages.x.y }}", &[]), Err(TemplateError::Refused(_))));
 }
+
+/// Each of these ended the process by an overflow of a thread's usual stack.
+#[test]
+fn deep_templates_overflow_no_stack() {
+    let chain =
+        |head: &str, link: &str, tail: &str| format!("{{{{ {head}{}{tail} }}}}", link.repeat((SOURCE_BYTES_MAX - 100) / link.len()));
+    let nested = |more: &str| format!("{{% set ns=namespace(x=[]) %}}{{% for i in range(99999) %}}{{% set ns.x={more} %}}{{% endfor %}}");
+    let sources = [
+        chain("", "-", "1"),
+        chain("", "not ", "1"),
+        chain("1", "+1", ""),
+        chain("a", ".a", ""),
+        chain("a", "|e", ""),
+        chain("", "[", ""),
+        nested("[ns.x]"),
+        nested("[ns.x]") + "{{ ns.x }}",
+        nested("[ns.x]") + "{{ ns.x|tojson }}",
+        nested("{'a': ns.x}") + "{{ ns.x|tojson }}",
+    ];
+    for source in sources {
+        let shown: String = source.chars().take(60).collect();
+        let rendered = on_deep_stack(move || render(&source, &[]).map(drop).map_err(drop)).unwrap();
+        // Whether it is refused or not: the process lives, and the thread did not panic.
+        assert!(rendered.blocking_recv().is_ok(), "{shown}");
+    }
+}
+
+#[test]
+fn format_pads_within_reason() {
+    assert_eq!(render("{{ '{:>5}'.format('a') }}", &[]).unwrap(), "    a");
+    assert!(render("{{ '{:2000000000}'.format(1) }}", &[]).unwrap_err().to_string().contains("over 4 digits"));
+}
