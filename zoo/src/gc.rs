@@ -28,9 +28,17 @@ pub struct GcReport {
     pub bytes: u64,
     /// Unreferenced objects left because they are younger than the grace period.
     pub young_count: u64,
+    /// Their bytes.
+    pub young_bytes: u64,
 }
 
-/// Objects that are kept.
+/// Objects that are kept, and those of them that a name leads to.
+struct Marked {
+    kept: Marks,
+    named: Marks,
+}
+
+/// Objects by kind.
 #[derive(Default)]
 struct Marks {
     chains: BTreeSet<Digest>,
@@ -49,14 +57,19 @@ pub async fn collect(zoo: &Zoo, grace: Duration, dry_run: bool) -> Result<GcRepo
         let metas = zoo.list(folder).await?;
         lists.push(metas.into_iter().filter_map(|meta| Some((object(&meta.location)?, meta))).collect::<Vec<_>>());
     }
-    let marks = mark(zoo, &lists, grace).await?;
+    let Marked { kept, named } = mark(zoo, &lists, grace).await?;
     let mut report = GcReport::default();
     for (object, meta) in lists.iter().flatten() {
-        if marks.keeps(object) {
+        if kept.keeps(object) {
+            if !named.keeps(object) {
+                report.young_count += 1;
+                report.young_bytes += meta.size;
+            }
             continue;
         }
         if is_young(meta, grace) || !(dry_run || zoo.delete_if_old(object, grace).await?) {
             report.young_count += 1;
+            report.young_bytes += meta.size;
             continue;
         }
         *match object {
@@ -83,8 +96,8 @@ impl Marks {
     }
 }
 
-async fn mark(zoo: &Zoo, lists: &[Vec<(Object, ObjectMeta)>], grace: Duration) -> Result<Marks, StoreError> {
-    let mut marks = Marks::default();
+async fn mark(zoo: &Zoo, lists: &[Vec<(Object, ObjectMeta)>], grace: Duration) -> Result<Marked, StoreError> {
+    let (mut marks, mut named) = (Marks::default(), Marks::default());
     for (_, name) in zoo.list_models().await? {
         let name = name?;
         marks.chains.insert(name.chain);
@@ -109,21 +122,29 @@ async fn mark(zoo: &Zoo, lists: &[Vec<(Object, ObjectMeta)>], grace: Duration) -
             Err(StoreError::Damaged { .. } | StoreError::Missing { .. }) if unnamed_chains.contains(digest) => continue,
             chain => chain?,
         };
+        let assets = [chain.assets.tokenizer, chain.assets.chat_template, chain.assets.card].into_iter().flatten().map(Object::Asset);
+        if !unnamed_chains.contains(digest) {
+            named.chains.insert(*digest);
+            named.blocks.extend(&chain.blocks);
+            named.leaves.extend(assets.clone());
+        }
         marks.blocks.extend(chain.blocks);
-        marks
-            .leaves
-            .extend([chain.assets.tokenizer, chain.assets.chat_template, chain.assets.card].into_iter().flatten().map(Object::Asset));
+        marks.leaves.extend(assets);
     }
-    let named_blocks = marks.blocks.clone();
+    let of_chains = marks.blocks.clone();
     marks.blocks.extend(young_blocks);
     for digest in &marks.blocks {
         let block = match zoo.read_block(*digest).await {
-            Err(StoreError::Damaged { .. } | StoreError::Missing { .. }) if !named_blocks.contains(digest) => continue,
+            Err(StoreError::Damaged { .. } | StoreError::Missing { .. }) if !of_chains.contains(digest) => continue,
             block => block?,
         };
-        marks.leaves.extend(block.tensors.values().map(|tensor| Object::Tensor(tensor.digest)));
+        let tensors = block.tensors.values().map(|tensor| Object::Tensor(tensor.digest));
+        if named.blocks.contains(digest) {
+            named.leaves.extend(tensors.clone());
+        }
+        marks.leaves.extend(tensors);
     }
-    Ok(marks)
+    Ok(Marked { kept: marks, named })
 }
 
 pub(crate) fn is_young(meta: &ObjectMeta, grace: Duration) -> bool {

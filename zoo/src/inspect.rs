@@ -87,7 +87,7 @@ pub struct ShownBlock {
 pub struct Diff {
     /// The two names.
     pub models: [String; 2],
-    /// Blocks from the start with equal lineage: their KV is shared.
+    /// Blocks from the start with equal lineage: where KV could be shared.
     pub common_prefix: usize,
     /// Blocks of each.
     pub block_counts: [usize; 2],

@@ -123,7 +123,9 @@ async fn gc_leaves_what_is_young_and_what_history_names() {
     zoo.remove_model(&"demo/a".parse().unwrap()).await.unwrap();
     let young = gc::collect(&zoo, Duration::from_secs(3600), false).await.unwrap();
     assert_eq!((young.bytes, young.tensor_count), (0, 0));
+    assert_eq!(young.young_count, 2 + 8 + 30 + 2, "and says what it left");
     let planned = gc::collect(&zoo, Duration::ZERO, true).await.unwrap();
+    assert_eq!(young.young_bytes, planned.bytes);
     assert_eq!((planned.chain_count, planned.block_count, planned.tensor_count, planned.asset_count), (2, 8, 30, 2));
     assert_eq!(gc::collect(&zoo, Duration::ZERO, false).await.unwrap(), planned);
     assert_eq!(verify(&zoo, &Silent).await.unwrap().object_count, 0);

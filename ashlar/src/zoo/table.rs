@@ -154,7 +154,8 @@ pub(super) fn gc(report: &GcReport, dry_run: bool) -> String {
         out.push_str(&format!(", {} unfinished writes", report.staged_count));
     }
     if report.young_count > 0 {
-        out.push_str(&format!("; {} unreferenced but younger than the grace period", report.young_count));
+        let bytes = human_bytes(report.young_bytes);
+        out.push_str(&format!("; {} objects ({bytes}) that nothing names are younger than the grace period", report.young_count));
     }
     out + "\n"
 }

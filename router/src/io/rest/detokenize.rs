@@ -28,7 +28,7 @@ pub(crate) async fn detokenize(State(rest): State<Arc<Rest>>, request: Request) 
         return Err(wrong("tokens", &format!("made of token ids below {}", model.chain.vocab)));
     }
     let tokenizer = rest.texts.tokenizer(&*rest.backend, &model).await?;
-    let decoded = rest.texts.off_thread(move || tokenizer.decode(&tokens, false)).await?;
+    let decoded = rest.texts.off_thread(tokens.len() * 8, move || tokenizer.decode(&tokens, false)).await?;
     let prompt = decoded.map_err(|error| ApiError::new(Code::Internal, error.to_string()))?;
     Ok(Json(Detokenized { prompt }).into_response())
 }

@@ -16,6 +16,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 /// Texts longer than this are encoded on a thread of their own, so that they hold up no stream.
 const INLINE_BYTES_MAX: usize = 4 << 10;
 
+/// Texts at work at the same time, in KiB together. A tokenizer takes some 130 bytes of memory for each byte: about 1 GiB.
+const WORK_KIB_MAX: u32 = 8 << 10;
 /// A template may take so long. Fuel bounds its steps, but some single steps can go on for ever.
 const RENDER_MAX: Duration = Duration::from_secs(5);
 /// A normaliser may make a text shorter by so much: composing characters, and dropping some.
@@ -25,8 +27,10 @@ const NORMALISED_BYTES_RATIO: usize = 4;
 pub(crate) struct Texts {
     tokenizers: Cache<Tokenizer>,
     templates: Cache<ModelTemplate>,
-    /// Tokenizers at work: each may take a hundred times its text in memory.
+    /// One permit for each KiB of text at work.
     workers: Arc<Semaphore>,
+    /// The fewest permits that a text takes, so that there are no more such threads than cores.
+    text_kib_min: u32,
     /// Templates at work.
     renders: Arc<Semaphore>,
 }
@@ -43,7 +47,8 @@ impl Texts {
         Self {
             tokenizers: Cache::new(count_max),
             templates: Cache::new(count_max),
-            workers: Arc::new(Semaphore::new(cores)),
+            workers: Arc::new(Semaphore::new(WORK_KIB_MAX as usize)),
+            text_kib_min: (WORK_KIB_MAX as usize).div_ceil(cores) as u32,
             renders: Arc::new(Semaphore::new(2 * cores)),
         }
     }
@@ -53,7 +58,7 @@ impl Texts {
         let digest = asset(model.chain.assets.tokenizer, Code::Internal, "the model has no tokenizer")?;
         let make = async || {
             let bytes = backend.asset(&digest).await?;
-            let made = self.off_thread(move || Tokenizer::from_bytes(&bytes)).await?;
+            let made = self.off_thread(bytes.len(), move || Tokenizer::from_bytes(&bytes)).await?;
             made.map_err(|error| ApiError::new(Code::Internal, format!("the tokenizer of {} cannot be used: {error}", model.id)))
         };
         self.tokenizers.get(&digest, make).await
@@ -103,7 +108,7 @@ impl Texts {
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, ApiError> {
         let late = || ApiError::new(Code::TemplateFailed, format!("the model's chat template took over {} s", RENDER_MAX.as_secs()));
-        let permit = permit(&self.renders).await;
+        let permit = permits(&self.renders, 1).await;
         if template.as_ref().is_some_and(|template| template.is_endless.load(Ordering::Relaxed)) {
             return Err(late());
         }
@@ -126,9 +131,14 @@ impl Texts {
         watched.await.map_err(|error| ApiError::new(Code::Internal, format!("work on a template did not end: {error}")))?
     }
 
-    /// Runs work that takes long on a thread for such work, when one is free.
-    pub(crate) async fn off_thread<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Result<T, ApiError> {
-        let permit = permit(&self.workers).await;
+    /// Runs work on so many bytes of text on a thread for such work, when there is room.
+    pub(crate) async fn off_thread<T: Send + 'static>(
+        &self,
+        bytes: usize,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, ApiError> {
+        let kib = u32::try_from(bytes / 1024).unwrap_or(u32::MAX).clamp(self.text_kib_min, WORK_KIB_MAX);
+        let permit = permits(&self.workers, kib).await;
         let joined = tokio::task::spawn_blocking(move || {
             let _permit = permit;
             work()
@@ -155,7 +165,7 @@ impl Texts {
             tokenizer.encode(&text, add_special_tokens)
         } else {
             let tokenizer = Arc::clone(tokenizer);
-            self.off_thread(move || tokenizer.encode(&text, add_special_tokens)).await?
+            self.off_thread(text.len(), move || tokenizer.encode(&text, add_special_tokens)).await?
         };
         let tokens = encoded.map_err(|error| ApiError::new(Code::Internal, error.to_string()))?;
         match tokens.iter().find(|token| **token >= model.chain.vocab) {
@@ -172,8 +182,8 @@ fn asset(digest: Option<Digest>, code: Code, message: &str) -> Result<Digest, Ap
     digest.ok_or_else(|| ApiError::new(code, message))
 }
 
-async fn permit(gate: &Arc<Semaphore>) -> OwnedSemaphorePermit {
-    Arc::clone(gate).acquire_owned().await.expect("the semaphore is never closed")
+async fn permits(gate: &Arc<Semaphore>, count: u32) -> OwnedSemaphorePermit {
+    Arc::clone(gate).acquire_many_owned(count).await.expect("the semaphore is never closed")
 }
 
 /// Unix time in seconds.
