@@ -247,19 +247,24 @@ async fn route(
     metric_registries.push(process_metrics()?);
     let rest = RestConfig { limits: config.router.limits, metrics, registries: metric_registries };
     let draining = dispatch.clone();
+    let (first, was_asked) = tokio::sync::oneshot::channel::<()>();
     let shutdown = async move {
         if let Err(error) = stop_signal().await {
             tracing::error!(%error, "signals cannot be awaited; stopping");
         }
         draining.drain();
-        tokio::spawn(async {
-            if stop_signal().await.is_ok() {
-                tracing::warn!("asked again to stop: what runs is cut");
-                std::process::exit(130);
-            }
-        });
+        // Nobody waits for it where serving has ended.
+        let _ = first.send(());
     };
-    ashlar_router::io::rest::serve(listener, Arc::new(dispatch), rest, shutdown).await.context("serve REST")?;
+    let second = async move {
+        if was_asked.await.is_err() || stop_signal().await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    };
+    tokio::select! {
+        served = ashlar_router::io::rest::serve(listener, Arc::new(dispatch), rest, shutdown) => served.context("serve REST")?,
+        () = second => tracing::warn!("asked again to stop: what runs is cut"),
+    }
     // Leases run out by themselves if the registry is gone.
     let _ = planner.resign().await;
     let _ = session.close().await;

@@ -4,6 +4,7 @@ import json
 import signal
 import socket
 import subprocess
+import time
 
 import pytest
 import queries
@@ -53,6 +54,25 @@ def test_told_to_stop_it_finishes_what_runs(zoo, tmp_path):
         assert choices[-1].finish_reason == "length"
         assert serve.wait() == 0
         assert serve.complaints() == []
+    finally:
+        serve.process.kill()
+
+
+def test_told_twice_to_stop_it_stops_at_once(zoo, tmp_path):
+    serve = servers.Serve(zoo[0], tmp_path / "serve.log")
+    try:
+        serve.api.wait_for_models([MODEL])
+        stream = client_of(serve.api).completions.create(model=MODEL, prompt=PROMPT, max_tokens=LONG_TOKENS, n=16, stream=True, **GREEDY)
+        next(iter(stream))
+        began = time.monotonic()
+        serve.process.send_signal(signal.SIGTERM)
+        wait_until("it drains", lambda: "REST drains" in serve.log.read_text(), 5)
+        serve.process.send_signal(signal.SIGINT)
+        assert serve.wait() == 0
+        # The stream, which nobody reads on, would have held the drain for its 30 s.
+        assert time.monotonic() - began < 10
+        assert serve.complaints("asked again to stop") == []
+        assert len(serve.complaints()) == 1
     finally:
         serve.process.kill()
 
