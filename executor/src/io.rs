@@ -4,6 +4,7 @@
 pub mod attach;
 pub mod device;
 pub mod executor;
+pub mod handle;
 pub mod hosting;
 pub mod links;
 pub mod metrics;

@@ -2,9 +2,7 @@
 //! state, so there is nothing to lock.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::pin::Pin;
 use std::sync::{Arc, Mutex};
-use std::task::{Context, Poll};
 use std::time::Duration;
 
 use ashlar_kernels::ops::Ops;
@@ -14,12 +12,12 @@ use ashlar_wire::v1;
 use ashlar_wire::v1::link_frame::Frame;
 use ashlar_wire::v1::sequence_event::Event as SequenceEvent;
 use bytes::Bytes;
-use futures::Stream;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
 use super::attach::{Attachment, Downstream, FrameSender, LinkId, Listener, admission_key, frame_key};
 use super::device::{self, Command, Reply};
+pub use super::handle::{ExecutorHandle, SequenceEvents};
 use super::hosting::{HostedSpan, SpanKey};
 use super::links::Links;
 use super::metrics::ExecutorMetrics;
@@ -94,70 +92,6 @@ impl std::fmt::Debug for DeviceReply {
     }
 }
 
-/// A handle to a running executor; clones drive the same one.
-#[derive(Debug, Clone)]
-pub struct ExecutorHandle {
-    events: mpsc::UnboundedSender<Event>,
-    status: Arc<Mutex<v1::StatusReply>>,
-}
-
-/// The events of one sequence. Dropping it cancels the sequence.
-#[derive(Debug)]
-pub struct SequenceEvents {
-    receiver: mpsc::UnboundedReceiver<SequenceEvent>,
-    cancel: Option<(SequenceKey, u32)>,
-    events: mpsc::UnboundedSender<Event>,
-}
-
-impl Stream for SequenceEvents {
-    type Item = SequenceEvent;
-
-    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<SequenceEvent>> {
-        let event = std::task::ready!(self.receiver.poll_recv(context));
-        if matches!(event, None | Some(SequenceEvent::Finished(_) | SequenceEvent::Failed(_))) {
-            self.cancel = None;
-        }
-        Poll::Ready(event)
-    }
-}
-
-impl Drop for SequenceEvents {
-    fn drop(&mut self) {
-        if let Some((key, epoch)) = self.cancel.take() {
-            // The engine task may have ended, and the sequence with it.
-            let _ = self.events.send(Event::Cancel(key, epoch));
-        }
-    }
-}
-
-impl ExecutorHandle {
-    /// Admits a sequence. Refusals come as a `Failed` event.
-    pub fn run(&self, admission: v1::Admission) -> SequenceEvents {
-        let (sender, receiver) = mpsc::unbounded_channel();
-        let cancel = Some((admission_key(&admission), admission.epoch));
-        // If the engine task has ended, `sender` is dropped here and the stream ends at once.
-        let _ = self.events.send(Event::Run(Box::new(admission), sender));
-        SequenceEvents { receiver, cancel, events: self.events.clone() }
-    }
-
-    /// Where events for the engine task go.
-    pub fn events(&self) -> mpsc::UnboundedSender<Event> {
-        self.events.clone()
-    }
-
-    /// What the executor holds and does.
-    pub fn status(&self) -> v1::StatusReply {
-        self.status.lock().expect("no holder panics").clone()
-    }
-
-    /// Looks for faults in the engine's books: Ok, or the first one.
-    pub async fn check_integrity(&self) -> Result<(), String> {
-        let (answer, answered) = oneshot::channel();
-        let _ = self.events.send(Event::CheckIntegrity(answer));
-        answered.await.unwrap_or_else(|_| Err("the engine task has ended".to_owned()))
-    }
-}
-
 /// Starts the device thread and the engine task. Returns the handle and the sender of blocks to the device.
 ///
 /// # Errors
@@ -198,7 +132,7 @@ pub fn start<B: Ops>(
         generation: 0,
     };
     tokio::spawn(driver.drive(receiver));
-    Ok((ExecutorHandle { events, status }, commands))
+    Ok((ExecutorHandle::new(events, status), commands))
 }
 
 struct Driver<B: Ops> {
