@@ -10,6 +10,7 @@ mod report;
 mod request;
 mod schedule;
 mod stats;
+mod step;
 #[cfg(test)]
 mod tests;
 
@@ -28,6 +29,8 @@ enum Command {
     Load(Box<load::LoadArgs>),
     /// Measure this machine's ceilings and the linear layers against them.
     Kernels(kernels::KernelsArgs),
+    /// Measure whole steps of a model of the zoo, without engine and server.
+    Step(step::StepArgs),
 }
 
 /// Runs the bench that was asked for.
@@ -35,5 +38,6 @@ pub(crate) async fn run(args: BenchArgs) -> anyhow::Result<()> {
     match args.command {
         Command::Load(args) => Box::pin(load::run(*args)).await.context("measure the server"),
         Command::Kernels(args) => kernels::run(args).await.context("measure the kernels"),
+        Command::Step(args) => Box::pin(step::run(args)).await.context("measure steps"),
     }
 }

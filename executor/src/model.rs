@@ -1,6 +1,7 @@
 //! What an executor computes with: blocks on the device (`block`), the forward pass over them (`forward`), written once
 //! over the op set, and the sampler. It knows rows, pages and logits; it does not know tenants, requests or schedules.
-//! Start with `forward`. `alone` runs one sequence the plain way, for tests and as an oracle.
+//! Start with `forward`. `alone` runs one sequence the plain way, for tests and as an oracle;
+//! `steps` runs many in lockstep, to be measured.
 
 pub mod alone;
 pub mod block;
@@ -10,6 +11,7 @@ pub mod philox;
 pub mod rope;
 pub mod sampler;
 pub mod source;
+pub mod steps;
 mod workspace;
 
 #[cfg(test)]

@@ -83,6 +83,11 @@ impl Cpu {
         self.pool.threads()
     }
 
+    /// Barriers of the thread pool so far: jobs that all threads were called to.
+    pub fn barriers(&self) -> u64 {
+        self.pool.barriers()
+    }
+
     /// Runs units on the pool, or on the caller alone where `work` (about the elements or products touched) is too small
     /// to be worth waking anybody.
     fn spread(&self, units: usize, work: usize, unit: &(dyn Fn(usize) + Sync)) {

@@ -7,6 +7,7 @@ pub mod format;
 pub mod ops;
 pub mod reference;
 mod table;
+pub mod timed;
 
 pub use cpu::probe;
 

@@ -15,7 +15,7 @@ const BYTES_MAX: usize = 16 << 30;
 /// Rows of a batch.
 const ROWS_MAX: usize = 1 << 16;
 /// Threads.
-const THREADS_MAX: usize = 1024;
+pub(super) const THREADS_MAX: usize = 1024;
 
 /// Measures the kernels.
 #[derive(Debug, Clone, clap::Args)]
@@ -48,7 +48,7 @@ pub(crate) struct KernelsArgs {
 
 /// The instruction sets by the names of the command line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-enum IsaName {
+pub(super) enum IsaName {
     Avx512,
     Avx2,
     Scalar,

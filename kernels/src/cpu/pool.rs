@@ -16,6 +16,8 @@ pub(super) struct Pool {
     shared: Arc<State>,
     /// Held by the caller whose job is on; another caller meanwhile works alone.
     turn: Mutex<()>,
+    /// Jobs that threads were called to, and waited for, since the start.
+    barriers: AtomicU64,
     workers: Vec<JoinHandle<()>>,
 }
 
@@ -65,12 +67,17 @@ impl Pool {
                 builder.spawn(move || work(&shared)).expect("the system starts the pool's threads at start-up")
             })
             .collect();
-        Self { shared, turn: Mutex::new(()), workers }
+        Self { shared, turn: Mutex::new(()), barriers: AtomicU64::new(0), workers }
     }
 
     /// Threads that a job may use.
     pub(super) fn threads(&self) -> usize {
         self.workers.len() + 1
+    }
+
+    /// Jobs that several threads took part in so far: each ends with a barrier.
+    pub(super) fn barriers(&self) -> u64 {
+        self.barriers.load(Ordering::Relaxed)
     }
 
     /// Calls `unit` once for each of `0..units`, in any order and from any of the threads, and returns when all are
@@ -85,6 +92,7 @@ impl Pool {
             Err(TryLockError::Poisoned(turn)) => turn.into_inner(),
             Err(TryLockError::WouldBlock) => return (0..units).for_each(unit),
         };
+        self.barriers.fetch_add(1, Ordering::Relaxed);
         let shared = &*self.shared;
         // SAFETY: only the lifetime changes. `Close` below waits until no worker is inside, even if `unit` panics here,
         // so the closure outlives every use.

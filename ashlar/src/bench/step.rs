@@ -1,0 +1,199 @@
+//! `ashlar bench step`: whole steps of a model of the zoo on this process's own device, without engine and server: how long a step
+//! takes, what share of the read bandwidth that is, how many barriers it has, and which ops the time goes to.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use ashlar_executor::model::alone::AloneLimits;
+use ashlar_executor::model::block::LoadedBlock;
+use ashlar_executor::model::steps::Steps;
+use ashlar_kernels::cpu::{Cpu, CpuOptions, Isa, probe};
+use ashlar_kernels::ops::Ops;
+use ashlar_kernels::timed::Timed;
+use ashlar_zoo::model_id::ModelId;
+use ashlar_zoo::store::Zoo;
+use serde_json::json;
+
+use super::kernels::{IsaName, THREADS_MAX};
+use crate::config::{ZooConfig, zoo_of_environment};
+
+/// Rows of a step at most.
+const ROWS_MAX: usize = 8192;
+/// Bytes that the bandwidth probe reads.
+const PROBE_BYTES: usize = 1 << 30;
+/// Tokens of a KV page, as the executor has by default.
+const PAGE_TOKENS: usize = 32;
+
+/// Measures whole steps.
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct StepArgs {
+    /// Directory of the zoo [env: ASHLAR_ZOO] [default: zoo-data]
+    #[arg(long)]
+    zoo: Option<PathBuf>,
+    /// TENANT/MODEL
+    #[arg(long)]
+    model: ModelId,
+    /// Threads [default: all cores]
+    #[arg(long, default_value_t = 0, hide_default_value = true)]
+    threads: usize,
+    /// Instruction set [default: the best that the machine has]
+    #[arg(long, value_enum)]
+    isa: Option<IsaName>,
+    /// Tokens that each sequence has before a decode step
+    #[arg(long, default_value_t = 128)]
+    context: usize,
+    /// Sequences of a decode step, comma-separated
+    #[arg(long, value_delimiter = ',', default_values_t = [1, 16, 32])]
+    decode: Vec<usize>,
+    /// Tokens of a prompt computed in one step, comma-separated
+    #[arg(long, value_delimiter = ',', default_values_t = [128, 512])]
+    prefill: Vec<usize>,
+    /// Seconds for each cell
+    #[arg(long, default_value_t = 2.0)]
+    seconds: f64,
+    /// Show the time of each op
+    #[arg(long)]
+    ops: bool,
+    /// Write the table as JSON
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Commit, for the JSON
+    #[arg(long)]
+    commit: Option<String>,
+}
+
+/// What a step does.
+#[derive(Debug, Clone, Copy)]
+enum Cell {
+    /// One more token of each of so many sequences.
+    Decode(usize),
+    /// The first so many tokens of one.
+    Prefill(usize),
+}
+
+/// Loads the model and measures cell by cell. It keeps all cores busy, so it runs outside the async threads.
+pub(crate) async fn run(args: StepArgs) -> anyhow::Result<()> {
+    for (name, values) in [("--decode", &args.decode), ("--prefill", &args.prefill)] {
+        ensure!(values.iter().all(|rows| (1..=ROWS_MAX).contains(rows)), "{name} must be from 1 to {ROWS_MAX}");
+    }
+    ensure!((0.05..=600.0).contains(&args.seconds), "--seconds must be from 0.05 to 600");
+    ensure!(args.context <= 1 << 20, "--context must be at most {}", 1 << 20);
+    ensure!(args.threads <= THREADS_MAX, "--threads must be at most {THREADS_MAX}");
+    let isa = args.isa.map(Isa::from);
+    if let Some(missing) = isa.filter(|isa| !isa.available()) {
+        anyhow::bail!("this machine lacks the instructions of {missing:?}");
+    }
+    let root = match &args.zoo {
+        Some(root) => root.clone(),
+        None => zoo_of_environment()?.unwrap_or_else(|| ZooConfig::default().root),
+    };
+    let zoo = Zoo::open_dir(&root).await?;
+    let name = zoo.read_model(&args.model).await?;
+    let ops = Arc::new(Timed::new(Cpu::new(CpuOptions { threads: args.threads, isa })));
+    let mut blocks = Vec::new();
+    for digest in zoo.read_chain(name.chain).await?.blocks {
+        let mapped = zoo.map_block(digest).await?;
+        blocks.push(LoadedBlock::load(&*ops, &mapped.block, &mapped).with_context(|| format!("load block {digest}"))?);
+    }
+    tokio::task::spawn_blocking(move || measure(&args, ops, blocks)).await?
+}
+
+fn measure(args: &StepArgs, ops: Arc<Timed<Cpu>>, blocks: Vec<LoadedBlock<Timed<Cpu>>>) -> anyhow::Result<()> {
+    println!("{}, {}", args.model, ops.describe());
+    let cells: Vec<Cell> = args.decode.iter().map(|n| Cell::Decode(*n)).chain(args.prefill.iter().map(|n| Cell::Prefill(*n))).collect();
+    let rows_max = args.decode.iter().chain(&args.prefill).max().copied().unwrap_or(1);
+    let tokens_max = args.prefill.iter().max().copied().unwrap_or(1).max(args.context + 1);
+    let limits = AloneLimits { chunk_tokens_max: rows_max, tokens_max, page_tokens: PAGE_TOKENS };
+    let sequences = args.decode.iter().max().copied().unwrap_or(1);
+    let mut steps = Steps::new(Arc::clone(&ops), blocks, limits, sequences).context("make room for the sequences")?;
+    let bandwidth = probe::read_bandwidth(ops.inner(), PROBE_BYTES).context("probe the machine")?;
+    println!(
+        "read bandwidth {:.1} GB/s; a decode step reads {:.1} MB of weights, so {:.0} steps/s at most",
+        bandwidth / 1e9,
+        steps.read_bytes() as f64 / 1e6,
+        bandwidth / steps.read_bytes() as f64
+    );
+    println!("{:>16}  {:>9}  {:>9}  {:>9}  {:>12}  {:>8}", "step", "best ms", "median ms", "tokens/s", "of bandwidth", "barriers");
+    let mut reported = Vec::new();
+    for cell in cells {
+        reported.push(measure_cell(args, &ops, &mut steps, bandwidth, cell));
+    }
+    let Some(path) = &args.json else { return Ok(()) };
+    let report = json!({
+        "version": env!("CARGO_PKG_VERSION"),
+        "commit": args.commit,
+        "machine": super::process::machine(),
+        "device": ops.describe(),
+        "model": args.model.to_string(),
+        "context": args.context,
+        "read_bytes_per_second": bandwidth,
+        "weight_bytes_of_a_step": steps.read_bytes(),
+        "cells": reported,
+    });
+    std::fs::write(path, serde_json::to_string_pretty(&report)? + "\n").with_context(|| format!("write {}", path.display()))
+}
+
+#[expect(clippy::disallowed_methods, reason = "a measurement reads the real clock")]
+fn measure_cell(args: &StepArgs, ops: &Timed<Cpu>, steps: &mut Steps<Timed<Cpu>>, bandwidth: f64, cell: Cell) -> serde_json::Value {
+    let (name, tokens) = match cell {
+        Cell::Decode(sequences) => (format!("decode {sequences}"), sequences),
+        Cell::Prefill(rows) => (format!("prefill {rows}"), rows),
+    };
+    let mut step = || match cell {
+        Cell::Decode(sequences) => steps.step(sequences, args.context, 1),
+        Cell::Prefill(rows) => steps.step(1, 0, rows),
+    };
+    step();
+    ops.take();
+    let barriers_before = ops.inner().barriers();
+    let mut times = Vec::new();
+    let begin = Instant::now();
+    while times.len() < 3 || begin.elapsed() < Duration::from_secs_f64(args.seconds) {
+        let start = Instant::now();
+        step();
+        times.push(start.elapsed());
+    }
+    times.sort_unstable();
+    let (best, median) = (times[0].as_secs_f64(), times[times.len() / 2].as_secs_f64());
+    let barriers = (ops.inner().barriers() - barriers_before) as f64 / times.len() as f64;
+    let share = steps.read_bytes() as f64 / bandwidth / median;
+    let of_bandwidth = if matches!(cell, Cell::Decode(1)) { format!("{:.0}%", share * 100.0) } else { "-".to_owned() };
+    println!(
+        "{name:>16}  {:>9.3}  {:>9.3}  {:>9.0}  {of_bandwidth:>12}  {barriers:>8.0}",
+        best * 1e3,
+        median * 1e3,
+        tokens as f64 / median
+    );
+    let total: Duration = times.iter().sum();
+    let mut of_ops: Vec<_> = ops.take().into_iter().collect();
+    of_ops.sort_by_key(|(_, op)| std::cmp::Reverse(op.time));
+    if args.ops {
+        for (name, op) in &of_ops {
+            println!(
+                "{:>32}  {:>5.1}%  {:>9.1} us a step  {:>4} calls",
+                name,
+                op.time.as_secs_f64() / total.as_secs_f64() * 100.0,
+                op.time.as_secs_f64() * 1e6 / times.len() as f64,
+                op.calls / times.len() as u64
+            );
+        }
+    }
+    let of_ops: serde_json::Map<String, serde_json::Value> = of_ops
+        .into_iter()
+        .map(|(name, op)| {
+            let seconds = op.time.as_secs_f64() / times.len() as f64;
+            (name.to_owned(), json!({ "seconds": seconds, "calls": op.calls / times.len() as u64 }))
+        })
+        .collect();
+    json!({
+        "step": name,
+        "tokens": tokens,
+        "best_seconds": best,
+        "median_seconds": median,
+        "share_of_bandwidth": share,
+        "barriers": barriers,
+        "ops": of_ops,
+    })
+}

@@ -1,0 +1,83 @@
+//! Sequences of one chain in lockstep, for measurements of whole steps: no scheduling, no sampling, no sharing, the same tokens in
+//! each. What `ashlar bench step` times.
+
+use std::sync::Arc;
+
+use ashlar_kernels::ops::{KvPlace, Ops, PackError, Query};
+
+use super::alone::{AloneLimits, Pools};
+use super::block::LoadedBlock;
+use super::forward::{AttentionBatch, Forward, ForwardBatch};
+
+/// A chain and its sequences.
+pub struct Steps<B: Ops> {
+    blocks: Vec<LoadedBlock<B>>,
+    forward: Forward<B>,
+    pools: Pools<B>,
+    /// For each attention block the page tables of all sequences, one after another.
+    tables: Vec<Vec<u32>>,
+    limits: AloneLimits,
+    sequence_count: usize,
+    vocab: u32,
+}
+
+impl<B: Ops> Steps<B> {
+    /// Room for `sequence_count` sequences of `limits.tokens_max` tokens, and steps of at most `limits.chunk_tokens_max` rows.
+    /// The chain is whole: embed first, head last.
+    ///
+    /// # Errors
+    /// When the device has no room.
+    pub fn new(ops: Arc<B>, blocks: Vec<LoadedBlock<B>>, limits: AloneLimits, sequence_count: usize) -> Result<Self, PackError> {
+        let mut forward = Forward::new(Arc::clone(&ops), limits.chunk_tokens_max, limits.chunk_tokens_max.min(sequence_count))?;
+        blocks.iter().try_for_each(|block| forward.reserve(block))?;
+        let pages = limits.tokens_max.div_ceil(limits.page_tokens) * sequence_count;
+        let all = AloneLimits { tokens_max: pages * limits.page_tokens, ..limits };
+        let (pools, tables) = Pools::new(&*ops, &blocks, all)?;
+        let vocab = blocks.iter().find_map(LoadedBlock::vocab).unwrap_or(1) as u32;
+        Ok(Self { blocks, forward, pools, tables, limits, sequence_count, vocab })
+    }
+
+    /// Bytes of weights on the device.
+    pub fn weight_bytes(&self) -> usize {
+        self.blocks.iter().map(LoadedBlock::bytes).sum()
+    }
+
+    /// Bytes of the weights that every step reads whole: all but the embedding, of which it reads a row a token.
+    pub fn read_bytes(&self) -> usize {
+        self.blocks.iter().filter(|block| !block.is_embed()).map(LoadedBlock::bytes).sum()
+    }
+
+    /// One step: positions `at .. at + rows_each` of each of the first `sequences`, and the logits of each one's last row.
+    ///
+    /// # Panics
+    /// When that is beyond the limits.
+    pub fn step(&mut self, sequences: usize, at: usize, rows_each: usize) {
+        assert!((1..=self.sequence_count).contains(&sequences), "{sequences} sequences of {}", self.sequence_count);
+        assert!(at + rows_each <= self.limits.tokens_max, "{} tokens, at most {}", at + rows_each, self.limits.tokens_max);
+        let page = self.limits.page_tokens;
+        let table_len = self.limits.tokens_max.div_ceil(page);
+        let rows: Vec<(usize, usize)> = (0..sequences).flat_map(|s| (at..at + rows_each).map(move |position| (s, position))).collect();
+        let tokens: Vec<u32> = rows.iter().map(|(_, position)| (*position as u32).wrapping_mul(2_654_435_761) % self.vocab).collect();
+        let positions: Vec<u32> = rows.iter().map(|(_, position)| *position as u32).collect();
+        let queries: Vec<Query> =
+            rows.iter().map(|(s, position)| Query { table_start: (s * table_len) as u32, position: *position as u32 }).collect();
+        let places: Vec<Vec<KvPlace>> = self
+            .tables
+            .iter()
+            .map(|table| {
+                let place = |(s, position): &(usize, usize)| KvPlace {
+                    slot: table[s * table_len + position / page],
+                    offset: (position % page) as u32,
+                };
+                rows.iter().map(place).collect()
+            })
+            .collect();
+        let attention: Vec<AttentionBatch<'_>> =
+            std::iter::zip(&places, &self.tables).map(|(places, tables)| AttentionBatch { places, queries: &queries, tables }).collect();
+        let logit_rows: Vec<u32> = (0..sequences).map(|s| ((s + 1) * rows_each - 1) as u32).collect();
+        let blocks: Vec<&LoadedBlock<B>> = self.blocks.iter().collect();
+        let batch =
+            ForwardBatch { row_count: rows.len(), tokens: &tokens, positions: &positions, attention: &attention, logit_rows: &logit_rows };
+        self.forward.run(&blocks, &batch, &mut self.pools);
+    }
+}
