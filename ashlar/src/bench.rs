@@ -6,6 +6,7 @@ mod kernels;
 mod load;
 mod process;
 mod prompts;
+mod quality;
 mod report;
 mod request;
 mod schedule;
@@ -31,6 +32,8 @@ enum Command {
     Kernels(kernels::KernelsArgs),
     /// Measure whole steps of a model of the zoo, without engine and server.
     Step(step::StepArgs),
+    /// Measure what the stored forms of a model cost: perplexity, and divergence from a baseline.
+    Quality(quality::QualityArgs),
 }
 
 /// Runs the bench that was asked for.
@@ -39,5 +42,6 @@ pub(crate) async fn run(args: BenchArgs) -> anyhow::Result<()> {
         Command::Load(args) => Box::pin(load::run(*args)).await.context("measure the server"),
         Command::Kernels(args) => kernels::run(args).await.context("measure the kernels"),
         Command::Step(args) => Box::pin(step::run(args)).await.context("measure steps"),
+        Command::Quality(args) => Box::pin(quality::run(args)).await.context("measure the quality"),
     }
 }

@@ -3,6 +3,8 @@
 #
 #   bench/peers/llama.sh install                          into target/peers/llama; prints the server's version
 #   bench/peers/llama.sh requantise IN.gguf OUT.gguf      every matrix as Q8_0
+#   bench/peers/llama.sh quality MODEL.gguf TEXT WINDOW_TOKENS WINDOWS THREADS FOLDER OUT.json FORMAT...
+#                                                         perplexity and divergence of its formats: llama_quality.py
 #   bench/peers/llama.sh serve MODEL.gguf THREADS PORT [FLAGS OF llama-server]
 #
 # `serve` becomes the server, so that the process id of this script is the server's. Its settings are the best known here: as many
@@ -32,6 +34,11 @@ case ${1:-} in
     [ $# = 3 ] || die "usage: llama.sh requantise IN.gguf OUT.gguf"
     "$python" bench/peers/requantise.py "$2" "$3"
     ;;
+  quality)
+    [ $# -ge 9 ] || die "usage: llama.sh quality MODEL.gguf TEXT WINDOW_TOKENS WINDOWS THREADS FOLDER OUT.json FORMAT..."
+    shift
+    "$python" bench/peers/llama_quality.py "$@"
+    ;;
   serve)
     [ $# -ge 4 ] || die "usage: llama.sh serve MODEL.gguf THREADS PORT [FLAGS]"
     model=$2 threads=$3 port=$4
@@ -41,7 +48,7 @@ case ${1:-} in
       --ctx-size 4096 --parallel 1 --no-webui "$@"
     ;;
   *)
-    sed -n '2,10s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,12s/^# \{0,1\}//p' "$0" >&2
     exit 2
     ;;
 esac

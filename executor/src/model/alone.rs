@@ -94,6 +94,11 @@ impl<B: Ops> Alone<B> {
         self.blocks.iter().map(LoadedBlock::bytes).sum()
     }
 
+    /// Logits of a row.
+    pub fn vocab(&self) -> usize {
+        self.blocks.last().and_then(LoadedBlock::vocab).expect("a head is last")
+    }
+
     /// From now on runs blocks `[0, at)` and `[at, ..)` apart, as two executors would; `at == 0` runs all at once.
     pub fn cut_at(&mut self, at: usize) {
         assert!(at < self.blocks.len(), "a cut leaves blocks on both sides");

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use ashlar_kernels::format::Dtype;
+use ashlar_kernels::format::{Dtype, quantise};
 use ashlar_kernels::ops::{Activation, Ops};
 use ashlar_zoo::digest::Digest;
 use ashlar_zoo::manifest::{Block, BlockKind, Norm, Rope, RopeScaling, TensorRef};
@@ -62,6 +62,11 @@ impl Memory {
 
     /// A chain of six blocks that uses most of what blocks can do.
     pub(super) fn chain<B: Ops>(&mut self, ops: &B) -> Vec<LoadedBlock<B>> {
+        self.chain_as(ops, None)
+    }
+
+    /// The same weights, the matrices stored as `dtype`.
+    pub(super) fn chain_as<B: Ops>(&mut self, ops: &B, dtype: Option<Dtype>) -> Vec<LoadedBlock<B>> {
         let kinds = [
             BlockKind::Embed { scale: 2.0 },
             attention(),
@@ -81,7 +86,21 @@ impl Memory {
             BlockKind::FeedForward { norm: RMS, activation: Activation::Relu, inner: 40, gated: false, post_norm: Some(RMS) },
             BlockKind::Head { norm: RMS, softcap: Some(30.0), scale: 1.0 },
         ];
-        kinds.into_iter().map(|kind| LoadedBlock::load(ops, &self.block(kind), self).unwrap()).collect()
+        let mut blocks: Vec<Block> = kinds.into_iter().map(|kind| self.block(kind)).collect();
+        if let Some(dtype) = dtype {
+            let tensors = blocks.iter_mut().flat_map(|block| block.tensors.values_mut());
+            tensors.filter(|tensor| tensor.shape.len() == 2).for_each(|tensor| self.convert(tensor, dtype));
+        }
+        blocks.iter().map(|block| LoadedBlock::load(ops, block, self).unwrap()).collect()
+    }
+
+    fn convert(&mut self, tensor: &mut TensorRef, dtype: Dtype) {
+        let source = &self.0[&tensor.digest];
+        let (rows, cols) = (source.rows, source.cols);
+        let values: Vec<f32> = source.view().bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
+        let bytes = quantise(dtype, rows, cols, &values).unwrap();
+        *tensor = TensorRef { digest: Digest::of(&bytes), dtype, shape: tensor.shape.clone() };
+        self.0.insert(tensor.digest, TensorBytes { dtype, rows, cols, keep: Arc::new(bytes) });
     }
 }
 
