@@ -5,8 +5,9 @@ import json
 import sys
 from pathlib import Path
 
-# Mean KL from f32, in nats a token.
-KL_MAX = {"hub/f32": 0.0, "hub/bf16": 1e-3, "hub/int8": 1e-2, "hub/int4": 2e-1}
+# Mean KL from f32, in nats a token: about one and a half times what was measured when this was written (0, 0.00006, 0.0032, 0.0043,
+# 0.28), so that another text passes, and int8 in groups of 64 (0.008) would not. bf16, being so near, has more room.
+KL_MAX = {"hub/f32": 0.0, "hub/bf16": 2e-4, "hub/keep": 5e-3, "hub/int8": 6.5e-3, "hub/int4": 4e-1}
 # Of ln(perplexity) of one text, between two engines that compute the same weights in f32: they differ in the order of sums alone.
 ENGINES_APART_MAX = 1e-3
 

@@ -6,6 +6,7 @@
 #   real-models  64 greedy tokens of every prompt on three real models against transformers
 #   repeat       the end-to-end tests RUNS (10) times over
 #   smoke        SmolLM2 and the demo family behind the official client, release build
+#   quality      how far bf16, int8 and int4 are from f32, here and in llama.cpp
 #   speed        one stream against llama.cpp, with one thread and with all
 #
 # Ends with a table of minutes; logs lie in target/soak-logs.
@@ -16,7 +17,7 @@ SEEDS=${SEEDS:-10000} FUZZ_SECONDS=${FUZZ_SECONDS:-600} RUNS=${RUNS:-10}
 target=${CARGO_TARGET_DIR:-$ROOT/target}
 export ASHLAR_MODELS=${ASHLAR_MODELS:-$ROOT/target/models}
 export PATH=$ROOT/.venv/bin:$PATH
-stages=(seeds fuzz real-models repeat smoke speed)
+stages=(seeds fuzz real-models repeat smoke quality speed)
 logs=$target/soak-logs
 trap 'exit 130' INT TERM
 
@@ -41,6 +42,8 @@ repeat() {
 }
 
 smoke() { bench/smoke.sh; }
+
+quality() { bench/quality.sh; }
 
 speed() { THREADS=1 bench/single-stream.sh && bench/single-stream.sh; }
 
