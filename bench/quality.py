@@ -14,10 +14,11 @@ ENGINES_APART_MAX = 1e-3
 
 def row(engine: str, model: dict) -> str:
     ratio, kl = model["ln_perplexity_ratio"], model["kl"]
+    mean, median, most = (max(0.0, figure) for figure in (kl["mean"], model["kl_p50"], model["kl_p99"]))  # llama.cpp's rounding gives -1e-6
     return (
         f"| {engine} {model['model'].removeprefix('hub/')} | {model['bytes'] / 1e6:.0f} | {model['perplexity']:.3f} "
-        f"| {100 * ratio['mean']:+.2f} ± {100 * ratio['standard_error']:.2f} | {kl['mean']:.5f} ± {kl['standard_error']:.5f} "
-        f"| {model['kl_p50']:.5f} | {model['kl_p99']:.5f} | {100 * model['same_top_share']:.2f} |"
+        f"| {100 * ratio['mean']:+.2f} ± {100 * ratio['standard_error']:.2f} | {mean:.5f} ± {kl['standard_error']:.5f} "
+        f"| {median:.5f} | {most:.5f} | {100 * model['same_top_share']:.2f} |"
     )
 
 
@@ -26,7 +27,7 @@ def main(folder: Path) -> int:
     models = {model["model"]: model for model in ours["models"]}
     f32 = models["hub/f32"]
     print(f"{f32['rows']} predictions in {ours['windows']} windows of {ours['window_tokens']} tokens; perplexity ± {f32['perplexity_standard_error']:.2f}")
-    print("| form | MB | perplexity | against f32, % | mean KL | median KL | 99 % KL | same top, % |")
+    print("| form | MB | perplexity | ln of its ratio, % | mean KL | median KL | 99 % KL | same top, % |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for model in models.values():
         print(row("Ashlar", model))

