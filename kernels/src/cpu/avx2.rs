@@ -52,6 +52,10 @@ impl Lanes for Avx2 {
         op!(_mm_prefetch::<_MM_HINT_T0>(address.cast()))
     }
     #[inline(always)]
+    fn prefetch_write(self, address: *const u8) {
+        op!(_mm_prefetch::<_MM_HINT_ET0>(address.cast()))
+    }
+    #[inline(always)]
     fn splat(self, x: f32) -> [__m256; 2] {
         [op!(_mm256_set1_ps(x)); 2]
     }

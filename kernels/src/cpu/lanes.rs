@@ -21,6 +21,8 @@ pub(super) trait Lanes: Copy + Send + Sync + 'static {
 
     /// A hint that the cache line at `address` will be read; any address will do.
     fn prefetch(self, address: *const u8);
+    /// A hint that the cache line at `address` will be written; any address will do.
+    fn prefetch_write(self, address: *const u8);
     fn splat(self, x: f32) -> Self::F;
     fn load(self, x: &[f32; 16]) -> Self::F;
     fn store(self, x: Self::F, out: &mut [f32; 16]);

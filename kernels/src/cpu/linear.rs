@@ -38,6 +38,12 @@ impl<'a> Output<'a> {
         load_some(s, unsafe { self.place(row, panel) })
     }
 
+    /// Asks for the cache lines that `store` will write: many rows lie far apart, and a store that misses holds up the next tile's.
+    #[inline(always)]
+    pub(super) fn prefetch<S: Lanes>(&self, s: S, row: usize, panel: usize) {
+        s.prefetch_write(self.values.address(row * self.stride + self.first + panel * LANES).cast());
+    }
+
     /// Stores sums; the bias comes after the last slice of K.
     ///
     /// # Safety

@@ -110,6 +110,13 @@ impl<W: FloatFormat> FloatTiles<'_, W> {
     fn rows<S: Lanes, const R: usize, const C: usize>(&self, s: S, row: &mut usize, panel: usize, step: usize, pass: &Range<usize>) {
         let (all, _) = self.weights.as_chunks::<LANES>();
         while *row + R <= self.rows.end {
+            if R > 1 {
+                for r in 0..R {
+                    for c in 0..C {
+                        self.output.prefetch(s, *row + r, panel + c * step);
+                    }
+                }
+            }
             let mut totals = [[s.splat(0.0); C]; R];
             if pass.start != 0 {
                 for r in 0..R {

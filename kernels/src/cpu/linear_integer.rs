@@ -148,6 +148,13 @@ impl<B: CodeFormat, W: FloatFormat, const MINIMUM: bool> Tiles<'_, B, W, MINIMUM
         let groups = self.unit.weights.groups;
         let slice_groups = SLICE / groups.group;
         while *row + R <= self.unit.rows.end {
+            if R > 1 {
+                for r in 0..R {
+                    for c in 0..C {
+                        self.unit.output.prefetch(s, *row + r, panel + c * step);
+                    }
+                }
+            }
             let mut totals = [[s.splat(0.0); C]; R];
             if pass.start != 0 {
                 for r in 0..R {

@@ -113,6 +113,12 @@ impl<'a, T> Shared<'a, T> {
         self.len
     }
 
+    /// Where an element is, or would be.
+    #[inline(always)]
+    pub(super) fn address(&self, index: usize) -> *const T {
+        self.start.wrapping_add(index)
+    }
+
     /// Elements `range`; panics if they are not there.
     ///
     /// # Safety
