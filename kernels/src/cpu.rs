@@ -36,7 +36,7 @@ use crate::reference::concatenate;
 use attention::Attend;
 use elementwise::{Gate, Map, MapElements, Rope};
 use isa::Proven;
-use linear::Scratch;
+use linear::{Finish, Scratch};
 use memory::{Aligned, Shared};
 use norm::{Norm, NormHeads, NormRows};
 use pool::Pool;
@@ -255,7 +255,15 @@ impl Ops for Cpu {
     }
 
     fn linear_apply(&self, out: &mut Buffer, x: &Buffer, row_count: usize, linear: &Linear, bias: Option<&Buffer>) {
-        linear::apply(self, &mut out.0, &x.0, row_count, linear, bias.map(|bias| &bias.0[..]));
+        linear::apply(self, &mut out.0, &x.0, row_count, linear, bias.map(|bias| &bias.0[..]), Finish::Store);
+    }
+
+    fn linear_add(&self, acc: &mut Buffer, x: &Buffer, row_count: usize, linear: &Linear, bias: Option<&Buffer>) {
+        linear::apply(self, &mut acc.0, &x.0, row_count, linear, bias.map(|bias| &bias.0[..]), Finish::Add);
+    }
+
+    fn linear_gate(&self, out: &mut Buffer, x: &Buffer, row_count: usize, linear: &Linear, bias: Option<&Buffer>, activation: Activation) {
+        linear::apply(self, &mut out.0, &x.0, row_count, linear, bias.map(|bias| &bias.0[..]), Finish::Gate(activation));
     }
 
     fn rope_rows(&self, out: &mut Buffer, positions: &[u32], inverse_frequencies: &Buffer, attention_factor: f32) {

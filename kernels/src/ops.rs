@@ -218,6 +218,19 @@ pub trait Ops: Send + Sync + 'static {
     );
     /// `out[T, N] = x[T, K] W^T + bias`, dense rows.
     fn linear_apply(&self, out: &mut Self::Buffer, x: &Self::Buffer, row_count: usize, linear: &Self::Linear, bias: Option<&Self::Vector>);
+    /// `acc[T, N] += x[T, K] W^T + bias`, dense rows: the bits of [`Ops::linear_apply`] and then [`Ops::add`].
+    fn linear_add(&self, acc: &mut Self::Buffer, x: &Self::Buffer, row_count: usize, linear: &Self::Linear, bias: Option<&Self::Vector>);
+    /// `out[T, N/2] = act(y[t, j]) * y[t, N/2 + j]` where `y[T, N] = x[T, K] W^T + bias`, dense rows: the bits of
+    /// [`Ops::linear_apply`] and then [`Ops::gate`]. The layer has two parts of equal outputs, gate and up.
+    fn linear_gate(
+        &self,
+        out: &mut Self::Buffer,
+        x: &Self::Buffer,
+        row_count: usize,
+        linear: &Self::Linear,
+        bias: Option<&Self::Vector>,
+        activation: Activation,
+    );
     /// Cosines and sines of `positions x inverse frequencies`, times `attention_factor`: row t is
     /// `[cos 0..R/2 | sin 0..R/2]` where R/2 = the length of `inverse_frequencies`.
     fn rope_rows(&self, out: &mut Self::Buffer, positions: &[u32], inverse_frequencies: &Self::Vector, attention_factor: f32);

@@ -146,6 +146,26 @@ impl Ops for Reference {
         }
     }
 
+    fn linear_add(&self, acc: &mut Vec<f32>, x: &Vec<f32>, row_count: usize, linear: &Linear, bias: Option<&Vec<f32>>) {
+        let mut y = vec![0.0; row_count * linear.outputs()];
+        self.linear_apply(&mut y, x, row_count, linear, bias);
+        self.add(acc, &y, row_count * linear.outputs());
+    }
+
+    fn linear_gate(
+        &self,
+        out: &mut Vec<f32>,
+        x: &Vec<f32>,
+        row_count: usize,
+        linear: &Linear,
+        bias: Option<&Vec<f32>>,
+        activation: Activation,
+    ) {
+        let mut y = vec![0.0; row_count * linear.outputs()];
+        self.linear_apply(&mut y, x, row_count, linear, bias);
+        self.gate(out, &y, row_count, linear.outputs() / 2, activation);
+    }
+
     fn rope_rows(&self, out: &mut Vec<f32>, positions: &[u32], inverse_frequencies: &Vec<f32>, attention_factor: f32) {
         let half = inverse_frequencies.len();
         for (t, &position) in positions.iter().enumerate() {

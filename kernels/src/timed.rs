@@ -130,6 +130,20 @@ impl<B: Ops> Ops for Timed<B> {
     fn linear_apply(&self, out: &mut B::Buffer, x: &B::Buffer, row_count: usize, linear: &B::Linear, bias: Option<&B::Vector>) {
         self.time("linear", |b| b.linear_apply(out, x, row_count, linear, bias));
     }
+    fn linear_add(&self, acc: &mut B::Buffer, x: &B::Buffer, row_count: usize, linear: &B::Linear, bias: Option<&B::Vector>) {
+        self.time("linear_add", |b| b.linear_add(acc, x, row_count, linear, bias));
+    }
+    fn linear_gate(
+        &self,
+        out: &mut B::Buffer,
+        x: &B::Buffer,
+        row_count: usize,
+        linear: &B::Linear,
+        bias: Option<&B::Vector>,
+        activation: Activation,
+    ) {
+        self.time("linear_gate", |b| b.linear_gate(out, x, row_count, linear, bias, activation));
+    }
     fn rope_rows(&self, out: &mut B::Buffer, positions: &[u32], inverse_frequencies: &B::Vector, attention_factor: f32) {
         self.time("rope_rows", |b| b.rope_rows(out, positions, inverse_frequencies, attention_factor));
     }

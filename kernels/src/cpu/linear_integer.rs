@@ -13,7 +13,7 @@ use std::ops::Range;
 use super::activations::Activations;
 use super::isa::{Kernel, Proven};
 use super::lanes::Lanes;
-use super::linear::{ONE_ROW_PANELS, Output, PASS, PREFETCH_BYTES};
+use super::linear::{Output, PASS, PREFETCH_BYTES, Panels};
 use super::linear_float::{F16, F32, FloatFormat};
 use super::pack::{IntegerWeights, LANES, Scales};
 use crate::SLICE;
@@ -23,7 +23,9 @@ pub(super) struct IntegerTiles<'a> {
     pub(super) x: &'a Activations,
     pub(super) weights: &'a IntegerWeights,
     pub(super) rows: Range<usize>,
-    pub(super) panels: Range<usize>,
+    pub(super) panels: Panels,
+    /// Where in `output` each panel's sums go.
+    pub(super) places: Panels,
     pub(super) output: Output<'a>,
 }
 
@@ -100,58 +102,79 @@ impl<B: CodeFormat, W: FloatFormat, const MINIMUM: bool> Kernel for Tiles<'_, B,
 
     #[inline(always)]
     fn run<S: Lanes>(self, s: S) {
-        let (panels, mut panel) = (&self.unit.panels, self.unit.panels.start);
-        if self.unit.rows.len() == 1 {
-            // Stream i reads the i-th quarter of the unit, so that each runs on through its panels.
-            let height = panels.len() / ONE_ROW_PANELS;
-            for _ in 0..height {
-                self.columns::<S, ONE_ROW_PANELS>(s, panel, height);
-                panel += 1;
+        let count = self.unit.panels.count;
+        let mut step = 0;
+        match self.unit.panels.streams {
+            4 => self.streams::<S, 4>(s),
+            3 => self.streams::<S, 3>(s),
+            2 => self.streams::<S, 2>(s),
+            _ => {
+                while S::WIDE && step + 2 <= count {
+                    self.columns::<S, 2>(s, step);
+                    step += 2;
+                }
+                while step < count {
+                    self.columns::<S, 1>(s, step);
+                    step += 1;
+                }
             }
-            panel = panels.start + height * ONE_ROW_PANELS;
-        } else if S::WIDE {
-            while panel + 2 <= panels.end {
-                self.columns::<S, 2>(s, panel, 1);
-                panel += 2;
-            }
-        }
-        while panel < panels.end {
-            self.columns::<S, 1>(s, panel, 1);
-            panel += 1;
         }
     }
 }
 
 impl<B: CodeFormat, W: FloatFormat, const MINIMUM: bool> Tiles<'_, B, W, MINIMUM> {
-    /// All rows of panels `panel`, `panel + step`, ...: C of them.
+    /// One row, C streams.
     #[inline(always)]
-    fn columns<S: Lanes, const C: usize>(&self, s: S, panel: usize, step: usize) {
+    fn streams<S: Lanes, const C: usize>(&self, s: S) {
+        let Self { unit, .. } = self;
+        for step in 0..unit.panels.count {
+            let (at, places) = (unit.panels.at::<C>(step, unit.panels.distance), unit.places.at::<C>(step, unit.places.distance));
+            for pass in self.passes() {
+                self.rows::<S, 1, C>(s, &mut unit.rows.start.clone(), at, places, &pass);
+            }
+        }
+    }
+
+    /// K in passes, in groups.
+    #[inline(always)]
+    fn passes(&self) -> impl Iterator<Item = Range<usize>> {
         let groups = self.unit.weights.groups;
         let pass_groups = PASS / groups.group;
-        for start in (0..groups.count).step_by(pass_groups) {
-            let pass = start..(start + pass_groups).min(groups.count);
+        (0..groups.count).step_by(pass_groups).map(move |start| start..(start + pass_groups).min(groups.count))
+    }
+
+    /// All rows of C neighbouring panels.
+    #[inline(always)]
+    fn columns<S: Lanes, const C: usize>(&self, s: S, step: usize) {
+        let (at, places) = (self.unit.panels.at::<C>(step, 1), self.unit.places.at::<C>(step, 1));
+        for pass in self.passes() {
             let mut row = self.unit.rows.start;
-            if C != ONE_ROW_PANELS {
-                if S::WIDE {
-                    self.rows::<S, 8, C>(s, &mut row, panel, step, &pass);
-                    self.rows::<S, 4, C>(s, &mut row, panel, step, &pass);
-                }
-                self.rows::<S, 2, C>(s, &mut row, panel, step, &pass);
+            if S::WIDE {
+                self.rows::<S, 8, C>(s, &mut row, at, places, &pass);
+                self.rows::<S, 4, C>(s, &mut row, at, places, &pass);
             }
-            self.rows::<S, 1, C>(s, &mut row, panel, step, &pass);
+            self.rows::<S, 2, C>(s, &mut row, at, places, &pass);
+            self.rows::<S, 1, C>(s, &mut row, at, places, &pass);
         }
     }
 
     /// As many rows, R at a time, as there are; `pass` is in groups.
     #[inline(always)]
-    fn rows<S: Lanes, const R: usize, const C: usize>(&self, s: S, row: &mut usize, panel: usize, step: usize, pass: &Range<usize>) {
+    fn rows<S: Lanes, const R: usize, const C: usize>(
+        &self,
+        s: S,
+        row: &mut usize,
+        at: [usize; C],
+        places: [usize; C],
+        pass: &Range<usize>,
+    ) {
         let groups = self.unit.weights.groups;
         let slice_groups = SLICE / groups.group;
         while *row + R <= self.unit.rows.end {
             if R > 1 {
                 for r in 0..R {
                     for c in 0..C {
-                        self.unit.output.prefetch(s, *row + r, panel + c * step);
+                        self.unit.output.prefetch(s, *row + r, places[c]);
                     }
                 }
             }
@@ -160,14 +183,14 @@ impl<B: CodeFormat, W: FloatFormat, const MINIMUM: bool> Tiles<'_, B, W, MINIMUM
                 for r in 0..R {
                     for c in 0..C {
                         // SAFETY: units have disjoint rows and panels, and this one is ours.
-                        totals[r][c] = unsafe { self.unit.output.load(s, *row + r, panel + c * step) };
+                        totals[r][c] = unsafe { self.unit.output.load(s, *row + r, places[c]) };
                     }
                 }
             }
             let mut start = pass.start;
             while start < pass.end {
                 let slice = start..(start + slice_groups).min(pass.end);
-                let sums = self.tile::<S, R, C>(s, *row, panel, step, &slice);
+                let sums = self.tile::<S, R, C>(s, *row, at, &slice);
                 for r in 0..R {
                     for c in 0..C {
                         totals[r][c] = if start == 0 { sums[r][c] } else { s.add(totals[r][c], sums[r][c]) };
@@ -178,7 +201,7 @@ impl<B: CodeFormat, W: FloatFormat, const MINIMUM: bool> Tiles<'_, B, W, MINIMUM
             for r in 0..R {
                 for c in 0..C {
                     // SAFETY: as above.
-                    unsafe { self.unit.output.store(s, totals[r][c], *row + r, panel + c * step, pass.end == groups.count) };
+                    unsafe { self.unit.output.store(s, totals[r][c], *row + r, at[c], places[c], pass.end == groups.count) };
                 }
             }
             *row += R;
@@ -187,14 +210,7 @@ impl<B: CodeFormat, W: FloatFormat, const MINIMUM: bool> Tiles<'_, B, W, MINIMUM
 
     /// Sums of one slice for R rows and C panels.
     #[inline(always)]
-    fn tile<S: Lanes, const R: usize, const C: usize>(
-        &self,
-        s: S,
-        row: usize,
-        panel: usize,
-        panel_step: usize,
-        slice: &Range<usize>,
-    ) -> [[S::F; C]; R] {
+    fn tile<S: Lanes, const R: usize, const C: usize>(&self, s: S, row: usize, at: [usize; C], slice: &Range<usize>) -> [[S::F; C]; R] {
         let (input, groups) = (self.unit.x, self.unit.weights.groups);
         // Steps of 8 codes: of a whole group, and up to the end of the row.
         let (group_steps, row_steps) = (groups.padded_group() / 8, groups.padded_inputs() / 8);
@@ -214,13 +230,16 @@ impl<B: CodeFormat, W: FloatFormat, const MINIMUM: bool> Tiles<'_, B, W, MINIMUM
         let mut weight_scales = [&self.scales[..0]; C];
         let mut weight_minima = [&self.minima[..0]; C];
         for c in 0..C {
-            codes[c] = &self.codes[(panel + c * panel_step) * row_steps * B::CHUNKS..][..row_steps * B::CHUNKS];
-            weight_scales[c] = &self.scales[(panel + c * panel_step) * groups.count..][..groups.count];
+            codes[c] = &self.codes[at[c] * row_steps * B::CHUNKS..][..row_steps * B::CHUNKS];
+            weight_scales[c] = &self.scales[at[c] * groups.count..][..groups.count];
             if MINIMUM {
-                weight_minima[c] = &self.minima[(panel + c * panel_step) * groups.count..][..groups.count];
+                weight_minima[c] = &self.minima[at[c] * groups.count..][..groups.count];
             }
         }
 
+        // Several rows go through the panels once for each tile: the first one asks for the next panels meanwhile.
+        let next_bytes = if R == 1 { PREFETCH_BYTES } else { C * row_steps * B::CHUNKS * 64 };
+        let fetches = R == 1 || row == 0;
         let mut acc = [[s.splat(0.0); C]; R];
         assert!(slice.end <= groups.count, "a slice within the row");
         for g in slice.clone() {
@@ -235,10 +254,10 @@ impl<B: CodeFormat, W: FloatFormat, const MINIMUM: bool> Tiles<'_, B, W, MINIMUM
             for step in g * group_steps..((g + 1) * group_steps).min(row_steps) {
                 let mut loaded = [[s.load_codes(&[0; 64]); 2]; C];
                 for c in 0..C {
-                    if R == 1 {
+                    if fetches {
                         for chunk in 0..B::CHUNKS {
                             let ahead = codes[c].as_ptr().wrapping_add(step * B::CHUNKS + chunk);
-                            s.prefetch(ahead.cast::<u8>().wrapping_add(PREFETCH_BYTES));
+                            s.prefetch(ahead.cast::<u8>().wrapping_add(next_bytes));
                         }
                     }
                     // SAFETY: step < row_steps, and a panel's codes are row_steps * CHUNKS.

@@ -109,10 +109,6 @@ impl<'a, T> Shared<'a, T> {
         Self { start: slice.as_mut_ptr(), len: slice.len(), life: PhantomData }
     }
 
-    pub(super) fn len(&self) -> usize {
-        self.len
-    }
-
     /// Where an element is, or would be.
     #[inline(always)]
     pub(super) fn address(&self, index: usize) -> *const T {

@@ -3,11 +3,20 @@
 use super::values::{Random, Tensor};
 use super::{Case, assert_same, backends, check, download, upload};
 use ashlar_kernels::format::Dtype;
-use ashlar_kernels::ops::{Ops, PackError};
+use ashlar_kernels::ops::{Activation, Ops, PackError};
 use ashlar_kernels::reference::Reference;
 use proptest::prelude::*;
 
+/// Which of the ops of a linear layer.
+#[derive(Clone, Copy, PartialEq)]
+enum Op {
+    Apply,
+    Add,
+    Gate(Activation),
+}
+
 struct LinearCase {
+    op: Op,
     x: Vec<f32>,
     row_count: usize,
     parts: Vec<Tensor>,
@@ -33,7 +42,7 @@ impl LinearCase {
             .collect();
         let outputs = parts.iter().map(|part| part.rows).sum();
         let bias = (random.below(2) == 0).then(|| random.tame(outputs));
-        Self { x: random.wild(row_count, cols), row_count, parts, bias }
+        Self { op: Op::Apply, x: random.wild(row_count, cols), row_count, parts, bias }
     }
 }
 
@@ -43,10 +52,21 @@ impl Case for LinearCase {
         let linear = ops.linear(&views).unwrap();
         let bias = self.bias.as_ref().map(|bias| ops.vector_f32(bias).unwrap());
         let x = upload(ops, &self.x);
-        // What a buffer held before must not matter.
-        let mut out = upload(ops, &vec![f32::NAN; self.row_count * self.outputs()]);
-        ops.linear_apply(&mut out, &x, self.row_count, &linear, bias.as_ref());
-        download(ops, &out, self.row_count * self.outputs())
+        let len = self.row_count * self.outputs();
+        let mut out = match self.op {
+            Op::Add => upload(ops, &(0..len).map(|i| (i % 37) as f32 * 0.25 - 3.0).collect::<Vec<_>>()),
+            // What a buffer held before must not matter.
+            Op::Apply | Op::Gate(_) => upload(ops, &vec![f32::NAN; len]),
+        };
+        match self.op {
+            Op::Apply => ops.linear_apply(&mut out, &x, self.row_count, &linear, bias.as_ref()),
+            Op::Add => ops.linear_add(&mut out, &x, self.row_count, &linear, bias.as_ref()),
+            Op::Gate(activation) => {
+                ops.linear_gate(&mut out, &x, self.row_count, &linear, bias.as_ref(), activation);
+                return download(ops, &out, len / 2);
+            }
+        }
+        download(ops, &out, len)
     }
 }
 
@@ -136,6 +156,26 @@ proptest! {
     }
 }
 
+proptest! {
+    #![proptest_config(ProptestConfig { cases: ProptestConfig::default().cases / 5, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn sums_are_added_and_gated_as_the_ops_would_one_after_the_other(seed in any::<u64>()) {
+        let mut random = Random(seed);
+        let dtype = random.pick(&[Dtype::F32, Dtype::Bf16, Dtype::Int8 { group: 32 }, Dtype::Int4 { group: 64 }, Dtype::Q4_1]);
+        let (row_count, cols) = (rows(&mut random), random.pick(&[32, 96, 544, 2080]));
+        let rows_max = (1_500_000 / (row_count * cols)).clamp(4, 150);
+        let mut case = LinearCase::random(&mut random, &[dtype], row_count, cols, rows_max);
+        case.op = Op::Add;
+        check(&case);
+        let up = random.tensor(dtype, case.parts[0].rows, cols);
+        case.parts.push(up);
+        case.bias = case.bias.map(|bias| [bias.clone(), bias].concat());
+        case.op = Op::Gate(random.pick(&[Activation::Silu, Activation::GeluTanh, Activation::Gelu, Activation::Relu]));
+        check(&case);
+    }
+}
+
 #[test]
 fn blocks_of_rows_meet_without_a_gap() {
     let mut random = Random(5);
@@ -151,7 +191,7 @@ fn many_outputs_are_spread_over_units() {
     let mut random = Random(6);
     for dtype in [Dtype::F32, Dtype::Bf16, Dtype::Int8 { group: 64 }, Dtype::Q4_0] {
         let parts = vec![random.tensor(dtype, 3000, 96), random.tensor(dtype, 17, 96)];
-        check(&LinearCase { x: random.tame(96), row_count: 1, parts, bias: None });
+        check(&LinearCase { op: Op::Apply, x: random.tame(96), row_count: 1, parts, bias: None });
     }
 }
 
@@ -160,7 +200,7 @@ fn no_rows_give_no_output() {
     let mut random = Random(7);
     for dtype in [Dtype::F32, Dtype::Q8_0] {
         let parts = vec![random.tensor(dtype, 5, 64)];
-        assert!(check(&LinearCase { x: vec![], row_count: 0, parts, bias: None }).is_empty());
+        assert!(check(&LinearCase { op: Op::Apply, x: vec![], row_count: 0, parts, bias: None }).is_empty());
     }
 }
 
