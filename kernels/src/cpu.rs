@@ -22,6 +22,7 @@ mod pack;
 mod pool;
 pub mod probe;
 mod scalar;
+mod scales;
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -135,6 +136,7 @@ impl Ops for Cpu {
     fn describe(&self) -> String {
         let isa = match self.isa() {
             Isa::Avx512Vnni => "avx512-vnni",
+            Isa::AvxVnni => "avx-vnni",
             Isa::Avx2 => "avx2",
             Isa::Scalar => "scalar",
         };

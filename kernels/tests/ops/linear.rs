@@ -132,6 +132,9 @@ formats! {
     linear_bf16_has_the_reference_bits: |_: &mut Random| Dtype::Bf16;
     linear_int8_has_the_reference_bits: |random: &mut Random| Dtype::Int8 { group: random.pick(&GROUPS) };
     linear_int4_has_the_reference_bits: |random: &mut Random| Dtype::Int4 { group: random.pick(&GROUPS) };
+    linear_int8m_has_the_reference_bits: |random: &mut Random| Dtype::Int8Minimum { group: random.pick(&GROUPS) };
+    linear_int4m_has_the_reference_bits: |random: &mut Random| Dtype::Int4Minimum { group: random.pick(&GROUPS) };
+    linear_int1_has_the_reference_bits: |random: &mut Random| Dtype::Int1 { group: random.pick(&GROUPS) };
     linear_q8_0_has_the_reference_bits: |_: &mut Random| Dtype::Q8_0;
     linear_q4_0_has_the_reference_bits: |_: &mut Random| Dtype::Q4_0;
     linear_q4_1_has_the_reference_bits: |_: &mut Random| Dtype::Q4_1;
@@ -148,8 +151,17 @@ proptest! {
     #[test]
     fn parts_of_different_formats_make_one_layer(seed in any::<u64>()) {
         let mut random = Random(seed);
-        let all = [Dtype::F32, Dtype::Bf16, Dtype::Int8 { group: 32 }, Dtype::Int4 { group: 128 }, Dtype::Q8_0, Dtype::Q4_1, Dtype::Q6K, Dtype::Q4K];
-        let dtypes: Vec<_> = (0..1 + random.below(4)).map(|_| random.pick(&all)).collect();
+        let floats = [Dtype::F32, Dtype::F16, Dtype::Bf16];
+        let gguf = [Dtype::Q8_0, Dtype::Q4_1, Dtype::Q5_0, Dtype::Q6K, Dtype::Q5K, Dtype::Q4K];
+        let dtypes: Vec<_> = (0..1 + random.below(4)).map(|_| match random.below(5) {
+            0 => random.pick(&floats),
+            1 | 2 => random.pick(&gguf),
+            // Several groups, so that parts share quantised activations, or must not.
+            _ => {
+                let group = random.pick(&[16, 32, 128]);
+                random.pick(&planar(group))
+            }
+        }).collect();
         let row_count = 1 + random.below(9);
         let case = LinearCase::random(&mut random, &dtypes, row_count, 768, 40);
         check_rows(&case, &mut random);
@@ -176,12 +188,77 @@ proptest! {
     }
 }
 
+/// The planar kinds with one group.
+fn planar(group: u16) -> [Dtype; 5] {
+    [Dtype::Int8 { group }, Dtype::Int4 { group }, Dtype::Int8Minimum { group }, Dtype::Int4Minimum { group }, Dtype::Int1 { group }]
+}
+
+#[test]
+fn planar_groups_may_end_anywhere() {
+    let mut random = Random(10);
+    for group in [16, 32, 64, 128] {
+        for dtype in planar(group) {
+            for cols in [1, 2, 7, 8, 9, 15, 17, 31, 33, 63, 65, 127, 129, 511, 512, 513, 576] {
+                for row_count in [1, 3] {
+                    check_rows(&LinearCase::random(&mut random, &[dtype], row_count, cols, 35), &mut random);
+                }
+            }
+        }
+    }
+}
+
+/// The largest sums that there can be: where an instruction could saturate, it would here.
+#[test]
+fn extreme_codes_meet_extreme_activations() {
+    let mut random = Random(11);
+    let gguf = [Dtype::Q8_0, Dtype::Q4_0, Dtype::Q4_1, Dtype::Q5_0, Dtype::Q5_1, Dtype::Q4K, Dtype::Q5K, Dtype::Q6K];
+    let planar_kinds = [32, 128, 512].into_iter().flat_map(planar);
+    for dtype in gguf.into_iter().chain(planar_kinds) {
+        let (rows, cols) = (20, 1024);
+        for pattern in [0x00, 0x7f, 0x80, 0x81, 0xff, 0x55] {
+            // Codes of one value, scales as they come.
+            let mut weights = random.tensor(dtype, rows, cols);
+            let halves = match dtype.sections(rows, cols) {
+                Some([codes, ..]) => {
+                    weights.bytes[..codes].fill(pattern);
+                    vec![]
+                }
+                None => super::values::half_offsets(dtype).to_vec(),
+            };
+            if !halves.is_empty() {
+                let size = dtype.bytes(1, dtype.block_columns()).unwrap();
+                for (index, byte) in weights.bytes.iter_mut().enumerate() {
+                    if !halves.iter().any(|half| (*half..half + 2).contains(&(index % size))) {
+                        *byte = pattern;
+                    }
+                }
+            }
+            for sign in [1.0, -1.0] {
+                // All codes are 127, or they alternate.
+                for second in [1.0, -1.0] {
+                    let x = (0..cols).map(|k| sign * if k % 2 == 0 { 1.0 } else { second }).collect();
+                    let parts = vec![Tensor { bytes: weights.bytes.clone(), ..weights }];
+                    check(&LinearCase { op: Op::Apply, x, row_count: 1, parts, bias: None });
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn one_bit_layers_are_sums_and_differences() {
+    // Scale 2, bits 1 0 1: 2 * (3 - 5 + 7), up to the rounding of the activations, which 127 is the largest of.
+    let scale = half::f16::from_f32(2.0).to_le_bytes();
+    let parts = vec![Tensor { dtype: Dtype::Int1 { group: 128 }, rows: 1, cols: 3, bytes: vec![0b101, scale[0], scale[1]] }];
+    assert_eq!(check(&LinearCase { op: Op::Apply, x: vec![3.0, -127.0, 7.0], row_count: 1, parts, bias: None }), [274.0]);
+}
+
 #[test]
 fn blocks_of_rows_meet_without_a_gap() {
     let mut random = Random(5);
-    for dtype in [Dtype::F32, Dtype::Int8 { group: 32 }, Dtype::Q4_1] {
+    for dtype in [Dtype::F32, Dtype::Int8 { group: 32 }, Dtype::Int1 { group: 64 }, Dtype::Q4_1, Dtype::Q6K] {
         for row_count in [95, 96, 97, 200] {
-            check_rows(&LinearCase::random(&mut random, &[dtype], row_count, 64, 150), &mut random);
+            check_rows(&LinearCase::random(&mut random, &[dtype], row_count, 256, 150), &mut random);
         }
     }
 }
@@ -192,6 +269,9 @@ fn many_outputs_are_spread_over_units() {
     for dtype in [Dtype::F32, Dtype::Bf16, Dtype::Int8 { group: 64 }, Dtype::Q4_0] {
         let parts = vec![random.tensor(dtype, 3000, 96), random.tensor(dtype, 17, 96)];
         check(&LinearCase { op: Op::Apply, x: random.tame(96), row_count: 1, parts, bias: None });
+    for dtype in [Dtype::F32, Dtype::Bf16, Dtype::Int8 { group: 64 }, Dtype::Int1 { group: 128 }, Dtype::Q4_0, Dtype::Q4K] {
+        let parts = vec![random.tensor(dtype, 3000, 256), random.tensor(dtype, 17, 256)];
+        check(&LinearCase { op: Op::Apply, x: random.tame(256), row_count: 1, parts, bias: None });
     }
 }
 
@@ -235,7 +315,12 @@ fn packed_layers_keep_their_size() {
         (Dtype::Q8_0, 8.5),
         (Dtype::Int4 { group: 128 }, 4.125),
         (Dtype::Q4_1, 5.0),
-        (Dtype::Q4K, 6.0),
+        (Dtype::Int8Minimum { group: 32 }, 9.0),
+        (Dtype::Int4Minimum { group: 64 }, 4.5),
+        (Dtype::Int1 { group: 128 }, 1.125),
+        (Dtype::Q4K, 4.625),
+        (Dtype::Q5K, 8.625),
+        (Dtype::Q6K, 8.5625),
     ] {
         let tensor = random.tensor(dtype, 64, 512);
         let linear = cpu.linear(&[tensor.view()]).unwrap();
