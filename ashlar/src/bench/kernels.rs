@@ -50,6 +50,7 @@ pub(crate) struct KernelsArgs {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub(super) enum IsaName {
     Avx512,
+    AvxVnni,
     Avx2,
     Scalar,
 }
@@ -58,6 +59,7 @@ impl From<IsaName> for Isa {
     fn from(name: IsaName) -> Self {
         match name {
             IsaName::Avx512 => Self::Avx512Vnni,
+            IsaName::AvxVnni => Self::AvxVnni,
             IsaName::Avx2 => Self::Avx2,
             IsaName::Scalar => Self::Scalar,
         }
