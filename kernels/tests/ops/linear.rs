@@ -266,9 +266,6 @@ fn blocks_of_rows_meet_without_a_gap() {
 #[test]
 fn many_outputs_are_spread_over_units() {
     let mut random = Random(6);
-    for dtype in [Dtype::F32, Dtype::Bf16, Dtype::Int8 { group: 64 }, Dtype::Q4_0] {
-        let parts = vec![random.tensor(dtype, 3000, 96), random.tensor(dtype, 17, 96)];
-        check(&LinearCase { op: Op::Apply, x: random.tame(96), row_count: 1, parts, bias: None });
     for dtype in [Dtype::F32, Dtype::Bf16, Dtype::Int8 { group: 64 }, Dtype::Int1 { group: 128 }, Dtype::Q4_0, Dtype::Q4K] {
         let parts = vec![random.tensor(dtype, 3000, 256), random.tensor(dtype, 17, 256)];
         check(&LinearCase { op: Op::Apply, x: random.tame(256), row_count: 1, parts, bias: None });
