@@ -80,6 +80,12 @@ impl Lanes for Avx2 {
         let x = unsafe { [_mm_loadu_si128(x.as_ptr().cast()), _mm_loadu_si128(x.as_ptr().add(8).cast())] };
         both!(|x| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(x))))
     }
+    #[inline(always)]
+    fn load_i8(self, x: &[i8; 16]) -> [__m256; 2] {
+        // SAFETY: the reference covers both 8-byte loads. The token proves the instruction.
+        let x = unsafe { [_mm_loadl_epi64(x.as_ptr().cast()), _mm_loadl_epi64(x.as_ptr().add(8).cast())] };
+        both!(|x| _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x)))
+    }
 
     #[inline(always)]
     fn add(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {

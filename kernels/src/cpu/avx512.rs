@@ -62,6 +62,11 @@ impl Lanes for Avx512 {
         // SAFETY: the reference covers the 32 bytes. The token proves the instruction.
         unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(x.as_ptr().cast())))) }
     }
+    #[inline(always)]
+    fn load_i8(self, x: &[i8; 16]) -> __m512 {
+        // SAFETY: the reference covers the 16 bytes. The token proves the instruction.
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(x.as_ptr().cast()))) }
+    }
 
     #[inline(always)]
     fn add(self, a: __m512, b: __m512) -> __m512 {

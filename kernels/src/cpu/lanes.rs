@@ -26,6 +26,7 @@ pub(super) trait Lanes: Copy + Send + Sync + 'static {
     fn store(self, x: Self::F, out: &mut [f32; 16]);
     fn load_f16(self, x: &[u16; 16]) -> Self::F;
     fn load_bf16(self, x: &[u16; 16]) -> Self::F;
+    fn load_i8(self, x: &[i8; 16]) -> Self::F;
 
     fn add(self, a: Self::F, b: Self::F) -> Self::F;
     fn sub(self, a: Self::F, b: Self::F) -> Self::F;

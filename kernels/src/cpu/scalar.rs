@@ -40,6 +40,10 @@ impl Lanes for Scalar {
     fn load_bf16(self, x: &[u16; 16]) -> [f32; 16] {
         x.map(|bits| bf16::from_bits(bits).to_f32())
     }
+    #[inline(always)]
+    fn load_i8(self, x: &[i8; 16]) -> [f32; 16] {
+        x.map(f32::from)
+    }
 
     #[inline(always)]
     fn add(self, a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
