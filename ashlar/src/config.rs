@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, bail, ensure};
 use ashlar_executor::state::limits::Limits;
+use ashlar_kernels::ops::KvFormat;
 use ashlar_router::io::rest::config::RestLimits;
 use clap::Args;
 use serde::{Deserialize, Serialize};
@@ -94,6 +95,8 @@ pub struct ExecutorConfig {
     pub kv_bytes: u64,
     /// Tokens of one KV page; a multiple of 16.
     pub page_tokens: u32,
+    /// How keys and values are stored: `f32`, `bf16` or `int8`.
+    pub kv_format: KvFormat,
     /// Rows of one batch.
     pub step_tokens_max: u32,
     /// Rows of one sequence in one batch; 0: as `step_tokens_max`.
@@ -121,6 +124,7 @@ impl Default for ExecutorConfig {
             memory_bytes: 0,
             kv_bytes: 0,
             page_tokens: limits.page_tokens,
+            kv_format: limits.kv_format,
             step_tokens_max: limits.step_tokens_max,
             chunk_tokens_max: 0,
             sequences_max: limits.sequences_max,
@@ -141,6 +145,7 @@ impl ExecutorConfig {
         let chunk_tokens_max = if self.chunk_tokens_max > 0 { self.chunk_tokens_max } else { self.step_tokens_max };
         let limits = Limits {
             page_tokens: self.page_tokens,
+            kv_format: self.kv_format,
             step_tokens_max: self.step_tokens_max,
             chunk_tokens_max,
             sequences_max: self.sequences_max,

@@ -23,7 +23,9 @@ mod pool;
 pub mod probe;
 mod scalar;
 mod scales;
+mod tiles;
 
+use std::marker::PhantomData;
 use std::sync::{Arc, Mutex, PoisonError};
 
 pub use crate::table::Table;
@@ -32,15 +34,17 @@ pub use kv::Kv;
 pub use pack::Linear;
 
 use crate::format::{CodeRow, TensorView};
-use crate::ops::{Activation, AttentionShape, Columns, KvPlace, KvShape, NormKind, Ops, PackError, Query};
+use crate::ops::{Activation, AttentionShape, Columns, KvFormat, KvPlace, KvShape, NormKind, Ops, PackError, Query};
 use crate::reference::concatenate;
-use attention::Attend;
+use attention::{Attend, Attention, TILE};
 use elementwise::{Gate, Map, MapElements, Rope};
 use isa::Proven;
+use kv::{Stored, Write};
 use linear::{Finish, Scratch};
 use memory::{Aligned, Shared};
 use norm::{Norm, NormHeads, NormRows};
 use pool::Pool;
+use tiles::Tiles;
 
 /// How the backend is set up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -110,6 +114,28 @@ impl Cpu {
         self.spread(element_count.div_ceil(MAP_ELEMENTS), element_count, &|unit| {
             let range = unit * MAP_ELEMENTS..((unit + 1) * MAP_ELEMENTS).min(element_count);
             self.proven.run(MapElements { map, x, range });
+        });
+    }
+
+    /// Cuts the rows and heads of a call into tiles, and runs them.
+    fn attend_stored<T: Stored>(&self, attention: &Attention<'_>) {
+        let &Attention { shape, queries, .. } = attention;
+        let (threads, kv_heads) = (self.threads(), shape.kv.kv_heads);
+        let group = shape.heads / kv_heads;
+        // Heads of one kv head stay together unless that would leave threads without work.
+        let heads_count = if queries.len() * kv_heads >= 4 * threads || threads == 1 { group.min(TILE) } else { 1 };
+        let rows_max = if threads == 1 { TILE } else { (queries.len() * kv_heads).div_ceil(4 * threads) };
+        let rows_max = rows_max.clamp(1, TILE / heads_count);
+        let tiles = Tiles::new(queries, attention.tables, shape.kv.page_tokens, shape.window, rows_max);
+        let parts = group.div_ceil(heads_count);
+        let work = queries.iter().map(|query| query.position as usize + 1).sum::<usize>() * shape.heads * shape.kv.head_dim;
+        self.spread(tiles.count() * kv_heads * parts, work, &|unit| {
+            // The last rows of a chunk have most to read, so they come first.
+            let (tile, part) = (tiles.count() - 1 - unit % tiles.count(), unit / tiles.count());
+            let (kv_head, part) = (part / parts, part % parts);
+            let first_head = kv_head * group + part * heads_count;
+            let heads = first_head..(first_head + heads_count).min((kv_head + 1) * group);
+            self.proven.run(Attend::<T> { attention, rows: tiles.rows(tile), heads, stored: PhantomData });
         });
     }
 
@@ -296,30 +322,23 @@ impl Ops for Cpu {
 
     fn kv_write(&self, kv: &mut Kv, qkv: &Buffer, shape: &AttentionShape, places: &[KvPlace]) {
         assert_eq!(kv.shape, shape.kv, "one slot class");
-        for (row, &place) in qkv.0[..places.len() * shape.qkv_width()].chunks_exact(shape.qkv_width()).zip(places) {
-            kv.write(row, shape, place);
-        }
+        let qkv = &qkv.0[..places.len() * shape.qkv_width()];
+        self.proven.run(Write { kv, qkv, shape, places });
     }
 
     fn attend(&self, out: &mut Buffer, qkv: &Buffer, kv: &Kv, shape: &AttentionShape, queries: &[Query], tables: &[u32]) {
         assert_eq!(kv.shape, shape.kv, "one slot class");
         assert!(shape.heads.is_multiple_of(shape.kv.kv_heads), "{} heads over {} kv heads", shape.heads, shape.kv.kv_heads);
         assert!(shape.window != Some(0), "a window sees at least the query's own position");
-        let (d, row_count) = (shape.kv.head_dim, queries.len());
-        let out = Shared::new(&mut out.0[..row_count * shape.heads * d]);
-        let qkv = &qkv.0[..row_count * shape.qkv_width()];
-        let group = shape.heads / shape.kv.kv_heads;
-        // Heads of one kv head stay together unless that would leave threads without work.
-        let heads_count = if row_count * shape.kv.kv_heads >= 4 * self.threads() || self.threads() == 1 { group } else { 1 };
-        let work = queries.iter().map(|query| query.position as usize + 1).sum::<usize>() * shape.heads * d;
-        let height = row_count.div_ceil(8 * self.threads()).clamp(1, ATTEND_ROWS);
-        let blocks = row_count.div_ceil(height);
-        self.spread(blocks * (shape.heads / heads_count), work, &|unit| {
-            // The last rows have most to read, so they come first.
-            let (block, first_head) = (blocks - 1 - unit % blocks, unit / blocks * heads_count);
-            let (rows, heads) = (block * height..((block + 1) * height).min(row_count), first_head..first_head + heads_count);
-            self.proven.run(Attend { out, qkv, kv, shape, queries, tables, rows, heads });
-        });
+        let d = shape.kv.head_dim;
+        let out = Shared::new(&mut out.0[..queries.len() * shape.heads * d]);
+        let qkv = &qkv.0[..queries.len() * shape.qkv_width()];
+        let attention = Attention { out, qkv, kv, shape, queries, tables };
+        match kv.shape.format {
+            KvFormat::F32 => self.attend_stored::<f32>(&attention),
+            KvFormat::Bf16 => self.attend_stored::<u16>(&attention),
+            KvFormat::Int8 => self.attend_stored::<i8>(&attention),
+        }
     }
 
     fn gate(&self, out: &mut Buffer, gate_up: &Buffer, row_count: usize, width: usize, activation: Activation) {
@@ -349,5 +368,3 @@ fn check_columns(columns: Columns, head_dim: usize) {
 const ALONE_WORK: usize = 32 << 10;
 /// Elements of a unit of an element-wise op.
 const MAP_ELEMENTS: usize = 4096;
-/// Query rows of a unit of attention at most: the pool balances rows of different length.
-const ATTEND_ROWS: usize = 8;

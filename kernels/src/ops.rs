@@ -88,6 +88,71 @@ pub enum Activation {
     Relu,
 }
 
+/// How keys and values are stored (docs/numerics.md, "KV formats"): a row is read back in it by every query, its own too.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum KvFormat {
+    /// As computed.
+    F32,
+    /// Rounded to nearest, ties to even.
+    Bf16,
+    /// Codes within ±127, with an f32 scale for the key and one for the value of each token and kv head.
+    Int8,
+}
+
+impl std::fmt::Display for KvFormat {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl std::str::FromStr for KvFormat {
+    type Err = UnknownKvFormat;
+
+    fn from_str(text: &str) -> Result<Self, UnknownKvFormat> {
+        [Self::F32, Self::Bf16, Self::Int8].into_iter().find(|format| format.name() == text).ok_or_else(|| UnknownKvFormat(text.to_owned()))
+    }
+}
+
+/// The text names no format of keys and values.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{0}` is none of f32, bf16, int8")]
+pub struct UnknownKvFormat(String);
+
+impl KvFormat {
+    /// As settings and numeric classes spell it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+            Self::Int8 => "int8",
+        }
+    }
+
+    /// Bytes of one element.
+    pub fn element_bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::Bf16 => 2,
+            Self::Int8 => 1,
+        }
+    }
+
+    /// Bytes of the scale of one key or value of one kv head.
+    pub fn scale_bytes(self) -> usize {
+        if self == Self::Int8 { size_of::<f32>() } else { 0 }
+    }
+}
+
+/// What all KV pages of a device have in common.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PageLayout {
+    /// Tokens of a page, a multiple of [`PIECE_TOKENS`].
+    pub tokens: usize,
+    /// How keys and values are stored.
+    pub format: KvFormat,
+}
+
 /// Shape of the keys and values of one attention block: a *slot class* of the page pool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct KvShape {
@@ -97,12 +162,14 @@ pub struct KvShape {
     pub head_dim: usize,
     /// Tokens of one page; a multiple of [`PIECE_TOKENS`].
     pub page_tokens: usize,
+    /// How they are stored.
+    pub format: KvFormat,
 }
 
 impl KvShape {
-    /// Elements of K plus V of one page.
-    pub fn page_elements(&self) -> usize {
-        2 * self.kv_heads * self.head_dim * self.page_tokens
+    /// Bytes of K plus V of one page, scales included.
+    pub fn page_bytes(&self) -> usize {
+        2 * self.kv_heads * self.page_tokens * (self.head_dim * self.format.element_bytes() + self.format.scale_bytes())
     }
 }
 

@@ -10,7 +10,7 @@ use ashlar_executor::model::alone::AloneLimits;
 use ashlar_executor::model::block::LoadedBlock;
 use ashlar_executor::model::steps::Steps;
 use ashlar_kernels::cpu::{Cpu, CpuOptions, Isa, probe};
-use ashlar_kernels::ops::Ops;
+use ashlar_kernels::ops::{KvFormat, Ops};
 use ashlar_kernels::timed::Timed;
 use ashlar_zoo::model_id::ModelId;
 use ashlar_zoo::store::Zoo;
@@ -44,6 +44,9 @@ pub(crate) struct StepArgs {
     /// Tokens that each sequence has before a decode step
     #[arg(long, default_value_t = 128)]
     context: usize,
+    /// How keys and values are held: f32, bf16 or int8
+    #[arg(long, default_value = "f32")]
+    kv_format: KvFormat,
     /// Sequences of a decode step, comma-separated
     #[arg(long, value_delimiter = ',', default_values_t = [1, 16, 32])]
     decode: Vec<usize>,
@@ -105,7 +108,7 @@ fn measure(args: &StepArgs, ops: Arc<Timed<Cpu>>, blocks: Vec<LoadedBlock<Timed<
     let cells: Vec<Cell> = args.decode.iter().map(|n| Cell::Decode(*n)).chain(args.prefill.iter().map(|n| Cell::Prefill(*n))).collect();
     let rows_max = args.decode.iter().chain(&args.prefill).max().copied().unwrap_or(1);
     let tokens_max = args.prefill.iter().max().copied().unwrap_or(1).max(args.context + 1);
-    let limits = AloneLimits { chunk_tokens_max: rows_max, tokens_max, page_tokens: PAGE_TOKENS };
+    let limits = AloneLimits { chunk_tokens_max: rows_max, tokens_max, page_tokens: PAGE_TOKENS, kv_format: args.kv_format };
     let sequences = args.decode.iter().max().copied().unwrap_or(1);
     let mut steps = Steps::new(Arc::clone(&ops), blocks, limits, sequences).context("make room for the sequences")?;
     let bandwidth = probe::read_bandwidth(ops.inner(), PROBE_BYTES).context("probe the machine")?;
@@ -128,6 +131,7 @@ fn measure(args: &StepArgs, ops: Arc<Timed<Cpu>>, blocks: Vec<LoadedBlock<Timed<
         "device": ops.describe(),
         "model": args.model.to_string(),
         "context": args.context,
+        "kv_format": args.kv_format.to_string(),
         "read_bytes_per_second": bandwidth,
         "weight_bytes_of_a_step": steps.read_bytes(),
         "cells": reported,

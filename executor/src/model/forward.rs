@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use ashlar_kernels::ops::{Columns, KvPlace, KvShape, Ops, PackError, Query};
+use ashlar_kernels::ops::{Columns, KvPlace, KvShape, Ops, PackError, PageLayout, Query};
 
 use super::block::{Attention, Embed, FeedForward, Head, HeadNorm, Kind, LoadedBlock, NormWeights};
 use super::workspace::Workspace;
@@ -37,8 +37,8 @@ pub struct AttentionBatch<'a> {
 
 /// The KV memory, by slot class.
 pub trait KvPools<B: Ops> {
-    /// Tokens of a page, in every class.
-    fn page_tokens(&self) -> usize;
+    /// What pages are like, in every class.
+    fn pages(&self) -> PageLayout;
     /// The pool of a class that was allocated.
     fn pool(&mut self, shape: KvShape) -> &mut B::Kv;
 }
@@ -178,7 +178,7 @@ impl<B: Ops> Forward<B> {
         kv: &mut dyn KvPools<B>,
     ) {
         let (ops, work, rows) = (&*self.ops, &mut self.work, batch.row_count);
-        let shape = block.shape(kv.page_tokens());
+        let shape = block.shape(kv.pages());
         let (q_width, k_width, stride) = (block.heads * block.head_dim, block.kv_heads * block.head_dim, block.qkv_width());
         let q = Columns { stride, offset: 0, width: q_width };
         let k = Columns { stride, offset: q_width, width: k_width };
