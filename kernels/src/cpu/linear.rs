@@ -290,7 +290,7 @@ impl Cut {
         }
         // As many streams as keep the memory busy, or fewer where threads then get more equal shares.
         let cost = |streams: usize| (panels / streams).div_ceil(threads) * streams + panels % streams;
-        let streams = (1..=ONE_ROW_STREAMS.min(panels.max(1))).rev().filter(|s| *s != 1).min_by_key(|s| cost(*s)).unwrap_or(1);
+        let streams = ONE_ROW_STREAMS.into_iter().filter(|streams| *streams <= panels).min_by_key(|streams| cost(*streams)).unwrap_or(1);
         let steps = panels / streams;
         let step_bytes = (streams * part.panel_bytes()).max(1);
         let units_each = (steps * step_bytes).div_ceil(threads * ONE_ROW_BYTES).max(1);
@@ -355,8 +355,8 @@ fn quantise(cpu: &Cpu, scratch: &mut Scratch, x: &[f32], row_count: usize, linea
 pub(super) const PASS: usize = 4 * crate::SLICE;
 /// Rows of a unit: they stay in L2 beside the weights of a pass. A multiple of all tile heights.
 const ROW_BLOCK: usize = 96;
-/// Streams of a one-row unit at most.
-pub(super) const ONE_ROW_STREAMS: usize = 4;
+/// Streams that a one-row unit may have, the better first; where there are fewer panels, it has one.
+const ONE_ROW_STREAMS: [usize; 2] = [4, 3];
 /// How far ahead a one-row tile asks for weights: a few hundred cycles of one stream.
 pub(super) const PREFETCH_BYTES: usize = 2048;
 /// Bytes of weights of a one-row unit, about: long against taking a unit, short against a core that falls behind.

@@ -70,7 +70,6 @@ impl<W: FloatFormat> Kernel for FloatTiles<'_, W> {
         match self.panels.streams {
             4 => self.streams::<S, 4>(s),
             3 => self.streams::<S, 3>(s),
-            2 => self.streams::<S, 2>(s),
             _ => {
                 let mut step = 0;
                 while S::WIDE && step + 3 <= self.panels.count {

@@ -184,7 +184,6 @@ impl<B: CodeFormat, W: ScaleTable, const MINIMUM: bool> Kernel for Tiles<'_, B, 
         match self.unit.panels.streams {
             4 => self.streams::<S, 4>(s),
             3 => self.streams::<S, 3>(s),
-            2 => self.streams::<S, 2>(s),
             _ => {
                 while S::WIDE && step + 2 <= count {
                     self.columns::<S, 2>(s, step);
