@@ -166,10 +166,11 @@ begin() {
       ;;
     llama-*)
       # The context is of all slots together. A buffer that the slots share, and prompts kept in memory, only cost.
-      local context=$((streams * STREAM_TOKENS))
+      local context=$((streams * STREAM_TOKENS)) told=3
       [ "$streams" != 1 ] || context=1024
+      [ "$2" != memory ] || told=4 # tells the size of its cache
       bench/peers/llama.sh serve "$file" "$threads" "$port" --alias "hub/$model" --parallel "$streams" --ctx-size "$context" \
-        --no-kv-unified --cache-ram 0 "${llama_flags[@]}" >"$log" 2>&1 &
+        --no-kv-unified --cache-ram 0 --verbosity "$told" "${llama_flags[@]}" >"$log" 2>&1 &
       ;;
     vllm)
       log=$results/$model/vllm.log
@@ -207,7 +208,10 @@ measure() { # CELL VARIANT RUN SOURCE
     prefill) requests=12 input=512 output=2 ;;
     *) requests=$((streams * 4)) output=64 ;;
   esac
-  if [ "$quick" = 1 ]; then requests=$((streams == 1 ? 3 : streams)) warmup=1; fi
+  if [ "$quick" = 1 ]; then
+    requests=$((streams == 1 ? 2 : streams)) warmup=1
+    [ "$cell" = prefill ] || output=8
+  fi
   [ "$variant" != mistralrs ] || name=default
   mkdir -p "$(dirname "$report")"
   weigh "$variant" "$4" || { say "no weights for $variant"; return 0; }
