@@ -12,8 +12,8 @@
 #
 # Each server is alone: one is stopped before the next starts, forwards in odd runs and backwards in even ones. vLLM, which compiles
 # for minutes, starts once for each model and is halted (SIGSTOP) while it is not its turn. Every prompt of a load is another one, and
-# no server answers from a cache of prompts. ASHLAR_BIN names a binary; without it the release build is made. ASHLAR_FLAGS,
-# LLAMA_FLAGS and VLLM_FLAGS are added to the servers'. QUICK=1 asks a few requests, to see that all works: its figures mean nothing.
+# no server answers from a cache of prompts. ASHLAR_BIN names a binary, and ASHLAR_COMMIT what it was built from; without it
+# the release build is made. ASHLAR_FLAGS, LLAMA_FLAGS and VLLM_FLAGS are added to the servers'. QUICK=1 asks a few requests, to see that all works: its figures mean nothing.
 set -euo pipefail
 # shellcheck source=../../scripts/lib.sh
 source "$(dirname "$0")/../../scripts/lib.sh"
@@ -55,13 +55,15 @@ streams_of() {
 
 # --- what must be there
 
-if [ -z "${ASHLAR_BIN:-}" ]; then
+if [ -n "${ASHLAR_BIN:-}" ]; then
+  commit=${ASHLAR_COMMIT:-binary-$(sha256sum "$ASHLAR_BIN" | cut -c1-12)}
+else
   need_build_packages
   cargo build --release --locked -p ashlar
   ASHLAR_BIN=${CARGO_TARGET_DIR:-$ROOT/target}/release/ashlar
+  commit=$(git rev-parse --short HEAD 2>/dev/null || echo unknown)
+  if [ -n "$(git status --porcelain 2>/dev/null)" ]; then commit+=-changed; fi
 fi
-commit=${ASHLAR_COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)}
-if [ -z "${ASHLAR_COMMIT:-}" ] && [ -n "$(git status --porcelain 2>/dev/null)" ]; then commit+=-changed; fi
 
 rm -rf "$results"
 mkdir -p "$results" "$weights"

@@ -13,6 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from compare import decode_rate, interval  # noqa: E402
 
 MIB = 2**20
+# With fewer no goal is met, whatever the ratio.
+PAIRS_MIN = 3
 
 
 def prefill_rate(run: dict) -> float:
@@ -114,7 +116,7 @@ def compare(goal: Goal, variants: Runs) -> list[dict]:
             ratios = [theirs / ours if ours > 0 else float("inf") for ours, theirs in pairs]
         low, high = interval(ratios)
         entry = {"ours": goal.ours, "peer": variant, "figure": name, "ratios": ratios, "median": median(ratios)}
-        entries.append(entry | {"interval": [low, high], "floor": goal.floor, "met": low >= goal.floor})
+        entries.append(entry | {"interval": [low, high], "floor": goal.floor, "met": low >= goal.floor and len(both) >= PAIRS_MIN})
     return sorted(entries, key=lambda entry: entry["median"])
 
 
@@ -134,7 +136,7 @@ def show(where: str, kind: str, variants: Runs) -> dict:
             (low, high), best = entry["interval"], "the best peer" if len(entries) > 1 and place == 0 else ""
             better = "more" if goal.more_is_better else "less"
             sentence = f"{goal.ours} to {entry['peer']}, {entry['figure']} ({better} is better): {entry['median']:.2f} [{low:.2f}, {high:.2f}]"
-            print(f"  {sentence:92}goal {goal.floor:.1f} {'met' if entry['met'] else 'MISSED':7}{best}")
+            print(f"  {sentence:92}goal {goal.floor:.1f} {'met' if entry['met'] else 'MISSED':7}{best}".rstrip())
         if not entries:
             print(f"  no peer to hold {goal.ours} against")
         goals.append({"ours": goal.ours, "figure": goal.figure[0], "met": bool(entries) and all(e["met"] for e in entries), "peers": entries})
