@@ -26,7 +26,7 @@ read -ra ashlar_flags <<<"${ASHLAR_FLAGS:-}"
 read -ra llama_flags <<<"${LLAMA_FLAGS:-}"
 read -ra vllm_flags <<<"${VLLM_FLAGS:-}"
 export ASHLAR_MODELS=${ASHLAR_MODELS:-$ROOT/target/models}
-READY_SECONDS=900 LOAD_SECONDS=1800
+READY_SECONDS=${READY_SECONDS:-900} LOAD_SECONDS=1800
 # Context of a stream in the peers' caches: 128 in, 64 out, and some.
 STREAM_TOKENS=256
 

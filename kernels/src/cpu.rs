@@ -34,7 +34,7 @@ pub use kv::Kv;
 pub use pack::Linear;
 
 use crate::format::{CodeRow, TensorView};
-use crate::ops::{Activation, AttentionShape, Columns, KvFormat, KvPlace, KvShape, NormKind, Ops, PackError, Query};
+use crate::ops::{Activation, AttentionShape, Columns, KvFormat, KvPlace, KvShape, LinearRun, NormKind, Ops, PackError, Query};
 use crate::reference::concatenate;
 use attention::{Attend, Attention, TILE};
 use elementwise::{Gate, Map, MapElements, Rope};
@@ -137,6 +137,13 @@ impl Cpu {
             let heads = first_head..(first_head + heads_count).min((kv_head + 1) * group);
             self.proven.run(Attend::<T> { attention, rows: tiles.rows(tile), heads, stored: PhantomData });
         });
+    }
+
+    fn linear_dense(&self, out: &mut Buffer, x: &Buffer, row_count: usize, linear: &Linear, bias: Option<&Buffer>, finish: Finish) {
+        let columns = if let Finish::Gate(_) = finish { linear.outputs / 2 } else { linear.outputs };
+        let (inputs, outputs) = (Columns::dense(linear.inputs), Columns::dense(columns));
+        let runs = [LinearRun { linear, bias, rows: 0..row_count }];
+        linear::Call { x: &x.0, inputs, outputs, runs: &runs, finish }.apply(self, &mut out.0);
     }
 
     fn with_scratch(&self, call: impl FnOnce(&mut Scratch)) {
@@ -283,15 +290,23 @@ impl Ops for Cpu {
     }
 
     fn linear_apply(&self, out: &mut Buffer, x: &Buffer, row_count: usize, linear: &Linear, bias: Option<&Buffer>) {
-        linear::apply(self, &mut out.0, &x.0, row_count, linear, bias.map(|bias| &bias.0[..]), Finish::Store);
+        self.linear_dense(out, x, row_count, linear, bias, Finish::Store);
     }
 
     fn linear_add(&self, acc: &mut Buffer, x: &Buffer, row_count: usize, linear: &Linear, bias: Option<&Buffer>) {
-        linear::apply(self, &mut acc.0, &x.0, row_count, linear, bias.map(|bias| &bias.0[..]), Finish::Add);
+        self.linear_dense(acc, x, row_count, linear, bias, Finish::Add);
     }
 
     fn linear_gate(&self, out: &mut Buffer, x: &Buffer, row_count: usize, linear: &Linear, bias: Option<&Buffer>, activation: Activation) {
-        linear::apply(self, &mut out.0, &x.0, row_count, linear, bias.map(|bias| &bias.0[..]), Finish::Gate(activation));
+        self.linear_dense(out, x, row_count, linear, bias, Finish::Gate(activation));
+    }
+
+    fn linear_runs(&self, out: &mut Buffer, outputs: Columns, x: &Buffer, inputs: Columns, runs: &[LinearRun<'_, Linear, Buffer>]) {
+        linear::Call { x: &x.0, inputs, outputs, runs, finish: Finish::Store }.apply(self, &mut out.0);
+    }
+
+    fn linear_runs_add(&self, acc: &mut Buffer, outputs: Columns, x: &Buffer, inputs: Columns, runs: &[LinearRun<'_, Linear, Buffer>]) {
+        linear::Call { x: &x.0, inputs, outputs, runs, finish: Finish::Add }.apply(self, &mut acc.0);
     }
 
     fn rope_rows(&self, out: &mut Buffer, positions: &[u32], inverse_frequencies: &Buffer, attention_factor: f32) {

@@ -214,6 +214,17 @@ pub struct Query {
     pub position: u32,
 }
 
+/// Rows of a batch that go through one layer.
+#[derive(Debug, Clone)]
+pub struct LinearRun<'a, L, V> {
+    /// The layer.
+    pub linear: &'a L,
+    /// Added to its outputs.
+    pub bias: Option<&'a V>,
+    /// The rows.
+    pub rows: std::ops::Range<usize>,
+}
+
 /// The op set. Buffers hold f32 activations; shapes are in elements. Preconditions (lengths, indices in range) are
 /// asserted: breaking one is a bug of the caller, not an input error.
 pub trait Ops: Send + Sync + 'static {
@@ -297,6 +308,28 @@ pub trait Ops: Send + Sync + 'static {
         linear: &Self::Linear,
         bias: Option<&Self::Vector>,
         activation: Activation,
+    );
+    /// Several layers in one call, a few rows each: `out[t, n] = x[t, K] W^T + bias` by the layer of the run that row t is in.
+    /// The runs' rows are disjoint and ascending; rows of no run stay as they are. A layer reads its K inputs from the
+    /// beginning of `inputs` and writes its N outputs from the beginning of `outputs`, so ranks of adapters may be mixed: the
+    /// shrink `h = x A^T` and the expand `y += h B^T` ([`Ops::linear_runs_add`]) are one call each. The bits are those of [`Ops::linear_apply`]
+    /// for each run alone.
+    fn linear_runs(
+        &self,
+        out: &mut Self::Buffer,
+        outputs: Columns,
+        x: &Self::Buffer,
+        inputs: Columns,
+        runs: &[LinearRun<'_, Self::Linear, Self::Vector>],
+    );
+    /// `acc[t, n] += y[t, n]`, where y is what [`Ops::linear_runs`] gives.
+    fn linear_runs_add(
+        &self,
+        acc: &mut Self::Buffer,
+        outputs: Columns,
+        x: &Self::Buffer,
+        inputs: Columns,
+        runs: &[LinearRun<'_, Self::Linear, Self::Vector>],
     );
     /// Cosines and sines of `positions x inverse frequencies`, times `attention_factor`: row t is
     /// `[cos 0..R/2 | sin 0..R/2]` where R/2 = the length of `inverse_frequencies`.

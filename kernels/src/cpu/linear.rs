@@ -1,4 +1,4 @@
-//! `y[T, N] = x[T, K] W^T + bias`: cuts the work in units, quantises activations once a call, picks the tile code, and
+//! `y[T, N] = x[T, K] W^T + bias`, runs of rows each by a layer of its own: cuts the work in units, quantises activations once a call, picks the tile code, and
 //! finishes a unit's sums while they are in cache: stores them, adds them to what is there, or gates them.
 //!
 //! A unit is a run of panels for a block of rows. The order of accumulation of an output is fixed by K alone
@@ -8,7 +8,7 @@
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use super::Cpu;
+use super::{Buffer, Cpu};
 use super::activations::{Activations, QuantiseRows};
 use super::isa::Kernel;
 use super::lanes::{Lanes, load_some, store_some};
@@ -17,7 +17,7 @@ use super::linear_integer::IntegerTiles;
 use super::math;
 use super::memory::Shared;
 use super::pack::{LANES, Linear, Part, Weights};
-use crate::ops::Activation;
+use crate::ops::{Activation, Columns, LinearRun};
 
 /// What becomes of `y`.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -113,71 +113,146 @@ impl<'a> Output<'a> {
     }
 }
 
-/// Activations quantised for each way of grouping that a layer's parts have; reused from call to call.
-pub(super) type Scratch = Vec<Activations>;
-
-/// One call: `out` has `[T, N]`, or `[T, N/2]` where it gates.
-struct Call<'a> {
-    cpu: &'a Cpu,
-    x: &'a [f32],
-    linear: &'a Linear,
-    bias: Option<&'a [f32]>,
-    finish: Finish,
-    out: Shared<'a, f32>,
-    /// Elements of a row of `out`.
-    stride: usize,
-    scratch: &'a Scratch,
+/// What calls keep for the next one.
+#[derive(Debug, Default)]
+pub(super) struct Scratch {
+    /// The rows, quantised for each way of grouping that the layers have.
+    activations: Vec<Activations>,
+    spans: Vec<Span>,
 }
 
-pub(super) fn apply(cpu: &Cpu, out: &mut [f32], x: &[f32], row_count: usize, linear: &Linear, bias: Option<&[f32]>, finish: Finish) {
-    let (inputs, outputs) = (linear.inputs, linear.outputs);
-    let stride = if let Finish::Gate(_) = finish { outputs / 2 } else { outputs };
-    let (out, x) = (&mut out[..row_count * stride], &x[..row_count * inputs]);
-    if let Some(bias) = bias {
-        assert_eq!(bias.len(), outputs, "a bias has an element for each output");
-    }
-    let mut parts = linear.parts.as_slice();
-    if let Finish::Gate(_) = finish {
-        assert!(parts.len() == 2 && parts[0].outputs == parts[1].outputs, "a gate and an up part of equal outputs");
-        parts = &parts[..1];
-    }
-    cpu.with_scratch(|scratch| {
-        quantise(cpu, scratch, x, row_count, linear);
-        let call = Call { cpu, x, linear, bias, finish, out: Shared::new(out), stride, scratch };
-        let threads = cpu.pool.threads();
-        let unit_count = parts.iter().map(|part| Cut::new(part, row_count, threads).unit_count(row_count)).sum();
-        cpu.spread(unit_count, row_count * inputs * outputs, &|unit| {
-            let mut unit = unit;
-            for part in parts {
-                let cut = Cut::new(part, row_count, threads);
-                let count = cut.unit_count(row_count);
-                if unit < count {
-                    let (panels, rows) = cut.unit(unit, row_count);
-                    return call.run(part, panels, rows);
-                }
-                unit -= count;
-            }
-        });
-    });
+/// The units of one part of one run.
+#[derive(Debug, Clone, Copy)]
+struct Span {
+    /// Units of all spans up to and with this one.
+    end: usize,
+    run: usize,
+    part: usize,
+    cut: Cut,
+}
+
+/// Rows through the layers of their runs.
+pub(super) struct Call<'a> {
+    pub(super) x: &'a [f32],
+    /// Where a row's inputs are.
+    pub(super) inputs: Columns,
+    /// Where a row's results go.
+    pub(super) outputs: Columns,
+    /// Disjoint, ascending rows.
+    pub(super) runs: &'a [LinearRun<'a, Linear, Buffer>],
+    pub(super) finish: Finish,
 }
 
 impl Call<'_> {
-    fn run(&self, part: &Part, panels: Panels, rows: Range<usize>) {
+    pub(super) fn apply(&self, cpu: &Cpu, out: &mut [f32]) {
+        let Some(last) = self.runs.last() else { return };
+        let row_count = last.rows.end;
+        let mut work = 0;
+        for (index, run) in self.runs.iter().enumerate() {
+            let LinearRun { linear, bias, rows } = run;
+            assert!(index == 0 || self.runs[index - 1].rows.end <= rows.start, "runs have disjoint, ascending rows");
+            let columns = if let Finish::Gate(_) = self.finish { linear.outputs / 2 } else { linear.outputs };
+            assert!(linear.inputs <= self.inputs.width && columns <= self.outputs.width, "a layer's columns are within a row's");
+            assert!(bias.is_none_or(|bias| bias.0.len() == linear.outputs), "a bias has an element for each output");
+            if let Finish::Gate(_) = self.finish {
+                assert!(linear.parts.len() == 2 && linear.parts[0].outputs == columns, "a gate and an up part of equal outputs");
+            }
+            work += rows.len() * linear.inputs * linear.outputs;
+        }
+        assert!(self.x.len() >= row_count * self.inputs.stride, "rows of inputs");
+        let out = &mut out[..row_count * self.outputs.stride];
+        cpu.with_scratch(|scratch| {
+            self.quantise(cpu, scratch);
+            self.cut(cpu.pool.threads(), &mut scratch.spans);
+            let (spans, out) = (scratch.spans.as_slice(), Shared::new(out));
+            let running = Running { call: self, cpu, out, activations: &scratch.activations };
+            cpu.spread(spans.last().map_or(0, |span| span.end), work, &|unit| {
+                let index = spans.partition_point(|span| span.end <= unit);
+                let first = index.checked_sub(1).map_or(0, |before| spans[before].end);
+                running.unit(&spans[index], unit - first);
+            });
+        });
+    }
+
+    /// The units that there are.
+    fn cut(&self, threads: usize, spans: &mut Vec<Span>) {
+        spans.clear();
+        let mut end = 0;
+        for (run, LinearRun { linear, rows, .. }) in self.runs.iter().enumerate() {
+            // The parts that are gated go together.
+            let parts = if let Finish::Gate(_) = self.finish { &linear.parts[..1] } else { &linear.parts };
+            for (part, weights) in parts.iter().enumerate() {
+                let cut = Cut::new(weights, rows.len(), threads);
+                end += cut.unit_count(rows.len());
+                spans.push(Span { end, run, part, cut });
+            }
+        }
+    }
+
+    /// Quantises the rows once for each distinct grouping among the layers' parts.
+    fn quantise(&self, cpu: &Cpu, scratch: &mut Scratch) {
+        let scratch = &mut scratch.activations;
+        let rows = self.runs[0].rows.start..self.runs[self.runs.len() - 1].rows.end;
+        let mut count = 0;
+        for part in self.runs.iter().flat_map(|run| &run.linear.parts) {
+            let Weights::Integer(weights) = &part.weights else { continue };
+            if scratch[..count].iter().any(|done| done.suits(weights)) {
+                continue;
+            }
+            if scratch.len() == count {
+                scratch.push(Activations::empty());
+            }
+            let activations = &mut scratch[count];
+            count += 1;
+            activations.prepare(rows.end, weights).expect("memory for one batch's activations");
+            let (groups, offset, stride) = (activations.groups, activations.offset, activations.stride);
+            let codes = Shared::new(&mut activations.codes);
+            let scales = Shared::new(&mut activations.scales);
+            let sums = Shared::new(&mut activations.sums);
+            let corrections = Shared::new(&mut activations.corrections);
+            let (x, x_at) = (self.x, self.inputs);
+            cpu.spread(rows.len().div_ceil(QUANTISE_ROWS), rows.len() * groups.inputs, &|unit| {
+                let start = rows.start + unit * QUANTISE_ROWS;
+                let rows = start..(start + QUANTISE_ROWS).min(rows.end);
+                cpu.proven.run(QuantiseRows { x, x_at, rows, groups, offset, stride, codes, scales, sums, corrections });
+            });
+        }
+        // What an earlier call left behind must not be taken for this call's.
+        for stale in &mut scratch[count..] {
+            stale.groups.inputs = usize::MAX;
+        }
+    }
+}
+
+/// A call while threads work on it.
+struct Running<'a> {
+    call: &'a Call<'a>,
+    cpu: &'a Cpu,
+    out: Shared<'a, f32>,
+    activations: &'a [Activations],
+}
+
+impl Running<'_> {
+    fn unit(&self, span: &Span, unit: usize) {
+        let Call { runs, outputs, finish, .. } = *self.call;
+        let run = &runs[span.run];
+        let part = &run.linear.parts[span.part];
+        let (panels, rows) = span.cut.unit(unit, &run.rows);
         let columns = panels.count * panels.streams * LANES;
-        let bias = |part: &Part| self.bias.map(|bias| &bias[part.first_output..][..part.outputs]);
-        if self.finish == Finish::Store {
+        let bias = |part: &Part| run.bias.map(|bias| &bias.0[part.first_output..][..part.outputs]);
+        if finish == Finish::Store {
             let output = Output {
                 values: self.out,
-                stride: self.stride,
+                stride: outputs.stride,
                 first_row: 0,
-                column: part.first_output,
+                column: outputs.offset + part.first_output,
                 columns: part.outputs,
                 bias: bias(part),
             };
-            return self.tiles(part, rows, panels, panels, output);
+            return self.tiles(run, part, rows, panels, panels, output);
         }
-        let sources = match self.finish {
-            Finish::Gate(_) => self.linear.parts.as_slice(),
+        let sources = match finish {
+            Finish::Gate(_) => run.linear.parts.as_slice(),
             _ => std::slice::from_ref(part),
         };
         let stride = columns * sources.len();
@@ -186,22 +261,23 @@ impl Call<'_> {
         let values = Shared::new(sums);
         for (index, part) in sources.iter().enumerate() {
             let output = Output { values, stride, first_row: rows.start, column: index * columns, columns, bias: bias(part) };
-            self.tiles(part, rows.clone(), panels, panels.packed(), output);
+            self.tiles(run, part, rows.clone(), panels, panels.packed(), output);
         }
-        let (out, finish, first_column) = (self.out, self.finish, part.first_output);
-        let (out_stride, out_columns) = (self.stride, part.outputs);
+        let (out, first_column) = (self.out, outputs.offset + part.first_output);
+        let (out_stride, out_columns) = (outputs.stride, part.outputs);
         self.cpu.proven.run(FinishUnit { out, out_stride, first_column, out_columns, sums, stride, rows, panels, finish });
     }
 
-    fn tiles(&self, part: &Part, rows: Range<usize>, panels: Panels, places: Panels, output: Output<'_>) {
-        let (cpu, x, inputs) = (self.cpu, self.x, self.linear.inputs);
+    fn tiles(&self, run: &LinearRun<'_, Linear, Buffer>, part: &Part, rows: Range<usize>, panels: Panels, places: Panels, output: Output<'_>) {
+        let Call { x, inputs: x_at, .. } = *self.call;
+        let (proven, inputs, first_row) = (self.cpu.proven, run.linear.inputs, run.rows.start);
         match &part.weights {
-            Weights::F32(weights) => cpu.proven.run(FloatTiles::<F32> { x, inputs, weights, rows, panels, places, output }),
-            Weights::F16(weights) => cpu.proven.run(FloatTiles::<F16> { x, inputs, weights, rows, panels, places, output }),
-            Weights::Bf16(weights) => cpu.proven.run(FloatTiles::<Bf16> { x, inputs, weights, rows, panels, places, output }),
+            Weights::F32(weights) => proven.run(FloatTiles::<F32> { x, x_at, inputs, weights, first_row, rows, panels, places, output }),
+            Weights::F16(weights) => proven.run(FloatTiles::<F16> { x, x_at, inputs, weights, first_row, rows, panels, places, output }),
+            Weights::Bf16(weights) => proven.run(FloatTiles::<Bf16> { x, x_at, inputs, weights, first_row, rows, panels, places, output }),
             Weights::Integer(weights) => {
-                let x = self.scratch.iter().find(|x| x.suits(weights)).expect("quantise has been here for every grouping");
-                IntegerTiles { x, weights, rows, panels, places, output }.dispatch(cpu.proven);
+                let x = self.activations.iter().find(|x| x.suits(weights)).expect("quantise has been here for every grouping");
+                IntegerTiles { x, weights, first_row, rows, panels, places, output }.dispatch(proven);
             }
         }
     }
@@ -306,11 +382,13 @@ impl Cut {
         (self.steps.div_ceil(self.unit_steps) + usize::from(self.leftover() > 0)) * row_count.div_ceil(ROW_BLOCK)
     }
 
-    fn unit(&self, unit: usize, row_count: usize) -> (Panels, Range<usize>) {
+    /// Unit `unit` of a run's rows.
+    fn unit(&self, unit: usize, rows: &Range<usize>) -> (Panels, Range<usize>) {
         // Row blocks run within a column range, so that its weights are read from memory once.
-        let row_blocks = row_count.div_ceil(ROW_BLOCK);
+        let row_blocks = rows.len().div_ceil(ROW_BLOCK);
         let (columns, block) = (unit / row_blocks, unit % row_blocks);
-        let rows = block * ROW_BLOCK..((block + 1) * ROW_BLOCK).min(row_count);
+        let start = rows.start + block * ROW_BLOCK;
+        let rows = start..(start + ROW_BLOCK).min(rows.end);
         let first = columns * self.unit_steps;
         if first >= self.steps {
             let first = self.streams * self.steps;
@@ -318,36 +396,6 @@ impl Cut {
         }
         let count = self.unit_steps.min(self.steps - first);
         (Panels { first, count, streams: self.streams, distance: self.steps }, rows)
-    }
-}
-
-/// Quantises the rows once for each distinct grouping among the parts.
-fn quantise(cpu: &Cpu, scratch: &mut Scratch, x: &[f32], row_count: usize, linear: &Linear) {
-    let mut count = 0;
-    for part in &linear.parts {
-        let Weights::Integer(weights) = &part.weights else { continue };
-        if scratch[..count].iter().any(|done| done.suits(weights)) {
-            continue;
-        }
-        if scratch.len() == count {
-            scratch.push(Activations::empty());
-        }
-        let activations = &mut scratch[count];
-        count += 1;
-        activations.prepare(row_count, weights).expect("memory for one batch's activations");
-        let (groups, offset, stride) = (activations.groups, activations.offset, activations.stride);
-        let codes = Shared::new(&mut activations.codes);
-        let scales = Shared::new(&mut activations.scales);
-        let sums = Shared::new(&mut activations.sums);
-        let corrections = Shared::new(&mut activations.corrections);
-        cpu.spread(row_count.div_ceil(QUANTISE_ROWS), x.len(), &|unit| {
-            let rows = unit * QUANTISE_ROWS..((unit + 1) * QUANTISE_ROWS).min(row_count);
-            cpu.proven.run(QuantiseRows { x, rows, groups, offset, stride, codes, scales, sums, corrections });
-        });
-    }
-    // What an earlier call left behind must not be taken for this call's.
-    for stale in &mut scratch[count..] {
-        stale.groups.inputs = usize::MAX;
     }
 }
 

@@ -13,6 +13,7 @@ use super::linear::{Output, PASS, PREFETCH_BYTES, Panels};
 use super::memory::Element;
 use super::pack::LANES;
 use crate::SLICE;
+use crate::ops::Columns;
 
 /// How a float is stored in a panel.
 pub(super) trait FloatFormat {
@@ -50,11 +51,15 @@ impl FloatFormat for Bf16 {
 
 /// One unit: rows `rows` by panels `panels`.
 pub(super) struct FloatTiles<'a, W: FloatFormat> {
-    /// `[.., K]`.
     pub(super) x: &'a [f32],
+    /// Where a row's inputs are.
+    pub(super) x_at: Columns,
+    /// K.
     pub(super) inputs: usize,
     /// `[panels][K][16]`.
     pub(super) weights: &'a [W::Element],
+    /// Of all units that read these weights.
+    pub(super) first_row: usize,
     pub(super) rows: Range<usize>,
     pub(super) panels: Panels,
     /// Where in `output` each panel's sums go.
@@ -149,13 +154,13 @@ impl<W: FloatFormat> FloatTiles<'_, W> {
                     }
                 }
             }
-            let ahead = if R == 1 { Some(PREFETCH_BYTES) } else { (*row == 0).then_some(next_bytes) };
+            let ahead = if R == 1 { Some(PREFETCH_BYTES) } else { (*row == self.first_row).then_some(next_bytes) };
             let mut start = pass.start;
             while start < pass.end {
                 let slice = start..(start + SLICE).min(pass.end);
                 let mut x = [&self.x[..0]; R];
                 for r in 0..R {
-                    x[r] = &self.x[(*row + r) * self.inputs..][slice.clone()];
+                    x[r] = &self.x[(*row + r) * self.x_at.stride + self.x_at.offset..][slice.clone()];
                 }
                 let mut w = [&all[..0]; C];
                 for c in 0..C {

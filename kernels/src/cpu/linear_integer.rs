@@ -21,6 +21,8 @@ use crate::SLICE;
 pub(super) struct IntegerTiles<'a> {
     pub(super) x: &'a Activations,
     pub(super) weights: &'a IntegerWeights,
+    /// Of all units that read these weights.
+    pub(super) first_row: usize,
     pub(super) rows: Range<usize>,
     pub(super) panels: Panels,
     /// Where in `output` each panel's sums go.
@@ -315,7 +317,7 @@ impl<B: CodeFormat, W: ScaleTable, const MINIMUM: bool> Tiles<'_, B, W, MINIMUM>
 
         // Several rows go through the panels once for each tile: the first one asks for the next panels meanwhile.
         let next_bytes = if R == 1 { PREFETCH_BYTES } else { C * row_steps * B::CHUNKS * size_of::<B::Chunk>() };
-        let fetches = R == 1 || row == 0;
+        let fetches = R == 1 || row == self.unit.first_row;
         let mut acc = [[s.splat(0.0); C]; R];
         assert!(slice.end <= groups.count, "a slice within the row");
         for g in slice.clone() {

@@ -3,6 +3,7 @@
 
 mod attention;
 mod linear;
+mod linear_runs;
 mod rows;
 mod values;
 
