@@ -337,8 +337,10 @@ impl Ops for Cpu {
 
     fn kv_write(&self, kv: &mut Kv, qkv: &Buffer, shape: &AttentionShape, places: &[KvPlace]) {
         assert_eq!(kv.shape, shape.kv, "one slot class");
-        let qkv = &qkv.0[..places.len() * shape.qkv_width()];
-        self.proven.run(Write { kv, qkv, shape, places });
+        let (qkv, pages) = (&qkv.0[..places.len() * shape.qkv_width()], kv.pages());
+        // A key's elements are stores to as many cache lines: some tens of a norm's elements each.
+        let work = places.len() * shape.kv.kv_heads * shape.kv.head_dim * 16;
+        self.spread_rows(places.len(), work, |rows| self.proven.run(Write { pages, qkv, shape, places, rows }));
     }
 
     fn attend(&self, out: &mut Buffer, qkv: &Buffer, kv: &Kv, shape: &AttentionShape, queries: &[Query], tables: &[u32]) {

@@ -2,11 +2,13 @@
 //! `[page_tokens/16][head_dim][16]` (scores have their lanes along tokens), values as `[page_tokens][head_dim]` (outputs
 //! have theirs along the head), then for int8 the keys' scales `[page_tokens]` and the values', f32.
 
+use std::ops::Range;
+
 use half::bf16;
 
 use super::isa::Kernel;
 use super::lanes::{Lanes, load_some};
-use super::memory::{Aligned, Element, elements, elements_mut};
+use super::memory::{Aligned, Element, Shared, elements, elements_mut};
 use crate::ops::{AttentionShape, KvFormat, KvPlace, KvShape, PIECE_TOKENS, PackError};
 
 /// Keys and values of all page slots of one class.
@@ -107,6 +109,27 @@ impl<T> Piece<'_, T> {
     pub(super) const NONE: Self = Self { keys: &[], values: &[], scales: None };
 }
 
+/// The pages while threads write them.
+#[derive(Clone, Copy)]
+pub(super) struct Pages<'a> {
+    shape: KvShape,
+    slot_count: usize,
+    data: Shared<'a, u8>,
+}
+
+impl Pages<'_> {
+    fn head_start(&self, slot: u32, kv_head: usize) -> usize {
+        head_start(self.shape, self.slot_count, slot, kv_head)
+    }
+}
+
+/// First byte of `kv_head` in a slot. 16 tokens of anything are a multiple of 16 bytes, so f32 stay aligned.
+fn head_start(shape: KvShape, slot_count: usize, slot: u32, kv_head: usize) -> usize {
+    let slot = slot as usize;
+    assert!(slot < slot_count, "slot {slot} of {slot_count}");
+    slot * shape.page_bytes() + kv_head * (shape.page_bytes() / shape.kv_heads)
+}
+
 impl Kv {
     pub(super) fn new(shape: KvShape, slot_count: usize) -> Result<Self, PackError> {
         assert!(shape.page_tokens > 0 && shape.page_tokens.is_multiple_of(PIECE_TOKENS), "a page of {} tokens", shape.page_tokens);
@@ -119,18 +142,16 @@ impl Kv {
         self.shape.page_bytes() / self.shape.kv_heads
     }
 
-    /// First byte of `kv_head` in a slot. 16 tokens of anything are a multiple of 16 bytes, so f32 stay aligned.
-    fn head_start(&self, slot: u32, kv_head: usize) -> usize {
-        let slot = slot as usize;
-        assert!(slot < self.slot_count, "slot {slot} of {}", self.slot_count);
-        slot * self.shape.page_bytes() + kv_head * self.head_bytes()
+    /// To be written by several threads.
+    pub(super) fn pages(&mut self) -> Pages<'_> {
+        Pages { shape: self.shape, slot_count: self.slot_count, data: Shared::new(&mut self.data) }
     }
 
     /// Piece `piece` of a page (tokens `16 * piece ..`).
     #[inline(always)]
     pub(super) fn piece<T: Stored>(&self, slot: u32, kv_head: usize, piece: usize) -> Piece<'_, T> {
         let (d, page_tokens) = (self.shape.head_dim, self.shape.page_tokens);
-        let head = &self.data[self.head_start(slot, kv_head)..][..self.head_bytes()];
+        let head = &self.data[head_start(self.shape, self.slot_count, slot, kv_head)..][..self.head_bytes()];
         let (keys, rest) = head.split_at(page_tokens * d * size_of::<T>());
         let (values, scales) = rest.split_at(keys.len());
         let size = PIECE_TOKENS * d * size_of::<T>();
@@ -142,20 +163,21 @@ impl Kv {
     }
 }
 
-/// Stores k and v of fused rows; row i of `qkv` goes to `places[i]`.
+/// Stores k and v of fused rows `rows`; row i of `qkv` goes to `places[i]`.
 pub(super) struct Write<'a> {
-    pub(super) kv: &'a mut Kv,
+    pub(super) pages: Pages<'a>,
     pub(super) qkv: &'a [f32],
     pub(super) shape: &'a AttentionShape,
     pub(super) places: &'a [KvPlace],
+    pub(super) rows: Range<usize>,
 }
 
 impl Kernel for Write<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Lanes>(mut self, s: S) {
-        match self.kv.shape.format {
+    fn run<S: Lanes>(self, s: S) {
+        match self.pages.shape.format {
             KvFormat::F32 => self.write::<S, f32>(s),
             KvFormat::Bf16 => self.write::<S, u16>(s),
             KvFormat::Int8 => self.write::<S, i8>(s),
@@ -165,31 +187,52 @@ impl Kernel for Write<'_> {
 
 impl Write<'_> {
     #[inline(always)]
-    fn write<S: Lanes, T: Stored>(&mut self, s: S) {
-        let KvShape { kv_heads, head_dim: d, page_tokens, .. } = self.kv.shape;
-        let head_bytes = self.kv.head_bytes();
-        let mut stored = vec![T::ZERO; d];
-        for (row, place) in self.qkv.chunks_exact(self.shape.qkv_width()).zip(self.places) {
+    fn write<S: Lanes, T: Stored>(&self, s: S) {
+        let KvShape { kv_heads, head_dim: d, page_tokens, .. } = self.pages.shape;
+        let width = self.shape.qkv_width();
+        // A key's elements lie a cache line apart: they are collected here, and their lines asked for meanwhile.
+        let mut memory = [T::ZERO; HEAD_MAX];
+        let mut long = Vec::new();
+        let stored = if d <= HEAD_MAX {
+            &mut memory[..d]
+        } else {
+            long.resize(d, T::ZERO);
+            &mut long[..]
+        };
+        for row in self.rows.clone() {
+            let place = self.places[row];
             let offset = place.offset as usize;
             assert!(offset < page_tokens, "offset {offset} of a page of {page_tokens}");
-            let (keys, values) = row[self.shape.heads * d..].split_at(kv_heads * d);
+            let (keys, values) = self.qkv[row * width..][..width][self.shape.heads * d..].split_at(kv_heads * d);
             for kv_head in 0..kv_heads {
-                let start = self.kv.head_start(place.slot, kv_head);
-                let (of_keys, rest) = self.kv.data[start..][..head_bytes].split_at_mut(page_tokens * d * size_of::<T>());
-                let (of_values, scales) = rest.split_at_mut(of_keys.len());
-
-                let key_scale = T::store(s, &keys[kv_head * d..][..d], &mut stored);
-                let lanes = &mut elements_mut::<T>(of_keys)[offset / PIECE_TOKENS * PIECE_TOKENS * d..][..PIECE_TOKENS * d];
-                for (lanes, &key) in lanes.chunks_exact_mut(PIECE_TOKENS).zip(&stored) {
-                    lanes[offset % PIECE_TOKENS] = key;
+                let start = self.pages.head_start(place.slot, kv_head);
+                let elements = page_tokens * d;
+                let key = start + (offset / PIECE_TOKENS * PIECE_TOKENS * d + offset % PIECE_TOKENS) * size_of::<T>();
+                let line = PIECE_TOKENS * size_of::<T>();
+                for i in 0..d {
+                    s.prefetch_write(self.pages.data.address(key + i * line));
                 }
-                let of_token = &mut elements_mut::<T>(of_values)[offset * d..][..d];
+                let key_scale = T::store(s, &keys[kv_head * d..][..d], stored);
+                for (i, element) in stored.iter().enumerate() {
+                    // SAFETY: the element is of this row, places are distinct and threads have disjoint rows.
+                    elements_mut::<T>(unsafe { self.pages.data.part(key + i * line..key + i * line + size_of::<T>()) })[0] = *element;
+                }
+                let value = start + (elements + offset * d) * size_of::<T>();
+                // SAFETY: as above.
+                let of_token = elements_mut::<T>(unsafe { self.pages.data.part(value..value + d * size_of::<T>()) });
                 let value_scale = T::store(s, &values[kv_head * d..][..d], of_token);
                 if T::FORMAT.scale_bytes() > 0 {
-                    let scales = elements_mut::<f32>(scales);
-                    (scales[offset], scales[page_tokens + offset]) = (key_scale, value_scale);
+                    let scales = start + 2 * elements * size_of::<T>();
+                    for (scale, at) in [(key_scale, offset), (value_scale, page_tokens + offset)] {
+                        let at = scales + at * size_of::<f32>();
+                        // SAFETY: as above.
+                        elements_mut::<f32>(unsafe { self.pages.data.part(at..at + size_of::<f32>()) })[0] = scale;
+                    }
                 }
             }
         }
     }
 }
+
+/// Heads of up to as many elements are written without an allocation.
+const HEAD_MAX: usize = 256;
