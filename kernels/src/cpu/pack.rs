@@ -322,7 +322,7 @@ fn pack_codes(pool: &Pool, view: &TensorView<'_>) -> Result<IntegerWeights, Pack
     pool.run(panels, &|panel| {
         // SAFETY: each unit takes its own panel's codes.
         let codes = unsafe { all_codes.part(panel * panel_codes..(panel + 1) * panel_codes) };
-        let mut row = CodeRow::default();
+        let (mut row, mut lanes) = (CodeRow::default(), [const { Vec::new() }; LANES]);
         for lane in 0..LANES.min(view.rows - panel * LANES) {
             row.read(view, panel * LANES + lane);
             let two_level = &row.two_level;
@@ -332,18 +332,50 @@ fn pack_codes(pool: &Pool, view: &TensorView<'_>) -> Result<IntegerWeights, Pack
                 // SAFETY: likewise its minima.
                 unsafe { all_minima.set(panel, lane, &row.minima, &two_level.sub_minima, &two_level.super_minima) };
             }
-            for g in 0..groups.count {
-                let start = g * groups.padded_group();
-                for (i, &code) in row.codes[groups.members(g)].iter().enumerate() {
-                    let (k, code) = (start + i, (i32::from(code) + offset) as u8);
-                    match width {
-                        CodeWidth::Bit => codes[k / 4 * 8 + lane / 2] |= (code / 2) << (lane % 2 * 4 + k % 4),
-                        CodeWidth::Nibble => codes[k / 8 * 64 + lane * 4 + k % 4] |= code << (4 * (k / 4 % 2)),
-                        CodeWidth::Byte | CodeWidth::WholeByte => codes[k / 4 * 64 + lane * 4 + k % 4] = code,
-                    }
+            pad_codes(&mut lanes[lane], &row.codes, groups, offset);
+        }
+        interleave(codes, &lanes, width);
+    });
+    Ok(IntegerWeights { groups, width, offset, codes, scales, minima })
+}
+
+/// The unsigned codes of a row, four a word, each group padded to a multiple of 8.
+fn pad_codes(out: &mut Vec<[u8; 4]>, codes: &[i8], groups: Groups, offset: i32) {
+    out.clear();
+    out.resize(groups.padded_inputs() / 4, [0; 4]);
+    let out = out.as_flattened_mut();
+    let unsigned = |out: &mut [u8], codes: &[i8]| {
+        out.iter_mut().zip(codes).for_each(|(out, &code)| *out = code.cast_unsigned().wrapping_add(offset as u8));
+    };
+    if groups.padded_group() == groups.group {
+        return unsigned(out, codes);
+    }
+    for g in 0..groups.count {
+        unsigned(&mut out[g * groups.padded_group()..], &codes[groups.members(g)]);
+    }
+}
+
+/// Lays the rows of a panel side by side, word by word; a lane without a row stays zero.
+fn interleave(out: &mut [u8], lanes: &[Vec<[u8; 4]>; LANES], width: CodeWidth) {
+    for (lane, words) in lanes.iter().enumerate() {
+        match width {
+            CodeWidth::Byte | CodeWidth::WholeByte => {
+                let (out, _) = out.as_chunks_mut::<4>();
+                out[lane..].iter_mut().step_by(LANES).zip(words).for_each(|(out, word)| *out = *word);
+            }
+            CodeWidth::Nibble => {
+                let (out, _) = out.as_chunks_mut::<4>();
+                let (pairs, _) = words.as_chunks::<2>();
+                for (out, [low, high]) in out[lane..].iter_mut().step_by(LANES).zip(pairs) {
+                    *out = (u32::from_le_bytes(*low) | u32::from_le_bytes(*high) << 4).to_le_bytes();
+                }
+            }
+            CodeWidth::Bit => {
+                for (out, word) in out[lane / 2..].iter_mut().step_by(LANES / 2).zip(words) {
+                    let bits = (0..4).fold(0, |bits, i| bits | (word[i] / 2) << i);
+                    *out |= bits << (lane % 2 * 4);
                 }
             }
         }
-    });
-    Ok(IntegerWeights { groups, width, offset, codes, scales, minima })
+    }
 }

@@ -63,7 +63,15 @@ impl CodeRow {
                 let offset = if view.dtype.has_minimum() { 0 } else { 8 };
                 let row_bytes = cols.div_ceil(2);
                 let packed = &view.bytes[row * row_bytes..][..row_bytes];
-                self.codes.extend((0..cols).map(|k| nibble(packed[k / 2], k % 2) - offset));
+                // Whole bytes and then a last nibble: a plain loop, which the compiler does many at a time.
+                self.codes.resize(cols, 0);
+                let (pairs, last) = self.codes.as_chunks_mut::<2>();
+                for (pair, &byte) in pairs.iter_mut().zip(packed) {
+                    *pair = [nibble(byte, 0) - offset, nibble(byte, 1) - offset];
+                }
+                if let [last] = last {
+                    *last = nibble(packed[row_bytes - 1], 0) - offset;
+                }
                 self.planar_scales(view, row);
             }
             Dtype::Int1 { .. } => {
