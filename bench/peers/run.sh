@@ -25,6 +25,9 @@ results=$out/results weights=$out/weights
 read -ra ashlar_flags <<<"${ASHLAR_FLAGS:-}"
 read -ra llama_flags <<<"${LLAMA_FLAGS:-}"
 read -ra vllm_flags <<<"${VLLM_FLAGS:-}"
+given_commit=${ASHLAR_COMMIT:-}
+# The server takes what begins like its settings for settings, and refuses those that it does not know.
+unset ASHLAR_COMMIT ASHLAR_FLAGS
 export ASHLAR_MODELS=${ASHLAR_MODELS:-$ROOT/target/models}
 READY_SECONDS=${READY_SECONDS:-900} LOAD_SECONDS=1800
 # Context of a stream in the peers' caches: 128 in, 64 out, and some.
@@ -56,7 +59,7 @@ streams_of() {
 # --- what must be there
 
 if [ -n "${ASHLAR_BIN:-}" ]; then
-  commit=${ASHLAR_COMMIT:-binary-$(sha256sum "$ASHLAR_BIN" | cut -c1-12)}
+  commit=${given_commit:-binary-$(sha256sum "$ASHLAR_BIN" | cut -c1-12)}
 else
   need_build_packages
   cargo build --release --locked -p ashlar
