@@ -26,20 +26,22 @@ def main(folder: Path) -> int:
     ours = json.loads((folder / "ashlar.json").read_text())
     models = {model["model"]: model for model in ours["models"]}
     f32 = models["hub/f32"]
+    theirs_file = folder / "llama.json"
+    theirs = json.loads(theirs_file.read_text()) if theirs_file.exists() else None
+    print(f"Ashlar {ours['version']} at {ours['commit']}{', ' + theirs['peer'] if theirs else ''}; {ours['device']}; {ours['machine']}")
+    print(f"text {ours['text_blake3'][:12]}; keys and values {ours.get('kv_format', 'f32')}")
     print(f"{f32['rows']} predictions in {ours['windows']} windows of {ours['window_tokens']} tokens; perplexity ± {f32['perplexity_standard_error']:.2f}")
-    print("| form | MB | perplexity | ln of its ratio, % | mean KL | median KL | 99 % KL | same top, % |")
+    print("| form | MB | perplexity | ln of its ratio to f32, % | mean KL | median KL | KL, 99th percentile | same top, % |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for model in models.values():
         print(row("Ashlar", model))
     failures = [
         f"{name} is {models[name]['kl']['mean']:.6f} from f32, at most {most}" for name, most in KL_MAX.items() if not models[name]["kl"]["mean"] <= most
     ]
-    theirs_file = folder / "llama.json"
-    if theirs_file.exists():
-        theirs = json.loads(theirs_file.read_text())["models"]
-        for model in theirs:
+    if theirs:
+        for model in theirs["models"]:
             print(row("llama.cpp", model))
-        apart = abs(f32["perplexity"] / theirs[0]["perplexity"] - 1)
+        apart = abs(f32["perplexity"] / theirs["models"][0]["perplexity"] - 1)
         if not apart <= ENGINES_APART_MAX:
             failures.append(f"the f32 perplexities of the two engines are {100 * apart:.3f} % apart: other windows, or other arithmetic")
     for failure in failures:

@@ -6,6 +6,8 @@ use std::path::PathBuf;
 
 use anyhow::{Context, bail, ensure};
 use ashlar_executor::state::limits::Limits;
+use ashlar_kernels::cpu::Isa;
+use ashlar_kernels::ops::KvFormat;
 use ashlar_router::io::rest::config::RestLimits;
 use clap::Args;
 use serde::{Deserialize, Serialize};
@@ -88,12 +90,16 @@ pub struct ExecutorConfig {
     pub device: String,
     /// Threads of the CPU pool; 0: all.
     pub threads: usize,
+    /// Instruction set of the CPU's kernels: `auto`, or one of [`Isa`]'s names.
+    pub isa: String,
     /// Bytes for weights; 0: 70% of the memory that is available at start.
     pub memory_bytes: u64,
     /// Bytes for KV pages; 0: a quarter of the memory that is available at start, at most 4 GiB.
     pub kv_bytes: u64,
     /// Tokens of one KV page; a multiple of 16.
     pub page_tokens: u32,
+    /// How keys and values are stored: `f32`, `bf16` or `int8`.
+    pub kv_format: KvFormat,
     /// Rows of one batch.
     pub step_tokens_max: u32,
     /// Rows of one sequence in one batch; 0: as `step_tokens_max`.
@@ -118,9 +124,11 @@ impl Default for ExecutorConfig {
             metrics_listen: "127.0.0.1:8091".to_owned(),
             device: "auto".to_owned(),
             threads: 0,
+            isa: "auto".to_owned(),
             memory_bytes: 0,
             kv_bytes: 0,
             page_tokens: limits.page_tokens,
+            kv_format: limits.kv_format,
             step_tokens_max: limits.step_tokens_max,
             chunk_tokens_max: 0,
             sequences_max: limits.sequences_max,
@@ -132,6 +140,19 @@ impl Default for ExecutorConfig {
 }
 
 impl ExecutorConfig {
+    /// The instruction set that is asked for, on this machine or not; `None`: the best that the machine has.
+    ///
+    /// # Errors
+    /// When the name means none.
+    pub fn isa(&self) -> anyhow::Result<Option<Isa>> {
+        if self.isa == "auto" {
+            return Ok(None);
+        }
+        let isa = self.isa.parse().ok();
+        ensure!(isa.is_some(), "use executor.isa = `{}`: expected auto, avx512, avx-vnni, avx2 or scalar", self.isa);
+        Ok(isa)
+    }
+
     /// The engine's limits, checked.
     ///
     /// # Errors
@@ -141,6 +162,7 @@ impl ExecutorConfig {
         let chunk_tokens_max = if self.chunk_tokens_max > 0 { self.chunk_tokens_max } else { self.step_tokens_max };
         let limits = Limits {
             page_tokens: self.page_tokens,
+            kv_format: self.kv_format,
             step_tokens_max: self.step_tokens_max,
             chunk_tokens_max,
             sequences_max: self.sequences_max,
@@ -183,6 +205,7 @@ impl Config {
         }
         let (device, format) = (&self.executor.device, &self.log.format);
         ensure!(["auto", "cpu"].contains(&device.as_str()), "use executor.device = `{device}`: expected auto or cpu");
+        self.executor.isa()?;
         ensure!(["text", "json"].contains(&format.as_str()), "use log.format = `{format}`: expected text or json");
         // Memory decides no relation, so that any amount of it serves.
         self.executor.limits(1 << 30).map(drop)
@@ -461,6 +484,8 @@ mod tests {
             ("placement.replicas=0", "placement.replicas = 0: expected 1 to 1024"),
             ("placement.spans_per_chain=0", "placement.spans_per_chain = 0: expected 1 to 1024"),
             ("executor.threads=9999", "executor.threads = 9999: expected 0 to 1024"),
+            ("executor.threads=-1", "executor.threads"),
+            ("executor.isa=sse9", "executor.isa = `sse9`: expected auto, avx512, avx-vnni, avx2 or scalar"),
             ("executor.kv_bytes=5", "executor.kv_bytes = 5: expected 0 (chosen at start) or at least 65536"),
             ("executor.page_tokens=5", "page_tokens must be a positive multiple of 16"),
             ("executor.device=gpu", "executor.device = `gpu`: expected auto or cpu"),
@@ -471,6 +496,15 @@ mod tests {
         ] {
             let error = load(&[], &[pair]).unwrap_err().to_string();
             assert!(error.contains(expected), "{pair}: {error}");
+        }
+    }
+
+    #[test]
+    fn an_instruction_set_is_read_by_its_name() {
+        assert_eq!(load(&[], &[]).unwrap().executor.isa().unwrap(), None);
+        for isa in Isa::ALL {
+            let config = load(&[("ASHLAR_EXECUTOR_ISA", isa.name())], &[]).unwrap();
+            assert_eq!(config.executor.isa().unwrap(), Some(isa));
         }
     }
 

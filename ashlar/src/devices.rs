@@ -1,5 +1,6 @@
-//! `ashlar devices`: what this machine offers.
+//! `ashlar devices`: what this machine offers; and what to say of an instruction set that it lacks, or that is slow.
 
+use anyhow::bail;
 use ashlar_kernels::cpu::{Cpu, CpuOptions, Isa};
 use ashlar_kernels::ops::Ops;
 
@@ -8,9 +9,64 @@ pub fn print() {
     let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let cpu = Cpu::new(CpuOptions { threads, isa: None });
     println!("cpu    {}", cpu.describe());
-    for (name, isa) in [("avx512", Isa::Avx512Vnni), ("avx2", Isa::Avx2), ("scalar", Isa::Scalar)] {
+    for isa in Isa::ALL {
         let state = if isa.available() { "available" } else { "not on this processor" };
-        println!("       {name}: {state}");
+        println!("       {}: {state}", isa.name());
     }
     println!("cuda   this build has no CUDA device");
+}
+
+/// Whether this machine runs the instruction set that `setting` asks for; `None` asks for none.
+///
+/// # Errors
+/// When it does not, with those that it runs.
+pub fn check_isa(setting: &str, isa: Option<Isa>) -> anyhow::Result<()> {
+    check_isa_among(setting, isa, &Isa::ALL.map(|isa| (isa, isa.available())))
+}
+
+fn check_isa_among(setting: &str, isa: Option<Isa>, machine: &[(Isa, bool)]) -> anyhow::Result<()> {
+    let here: Vec<Isa> = machine.iter().filter(|(_, available)| *available).map(|(isa, _)| *isa).collect();
+    match isa.filter(|isa| !here.contains(isa)) {
+        None => Ok(()),
+        Some(missing) => {
+            let here: Vec<&str> = here.into_iter().map(Isa::name).collect();
+            bail!("use {setting} `{}`: this processor lacks it and runs {}", missing.name(), here.join(", "))
+        }
+    }
+}
+
+/// What whoever runs a server should know of the instruction set in use.
+pub fn isa_warning(isa: Isa) -> Option<&'static str> {
+    match isa {
+        Isa::Avx512Vnni | Isa::AvxVnni | Isa::Avx2 => None,
+        Isa::Scalar => Some(
+            "the scalar kernels are used: this processor lacks AVX2, FMA or F16C, or executor.isa asks for them; tokens are the same, but \
+             each takes many times as long",
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_scalar_kernels_are_warned_of() {
+        for isa in Isa::ALL {
+            assert_eq!(isa_warning(isa).is_some(), isa == Isa::Scalar, "{isa:?}");
+        }
+        let warning = isa_warning(Isa::Scalar).unwrap();
+        assert!(warning.contains("AVX2") && warning.contains("many times as long") && !warning.contains("  "), "{warning}");
+    }
+
+    #[test]
+    fn a_missing_instruction_set_is_told_with_those_that_are_there() {
+        let machine = [(Isa::Avx512Vnni, false), (Isa::AvxVnni, false), (Isa::Avx2, true), (Isa::Scalar, true)];
+        for fits in [None, Some(Isa::Avx2), Some(Isa::Scalar)] {
+            check_isa_among("executor.isa", fits, &machine).unwrap();
+        }
+        let error = check_isa_among("executor.isa", Some(Isa::Avx512Vnni), &machine).unwrap_err().to_string();
+        assert_eq!(error, "use executor.isa `avx512`: this processor lacks it and runs avx2, scalar");
+        check_isa("--isa", Some(Isa::detect())).unwrap();
+    }
 }

@@ -30,12 +30,13 @@ use tokio::net::TcpListener;
 use tokio_stream::StreamExt;
 
 use crate::config::{Config, ConfigArgs};
+use crate::devices::{check_isa, isa_warning};
 use crate::process::{available_bytes, random_bits, stop_signal};
 use crate::{health, logging};
 
 /// How long a record outlives its process.
 const LEASE: Duration = Duration::from_secs(5);
-/// Numeric class of the CPU backend (docs/numerics.md).
+/// Numeric class of the CPU backend with f32 KV (docs/numerics.md).
 const CPU_CLASS: &str = "cpu-v1";
 
 /// Which parts run in this process.
@@ -121,26 +122,31 @@ async fn start_executor(config: &Config, zoo: Zoo, registry: Arc<dyn Registry>, 
     }
     let all = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let threads = if settings.threads > 0 { settings.threads } else { all };
-    let ops = Arc::new(Cpu::new(CpuOptions { threads, isa: None }));
+    let isa = settings.isa()?;
+    check_isa("executor.isa =", isa)?;
+    let ops = Arc::new(Cpu::new(CpuOptions { threads, isa }));
     let device = ops.describe();
     let available = available_bytes();
     let limits = settings.limits(available)?;
     let memory_bytes = if settings.memory_bytes > 0 { settings.memory_bytes } else { available / 10 * 7 };
     let id = ExecutorId(if settings.id.is_empty() { ExecutorId::from_bits(random_bits()).0 } else { settings.id.clone() });
-    let identity = Identity { executor_id: id.0.clone(), device: device.clone(), numeric_class: CPU_CLASS.to_owned() };
+    let identity = Identity { executor_id: id.0.clone(), device: device.clone(), numeric_class: limits.numeric_class(CPU_CLASS) };
     let metric_registry = prometheus::Registry::new();
     let metrics = ExecutorMetrics::new(&metric_registry).context("register metrics")?;
     let (handle, commands) = executor::start(Arc::clone(&ops), limits.clone(), &identity, metrics.clone())
         .map_err(|error| anyhow::anyhow!("start the device: {error}"))?;
     tracing::info!(
         executor = %id, device, threads, weight_mib_max = memory_bytes >> 20, kv_mib_max = limits.kv_bytes >> 20,
-        page_tokens = limits.page_tokens, "executor starts"
+        page_tokens = limits.page_tokens, kv_format = limits.kv_format.name(), "executor starts"
     );
+    if let Some(warning) = isa_warning(ops.isa()) {
+        tracing::warn!(executor = %id, "{warning}");
+    }
     let record = ExecutorRecord {
         id: id.clone(),
         address,
         device,
-        numeric_class: CPU_CLASS.to_owned(),
+        numeric_class: identity.numeric_class.clone(),
         memory_bytes,
         kv_bytes: limits.kv_bytes,
         threads: threads as u32,
@@ -150,7 +156,7 @@ async fn start_executor(config: &Config, zoo: Zoo, registry: Arc<dyn Registry>, 
         incarnation: random_bits(),
     };
     let session = Arc::new(Session::start(Arc::clone(&registry), key::executor(&id), record, LEASE));
-    let hosting = Hosting::new(ops, zoo, commands, handle.events(), metrics, memory_bytes, limits.page_tokens);
+    let hosting = Hosting::new(ops, zoo, commands, handle.events(), metrics, memory_bytes, limits.pages());
     let follower = Arc::clone(&session);
     tokio::spawn(async move {
         let mut hosting = hosting;

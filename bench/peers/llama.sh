@@ -2,7 +2,7 @@
 # llama.cpp's server, as a peer to measure against:
 #
 #   bench/peers/llama.sh install                          into target/peers/llama; prints the server's version
-#   bench/peers/llama.sh requantise IN.gguf OUT.gguf      every matrix as Q8_0
+#   bench/peers/llama.sh requantise IN.gguf OUT.gguf [TYPE]   every matrix as Q8_0, or Q4_0, Q4_1, BF16
 #   bench/peers/llama.sh quality MODEL.gguf TEXT WINDOW_TOKENS WINDOWS THREADS FOLDER OUT.json FORMAT...
 #                                                         perplexity and divergence of its formats: llama_quality.py
 #   bench/peers/llama.sh serve MODEL.gguf THREADS PORT [FLAGS OF llama-server]
@@ -31,8 +31,8 @@ install_peer() {
 case ${1:-} in
   install) install_peer ;;
   requantise)
-    [ $# = 3 ] || die "usage: llama.sh requantise IN.gguf OUT.gguf"
-    "$python" bench/peers/requantise.py "$2" "$3"
+    [ $# = 3 ] || [ $# = 4 ] || die "usage: llama.sh requantise IN.gguf OUT.gguf [TYPE]"
+    "$python" bench/peers/requantise.py "$2" "$3" "${4:-Q8_0}"
     ;;
   quality)
     [ $# -ge 9 ] || die "usage: llama.sh quality MODEL.gguf TEXT WINDOW_TOKENS WINDOWS THREADS FOLDER OUT.json FORMAT..."

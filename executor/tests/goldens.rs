@@ -6,7 +6,7 @@ mod support;
 use std::collections::BTreeSet;
 
 use ashlar_executor::model::alone::{Alone, AloneLimits};
-use ashlar_kernels::ops::Ops;
+use ashlar_kernels::ops::{KvFormat, Ops};
 use ashlar_kernels::reference::Reference;
 use ashlar_zoo::ingest::Recipe;
 use support::{Home, argmax, cpu, data, read_json};
@@ -62,7 +62,7 @@ fn check(family: &str, recipe: Recipe, tolerance: f32) {
     let folder = data("tiny").join(family);
     let gguf = folder.join("model.gguf");
     let home = Home::of(if gguf.is_file() { &gguf } else { &folder }, recipe);
-    let limits = |page_tokens| AloneLimits { chunk_tokens_max: 64, tokens_max: 80, page_tokens };
+    let limits = |page_tokens| AloneLimits { chunk_tokens_max: 64, tokens_max: 80, page_tokens, kv_format: KvFormat::F32 };
 
     let mut reference = home.load(Reference, limits(16));
     let truth = golden.compute(&mut reference, 64);

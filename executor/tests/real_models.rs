@@ -7,6 +7,7 @@ mod support;
 use std::path::PathBuf;
 
 use ashlar_executor::model::alone::AloneLimits;
+use ashlar_kernels::ops::KvFormat;
 use ashlar_zoo::ingest::Recipe;
 use support::{Home, argmax, cpu, data, read_json};
 
@@ -49,7 +50,7 @@ fn check(model: &str) {
     };
     let tokens_max = golden.prompts.iter().map(|p| p.prompt.len() + p.greedy.len()).max().unwrap();
     let home = Home::of(&path, Recipe::F32);
-    let mut alone = home.load(cpu(), AloneLimits { chunk_tokens_max: 64, tokens_max, page_tokens: 16 });
+    let mut alone = home.load(cpu(), AloneLimits { chunk_tokens_max: 64, tokens_max, page_tokens: 16, kv_format: KvFormat::F32 });
     let (mut excused, mut wrong) = (Vec::new(), Vec::new());
     for prompt in &golden.prompts {
         alone.restart();

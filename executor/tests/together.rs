@@ -10,6 +10,7 @@ use ashlar_executor::io::hosting::Hosting;
 use ashlar_executor::io::metrics::ExecutorMetrics;
 use ashlar_executor::state::limits::Limits;
 use ashlar_kernels::cpu::{Cpu, CpuOptions, Isa};
+use ashlar_kernels::ops::KvFormat;
 use ashlar_registry::record::{ExecutorRecord, Plan, SpanAssignment, to_value};
 use ashlar_registry::{ChainDigest, Registry, Session, key};
 use ashlar_wire::id::ExecutorId;
@@ -54,7 +55,7 @@ async fn start(family: &Family, limits: Limits, options: CpuOptions) -> Executor
         id: id.clone(),
         address: String::new(),
         device: String::new(),
-        numeric_class: "cpu-v1".to_owned(),
+        numeric_class: limits.numeric_class("cpu-v1"),
         memory_bytes: 1 << 30,
         kv_bytes: limits.kv_bytes,
         threads: 1,
@@ -66,10 +67,10 @@ async fn start(family: &Family, limits: Limits, options: CpuOptions) -> Executor
     let session = Arc::new(Session::start(Arc::clone(&registry), key::executor(&id), record, Duration::from_secs(5)));
     let ops = Arc::new(Cpu::new(options));
     let metrics = ExecutorMetrics::new(&prometheus::Registry::new()).unwrap();
-    let identity = Identity { executor_id: id.0, device: "cpu".to_owned(), numeric_class: "cpu-v1".to_owned() };
-    let page_tokens = limits.page_tokens;
+    let identity = Identity { executor_id: id.0, device: "cpu".to_owned(), numeric_class: limits.numeric_class("cpu-v1") };
+    let pages = limits.pages();
     let (handle, commands) = executor::start(Arc::clone(&ops), limits, &identity, metrics.clone()).unwrap();
-    let mut hosting = Hosting::new(ops, family.zoo.clone(), commands, handle.events(), metrics, 1 << 30, page_tokens);
+    let mut hosting = Hosting::new(ops, family.zoo.clone(), commands, handle.events(), metrics, 1 << 30, pages);
     tokio::spawn(async move { hosting.follow(registry, session).await });
     while handle.status().spans.len() < family.chains.len() {
         tokio::time::sleep(Duration::from_millis(5)).await;
@@ -84,7 +85,7 @@ fn admission(family: &Family, number: u64, model: usize, prompt: Vec<u32>, sampl
         router_id: "rtr_test".to_owned(),
         sequence_id: number,
         cache_domain: vec![3; 32],
-        numeric_class: "cpu-v1".to_owned(),
+        numeric_class: String::new(),
         seed: 11,
         route: vec![v1::Hop { span: Some(span), executor_id: "exe_test".to_owned(), address: String::new() }],
         prompt,
@@ -123,9 +124,9 @@ fn limits() -> Limits {
     Limits { kv_bytes: 64 << 20, ..Limits::default() }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn eight_together_in_any_chunks_give_the_tokens_of_each_alone() {
+async fn eight_together_in_any_chunks(kv_format: KvFormat) {
     let family = family().await;
+    let limits = || Limits { kv_format, ..limits() };
     let alone = start(&family, Limits { prefix_cache: false, ..limits() }, CpuOptions { threads: 1, isa: Some(Isa::Scalar) }).await;
     let mut golden = Vec::new();
     for request in requests(&family) {
@@ -153,6 +154,38 @@ async fn eight_together_in_any_chunks_give_the_tokens_of_each_alone() {
             }
         }
         handle.check_integrity().await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn eight_together_in_any_chunks_give_the_tokens_of_each_alone() {
+    eight_together_in_any_chunks(KvFormat::F32).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn eight_together_over_bf16_pages_give_the_tokens_of_each_alone() {
+    eight_together_in_any_chunks(KvFormat::Bf16).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn eight_together_over_int8_pages_give_the_tokens_of_each_alone() {
+    eight_together_in_any_chunks(KvFormat::Int8).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sequence_stays_with_executors_of_its_kv_format() {
+    let family = family().await;
+    let handle = start(&family, Limits { kv_format: KvFormat::Int8, ..limits() }, CpuOptions { threads: 1, isa: None }).await;
+    let request = requests(&family).remove(0);
+    for (class, fits) in [("cpu-v1", false), ("cpu-v1+kv-bf16", false), ("cpu-v1+kv-int8", true)] {
+        let mut events = handle.run(v1::Admission { numeric_class: class.to_owned(), ..request.clone() });
+        match events.next().await {
+            Some(v1::sequence_event::Event::Failed(failed)) => {
+                assert!(!fits, "{class}: {}", failed.message);
+                assert_eq!(failed.code, "numeric_class_mismatch");
+            }
+            other => assert!(fits, "{class}: {other:?}"),
+        }
     }
 }
 

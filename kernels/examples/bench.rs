@@ -1,5 +1,5 @@
-//! Prints the machine's ceilings and the linear layers' shares. Arguments: threads, instruction set (avx512, avx2 or
-//! scalar), a format, `NxK`, rows; `-` stands for all.
+//! Prints the machine's ceilings and the linear layers' shares. Arguments: threads, instruction set (avx512, avx-vnni,
+//! avx2 or scalar), a format, `NxK`, rows; `-` stands for all.
 
 use ashlar_kernels::bench::{BenchOptions, linear};
 use ashlar_kernels::cpu::{Cpu, CpuOptions, Isa, probe};
@@ -10,6 +10,7 @@ fn main() {
     let argument = |index: usize| arguments.get(index).map(String::as_str).filter(|text| *text != "-");
     let isa = argument(1).map(|name| match name {
         "avx512" => Isa::Avx512Vnni,
+        "avx-vnni" => Isa::AvxVnni,
         "avx2" => Isa::Avx2,
         _ => Isa::Scalar,
     });

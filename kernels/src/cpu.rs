@@ -22,24 +22,29 @@ mod pack;
 mod pool;
 pub mod probe;
 mod scalar;
+mod scales;
+mod tiles;
 
+use std::marker::PhantomData;
 use std::sync::{Arc, Mutex, PoisonError};
 
 pub use crate::table::Table;
-pub use isa::Isa;
+pub use isa::{Isa, UnknownIsa};
 pub use kv::Kv;
 pub use pack::Linear;
 
 use crate::format::{CodeRow, TensorView};
-use crate::ops::{Activation, AttentionShape, Columns, KvPlace, KvShape, NormKind, Ops, PackError, Query};
+use crate::ops::{Activation, AttentionShape, Columns, KvFormat, KvPlace, KvShape, LinearRun, NormKind, Ops, PackError, Query};
 use crate::reference::concatenate;
-use attention::Attend;
+use attention::{Attend, Attention, TILE};
 use elementwise::{Gate, Map, MapElements, Rope};
 use isa::Proven;
-use linear::Scratch;
+use kv::{Stored, Write};
+use linear::{Finish, Scratch};
 use memory::{Aligned, Shared};
 use norm::{Norm, NormHeads, NormRows};
 use pool::Pool;
+use tiles::Tiles;
 
 /// How the backend is set up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -112,6 +117,35 @@ impl Cpu {
         });
     }
 
+    /// Cuts the rows and heads of a call into tiles, and runs them.
+    fn attend_stored<T: Stored>(&self, attention: &Attention<'_>) {
+        let &Attention { shape, queries, .. } = attention;
+        let (threads, kv_heads) = (self.threads(), shape.kv.kv_heads);
+        let group = shape.heads / kv_heads;
+        // Heads of one kv head stay together unless that would leave threads without work.
+        let heads_count = if queries.len() * kv_heads >= 4 * threads || threads == 1 { group.min(TILE) } else { 1 };
+        let rows_max = if threads == 1 { TILE } else { (queries.len() * kv_heads).div_ceil(4 * threads) };
+        let rows_max = rows_max.clamp(1, TILE / heads_count);
+        let tiles = Tiles::new(queries, attention.tables, shape.kv.page_tokens, shape.window, rows_max);
+        let parts = group.div_ceil(heads_count);
+        let work = queries.iter().map(|query| query.position as usize + 1).sum::<usize>() * shape.heads * shape.kv.head_dim;
+        self.spread(tiles.count() * kv_heads * parts, work, &|unit| {
+            // The last rows of a chunk have most to read, so they come first.
+            let (tile, part) = (tiles.count() - 1 - unit % tiles.count(), unit / tiles.count());
+            let (kv_head, part) = (part / parts, part % parts);
+            let first_head = kv_head * group + part * heads_count;
+            let heads = first_head..(first_head + heads_count).min((kv_head + 1) * group);
+            self.proven.run(Attend::<T> { attention, rows: tiles.rows(tile), heads, stored: PhantomData });
+        });
+    }
+
+    fn linear_dense(&self, out: &mut Buffer, x: &Buffer, row_count: usize, linear: &Linear, bias: Option<&Buffer>, finish: Finish) {
+        let columns = if let Finish::Gate(_) = finish { linear.outputs / 2 } else { linear.outputs };
+        let (inputs, outputs) = (Columns::dense(linear.inputs), Columns::dense(columns));
+        let runs = [LinearRun { linear, bias, rows: 0..row_count }];
+        linear::Call { x: &x.0, inputs, outputs, runs: &runs, finish }.apply(self, &mut out.0);
+    }
+
     fn with_scratch(&self, call: impl FnOnce(&mut Scratch)) {
         let mut scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default();
         call(&mut scratch);
@@ -135,6 +169,7 @@ impl Ops for Cpu {
     fn describe(&self) -> String {
         let isa = match self.isa() {
             Isa::Avx512Vnni => "avx512-vnni",
+            Isa::AvxVnni => "avx-vnni",
             Isa::Avx2 => "avx2",
             Isa::Scalar => "scalar",
         };
@@ -255,7 +290,23 @@ impl Ops for Cpu {
     }
 
     fn linear_apply(&self, out: &mut Buffer, x: &Buffer, row_count: usize, linear: &Linear, bias: Option<&Buffer>) {
-        linear::apply(self, &mut out.0, &x.0, row_count, linear, bias.map(|bias| &bias.0[..]));
+        self.linear_dense(out, x, row_count, linear, bias, Finish::Store);
+    }
+
+    fn linear_add(&self, acc: &mut Buffer, x: &Buffer, row_count: usize, linear: &Linear, bias: Option<&Buffer>) {
+        self.linear_dense(acc, x, row_count, linear, bias, Finish::Add);
+    }
+
+    fn linear_gate(&self, out: &mut Buffer, x: &Buffer, row_count: usize, linear: &Linear, bias: Option<&Buffer>, activation: Activation) {
+        self.linear_dense(out, x, row_count, linear, bias, Finish::Gate(activation));
+    }
+
+    fn linear_runs(&self, out: &mut Buffer, outputs: Columns, x: &Buffer, inputs: Columns, runs: &[LinearRun<'_, Linear, Buffer>]) {
+        linear::Call { x: &x.0, inputs, outputs, runs, finish: Finish::Store }.apply(self, &mut out.0);
+    }
+
+    fn linear_runs_add(&self, acc: &mut Buffer, outputs: Columns, x: &Buffer, inputs: Columns, runs: &[LinearRun<'_, Linear, Buffer>]) {
+        linear::Call { x: &x.0, inputs, outputs, runs, finish: Finish::Add }.apply(self, &mut acc.0);
     }
 
     fn rope_rows(&self, out: &mut Buffer, positions: &[u32], inverse_frequencies: &Buffer, attention_factor: f32) {
@@ -286,30 +337,25 @@ impl Ops for Cpu {
 
     fn kv_write(&self, kv: &mut Kv, qkv: &Buffer, shape: &AttentionShape, places: &[KvPlace]) {
         assert_eq!(kv.shape, shape.kv, "one slot class");
-        for (row, &place) in qkv.0[..places.len() * shape.qkv_width()].chunks_exact(shape.qkv_width()).zip(places) {
-            kv.write(row, shape, place);
-        }
+        let (qkv, pages) = (&qkv.0[..places.len() * shape.qkv_width()], kv.pages());
+        // A key's elements are stores to as many cache lines: some tens of a norm's elements each.
+        let work = places.len() * shape.kv.kv_heads * shape.kv.head_dim * 16;
+        self.spread_rows(places.len(), work, |rows| self.proven.run(Write { pages, qkv, shape, places, rows }));
     }
 
     fn attend(&self, out: &mut Buffer, qkv: &Buffer, kv: &Kv, shape: &AttentionShape, queries: &[Query], tables: &[u32]) {
         assert_eq!(kv.shape, shape.kv, "one slot class");
         assert!(shape.heads.is_multiple_of(shape.kv.kv_heads), "{} heads over {} kv heads", shape.heads, shape.kv.kv_heads);
         assert!(shape.window != Some(0), "a window sees at least the query's own position");
-        let (d, row_count) = (shape.kv.head_dim, queries.len());
-        let out = Shared::new(&mut out.0[..row_count * shape.heads * d]);
-        let qkv = &qkv.0[..row_count * shape.qkv_width()];
-        let group = shape.heads / shape.kv.kv_heads;
-        // Heads of one kv head stay together unless that would leave threads without work.
-        let heads_count = if row_count * shape.kv.kv_heads >= 4 * self.threads() || self.threads() == 1 { group } else { 1 };
-        let work = queries.iter().map(|query| query.position as usize + 1).sum::<usize>() * shape.heads * d;
-        let height = row_count.div_ceil(8 * self.threads()).clamp(1, ATTEND_ROWS);
-        let blocks = row_count.div_ceil(height);
-        self.spread(blocks * (shape.heads / heads_count), work, &|unit| {
-            // The last rows have most to read, so they come first.
-            let (block, first_head) = (blocks - 1 - unit % blocks, unit / blocks * heads_count);
-            let (rows, heads) = (block * height..((block + 1) * height).min(row_count), first_head..first_head + heads_count);
-            self.proven.run(Attend { out, qkv, kv, shape, queries, tables, rows, heads });
-        });
+        let d = shape.kv.head_dim;
+        let out = Shared::new(&mut out.0[..queries.len() * shape.heads * d]);
+        let qkv = &qkv.0[..queries.len() * shape.qkv_width()];
+        let attention = Attention { out, qkv, kv, shape, queries, tables };
+        match kv.shape.format {
+            KvFormat::F32 => self.attend_stored::<f32>(&attention),
+            KvFormat::Bf16 => self.attend_stored::<u16>(&attention),
+            KvFormat::Int8 => self.attend_stored::<i8>(&attention),
+        }
     }
 
     fn gate(&self, out: &mut Buffer, gate_up: &Buffer, row_count: usize, width: usize, activation: Activation) {
@@ -339,5 +385,3 @@ fn check_columns(columns: Columns, head_dim: usize) {
 const ALONE_WORK: usize = 32 << 10;
 /// Elements of a unit of an element-wise op.
 const MAP_ELEMENTS: usize = 4096;
-/// Query rows of a unit of attention at most: the pool balances rows of different length.
-const ATTEND_ROWS: usize = 8;

@@ -8,7 +8,7 @@ mod name;
 mod quantise;
 mod row;
 
-pub use codes::CodeRow;
+pub use codes::{CodeRow, TwoLevelScales};
 pub use finite::first_non_finite;
 pub use name::UnknownDtype;
 pub use quantise::quantise;
@@ -38,6 +38,23 @@ pub enum Dtype {
         /// Weights that share a scale.
         group: u16,
     },
+    /// As `Int8` with all minima (f16) after all scales: `w = code * scale + minimum`, the minimum being the weight of code 0,
+    /// which lies in the middle of -128..=127.
+    Int8Minimum {
+        /// Weights that share a scale and a minimum.
+        group: u16,
+    },
+    /// As `Int4` without an offset, with all minima (f16) after all scales: `w = code * scale + minimum`.
+    Int4Minimum {
+        /// Weights that share a scale and a minimum.
+        group: u16,
+    },
+    /// Ours, for one-bit deltas: a bit a weight (k = 0 is the lowest bit, a row padded to a whole byte), then scales (f16).
+    /// `w = +scale` where the bit is set, `-scale` where it is clear; codes read as +1 and -1.
+    Int1 {
+        /// Weights that share a scale.
+        group: u16,
+    },
     /// GGUF's 32-weight blocks: f16 scale, 32 i8.
     Q8_0,
     /// GGUF: f16 scale, 16 bytes of nibbles, offset 8.
@@ -63,8 +80,9 @@ impl Dtype {
         let row = match self {
             Self::F32 => cols.checked_mul(4)?,
             Self::F16 | Self::Bf16 => cols.checked_mul(2)?,
-            Self::Int8 { group } => cols.checked_add(planar_scale_bytes(group, cols)?)?,
-            Self::Int4 { group } => cols.div_ceil(2).checked_add(planar_scale_bytes(group, cols)?)?,
+            Self::Int8 { .. } | Self::Int4 { .. } | Self::Int8Minimum { .. } | Self::Int4Minimum { .. } | Self::Int1 { .. } => {
+                return self.sections(rows, cols)?.into_iter().try_fold(0usize, usize::checked_add);
+            }
             _ => {
                 if !cols.is_multiple_of(self.block_columns()) {
                     return None;
@@ -75,10 +93,28 @@ impl Dtype {
         rows.checked_mul(row)
     }
 
+    /// Bytes of the three sections of a planar matrix `[rows, cols]`, in the order in which they lie: codes, scales, minima (0
+    /// for formats without). `None` for other formats, for a bad group, or on overflow.
+    pub fn sections(self, rows: usize, cols: usize) -> Option<[usize; 3]> {
+        let (codes_per_byte, group) = match self {
+            Self::Int8 { group } | Self::Int8Minimum { group } => (1, group),
+            Self::Int4 { group } | Self::Int4Minimum { group } => (2, group),
+            Self::Int1 { group } => (8, group),
+            _ => return None,
+        };
+        let group = usize::from(group);
+        if group == 0 || !GROUP_MAX.is_multiple_of(group) {
+            return None;
+        }
+        let scales = cols.div_ceil(group).checked_mul(2)?.checked_mul(rows)?;
+        Some([cols.div_ceil(codes_per_byte).checked_mul(rows)?, scales, if self.has_minimum() { scales } else { 0 }])
+    }
+
     /// Columns of one stored block: a row's columns are a multiple of it. 1 for the float and planar formats.
     pub fn block_columns(self) -> usize {
         match self {
-            Self::F32 | Self::F16 | Self::Bf16 | Self::Int8 { .. } | Self::Int4 { .. } => 1,
+            Self::F32 | Self::F16 | Self::Bf16 => 1,
+            Self::Int8 { .. } | Self::Int4 { .. } | Self::Int8Minimum { .. } | Self::Int4Minimum { .. } | Self::Int1 { .. } => 1,
             Self::Q8_0 | Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 => 32,
             Self::Q4K | Self::Q5K | Self::Q6K => 256,
         }
@@ -88,7 +124,11 @@ impl Dtype {
     pub fn group(self) -> Option<usize> {
         match self {
             Self::F32 | Self::F16 | Self::Bf16 => None,
-            Self::Int8 { group } | Self::Int4 { group } => Some(usize::from(group)),
+            Self::Int8 { group }
+            | Self::Int4 { group }
+            | Self::Int8Minimum { group }
+            | Self::Int4Minimum { group }
+            | Self::Int1 { group } => Some(usize::from(group)),
             Self::Q8_0 | Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 | Self::Q4K | Self::Q5K => Some(32),
             Self::Q6K => Some(16),
         }
@@ -96,15 +136,17 @@ impl Dtype {
 
     /// Whether weights are `code * scale + minimum`.
     pub fn has_minimum(self) -> bool {
-        matches!(self, Self::Q4_1 | Self::Q5_1 | Self::Q4K | Self::Q5K)
+        matches!(self, Self::Int8Minimum { .. } | Self::Int4Minimum { .. } | Self::Q4_1 | Self::Q5_1 | Self::Q4K | Self::Q5K)
     }
 
-    /// Bytes of one GGUF block; for planar and float formats, where there is no block, the bytes of one element's code.
+    /// Bytes of one GGUF block, or of a float. The planar formats have no blocks.
     fn block_bytes(self) -> usize {
         match self {
             Self::F32 => 4,
             Self::F16 | Self::Bf16 => 2,
-            Self::Int8 { .. } | Self::Int4 { .. } => 1,
+            Self::Int8 { .. } | Self::Int4 { .. } | Self::Int8Minimum { .. } | Self::Int4Minimum { .. } | Self::Int1 { .. } => {
+                unreachable!("{self} is not stored in blocks")
+            }
             Self::Q8_0 => 2 + 32,
             Self::Q4_0 => 2 + 16,
             Self::Q4_1 => 4 + 16,
@@ -150,14 +192,6 @@ impl TensorView<'_> {
     pub fn row_groups(&self) -> usize {
         self.dtype.group().map_or(0, |group| self.cols.div_ceil(group))
     }
-}
-
-fn planar_scale_bytes(group: u16, cols: usize) -> Option<usize> {
-    let group = usize::from(group);
-    if group == 0 || !GROUP_MAX.is_multiple_of(group) {
-        return None;
-    }
-    cols.div_ceil(group).checked_mul(2)
 }
 
 /// Little-endian f16 at byte `at`.

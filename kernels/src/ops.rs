@@ -88,6 +88,71 @@ pub enum Activation {
     Relu,
 }
 
+/// How keys and values are stored (docs/numerics.md, "KV formats"): a row is read back in it by every query, its own too.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum KvFormat {
+    /// As computed.
+    F32,
+    /// Rounded to nearest, ties to even.
+    Bf16,
+    /// Codes within ±127, with an f32 scale for the key and one for the value of each token and kv head.
+    Int8,
+}
+
+impl std::fmt::Display for KvFormat {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl std::str::FromStr for KvFormat {
+    type Err = UnknownKvFormat;
+
+    fn from_str(text: &str) -> Result<Self, UnknownKvFormat> {
+        [Self::F32, Self::Bf16, Self::Int8].into_iter().find(|format| format.name() == text).ok_or_else(|| UnknownKvFormat(text.to_owned()))
+    }
+}
+
+/// The text names no format of keys and values.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{0}` is none of f32, bf16, int8")]
+pub struct UnknownKvFormat(String);
+
+impl KvFormat {
+    /// As settings and numeric classes spell it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+            Self::Int8 => "int8",
+        }
+    }
+
+    /// Bytes of one element.
+    pub fn element_bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::Bf16 => 2,
+            Self::Int8 => 1,
+        }
+    }
+
+    /// Bytes of the scale of one key or value of one kv head.
+    pub fn scale_bytes(self) -> usize {
+        if self == Self::Int8 { size_of::<f32>() } else { 0 }
+    }
+}
+
+/// What all KV pages of a device have in common.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PageLayout {
+    /// Tokens of a page, a multiple of [`PIECE_TOKENS`].
+    pub tokens: usize,
+    /// How keys and values are stored.
+    pub format: KvFormat,
+}
+
 /// Shape of the keys and values of one attention block: a *slot class* of the page pool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct KvShape {
@@ -97,12 +162,14 @@ pub struct KvShape {
     pub head_dim: usize,
     /// Tokens of one page; a multiple of [`PIECE_TOKENS`].
     pub page_tokens: usize,
+    /// How they are stored.
+    pub format: KvFormat,
 }
 
 impl KvShape {
-    /// Elements of K plus V of one page.
-    pub fn page_elements(&self) -> usize {
-        2 * self.kv_heads * self.head_dim * self.page_tokens
+    /// Bytes of K plus V of one page, scales included.
+    pub fn page_bytes(&self) -> usize {
+        2 * self.kv_heads * self.page_tokens * (self.head_dim * self.format.element_bytes() + self.format.scale_bytes())
     }
 }
 
@@ -145,6 +212,17 @@ pub struct Query {
     pub table_start: u32,
     /// Absolute position of this row's token.
     pub position: u32,
+}
+
+/// Rows of a batch that go through one layer.
+#[derive(Debug, Clone)]
+pub struct LinearRun<'a, L, V> {
+    /// The layer.
+    pub linear: &'a L,
+    /// Added to its outputs.
+    pub bias: Option<&'a V>,
+    /// The rows.
+    pub rows: std::ops::Range<usize>,
 }
 
 /// The op set. Buffers hold f32 activations; shapes are in elements. Preconditions (lengths, indices in range) are
@@ -218,6 +296,41 @@ pub trait Ops: Send + Sync + 'static {
     );
     /// `out[T, N] = x[T, K] W^T + bias`, dense rows.
     fn linear_apply(&self, out: &mut Self::Buffer, x: &Self::Buffer, row_count: usize, linear: &Self::Linear, bias: Option<&Self::Vector>);
+    /// `acc[T, N] += x[T, K] W^T + bias`, dense rows: the bits of [`Ops::linear_apply`] and then [`Ops::add`].
+    fn linear_add(&self, acc: &mut Self::Buffer, x: &Self::Buffer, row_count: usize, linear: &Self::Linear, bias: Option<&Self::Vector>);
+    /// `out[T, N/2] = act(y[t, j]) * y[t, N/2 + j]` where `y[T, N] = x[T, K] W^T + bias`, dense rows: the bits of
+    /// [`Ops::linear_apply`] and then [`Ops::gate`]. The layer has two parts of equal outputs, gate and up.
+    fn linear_gate(
+        &self,
+        out: &mut Self::Buffer,
+        x: &Self::Buffer,
+        row_count: usize,
+        linear: &Self::Linear,
+        bias: Option<&Self::Vector>,
+        activation: Activation,
+    );
+    /// Several layers in one call, a few rows each: `out[t, n] = x[t, K] W^T + bias` by the layer of the run that row t is in.
+    /// The runs' rows are disjoint and ascending; rows of no run stay as they are. A layer reads its K inputs from the
+    /// beginning of `inputs` and writes its N outputs from the beginning of `outputs`, so ranks of adapters may be mixed: the
+    /// shrink `h = x A^T` and the expand `y += h B^T` ([`Ops::linear_runs_add`]) are one call each. The bits are those of [`Ops::linear_apply`]
+    /// for each run alone.
+    fn linear_runs(
+        &self,
+        out: &mut Self::Buffer,
+        outputs: Columns,
+        x: &Self::Buffer,
+        inputs: Columns,
+        runs: &[LinearRun<'_, Self::Linear, Self::Vector>],
+    );
+    /// `acc[t, n] += y[t, n]`, where y is what [`Ops::linear_runs`] gives.
+    fn linear_runs_add(
+        &self,
+        acc: &mut Self::Buffer,
+        outputs: Columns,
+        x: &Self::Buffer,
+        inputs: Columns,
+        runs: &[LinearRun<'_, Self::Linear, Self::Vector>],
+    );
     /// Cosines and sines of `positions x inverse frequencies`, times `attention_factor`: row t is
     /// `[cos 0..R/2 | sin 0..R/2]` where R/2 = the length of `inverse_frequencies`.
     fn rope_rows(&self, out: &mut Self::Buffer, positions: &[u32], inverse_frequencies: &Self::Vector, attention_factor: f32);

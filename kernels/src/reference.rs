@@ -12,7 +12,7 @@ use std::sync::Arc;
 pub use crate::table::Table;
 
 use crate::format::{CodeRow, TensorView, dequantise};
-use crate::ops::{Activation, AttentionShape, Columns, KvPlace, KvShape, NormKind, Ops, PackError, Query};
+use crate::ops::{Activation, AttentionShape, Columns, KvPlace, KvShape, LinearRun, NormKind, Ops, PackError, Query};
 pub use attention::Kv;
 pub(crate) use linear::check_parts;
 pub use linear::{Activations, Linear, quantise_activations};
@@ -143,6 +143,61 @@ impl Ops for Reference {
                 &x[row * linear.inputs()..][..linear.inputs()],
                 bias.map(Vec::as_slice),
             );
+        }
+    }
+
+    fn linear_add(&self, acc: &mut Vec<f32>, x: &Vec<f32>, row_count: usize, linear: &Linear, bias: Option<&Vec<f32>>) {
+        let mut y = vec![0.0; row_count * linear.outputs()];
+        self.linear_apply(&mut y, x, row_count, linear, bias);
+        self.add(acc, &y, row_count * linear.outputs());
+    }
+
+    fn linear_gate(
+        &self,
+        out: &mut Vec<f32>,
+        x: &Vec<f32>,
+        row_count: usize,
+        linear: &Linear,
+        bias: Option<&Vec<f32>>,
+        activation: Activation,
+    ) {
+        let mut y = vec![0.0; row_count * linear.outputs()];
+        self.linear_apply(&mut y, x, row_count, linear, bias);
+        self.gate(out, &y, row_count, linear.outputs() / 2, activation);
+    }
+
+    fn linear_runs(
+        &self,
+        out: &mut Vec<f32>,
+        outputs: Columns,
+        x: &Vec<f32>,
+        inputs: Columns,
+        runs: &[LinearRun<'_, Linear, Vec<f32>>],
+    ) {
+        for LinearRun { linear, bias, rows } in runs {
+            for row in rows.clone() {
+                let x = &x[row * inputs.stride + inputs.offset..][..linear.inputs()];
+                let out = &mut out[row * outputs.stride + outputs.offset..][..linear.outputs()];
+                linear.row(out, x, bias.map(Vec::as_slice));
+            }
+        }
+    }
+
+    fn linear_runs_add(
+        &self,
+        acc: &mut Vec<f32>,
+        outputs: Columns,
+        x: &Vec<f32>,
+        inputs: Columns,
+        runs: &[LinearRun<'_, Linear, Vec<f32>>],
+    ) {
+        let mut y = vec![0.0; acc.len()];
+        self.linear_runs(&mut y, outputs, x, inputs, runs);
+        for LinearRun { linear, rows, .. } in runs {
+            for row in rows.clone() {
+                let at = row * outputs.stride + outputs.offset;
+                acc[at..][..linear.outputs()].iter_mut().zip(&y[at..]).for_each(|(acc, y)| *acc += y);
+            }
         }
     }
 

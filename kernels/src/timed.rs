@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::format::TensorView;
-use crate::ops::{Activation, AttentionShape, Columns, KvPlace, KvShape, NormKind, Ops, PackError, Query};
+use crate::ops::{Activation, AttentionShape, Columns, KvPlace, KvShape, LinearRun, NormKind, Ops, PackError, Query};
 
 /// Calls of one op and their time.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -129,6 +129,40 @@ impl<B: Ops> Ops for Timed<B> {
     }
     fn linear_apply(&self, out: &mut B::Buffer, x: &B::Buffer, row_count: usize, linear: &B::Linear, bias: Option<&B::Vector>) {
         self.time("linear", |b| b.linear_apply(out, x, row_count, linear, bias));
+    }
+    fn linear_add(&self, acc: &mut B::Buffer, x: &B::Buffer, row_count: usize, linear: &B::Linear, bias: Option<&B::Vector>) {
+        self.time("linear_add", |b| b.linear_add(acc, x, row_count, linear, bias));
+    }
+    fn linear_gate(
+        &self,
+        out: &mut B::Buffer,
+        x: &B::Buffer,
+        row_count: usize,
+        linear: &B::Linear,
+        bias: Option<&B::Vector>,
+        activation: Activation,
+    ) {
+        self.time("linear_gate", |b| b.linear_gate(out, x, row_count, linear, bias, activation));
+    }
+    fn linear_runs(
+        &self,
+        out: &mut B::Buffer,
+        outputs: Columns,
+        x: &B::Buffer,
+        inputs: Columns,
+        runs: &[LinearRun<'_, B::Linear, B::Vector>],
+    ) {
+        self.time("linear_runs", |b| b.linear_runs(out, outputs, x, inputs, runs));
+    }
+    fn linear_runs_add(
+        &self,
+        acc: &mut B::Buffer,
+        outputs: Columns,
+        x: &B::Buffer,
+        inputs: Columns,
+        runs: &[LinearRun<'_, B::Linear, B::Vector>],
+    ) {
+        self.time("linear_runs_add", |b| b.linear_runs_add(acc, outputs, x, inputs, runs));
     }
     fn rope_rows(&self, out: &mut B::Buffer, positions: &[u32], inverse_frequencies: &B::Vector, attention_factor: f32) {
         self.time("rope_rows", |b| b.rope_rows(out, positions, inverse_frequencies, attention_factor));

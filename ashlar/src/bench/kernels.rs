@@ -10,6 +10,8 @@ use ashlar_kernels::format::Dtype;
 use ashlar_kernels::ops::Ops;
 use serde_json::{Value, json};
 
+use crate::devices::check_isa;
+
 /// Bytes of a layer or of the memory that one-row cells rotate through.
 const BYTES_MAX: usize = 16 << 30;
 /// Rows of a batch.
@@ -23,9 +25,9 @@ pub(crate) struct KernelsArgs {
     /// Threads [default: all cores]
     #[arg(long, default_value_t = 0, hide_default_value = true)]
     threads: usize,
-    /// Instruction set [default: the best that the machine has]
-    #[arg(long, value_enum)]
-    isa: Option<IsaName>,
+    /// Instruction set: avx512, avx-vnni, avx2 or scalar [default: the best that the machine has]
+    #[arg(long)]
+    isa: Option<Isa>,
     /// Formats of weights, comma-separated: f32, bf16, int8g32, int4g32, q8_0, q4_1 and so on
     #[arg(long = "dtypes", value_delimiter = ',')]
     dtypes: Vec<String>,
@@ -46,24 +48,6 @@ pub(crate) struct KernelsArgs {
     commit: Option<String>,
 }
 
-/// The instruction sets by the names of the command line.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub(super) enum IsaName {
-    Avx512,
-    Avx2,
-    Scalar,
-}
-
-impl From<IsaName> for Isa {
-    fn from(name: IsaName) -> Self {
-        match name {
-            IsaName::Avx512 => Self::Avx512Vnni,
-            IsaName::Avx2 => Self::Avx2,
-            IsaName::Scalar => Self::Scalar,
-        }
-    }
-}
-
 /// Prints each cell as it is measured. It keeps all cores busy, so it runs outside the async threads.
 pub(crate) async fn run(args: KernelsArgs) -> anyhow::Result<()> {
     tokio::task::spawn_blocking(move || measure(&args)).await?
@@ -72,11 +56,8 @@ pub(crate) async fn run(args: KernelsArgs) -> anyhow::Result<()> {
 fn measure(args: &KernelsArgs) -> anyhow::Result<()> {
     let options = options(args)?;
     ensure!(args.threads <= THREADS_MAX, "--threads must be at most {THREADS_MAX}");
-    let isa = args.isa.map(Isa::from);
-    if let Some(missing) = isa.filter(|isa| !isa.available()) {
-        anyhow::bail!("this machine lacks the instructions of {missing:?}");
-    }
-    let cpu = Cpu::new(CpuOptions { threads: args.threads, isa });
+    check_isa("--isa", args.isa)?;
+    let cpu = Cpu::new(CpuOptions { threads: args.threads, isa: args.isa });
     println!("{}", cpu.describe());
     let ceilings = probe::ceilings(&cpu, options.rotate_bytes).context("probe the machine")?;
     println!("{ceilings}");

@@ -8,7 +8,7 @@ use anyhow::{Context, ensure};
 use ashlar_executor::model::alone::Alone;
 use ashlar_executor::model::quality::{Mean, Quality, Tally, Windows};
 use ashlar_kernels::cpu::{Cpu, CpuOptions};
-use ashlar_kernels::ops::Ops;
+use ashlar_kernels::ops::{KvFormat, Ops};
 use ashlar_router::text::tokenizer::Tokenizer;
 use ashlar_zoo::inspect::Shown;
 use ashlar_zoo::model_id::ModelId;
@@ -46,6 +46,9 @@ pub(crate) struct QualityArgs {
     /// Tokens of a window, of which the second half counts
     #[arg(long, default_value_t = 512)]
     window: usize,
+    /// How the models hold keys and values: f32, bf16 or int8. The baseline has f32
+    #[arg(long, default_value = "f32")]
+    kv_format: KvFormat,
     /// Threads [default: all cores]
     #[arg(long, default_value_t = 0, hide_default_value = true)]
     threads: usize,
@@ -85,7 +88,8 @@ pub(crate) async fn run(args: QualityArgs) -> anyhow::Result<()> {
     for id in std::iter::once(&args.baseline).chain(&args.models) {
         let shown = zoo.show(id).await?;
         ensure!(shown.chain.context_tokens as usize >= args.window, "{id} has a context of {} tokens", shown.chain.context_tokens);
-        let model = Alone::load(Arc::clone(&ops), &zoo, shown.name.chain, windows.limits(PAGE_TOKENS))
+        let kv_format = if candidates.is_empty() { KvFormat::F32 } else { args.kv_format };
+        let model = Alone::load(Arc::clone(&ops), &zoo, shown.name.chain, windows.limits(PAGE_TOKENS, kv_format))
             .await
             .with_context(|| format!("load {id}"))?;
         let vocab_of_baseline = candidates.first().map_or(model.vocab(), |baseline: &Candidate| baseline.model.vocab());
@@ -153,6 +157,7 @@ fn measure(
         "window_tokens": windows.window_tokens,
         "begin_token": windows.begin,
         "baseline": args.baseline.to_string(),
+        "kv_format": args.kv_format.name(),
         "models": reported,
     });
     std::fs::write(path, serde_json::to_string_pretty(&report)? + "\n").with_context(|| format!("write {}", path.display()))

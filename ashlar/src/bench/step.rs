@@ -10,14 +10,15 @@ use ashlar_executor::model::alone::AloneLimits;
 use ashlar_executor::model::block::LoadedBlock;
 use ashlar_executor::model::steps::Steps;
 use ashlar_kernels::cpu::{Cpu, CpuOptions, Isa, probe};
-use ashlar_kernels::ops::Ops;
+use ashlar_kernels::ops::{KvFormat, Ops};
 use ashlar_kernels::timed::Timed;
 use ashlar_zoo::model_id::ModelId;
 use ashlar_zoo::store::Zoo;
 use serde_json::json;
 
-use super::kernels::{IsaName, THREADS_MAX};
+use super::kernels::THREADS_MAX;
 use crate::config::{ZooConfig, zoo_of_environment};
+use crate::devices::check_isa;
 
 /// Rows of a step at most.
 const ROWS_MAX: usize = 8192;
@@ -38,12 +39,15 @@ pub(crate) struct StepArgs {
     /// Threads [default: all cores]
     #[arg(long, default_value_t = 0, hide_default_value = true)]
     threads: usize,
-    /// Instruction set [default: the best that the machine has]
-    #[arg(long, value_enum)]
-    isa: Option<IsaName>,
+    /// Instruction set: avx512, avx-vnni, avx2 or scalar [default: the best that the machine has]
+    #[arg(long)]
+    isa: Option<Isa>,
     /// Tokens that each sequence has before a decode step
     #[arg(long, default_value_t = 128)]
     context: usize,
+    /// How keys and values are held: f32, bf16 or int8
+    #[arg(long, default_value = "f32")]
+    kv_format: KvFormat,
     /// Sequences of a decode step, comma-separated
     #[arg(long, value_delimiter = ',', default_values_t = [1, 16, 32])]
     decode: Vec<usize>,
@@ -81,17 +85,14 @@ pub(crate) async fn run(args: StepArgs) -> anyhow::Result<()> {
     ensure!((0.05..=600.0).contains(&args.seconds), "--seconds must be from 0.05 to 600");
     ensure!(args.context <= 1 << 20, "--context must be at most {}", 1 << 20);
     ensure!(args.threads <= THREADS_MAX, "--threads must be at most {THREADS_MAX}");
-    let isa = args.isa.map(Isa::from);
-    if let Some(missing) = isa.filter(|isa| !isa.available()) {
-        anyhow::bail!("this machine lacks the instructions of {missing:?}");
-    }
+    check_isa("--isa", args.isa)?;
     let root = match &args.zoo {
         Some(root) => root.clone(),
         None => zoo_of_environment()?.unwrap_or_else(|| ZooConfig::default().root),
     };
     let zoo = Zoo::open_dir(&root).await?;
     let name = zoo.read_model(&args.model).await?;
-    let ops = Arc::new(Timed::new(Cpu::new(CpuOptions { threads: args.threads, isa })));
+    let ops = Arc::new(Timed::new(Cpu::new(CpuOptions { threads: args.threads, isa: args.isa })));
     let mut blocks = Vec::new();
     for digest in zoo.read_chain(name.chain).await?.blocks {
         let mapped = zoo.map_block(digest).await?;
@@ -105,7 +106,7 @@ fn measure(args: &StepArgs, ops: Arc<Timed<Cpu>>, blocks: Vec<LoadedBlock<Timed<
     let cells: Vec<Cell> = args.decode.iter().map(|n| Cell::Decode(*n)).chain(args.prefill.iter().map(|n| Cell::Prefill(*n))).collect();
     let rows_max = args.decode.iter().chain(&args.prefill).max().copied().unwrap_or(1);
     let tokens_max = args.prefill.iter().max().copied().unwrap_or(1).max(args.context + 1);
-    let limits = AloneLimits { chunk_tokens_max: rows_max, tokens_max, page_tokens: PAGE_TOKENS };
+    let limits = AloneLimits { chunk_tokens_max: rows_max, tokens_max, page_tokens: PAGE_TOKENS, kv_format: args.kv_format };
     let sequences = args.decode.iter().max().copied().unwrap_or(1);
     let mut steps = Steps::new(Arc::clone(&ops), blocks, limits, sequences).context("make room for the sequences")?;
     let bandwidth = probe::read_bandwidth(ops.inner(), PROBE_BYTES).context("probe the machine")?;
@@ -128,6 +129,7 @@ fn measure(args: &StepArgs, ops: Arc<Timed<Cpu>>, blocks: Vec<LoadedBlock<Timed<
         "device": ops.describe(),
         "model": args.model.to_string(),
         "context": args.context,
+        "kv_format": args.kv_format.to_string(),
         "read_bytes_per_second": bandwidth,
         "weight_bytes_of_a_step": steps.read_bytes(),
         "cells": reported,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::mpsc;
 use std::time::Duration;
 
-use ashlar_kernels::ops::{KvPlace, KvShape, Ops, PackError, Query};
+use ashlar_kernels::ops::{KvPlace, KvShape, Ops, PackError, PageLayout, Query};
 
 use crate::model::block::LoadedBlock;
 use crate::model::forward::{AttentionBatch, Forward, ForwardBatch, KvPools};
@@ -60,13 +60,13 @@ pub enum Reply {
 }
 
 struct Pools<B: Ops> {
-    page_tokens: usize,
+    pages: PageLayout,
     pools: BTreeMap<KvShape, B::Kv>,
 }
 
 impl<B: Ops> KvPools<B> for Pools<B> {
-    fn page_tokens(&self) -> usize {
-        self.page_tokens
+    fn pages(&self) -> PageLayout {
+        self.pages
     }
 
     fn pool(&mut self, shape: KvShape) -> &mut B::Kv {
@@ -110,7 +110,7 @@ pub fn start<B: Ops>(
 ) -> Result<mpsc::Sender<Command<B>>, Box<dyn std::error::Error + Send + Sync>> {
     let (commands, receiver) = mpsc::channel();
     let forward = Forward::new(Arc::clone(&ops), limits.step_tokens_max as usize, limits.sequences_max as usize)?;
-    let pools = Pools { page_tokens: limits.page_tokens as usize, pools: BTreeMap::new() };
+    let pools = Pools { pages: limits.pages(), pools: BTreeMap::new() };
     let device = Device {
         ops,
         forward,
@@ -164,10 +164,10 @@ impl<B: Ops> Device<B> {
     fn load(&mut self, index: BlockIndex, block: Box<LoadedBlock<B>>) -> Result<(), PackError> {
         let place = index.0 as usize;
         self.forward.reserve(&block)?;
-        if let Some(shape) = block.kv_shape(self.pools.page_tokens)
+        if let Some(shape) = block.kv_shape(self.pools.pages)
             && !self.pools.pools.contains_key(&shape)
         {
-            let slot_bytes = (shape.page_elements() * size_of::<f32>()) as u64;
+            let slot_bytes = shape.page_bytes() as u64;
             let kv = self.ops.kv(shape, (self.limits.kv_bytes / slot_bytes) as usize)?;
             self.pools.pools.insert(shape, kv);
         }

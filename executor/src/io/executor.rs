@@ -346,7 +346,7 @@ impl<B: Ops> Driver<B> {
             return refuse(Code::InvalidValue, "the cache domain must be 32 bytes", Retry::Never, listener);
         };
         let mut domain = blake3::Hasher::new_keyed(&cache_domain);
-        domain.update(self.numeric_class.as_bytes()).update(b"kv:f32");
+        domain.update(self.numeric_class.as_bytes()).update(b"kv:").update(self.engine.limits.kv_format.name().as_bytes());
         let key = admission_key(&admission);
         let mut tokens = admission.prompt.clone();
         tokens.extend_from_slice(&admission.generated);

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use ashlar_kernels::ops::Ops;
+use ashlar_kernels::ops::{Ops, PageLayout};
 use ashlar_registry::record::{ExecutorRecord, Plan, SpanAssignment};
 use ashlar_registry::{Registry, Session};
 use ashlar_wire::v1;
@@ -148,7 +148,7 @@ pub struct Hosting<B: Ops> {
     events: mpsc::UnboundedSender<Event>,
     metrics: ExecutorMetrics,
     memory_bytes: u64,
-    page_tokens: u32,
+    pages: PageLayout,
     resident: BTreeMap<Digest, Resident>,
     spans: BTreeSet<SpanKey>,
     /// Spans that finish what they have, until it has ended.
@@ -171,7 +171,7 @@ impl<B: Ops> Hosting<B> {
         events: mpsc::UnboundedSender<Event>,
         metrics: ExecutorMetrics,
         memory_bytes: u64,
-        page_tokens: u32,
+        pages: PageLayout,
     ) -> Self {
         Self {
             ops,
@@ -180,7 +180,7 @@ impl<B: Ops> Hosting<B> {
             events,
             metrics,
             memory_bytes,
-            page_tokens,
+            pages,
             resident: BTreeMap::new(),
             spans: BTreeSet::new(),
             retiring: FuturesUnordered::new(),
@@ -357,7 +357,7 @@ impl<B: Ops> Hosting<B> {
         if bytes > free_bytes {
             return Err(HostError::Memory { block: digest, block_bytes: bytes, free_bytes, memory_bytes: self.memory_bytes });
         }
-        let kv_shape = loaded.kv_shape(self.page_tokens as usize);
+        let kv_shape = loaded.kv_shape(self.pages);
         let place = self.free.pop().unwrap_or_else(|| {
             self.next += 1;
             BlockIndex(self.next - 1)

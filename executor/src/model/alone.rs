@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use ashlar_kernels::ops::{KvPlace, KvShape, Ops, PackError, Query};
+use ashlar_kernels::ops::{KvFormat, KvPlace, KvShape, Ops, PackError, PageLayout, Query};
 use ashlar_zoo::digest::Digest;
 use ashlar_zoo::store::{StoreError, Zoo};
 
@@ -41,6 +41,14 @@ pub struct AloneLimits {
     pub tokens_max: usize,
     /// Tokens of a KV page.
     pub page_tokens: usize,
+    /// How keys and values are stored.
+    pub kv_format: KvFormat,
+}
+
+impl AloneLimits {
+    fn pages(&self) -> PageLayout {
+        PageLayout { tokens: self.page_tokens, format: self.kv_format }
+    }
 }
 
 /// A chain and one sequence in it.
@@ -156,7 +164,7 @@ impl<B: Ops> Alone<B> {
                 cross(&*self.ops, &mut self.forward, tokens.len() * self.blocks[0].width());
             }
             let blocks: Vec<&LoadedBlock<B>> = self.blocks[from..to].iter().collect();
-            let attention_to = attention_from + blocks.iter().filter(|block| block.kv_shape(page as usize).is_some()).count();
+            let attention_to = attention_from + blocks.iter().filter(|block| block.kv_shape(self.limits.pages()).is_some()).count();
             let batch = ForwardBatch {
                 row_count: tokens.len(),
                 tokens,
@@ -190,7 +198,7 @@ pub struct Greedy {
 
 /// One pool for each KV shape of the chain.
 pub(super) struct Pools<B: Ops> {
-    page_tokens: usize,
+    pages: PageLayout,
     pools: BTreeMap<KvShape, B::Kv>,
 }
 
@@ -198,7 +206,7 @@ impl<B: Ops> Pools<B> {
     /// Pools, and the page table of each attention block: slots in descending order, so that nothing can lean on their order.
     pub(super) fn new(ops: &B, blocks: &[LoadedBlock<B>], limits: AloneLimits) -> Result<(Self, Vec<Vec<u32>>), PackError> {
         let page_count = limits.tokens_max.div_ceil(limits.page_tokens) as u32;
-        let shapes: Vec<KvShape> = blocks.iter().filter_map(|block| block.kv_shape(limits.page_tokens)).collect();
+        let shapes: Vec<KvShape> = blocks.iter().filter_map(|block| block.kv_shape(limits.pages())).collect();
         let mut slot_counts: BTreeMap<KvShape, u32> = BTreeMap::new();
         let tables = shapes
             .iter()
@@ -210,13 +218,13 @@ impl<B: Ops> Pools<B> {
             .collect();
         let pools =
             slot_counts.into_iter().map(|(shape, slots)| Ok((shape, ops.kv(shape, slots as usize)?))).collect::<Result<_, PackError>>()?;
-        Ok((Self { page_tokens: limits.page_tokens, pools }, tables))
+        Ok((Self { pages: limits.pages(), pools }, tables))
     }
 }
 
 impl<B: Ops> KvPools<B> for Pools<B> {
-    fn page_tokens(&self) -> usize {
-        self.page_tokens
+    fn pages(&self) -> PageLayout {
+        self.pages
     }
 
     fn pool(&mut self, shape: KvShape) -> &mut B::Kv {

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use ashlar_kernels::ops::{Activation, AttentionShape, KvShape, NormKind, Ops};
+use ashlar_kernels::ops::{Activation, AttentionShape, KvShape, NormKind, Ops, PageLayout};
 use ashlar_zoo::manifest::Rope;
 
 /// A block whose weights are on device `B`.
@@ -25,9 +25,9 @@ impl<B: Ops> LoadedBlock<B> {
     }
 
     /// Shape of the KV pages that the block needs; `None` unless it is an attention block.
-    pub fn kv_shape(&self, page_tokens: usize) -> Option<KvShape> {
+    pub fn kv_shape(&self, pages: PageLayout) -> Option<KvShape> {
         match &self.kind {
-            Kind::Attention(attention) => Some(attention.shape(page_tokens).kv),
+            Kind::Attention(attention) => Some(attention.shape(pages).kv),
             _ => None,
         }
     }
@@ -122,10 +122,10 @@ pub(super) struct Attention<B: Ops> {
 
 impl<B: Ops> Attention<B> {
     /// What the attention ops are told.
-    pub(super) fn shape(&self, page_tokens: usize) -> AttentionShape {
+    pub(super) fn shape(&self, pages: PageLayout) -> AttentionShape {
         AttentionShape {
             heads: self.heads,
-            kv: KvShape { kv_heads: self.kv_heads, head_dim: self.head_dim, page_tokens },
+            kv: KvShape { kv_heads: self.kv_heads, head_dim: self.head_dim, page_tokens: pages.tokens, format: pages.format },
             scale: self.scale,
             softcap: self.softcap,
             window: self.window,
@@ -151,13 +151,6 @@ pub(super) struct FeedForward<B: Ops> {
     pub(super) down: B::Linear,
     pub(super) down_bias: Option<B::Vector>,
     pub(super) post_norm: Option<NormWeights<B>>,
-}
-
-impl<B: Ops> FeedForward<B> {
-    /// Elements of one row of `up`'s output.
-    pub(super) fn up_width(&self) -> usize {
-        if self.gated { 2 * self.inner } else { self.inner }
-    }
 }
 
 /// Final norm and output projection.

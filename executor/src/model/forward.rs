@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use ashlar_kernels::ops::{Columns, KvPlace, KvShape, Ops, PackError, Query};
+use ashlar_kernels::ops::{Columns, KvPlace, KvShape, Ops, PackError, PageLayout, Query};
 
 use super::block::{Attention, Embed, FeedForward, Head, HeadNorm, Kind, LoadedBlock, NormWeights};
 use super::workspace::Workspace;
@@ -37,8 +37,8 @@ pub struct AttentionBatch<'a> {
 
 /// The KV memory, by slot class.
 pub trait KvPools<B: Ops> {
-    /// Tokens of a page, in every class.
-    fn page_tokens(&self) -> usize;
+    /// What pages are like, in every class.
+    fn pages(&self) -> PageLayout;
     /// The pool of a class that was allocated.
     fn pool(&mut self, shape: KvShape) -> &mut B::Kv;
 }
@@ -178,7 +178,7 @@ impl<B: Ops> Forward<B> {
         kv: &mut dyn KvPools<B>,
     ) {
         let (ops, work, rows) = (&*self.ops, &mut self.work, batch.row_count);
-        let shape = block.shape(kv.page_tokens());
+        let shape = block.shape(kv.pages());
         let (q_width, k_width, stride) = (block.heads * block.head_dim, block.kv_heads * block.head_dim, block.qkv_width());
         let q = Columns { stride, offset: 0, width: q_width };
         let k = Columns { stride, offset: q_width, width: k_width };
@@ -199,36 +199,22 @@ impl<B: Ops> Forward<B> {
         let pool = kv.pool(shape.kv);
         ops.kv_write(pool, &work.wide.buffer, &shape, pages.places);
         ops.attend(&mut work.inner.buffer, &work.wide.buffer, pool, &shape, pages.queries, pages.tables);
-        ops.linear_apply(&mut work.projected.buffer, &work.inner.buffer, rows, &block.output, block.output_bias.as_ref());
-        self.add_residual(block.post_norm.as_ref(), rows, width);
+        work.project(ops, Operand::Inner, &block.output, block.output_bias.as_ref(), block.post_norm.as_ref(), rows, width);
     }
 
     fn feed(&mut self, block: &FeedForward<B>, width: usize, rows: usize) {
         let (ops, work) = (&*self.ops, &mut self.work);
         norm(ops, &mut work.normed.buffer, &work.hidden.buffer, rows, width, &block.norm);
-        ops.linear_apply(&mut work.wide.buffer, &work.normed.buffer, rows, &block.up, block.up_bias.as_ref());
-        let inner = if block.gated {
-            ops.gate(&mut work.inner.buffer, &work.wide.buffer, rows, block.inner, block.activation);
-            &work.inner.buffer
+        let operand = if block.gated {
+            let (out, x) = (&mut work.inner.buffer, &work.normed.buffer);
+            ops.linear_gate(out, x, rows, &block.up, block.up_bias.as_ref(), block.activation);
+            Operand::Inner
         } else {
+            ops.linear_apply(&mut work.wide.buffer, &work.normed.buffer, rows, &block.up, block.up_bias.as_ref());
             ops.activate(&mut work.wide.buffer, rows * block.inner, block.activation);
-            &work.wide.buffer
+            Operand::Wide
         };
-        ops.linear_apply(&mut work.projected.buffer, inner, rows, &block.down, block.down_bias.as_ref());
-        self.add_residual(block.post_norm.as_ref(), rows, width);
-    }
-
-    /// `hidden += post_norm(projected)`.
-    fn add_residual(&mut self, post_norm: Option<&NormWeights<B>>, rows: usize, width: usize) {
-        let (ops, work) = (&*self.ops, &mut self.work);
-        let output = match post_norm {
-            Some(weights) => {
-                norm(ops, &mut work.normed.buffer, &work.projected.buffer, rows, width, weights);
-                &work.normed.buffer
-            }
-            None => &work.projected.buffer,
-        };
-        ops.add(&mut work.hidden.buffer, output, rows * width);
+        work.project(ops, operand, &block.down, block.down_bias.as_ref(), block.post_norm.as_ref(), rows, width);
     }
 
     /// Only the rows that want logits go through the final norm and the projection.
@@ -244,6 +230,37 @@ impl<B: Ops> Forward<B> {
         if let Some(cap) = head.softcap {
             ops.softcap(&mut work.logits.buffer, rows * head.vocab, cap);
         }
+    }
+}
+
+/// The buffer that a second projection reads.
+enum Operand {
+    Inner,
+    Wide,
+}
+
+impl<B: Ops> Workspace<B> {
+    /// `hidden += post_norm(operand W^T + bias)`.
+    fn project(
+        &mut self,
+        ops: &B,
+        operand: Operand,
+        linear: &B::Linear,
+        bias: Option<&B::Vector>,
+        post_norm: Option<&NormWeights<B>>,
+        rows: usize,
+        width: usize,
+    ) {
+        let x = match operand {
+            Operand::Inner => &self.inner.buffer,
+            Operand::Wide => &self.wide.buffer,
+        };
+        let Some(weights) = post_norm else {
+            return ops.linear_add(&mut self.hidden.buffer, x, rows, linear, bias);
+        };
+        ops.linear_apply(&mut self.projected.buffer, x, rows, linear, bias);
+        norm(ops, &mut self.normed.buffer, &self.projected.buffer, rows, width, weights);
+        ops.add(&mut self.hidden.buffer, &self.normed.buffer, rows * width);
     }
 }
 

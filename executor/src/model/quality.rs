@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-use ashlar_kernels::ops::Ops;
+use ashlar_kernels::ops::{KvFormat, Ops};
 
 use super::alone::{Alone, AloneLimits};
 
@@ -20,8 +20,8 @@ pub struct Windows {
 
 impl Windows {
     /// The limits that an [`Alone`] needs for one window.
-    pub fn limits(self, page_tokens: usize) -> AloneLimits {
-        AloneLimits { chunk_tokens_max: self.chunk_tokens(), tokens_max: self.window_tokens, page_tokens }
+    pub fn limits(self, page_tokens: usize, kv_format: KvFormat) -> AloneLimits {
+        AloneLimits { chunk_tokens_max: self.chunk_tokens(), tokens_max: self.window_tokens, page_tokens, kv_format }
     }
 
     /// The whole windows of a text; what is left at its end is dropped.

@@ -58,7 +58,9 @@ impl<B: Ops> Workspace<B> {
                 self.ropes.iter_mut().try_for_each(|slot| slot.rows.grow(ops, rows * rope_width))?;
             }
             Kind::FeedForward(feed) => {
-                self.wide.grow(ops, rows * feed.up_width())?;
+                if !feed.gated {
+                    self.wide.grow(ops, rows * feed.inner)?;
+                }
                 self.inner.grow(ops, rows * feed.inner)?;
             }
             Kind::Head(head) => self.logits.grow(ops, logit_rows * head.vocab)?,

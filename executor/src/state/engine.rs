@@ -17,9 +17,6 @@ use super::pages::{ClassIndex, LineageIndex, PagePool};
 use super::segments::{BlockIndex, Segment, SegmentIndex, cut};
 use super::sequence::{Admit, Reason, Sequence, SpanIndex, Status};
 
-/// Bytes of one KV element (f32).
-const KV_ELEMENT_BYTES: u64 = 4;
-
 /// An attention block of a hosted span.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct SpanAttention {
@@ -154,7 +151,7 @@ impl Engine {
         assert_eq!(limits.check(), Ok(()), "limits are checked when they are read");
         Self {
             hidden_free: (0..limits.hidden_rows_max).rev().collect(),
-            pages: PagePool::new(limits.kv_bytes, KV_ELEMENT_BYTES),
+            pages: PagePool::new(limits.kv_bytes),
             limits,
             spans: Vec::new(),
             segments: Vec::new(),

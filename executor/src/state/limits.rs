@@ -1,5 +1,6 @@
 //! The named maxima of one engine, and how they relate.
 
+use ashlar_kernels::ops::{KvFormat, PageLayout};
 use serde::{Deserialize, Serialize};
 
 /// Bounds of one executor's engine. `check` asserts their relations at start.
@@ -12,6 +13,8 @@ pub struct Limits {
     pub step_tokens_max: u32,
     /// Rows of one sequence in one batch.
     pub chunk_tokens_max: u32,
+    /// How keys and values are stored; part of the numeric class.
+    pub kv_format: KvFormat,
     /// Sequences that hold pages at one time.
     pub sequences_max: u32,
     /// Sequences that wait.
@@ -30,6 +33,7 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             page_tokens: 16,
+            kv_format: KvFormat::F32,
             step_tokens_max: 256,
             chunk_tokens_max: 256,
             sequences_max: 64,
@@ -43,6 +47,20 @@ impl Default for Limits {
 }
 
 impl Limits {
+    /// What KV pages are like.
+    pub fn pages(&self) -> PageLayout {
+        PageLayout { tokens: self.page_tokens as usize, format: self.kv_format }
+    }
+
+    /// The numeric class of an executor whose device gives the bits of `device_class` with f32 KV: tokens differ between KV
+    /// formats, so a sequence must not move from one to another (docs/numerics.md).
+    pub fn numeric_class(&self, device_class: &str) -> String {
+        match self.kv_format {
+            KvFormat::F32 => device_class.to_owned(),
+            format => format!("{device_class}+kv-{}", format.name()),
+        }
+    }
+
     /// The first relation that does not hold, as a sentence.
     pub fn check(&self) -> Result<(), String> {
         let rules = [
@@ -73,5 +91,12 @@ mod tests {
         assert_eq!(Limits::default().check(), Ok(()));
         let error = Limits { chunk_tokens_max: 500, ..Limits::default() }.check();
         assert_eq!(error, Err("chunk_tokens_max must not exceed step_tokens_max".to_owned()));
+    }
+
+    #[test]
+    fn every_kv_format_is_a_numeric_class_of_its_own() {
+        let classes = [KvFormat::F32, KvFormat::Bf16, KvFormat::Int8]
+            .map(|kv_format| Limits { kv_format, ..Limits::default() }.numeric_class("cpu-v1"));
+        assert_eq!(classes, ["cpu-v1", "cpu-v1+kv-bf16", "cpu-v1+kv-int8"]);
     }
 }

@@ -51,7 +51,6 @@ struct Class {
 #[derive(Debug, Clone)]
 pub struct PagePool {
     kv_bytes: u64,
-    element_bytes: u64,
     classes: Vec<Class>,
     index: BTreeMap<PageKey, (ClassIndex, u32)>,
     /// Unheld cached slots, least recently used first.
@@ -61,9 +60,9 @@ pub struct PagePool {
 }
 
 impl PagePool {
-    /// An empty pool of `kv_bytes`; KV elements take `element_bytes`.
-    pub fn new(kv_bytes: u64, element_bytes: u64) -> Self {
-        Self { kv_bytes, element_bytes, classes: Vec::new(), index: BTreeMap::new(), lru: BTreeMap::new(), tick: 0, evicted_count: 0 }
+    /// An empty pool of `kv_bytes`.
+    pub fn new(kv_bytes: u64) -> Self {
+        Self { kv_bytes, classes: Vec::new(), index: BTreeMap::new(), lru: BTreeMap::new(), tick: 0, evicted_count: 0 }
     }
 
     /// The class for a shape, made on first use.
@@ -71,7 +70,7 @@ impl PagePool {
         if let Some(found) = self.classes.iter().position(|class| class.shape == shape) {
             return ClassIndex(found as u32);
         }
-        let slot_bytes = shape.page_elements() as u64 * self.element_bytes;
+        let slot_bytes = shape.page_bytes() as u64;
         self.classes.push(Class { shape, slot_bytes, slot_count_max: 0, slots: Vec::new(), free: Vec::new(), held_count: 0 });
         ClassIndex(self.classes.len() as u32 - 1)
     }

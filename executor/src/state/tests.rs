@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use ashlar_kernels::ops::KvShape;
+use ashlar_kernels::ops::{KvFormat, KvShape};
 use ashlar_wire::id::{RouterId, SequenceKey};
 use proptest::prelude::*;
 
@@ -14,7 +14,7 @@ use super::segments::BlockIndex;
 use super::sequence::{Admit, Reason, SpanIndex};
 
 const PAGE: u32 = 16;
-const SHAPE: KvShape = KvShape { kv_heads: 1, head_dim: 4, page_tokens: PAGE as usize };
+const SHAPE: KvShape = KvShape { kv_heads: 1, head_dim: 4, page_tokens: PAGE as usize, format: KvFormat::F32 };
 /// Blocks below this are attention blocks.
 const ATTENTION_BELOW: u32 = 1000;
 
@@ -142,7 +142,7 @@ fn limits(pages: u64, step: u32, chunk: u32) -> Limits {
         sequences_max: step.min(8),
         hidden_rows_max: 4 * step,
         link_rows_max: 2 * chunk,
-        kv_bytes: pages * SHAPE.page_elements() as u64 * 4,
+        kv_bytes: pages * SHAPE.page_bytes() as u64,
         ..Limits::default()
     }
 }

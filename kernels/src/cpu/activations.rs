@@ -4,7 +4,7 @@ use super::isa::Kernel;
 use super::lanes::{Lanes, load_some};
 use super::memory::{Aligned, Shared};
 use super::pack::{Groups, IntegerWeights};
-use crate::ops::PackError;
+use crate::ops::{Columns, PackError};
 
 /// Quantised rows; the memory is reused from call to call.
 #[derive(Debug)]
@@ -60,9 +60,11 @@ impl Activations {
     }
 }
 
-/// Quantises rows `rows` of `x [.., K]`.
+/// Quantises rows `rows` of `x`.
 pub(super) struct QuantiseRows<'a> {
     pub(super) x: &'a [f32],
+    /// Where a row's inputs are.
+    pub(super) x_at: Columns,
     pub(super) rows: std::ops::Range<usize>,
     pub(super) groups: Groups,
     pub(super) offset: i32,
@@ -80,7 +82,7 @@ impl Kernel for QuantiseRows<'_> {
     fn run<S: Lanes>(self, s: S) {
         let groups = self.groups;
         for row in self.rows {
-            let x = &self.x[row * groups.inputs..][..groups.inputs];
+            let x = &self.x[row * self.x_at.stride + self.x_at.offset..][..groups.inputs];
             // SAFETY: units have disjoint rows.
             let codes = unsafe { self.codes.part(row * self.stride..row * self.stride + groups.padded_inputs()) };
             // SAFETY: as above.

@@ -1,190 +1,308 @@
 //! Softmax attention over pages: docs/numerics.md, rule 6.
 //!
 //! A query row walks the keys piece by piece (16 tokens, aligned to absolute positions), so its bits depend on its own
-//! position and its pages alone. The query heads of one kv head walk together and share every read of K and V. Scores of
-//! up to 4 pieces are computed ahead: their chains of fma are independent, the softmax is not.
-//! Decode is limited by the bytes of K and V, a chunk by fma throughput (K and V then come from L2).
+//! position and its pages alone. What is shared is only the reading: a tile of (row, head)s of one kv head goes through
+//! the pieces block by block, and those whose tables name the same pages in a block take them from the first cache and
+//! from registers. So it does not matter to a bit which rows meet in a tile; `tiles` brings those together that share.
+//! Decode is limited by the bytes of K and V, a chunk by fma throughput.
 
+use std::marker::PhantomData;
 use std::ops::Range;
 
 use super::isa::Kernel;
-use super::kv::Kv;
+use super::kv::{Kv, Piece, Stored};
 use super::lanes::{Lanes, load_some, store_some};
 use super::math;
 use super::memory::Shared;
 use crate::ops::{AttentionShape, PIECE_TOKENS, Query};
 
-/// Query heads `heads` (all of one kv head) of rows `rows`.
-pub(super) struct Attend<'a> {
+/// (row, head)s of a tile at most: their q and outputs stay in the first cache beside a block of K and V.
+pub(super) const TILE: usize = 32;
+
+/// One call's inputs and outputs.
+pub(super) struct Attention<'a> {
+    /// `[T, H*d]`.
     pub(super) out: Shared<'a, f32>,
+    /// `[T, qkv_width]`.
     pub(super) qkv: &'a [f32],
     pub(super) kv: &'a Kv,
     pub(super) shape: &'a AttentionShape,
+    /// `[T]`.
     pub(super) queries: &'a [Query],
     pub(super) tables: &'a [u32],
-    pub(super) rows: Range<usize>,
-    pub(super) heads: Range<usize>,
 }
 
-impl Kernel for Attend<'_> {
+/// Query heads `heads` (all of one kv head) of the rows in `rows`, at most [`TILE`] together. `T` is what the pages hold.
+pub(super) struct Attend<'a, T> {
+    pub(super) attention: &'a Attention<'a>,
+    pub(super) rows: &'a [u32],
+    pub(super) heads: Range<usize>,
+    pub(super) stored: PhantomData<T>,
+}
+
+impl<T: Stored> Kernel for Attend<'_, T> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Lanes>(self, s: S) {
-        for row in self.rows.clone() {
-            let mut head = self.heads.start;
-            while head + 4 <= self.heads.end {
-                self.walk::<S, 4>(s, row, head);
-                head += 4;
+        let (d, heads) = (self.attention.shape.kv.head_dim, self.heads.len());
+        assert!(self.rows.len() * heads <= TILE, "{} rows of {heads} heads", self.rows.len());
+        assert_eq!(self.attention.kv.shape.format, T::FORMAT, "pages hold what is read");
+        let mut running = [Running { max: f32::NEG_INFINITY, sum: 0.0 }; TILE];
+        let (mut first, mut end) = (usize::MAX, 0);
+        for (i, &row) in self.rows.iter().enumerate() {
+            let seen = seen(self.attention.queries[row as usize], self.attention.shape.window);
+            (first, end) = (first.min(seen.start), end.max(seen.end));
+            for h in 0..heads {
+                self.out(i * heads + h).fill(0.0);
             }
-            match self.heads.end - head {
-                3 => self.walk::<S, 3>(s, row, head),
-                2 => self.walk::<S, 2>(s, row, head),
-                1 => self.walk::<S, 1>(s, row, head),
-                _ => {}
+        }
+        for block in first / BLOCK_TOKENS..end.div_ceil(BLOCK_TOKENS) {
+            let mut row = 0;
+            while row < self.rows.len() {
+                row = self.block(s, block, row, &mut running);
+            }
+        }
+        for (w, running) in running[..self.rows.len() * heads].iter().enumerate() {
+            let sum = s.splat(running.sum);
+            debug_assert_eq!(self.out(w).len(), d);
+            for x in self.out(w).chunks_mut(16) {
+                store_some(s, s.div(load_some(s, x), sum), x);
             }
         }
     }
 }
 
-/// The running softmax of one head.
+/// The running softmax of one row and head.
 #[derive(Clone, Copy)]
 struct Running {
     max: f32,
     sum: f32,
 }
 
-impl Attend<'_> {
-    /// G heads of one row from the first visible piece to the last.
-    #[inline(always)]
-    fn walk<S: Lanes, const G: usize>(&self, s: S, row: usize, head: usize) {
-        let (shape, d) = (self.shape, self.shape.kv.head_dim);
-        let query = self.queries[row];
-        let position = query.position as usize;
-        let first = match shape.window {
-            Some(window) => (position + 1).saturating_sub(window as usize),
-            None => 0,
-        };
-        let kv_head = head / (shape.heads / shape.kv.kv_heads);
-        let mut q = [&self.qkv[..0]; G];
-        for g in 0..G {
-            q[g] = &self.qkv[row * shape.qkv_width() + (head + g) * d..][..d];
-        }
-        let start = row * shape.heads * d + head * d;
-        // SAFETY: units have disjoint (row, head)s.
-        let out = unsafe { self.out.part(start..start + G * d) };
-        out.fill(0.0);
+/// Positions that a query sees.
+#[inline(always)]
+pub(super) fn seen(query: Query, window: Option<u32>) -> Range<usize> {
+    let end = query.position as usize + 1;
+    window.map_or(0, |window| end.saturating_sub(window as usize))..end
+}
 
-        let mut running = [Running { max: f32::NEG_INFINITY, sum: 0.0 }; G];
-        let end = position / PIECE_TOKENS + 1;
-        let mut piece = first / PIECE_TOKENS;
-        while piece < end {
-            let ahead = (end - piece).min(AHEAD);
-            let mut keys = [&self.kv.data[..0]; AHEAD];
-            let mut values = [&self.kv.data[..0]; AHEAD];
-            for b in 0..ahead {
-                (keys[b], values[b]) = self.piece(query, piece + b, kv_head);
+/// The part of `seen` in a piece that begins at token `base`, counted from there; empty as `0..0`.
+#[inline(always)]
+fn within(seen: &Range<usize>, base: usize) -> Range<usize> {
+    let (start, end) = (seen.start.saturating_sub(base), seen.end.saturating_sub(base).min(PIECE_TOKENS));
+    if start < end { start..end } else { 0..0 }
+}
+
+impl<'a, T: Stored> Attend<'a, T> {
+    /// Output of walker `w`: row `w / heads` of the tile, head `w % heads`.
+    #[inline(always)]
+    fn out(&self, w: usize) -> &'a mut [f32] {
+        let d = self.attention.shape.kv.head_dim;
+        let (row, head) = (self.rows[w / self.heads.len()] as usize, self.heads.start + w % self.heads.len());
+        let start = (row * self.attention.shape.heads + head) * d;
+        // SAFETY: tiles have disjoint (row, head)s, a tile is one thread's, and it takes an output for one use at a time:
+        // in `run`, or in `group`, whose walkers differ.
+        unsafe { self.attention.out.part(start..start + d) }
+    }
+
+    /// q of walker `w`.
+    #[inline(always)]
+    fn q(&self, w: usize) -> &'a [f32] {
+        let d = self.attention.shape.kv.head_dim;
+        let (row, head) = (self.rows[w / self.heads.len()] as usize, self.heads.start + w % self.heads.len());
+        &self.attention.qkv[row * self.attention.shape.qkv_width() + head * d..][..d]
+    }
+
+    /// Takes one block into the rows from `row` on, as far as they agree in its pages. Returns the first row beyond.
+    #[inline(always)]
+    fn block<S: Lanes>(&self, s: S, block: usize, row: usize, running: &mut [Running; TILE]) -> usize {
+        let (heads, page_tokens) = (self.heads.len(), self.attention.shape.kv.page_tokens);
+        let mut slots = [None; AHEAD];
+        let mut walkers = [0; TILE];
+        let (mut count, mut end) = (0, row);
+        while end < self.rows.len() {
+            let query = self.attention.queries[self.rows[end] as usize];
+            let seen = seen(query, self.attention.shape.window);
+            let mut own = slots;
+            let mut agrees = true;
+            let mut sees = false;
+            for b in 0..AHEAD {
+                let base = block * BLOCK_TOKENS + b * PIECE_TOKENS;
+                if !within(&seen, base).is_empty() {
+                    let slot = self.attention.tables[query.table_start as usize + base / page_tokens];
+                    agrees &= own[b].is_none_or(|known| known == slot);
+                    own[b] = Some(slot);
+                    sees = true;
+                }
             }
-            let mut scores = [[s.splat(0.0); AHEAD]; G];
-            if ahead == AHEAD {
-                scores = products::<S, G, AHEAD>(s, q, keys);
-            } else {
-                for b in 0..ahead {
-                    let one = products::<S, G, 1>(s, q, [keys[b]]);
+            if !agrees {
+                break;
+            }
+            slots = own;
+            if sees {
+                for h in 0..heads {
+                    walkers[count] = end * heads + h;
+                    count += 1;
+                }
+            }
+            end += 1;
+        }
+        if count == 0 {
+            return end;
+        }
+        let kv_head = self.heads.start / (self.attention.shape.heads / self.attention.shape.kv.kv_heads);
+        let mut pieces = [Piece::NONE; AHEAD];
+        for b in 0..AHEAD {
+            if let Some(slot) = slots[b] {
+                let token = block * BLOCK_TOKENS + b * PIECE_TOKENS;
+                pieces[b] = self.attention.kv.piece::<T>(slot, kv_head, token % page_tokens / PIECE_TOKENS);
+            }
+        }
+        let (fours, rest) = walkers[..count].as_chunks::<4>();
+        for four in fours {
+            self.group::<S, 4>(s, block, *four, &pieces, running);
+        }
+        match *rest {
+            [a, b, c] => self.group::<S, 3>(s, block, [a, b, c], &pieces, running),
+            [a, b] => self.group::<S, 2>(s, block, [a, b], &pieces, running),
+            [a] => self.group::<S, 1>(s, block, [a], &pieces, running),
+            _ => {}
+        }
+        end
+    }
+
+    /// Takes one block's pieces into the running softmax and the outputs of G walkers.
+    #[inline(always)]
+    fn group<S: Lanes, const G: usize>(
+        &self,
+        s: S,
+        block: usize,
+        walkers: [usize; G],
+        pieces: &[Piece<'a, T>; AHEAD],
+        running: &mut [Running; TILE],
+    ) {
+        let d = self.attention.shape.kv.head_dim;
+        let mut q = [&self.attention.qkv[..0]; G];
+        for g in 0..G {
+            q[g] = self.q(walkers[g]);
+        }
+        let mut scores = [[s.splat(0.0); AHEAD]; G];
+        let whole = pieces.iter().all(|piece| !piece.keys.is_empty());
+        if S::WIDE && whole {
+            let mut keys = [pieces[0].keys; AHEAD];
+            for b in 0..AHEAD {
+                keys[b] = pieces[b].keys;
+            }
+            scores = products::<S, T, G, AHEAD>(s, q, keys);
+        } else {
+            for b in 0..AHEAD {
+                if !pieces[b].keys.is_empty() {
+                    let one = products::<S, T, G, 1>(s, q, [pieces[b].keys]);
                     for g in 0..G {
                         scores[g][b] = one[g][0];
                     }
                 }
             }
-            for b in 0..ahead {
-                let base = (piece + b) * PIECE_TOKENS;
-                let seen = first.saturating_sub(base)..(position + 1 - base).min(PIECE_TOKENS);
-                let mut of_piece = [s.splat(0.0); G];
-                for g in 0..G {
-                    of_piece[g] = scores[g][b];
-                }
-                self.accumulate::<S, G>(s, out, &mut running, of_piece, values[b], seen);
-            }
-            piece += ahead;
         }
-        for g in 0..G {
-            let sum = s.splat(running[g].sum);
-            for x in out[g * d..(g + 1) * d].chunks_mut(16) {
-                store_some(s, s.div(load_some(s, x), sum), x);
-            }
-        }
-    }
 
-    /// Keys `[head_dim][16]` and values `[16][head_dim]` of one piece.
-    #[inline(always)]
-    fn piece(&self, query: Query, piece: usize, kv_head: usize) -> (&[f32], &[f32]) {
-        let (page_tokens, d) = (self.shape.kv.page_tokens, self.shape.kv.head_dim);
-        let token = piece * PIECE_TOKENS;
-        let slot = self.tables[query.table_start as usize + token / page_tokens];
-        let start = self.kv.head_start(slot, kv_head) + token % page_tokens * d;
-        let size = PIECE_TOKENS * d;
-        (&self.kv.data[start..][..size], &self.kv.data[start + page_tokens * d..][..size])
-    }
-
-    /// Takes one piece's products into the running softmax and the outputs of G heads.
-    #[inline(always)]
-    fn accumulate<S: Lanes, const G: usize>(
-        &self,
-        s: S,
-        out: &mut [f32],
-        running: &mut [Running; G],
-        products: [S::F; G],
-        values: &[f32],
-        seen: Range<usize>,
-    ) {
-        let d = self.shape.kv.head_dim;
-        let mask = s.range_mask(seen.start, seen.end);
-        let mut p = [[0.0f32; PIECE_TOKENS]; G];
+        let mut steps: [Step<G>; AHEAD] = std::array::from_fn(|_| Step::NONE);
         for g in 0..G {
-            let mut score = s.mul(products[g], s.splat(self.shape.scale));
-            if let Some(cap) = self.shape.softcap {
-                score = math::softcap(s, score, cap);
+            let running = &mut running[walkers[g]];
+            let row = self.rows[walkers[g] / self.heads.len()] as usize;
+            let seen = seen(self.attention.queries[row], self.attention.shape.window);
+            for b in 0..AHEAD {
+                let base = block * BLOCK_TOKENS + b * PIECE_TOKENS;
+                self.weigh(s, scores[g][b], &pieces[b], within(&seen, base), running, &mut steps[b], g);
             }
-            let score = s.select(mask, score, s.splat(f32::NEG_INFINITY));
-            let max = running[g].max;
-            let piece_max = s.max_lane(score);
-            let new_max = if piece_max > max { piece_max } else { max };
-            // When the maximum stays, the factor is exp(0), which is exactly 1.
-            if new_max != max {
-                let factor = math::exp(s, s.splat(max - new_max));
-                let mut first = [0.0; 16];
-                s.store(factor, &mut first);
-                running[g] = Running { max: new_max, sum: running[g].sum * first[0] };
-                for x in out[g * d..(g + 1) * d].chunks_mut(16) {
-                    store_some(s, s.mul(load_some(s, x), factor), x);
-                }
-            }
-            let weights = s.select(mask, math::exp(s, s.sub(score, s.splat(new_max))), s.splat(0.0));
-            running[g].sum += s.halving_sum(weights);
-            s.store(weights, &mut p[g]);
         }
+
+        let mut out: [&mut [f32]; G] = std::array::from_fn(|g| self.out(walkers[g]));
         let mut column = 0;
-        while column + 64 <= d {
-            blend::<S, G, 4>(s, out, d, column, &p, values, &seen);
-            column += 64;
+        if S::WIDE {
+            while column + 64 <= d {
+                blend::<S, T, G, 4>(s, &mut out, column, &steps, pieces);
+                column += 64;
+            }
         }
         while column + 16 <= d {
-            blend::<S, G, 1>(s, out, d, column, &p, values, &seen);
+            blend::<S, T, G, 1>(s, &mut out, column, &steps, pieces);
             column += 16;
         }
         if column < d {
-            blend_rest::<S, G>(s, out, d, column, &p, values, &seen);
+            blend_rest::<S, T, G>(s, &mut out, column, &steps, pieces);
         }
+    }
+
+    /// The weights of one piece for walker g of a group.
+    #[inline(always)]
+    fn weigh<S: Lanes, const G: usize>(
+        &self,
+        s: S,
+        products: S::F,
+        piece: &Piece<'a, T>,
+        seen: Range<usize>,
+        running: &mut Running,
+        step: &mut Step<G>,
+        g: usize,
+    ) {
+        if seen.is_empty() {
+            return;
+        }
+        let mask = s.range_mask(seen.start, seen.end);
+        let mut score = products;
+        if let Some((of_keys, _)) = piece.scales {
+            score = s.mul(score, s.load(of_keys));
+        }
+        score = s.mul(score, s.splat(self.attention.shape.scale));
+        if let Some(cap) = self.attention.shape.softcap {
+            score = math::softcap(s, score, cap);
+        }
+        let score = s.select(mask, score, s.splat(f32::NEG_INFINITY));
+        let piece_max = s.max_lane(score);
+        // When the maximum stays, the factor is exp(0), which is exactly 1.
+        if piece_max > running.max {
+            let mut factor = [0.0; 16];
+            s.store(math::exp(s, s.splat(running.max - piece_max)), &mut factor);
+            *running = Running { max: piece_max, sum: running.sum * factor[0] };
+            step.factor[g] = factor[0];
+            step.rescales = true;
+        }
+        let mut weights = s.select(mask, math::exp(s, s.sub(score, s.splat(running.max))), s.splat(0.0));
+        running.sum += s.halving_sum(weights);
+        if let Some((_, of_values)) = piece.scales {
+            weights = s.mul(weights, s.load(of_values));
+        }
+        s.store(weights, &mut step.weights[g]);
+        step.seen[g] = seen;
     }
 }
 
-/// `sum_d q[g][d] * k[d][16]` for G heads and B pieces.
+/// What one piece does to the outputs of G walkers: `out * factor`, then `+ weights[t] * values[t]` over the seen t.
+struct Step<const G: usize> {
+    weights: [[f32; PIECE_TOKENS]; G],
+    factor: [f32; G],
+    seen: [Range<usize>; G],
+    /// Whether a factor is not 1.
+    rescales: bool,
+}
+
+impl<const G: usize> Step<G> {
+    const NONE: Self = Self { weights: [[0.0; PIECE_TOKENS]; G], factor: [1.0; G], seen: [const { 0..0 }; G], rescales: false };
+
+    /// What all walkers see, if it is the same.
+    #[inline(always)]
+    fn seen_by_all(&self) -> Option<Range<usize>> {
+        self.seen.iter().all(|seen| *seen == self.seen[0]).then(|| self.seen[0].clone())
+    }
+}
+
+/// `sum_d q[g][d] * k[d][16]` for G walkers and B pieces.
 #[inline(always)]
-fn products<S: Lanes, const G: usize, const B: usize>(s: S, q: [&[f32]; G], keys: [&[f32]; B]) -> [[S::F; B]; G] {
+fn products<S: Lanes, T: Stored, const G: usize, const B: usize>(s: S, q: [&[f32]; G], mut keys: [&[[T; 16]]; B]) -> [[S::F; B]; G] {
     let d = q[0].len();
-    let mut lanes = [keys[0].as_chunks::<PIECE_TOKENS>().0; B];
     for b in 0..B {
-        lanes[b] = &keys[b].as_chunks::<PIECE_TOKENS>().0[..d];
+        keys[b] = &keys[b][..d];
     }
     for g in 0..G {
         assert_eq!(q[g].len(), d, "heads are of one size");
@@ -193,8 +311,8 @@ fn products<S: Lanes, const G: usize, const B: usize>(s: S, q: [&[f32]; G], keys
     for i in 0..d {
         let mut k = [s.splat(0.0); B];
         for b in 0..B {
-            // SAFETY: i < d, the length of every piece's lanes (sliced above).
-            k[b] = s.load(unsafe { lanes[b].get_unchecked(i) });
+            // SAFETY: i < d, the length of every piece's keys (sliced above).
+            k[b] = T::load(s, unsafe { keys[b].get_unchecked(i) });
         }
         for g in 0..G {
             // SAFETY: i < d, the length of every head (asserted above).
@@ -207,39 +325,67 @@ fn products<S: Lanes, const G: usize, const B: usize>(s: S, q: [&[f32]; G], keys
     acc
 }
 
-/// `out[g][column..] += p[g][t] * values[t][column..]` over the seen t, ascending, for C times 16 columns.
+/// Takes the steps of a block into C times 16 columns of G outputs.
 #[inline(always)]
-fn blend<S: Lanes, const G: usize, const C: usize>(
+fn blend<S: Lanes, T: Stored, const G: usize, const C: usize>(
     s: S,
-    out: &mut [f32],
-    d: usize,
+    out: &mut [&mut [f32]; G],
     column: usize,
-    p: &[[f32; PIECE_TOKENS]; G],
-    values: &[f32],
-    seen: &Range<usize>,
+    steps: &[Step<G>; AHEAD],
+    pieces: &[Piece<'_, T>; AHEAD],
 ) {
+    let d = out[0].len();
     let mut acc = [[s.splat(0.0); C]; G];
     for g in 0..G {
-        let (chunks, _) = out[g * d + column..][..C * 16].as_chunks::<16>();
+        let (chunks, _) = out[g][column..][..C * 16].as_chunks::<16>();
         for c in 0..C {
             acc[g][c] = s.load(&chunks[c]);
         }
     }
-    for t in seen.clone() {
-        let (chunks, _) = values[t * d + column..][..C * 16].as_chunks::<16>();
-        let mut v = [s.splat(0.0); C];
-        for c in 0..C {
-            v[c] = s.load(&chunks[c]);
+    for (step, piece) in steps.iter().zip(pieces) {
+        if step.rescales {
+            for g in 0..G {
+                let factor = s.splat(step.factor[g]);
+                for c in 0..C {
+                    acc[g][c] = s.mul(acc[g][c], factor);
+                }
+            }
         }
-        for g in 0..G {
-            let weight = s.splat(p[g][t]);
-            for c in 0..C {
-                acc[g][c] = s.fma(weight, v[c], acc[g][c]);
+        if let Some(seen) = step.seen_by_all() {
+            for t in seen {
+                let (chunks, _) = piece.values[t * d + column..][..C * 16].as_chunks::<16>();
+                let mut v = [s.splat(0.0); C];
+                for c in 0..C {
+                    v[c] = T::load(s, &chunks[c]);
+                }
+                for g in 0..G {
+                    let weight = s.splat(step.weights[g][t]);
+                    for c in 0..C {
+                        acc[g][c] = s.fma(weight, v[c], acc[g][c]);
+                    }
+                }
+            }
+        } else {
+            // At the edge of a chunk or window each walker sees something else; adding 0 would turn -0 into +0.
+            for t in 0..PIECE_TOKENS {
+                let (chunks, _) = piece.values[t * d + column..][..C * 16].as_chunks::<16>();
+                let mut v = [s.splat(0.0); C];
+                for c in 0..C {
+                    v[c] = T::load(s, &chunks[c]);
+                }
+                for g in 0..G {
+                    if step.seen[g].contains(&t) {
+                        let weight = s.splat(step.weights[g][t]);
+                        for c in 0..C {
+                            acc[g][c] = s.fma(weight, v[c], acc[g][c]);
+                        }
+                    }
+                }
             }
         }
     }
     for g in 0..G {
-        let (chunks, _) = out[g * d + column..][..C * 16].as_chunks_mut::<16>();
+        let (chunks, _) = out[g][column..][..C * 16].as_chunks_mut::<16>();
         for c in 0..C {
             s.store(acc[g][c], &mut chunks[c]);
         }
@@ -248,24 +394,28 @@ fn blend<S: Lanes, const G: usize, const C: usize>(
 
 /// As [`blend`] for the fewer than 16 columns at the end of a head.
 #[inline(always)]
-fn blend_rest<S: Lanes, const G: usize>(
+fn blend_rest<S: Lanes, T: Stored, const G: usize>(
     s: S,
-    out: &mut [f32],
-    d: usize,
+    out: &mut [&mut [f32]; G],
     column: usize,
-    p: &[[f32; PIECE_TOKENS]; G],
-    values: &[f32],
-    seen: &Range<usize>,
+    steps: &[Step<G>; AHEAD],
+    pieces: &[Piece<'_, T>; AHEAD],
 ) {
     for g in 0..G {
-        let out = &mut out[g * d + column..(g + 1) * d];
-        let mut acc = load_some(s, out);
-        for t in seen.clone() {
-            acc = s.fma(s.splat(p[g][t]), load_some(s, &values[t * d + column..(t + 1) * d]), acc);
+        let d = out[g].len();
+        let mut acc = load_some(s, &out[g][column..]);
+        for (step, piece) in steps.iter().zip(pieces) {
+            acc = s.mul(acc, s.splat(step.factor[g]));
+            for t in step.seen[g].clone() {
+                let mut padded = [T::ZERO; 16];
+                padded[..d - column].copy_from_slice(&piece.values[t * d + column..(t + 1) * d]);
+                acc = s.fma(s.splat(step.weights[g][t]), T::load(s, &padded), acc);
+            }
         }
-        store_some(s, acc, out);
+        store_some(s, acc, &mut out[g][column..]);
     }
 }
 
-/// Pieces whose scores are computed together.
+/// Pieces of a block: their chains of fma are independent, the softmax is not.
 const AHEAD: usize = 4;
+const BLOCK_TOKENS: usize = AHEAD * PIECE_TOKENS;

@@ -1,16 +1,21 @@
 //! [`Lanes`] by AVX2 with FMA and F16C: two registers are 16 f32.
 //!
-//! Integer products are widened to 16 bits and summed by pairs into i32 (`madd_epi16`), which cannot saturate; a code of
-//! 255 would overflow the 16-bit sums of `maddubs_epi16`.
+//! Integer products are exact. Without VNNI `maddubs_epi16` multiplies an unsigned by a signed byte and adds pairs to 16
+//! bits, saturating beyond 32767; activations are within ±127, and
+//! - codes of at most 127 give at most 2 * 127 * 127 = 32258;
+//! - codes of the whole byte become `w = code - 128`, within ±128, and go as `|w| * sign(w) a`: `|-128|` is 128 as an unsigned
+//!   byte and `-a` is a byte, so at most 2 * 128 * 127 = 32512. (The other way round, `|a| * sign(a) w`, -128 has no negative.)
+//!
+//! `madd_epi16` by ones then adds pairs to i32. With AVX-VNNI `vpdpbusd` does it all, for any code, as in `avx512`.
 
 use super::lanes::Lanes;
 use std::arch::x86_64::*;
 
-/// Proof that AVX2, FMA and F16C are there.
+/// Proof that AVX2, FMA and F16C are there, and AVX-VNNI if `VNNI`.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Avx2(());
+pub(super) struct Avx2<const VNNI: bool>(());
 
-impl Avx2 {
+impl<const VNNI: bool> Avx2<VNNI> {
     /// # Safety
     /// The features must be there.
     #[inline(always)]
@@ -36,20 +41,23 @@ macro_rules! both {
     }};
 }
 
-impl Lanes for Avx2 {
+impl<const VNNI: bool> Lanes for Avx2<VNNI> {
     type F = [__m256; 2];
     type I = [__m256i; 2];
     type Mask = [__m256; 2];
     type Codes = [__m256i; 2];
     type Quad = __m256i;
-    /// Pairs of i32 that make a column: columns 0..4, 4..8, 8..12, 12..16.
-    type Dot = [__m256i; 4];
+    type Dot = [__m256i; 2];
 
     const WIDE: bool = false;
 
     #[inline(always)]
     fn prefetch(self, address: *const u8) {
         op!(_mm_prefetch::<_MM_HINT_T0>(address.cast()))
+    }
+    #[inline(always)]
+    fn prefetch_write(self, address: *const u8) {
+        op!(_mm_prefetch::<_MM_HINT_ET0>(address.cast()))
     }
     #[inline(always)]
     fn splat(self, x: f32) -> [__m256; 2] {
@@ -79,6 +87,12 @@ impl Lanes for Avx2 {
         // SAFETY: the reference covers both 16-byte loads. The token proves the instruction.
         let x = unsafe { [_mm_loadu_si128(x.as_ptr().cast()), _mm_loadu_si128(x.as_ptr().add(8).cast())] };
         both!(|x| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(x))))
+    }
+    #[inline(always)]
+    fn load_i8(self, x: &[i8; 16]) -> [__m256; 2] {
+        // SAFETY: the reference covers both 8-byte loads. The token proves the instruction.
+        let x = unsafe { [_mm_loadl_epi64(x.as_ptr().cast()), _mm_loadl_epi64(x.as_ptr().add(8).cast())] };
+        both!(|x| _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x)))
     }
 
     #[inline(always)]
@@ -218,36 +232,51 @@ impl Lanes for Avx2 {
         (both!(|pair| _mm256_and_si256(pair, mask)), both!(|pair| _mm256_and_si256(_mm256_srli_epi16::<4>(pair), mask)))
     }
     #[inline(always)]
+    fn load_bits(self, x: &[u8; 8]) -> [__m256i; 2] {
+        let (halves, _) = x.as_chunks::<4>();
+        let bits = [i32::from_le_bytes(halves[0]), i32::from_le_bytes(halves[1])];
+        both!(|bits| {
+            // Byte j takes byte j / 8 of the 32 bits, and keeps its bit j % 8.
+            let bytes = _mm256_setr_epi64x(0, 0x0101_0101_0101_0101, 0x0202_0202_0202_0202, 0x0303_0303_0303_0303);
+            let single = _mm256_set1_epi64x(0x8040_2010_0804_0201_u64.cast_signed());
+            let spread = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(bits), bytes), single);
+            _mm256_and_si256(_mm256_cmpeq_epi8(spread, single), _mm256_set1_epi8(2))
+        })
+    }
+    #[inline(always)]
     fn quad(self, x: [i8; 4]) -> __m256i {
-        op!(_mm256_cvtepi8_epi16(_mm_set1_epi32(i32::from_ne_bytes(x.map(i8::cast_unsigned)))))
+        op!(_mm256_set1_epi32(i32::from_ne_bytes(x.map(i8::cast_unsigned))))
     }
     #[inline(always)]
-    fn dot_start(self, value: i32) -> [__m256i; 4] {
-        // The value in the first of each pair.
-        [op!(_mm256_set1_epi64x(i64::from(value.cast_unsigned()))); 4]
+    fn dot_start(self, value: i32) -> [__m256i; 2] {
+        [op!(_mm256_set1_epi32(value)); 2]
     }
     #[inline(always)]
-    fn dot(self, acc: [__m256i; 4], codes: [__m256i; 2], quad: __m256i) -> [__m256i; 4] {
-        op!({
-            let w0 = _mm256_cvtepu8_epi16(_mm256_castsi256_si128(codes[0]));
-            let w1 = _mm256_cvtepu8_epi16(_mm256_extracti128_si256::<1>(codes[0]));
-            let w2 = _mm256_cvtepu8_epi16(_mm256_castsi256_si128(codes[1]));
-            let w3 = _mm256_cvtepu8_epi16(_mm256_extracti128_si256::<1>(codes[1]));
-            [
-                _mm256_add_epi32(acc[0], _mm256_madd_epi16(w0, quad)),
-                _mm256_add_epi32(acc[1], _mm256_madd_epi16(w1, quad)),
-                _mm256_add_epi32(acc[2], _mm256_madd_epi16(w2, quad)),
-                _mm256_add_epi32(acc[3], _mm256_madd_epi16(w3, quad)),
-            ]
+    fn dot(self, acc: [__m256i; 2], codes: [__m256i; 2], quad: __m256i) -> [__m256i; 2] {
+        if VNNI {
+            both!(|acc, codes| _mm256_dpbusd_avx_epi32(acc, codes, quad))
+        } else {
+            both!(|acc, codes| _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, quad), _mm256_set1_epi16(1))))
+        }
+    }
+    #[inline(always)]
+    fn dot_start_whole(self, value: i32) -> [__m256i; 2] {
+        // Without VNNI the products are those of code - 128 already.
+        self.dot_start(if VNNI { value } else { 0 })
+    }
+    #[inline(always)]
+    fn dot_whole(self, acc: [__m256i; 2], codes: [__m256i; 2], quad: __m256i) -> [__m256i; 2] {
+        if VNNI {
+            return self.dot(acc, codes, quad);
+        }
+        both!(|acc, codes| {
+            let w = _mm256_xor_si256(codes, _mm256_set1_epi8(-128));
+            let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(quad, w));
+            _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
         })
     }
     #[inline(always)]
-    fn dot_finish(self, acc: [__m256i; 4]) -> [__m256; 2] {
-        op!({
-            // Horizontal addition gives columns 0 1 4 5 | 2 3 6 7 until the permutation.
-            let low = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_hadd_epi32(acc[0], acc[1]));
-            let high = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_hadd_epi32(acc[2], acc[3]));
-            [_mm256_cvtepi32_ps(low), _mm256_cvtepi32_ps(high)]
-        })
+    fn dot_finish(self, acc: [__m256i; 2]) -> [__m256; 2] {
+        both!(|acc| _mm256_cvtepi32_ps(acc))
     }
 }

@@ -1,4 +1,7 @@
 //! [`Lanes`] by AVX-512 with VNNI: one register is 16 f32, or 16 columns of 4 codes.
+//!
+//! `vpdpbusd` (not its saturating sibling `vpdpbusds`) adds four u8 * i8 products, each exact, to an i32. It would wrap,
+//! and never does: a group of 512 codes of 255 on a start of -128 * 512 * 127 stays within 2^25.
 
 use super::lanes::Lanes;
 use std::arch::x86_64::*;
@@ -39,6 +42,10 @@ impl Lanes for Avx512 {
         op!(_mm_prefetch::<_MM_HINT_T0>(address.cast()))
     }
     #[inline(always)]
+    fn prefetch_write(self, address: *const u8) {
+        op!(_mm_prefetch::<_MM_HINT_ET0>(address.cast()))
+    }
+    #[inline(always)]
     fn splat(self, x: f32) -> __m512 {
         op!(_mm512_set1_ps(x))
     }
@@ -61,6 +68,11 @@ impl Lanes for Avx512 {
     fn load_bf16(self, x: &[u16; 16]) -> __m512 {
         // SAFETY: the reference covers the 32 bytes. The token proves the instruction.
         unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(x.as_ptr().cast())))) }
+    }
+    #[inline(always)]
+    fn load_i8(self, x: &[i8; 16]) -> __m512 {
+        // SAFETY: the reference covers the 16 bytes. The token proves the instruction.
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(x.as_ptr().cast()))) }
     }
 
     #[inline(always)]
@@ -172,6 +184,10 @@ impl Lanes for Avx512 {
         op!((_mm512_and_si512(both, mask), _mm512_and_si512(_mm512_srli_epi16::<4>(both), mask)))
     }
     #[inline(always)]
+    fn load_bits(self, x: &[u8; 8]) -> __m512i {
+        op!(_mm512_maskz_set1_epi8(u64::from_le_bytes(*x), 2))
+    }
+    #[inline(always)]
     fn quad(self, x: [i8; 4]) -> __m512i {
         op!(_mm512_set1_epi32(i32::from_ne_bytes(x.map(i8::cast_unsigned))))
     }
@@ -182,6 +198,14 @@ impl Lanes for Avx512 {
     #[inline(always)]
     fn dot(self, acc: __m512i, codes: __m512i, quad: __m512i) -> __m512i {
         op!(_mm512_dpbusd_epi32(acc, codes, quad))
+    }
+    #[inline(always)]
+    fn dot_start_whole(self, value: i32) -> __m512i {
+        self.dot_start(value)
+    }
+    #[inline(always)]
+    fn dot_whole(self, acc: __m512i, codes: __m512i, quad: __m512i) -> __m512i {
+        self.dot(acc, codes, quad)
     }
     #[inline(always)]
     fn dot_finish(self, acc: __m512i) -> __m512 {

@@ -10,16 +10,44 @@ use super::{avx2::Avx2, avx512::Avx512};
 pub enum Isa {
     /// AVX-512 F, BW, DQ, VL with VNNI: 16 f32 or 64 int8 products an instruction. AVX-512 without VNNI runs as AVX2.
     Avx512Vnni,
+    /// AVX2 with FMA, F16C and AVX-VNNI: 32 int8 products an instruction.
+    AvxVnni,
     /// AVX2 with FMA and F16C.
     Avx2,
     /// Plain Rust, on any machine.
     Scalar,
 }
 
+/// The text names no instruction set.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{0}` is none of avx512, avx-vnni, avx2, scalar")]
+pub struct UnknownIsa(String);
+
+impl std::str::FromStr for Isa {
+    type Err = UnknownIsa;
+
+    fn from_str(text: &str) -> Result<Self, UnknownIsa> {
+        Self::ALL.into_iter().find(|isa| isa.name() == text).ok_or_else(|| UnknownIsa(text.to_owned()))
+    }
+}
+
 impl Isa {
+    /// Best first.
+    pub const ALL: [Self; 4] = [Self::Avx512Vnni, Self::AvxVnni, Self::Avx2, Self::Scalar];
+
+    /// As settings spell it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Avx512Vnni => "avx512",
+            Self::AvxVnni => "avx-vnni",
+            Self::Avx2 => "avx2",
+            Self::Scalar => "scalar",
+        }
+    }
+
     /// The best that this machine runs.
     pub fn detect() -> Self {
-        [Self::Avx512Vnni, Self::Avx2].into_iter().find(|isa| isa.available()).unwrap_or(Self::Scalar)
+        Self::ALL.into_iter().find(|isa| isa.available()).unwrap_or(Self::Scalar)
     }
 
     /// Whether this machine runs it.
@@ -35,9 +63,11 @@ impl Isa {
                     && is_x86_feature_detected!("avx512vnni")
             }
             #[cfg(target_arch = "x86_64")]
+            Self::AvxVnni => Self::Avx2.available() && is_x86_feature_detected!("avxvnni"),
+            #[cfg(target_arch = "x86_64")]
             Self::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c"),
             #[cfg(not(target_arch = "x86_64"))]
-            Self::Avx512Vnni | Self::Avx2 => false,
+            Self::Avx512Vnni | Self::AvxVnni | Self::Avx2 => false,
             Self::Scalar => true,
         }
     }
@@ -71,6 +101,9 @@ impl Proven {
             // SAFETY: a Proven exists only if `available` found every feature that `enter_avx512` enables.
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512Vnni => unsafe { enter_avx512(kernel) },
+            // SAFETY: as above, for `enter_avx_vnni`.
+            #[cfg(target_arch = "x86_64")]
+            Isa::AvxVnni => unsafe { enter_avx_vnni(kernel) },
             // SAFETY: as above, for `enter_avx2`.
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => unsafe { enter_avx2(kernel) },
@@ -87,8 +120,15 @@ fn enter_avx512<K: Kernel>(kernel: K) -> K::Output {
 }
 
 #[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+fn enter_avx_vnni<K: Kernel>(kernel: K) -> K::Output {
+    // SAFETY: this function's own features are what the token stands for.
+    kernel.run(unsafe { Avx2::<true>::new() })
+}
+
+#[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn enter_avx2<K: Kernel>(kernel: K) -> K::Output {
     // SAFETY: this function's own features are what the token stands for.
-    kernel.run(unsafe { Avx2::new() })
+    kernel.run(unsafe { Avx2::<false>::new() })
 }

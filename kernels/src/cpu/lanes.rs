@@ -21,11 +21,14 @@ pub(super) trait Lanes: Copy + Send + Sync + 'static {
 
     /// A hint that the cache line at `address` will be read; any address will do.
     fn prefetch(self, address: *const u8);
+    /// A hint that the cache line at `address` will be written; any address will do.
+    fn prefetch_write(self, address: *const u8);
     fn splat(self, x: f32) -> Self::F;
     fn load(self, x: &[f32; 16]) -> Self::F;
     fn store(self, x: Self::F, out: &mut [f32; 16]);
     fn load_f16(self, x: &[u16; 16]) -> Self::F;
     fn load_bf16(self, x: &[u16; 16]) -> Self::F;
+    fn load_i8(self, x: &[i8; 16]) -> Self::F;
 
     fn add(self, a: Self::F, b: Self::F) -> Self::F;
     fn sub(self, a: Self::F, b: Self::F) -> Self::F;
@@ -66,11 +69,19 @@ pub(super) trait Lanes: Copy + Send + Sync + 'static {
     fn load_codes(self, x: &[u8; 64]) -> Self::Codes;
     /// Low nibbles, then high nibbles, each as [`Lanes::load_codes`] would lie.
     fn load_nibbles(self, x: &[u8; 64]) -> (Self::Codes, Self::Codes);
+    /// Bits as codes 0 and 2: bit `4 * c + i`, from the lowest of the first byte, is code i of column c.
+    fn load_bits(self, x: &[u8; 8]) -> Self::Codes;
+    /// Activations, within ±127.
     fn quad(self, x: [i8; 4]) -> Self::Quad;
     /// Every column starts at `value`.
     fn dot_start(self, value: i32) -> Self::Dot;
-    /// Column c gains the four products; exact.
+    /// Column c gains the four products; exact for codes of at most 127.
     fn dot(self, acc: Self::Dot, codes: Self::Codes, quad: Self::Quad) -> Self::Dot;
+    /// As [`Lanes::dot_start`] for codes of the whole byte, whose offset is 128: `value` is `-128 * sum` of the activations to
+    /// come. Where the products are made of `code - 128`, it is not wanted.
+    fn dot_start_whole(self, value: i32) -> Self::Dot;
+    /// As [`Lanes::dot`] for codes of the whole byte, after [`Lanes::dot_start_whole`].
+    fn dot_whole(self, acc: Self::Dot, codes: Self::Codes, quad: Self::Quad) -> Self::Dot;
     /// The sums as f32 (exact below 2^24).
     fn dot_finish(self, acc: Self::Dot) -> Self::F;
 }

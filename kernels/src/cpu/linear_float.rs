@@ -9,10 +9,11 @@ use std::ops::Range;
 
 use super::isa::Kernel;
 use super::lanes::Lanes;
-use super::linear::{ONE_ROW_PANELS, Output, PASS, PREFETCH_BYTES};
+use super::linear::{Output, PASS, PREFETCH_BYTES, Panels};
 use super::memory::Element;
 use super::pack::LANES;
 use crate::SLICE;
+use crate::ops::Columns;
 
 /// How a float is stored in a panel.
 pub(super) trait FloatFormat {
@@ -50,13 +51,19 @@ impl FloatFormat for Bf16 {
 
 /// One unit: rows `rows` by panels `panels`.
 pub(super) struct FloatTiles<'a, W: FloatFormat> {
-    /// `[.., K]`.
     pub(super) x: &'a [f32],
+    /// Where a row's inputs are.
+    pub(super) x_at: Columns,
+    /// K.
     pub(super) inputs: usize,
     /// `[panels][K][16]`.
     pub(super) weights: &'a [W::Element],
+    /// Of all units that read these weights.
+    pub(super) first_row: usize,
     pub(super) rows: Range<usize>,
-    pub(super) panels: Range<usize>,
+    pub(super) panels: Panels,
+    /// Where in `output` each panel's sums go.
+    pub(super) places: Panels,
     pub(super) output: Output<'a>,
 }
 
@@ -65,72 +72,101 @@ impl<W: FloatFormat> Kernel for FloatTiles<'_, W> {
 
     #[inline(always)]
     fn run<S: Lanes>(self, s: S) {
-        let mut panel = self.panels.start;
-        if self.rows.len() == 1 {
-            // Stream i reads the i-th quarter of the unit, so that each runs on through its panels.
-            let height = self.panels.len() / ONE_ROW_PANELS;
-            for _ in 0..height {
-                self.columns::<S, ONE_ROW_PANELS>(s, panel, height);
-                panel += 1;
+        match self.panels.streams {
+            4 => self.streams::<S, 4>(s),
+            3 => self.streams::<S, 3>(s),
+            _ => {
+                let mut step = 0;
+                while S::WIDE && step + 3 <= self.panels.count {
+                    self.columns::<S, 3>(s, step);
+                    step += 3;
+                }
+                while step < self.panels.count {
+                    self.columns::<S, 1>(s, step);
+                    step += 1;
+                }
             }
-            panel = self.panels.start + height * ONE_ROW_PANELS;
-        } else if S::WIDE {
-            while panel + 3 <= self.panels.end {
-                self.columns::<S, 3>(s, panel, 1);
-                panel += 3;
-            }
-        }
-        while panel < self.panels.end {
-            self.columns::<S, 1>(s, panel, 1);
-            panel += 1;
         }
     }
 }
 
 impl<W: FloatFormat> FloatTiles<'_, W> {
-    /// All rows of panels `panel`, `panel + step`, ...: C of them.
+    /// One row, C streams.
     #[inline(always)]
-    fn columns<S: Lanes, const C: usize>(&self, s: S, panel: usize, step: usize) {
-        for start in (0..self.inputs).step_by(PASS) {
-            let pass = start..(start + PASS).min(self.inputs);
-            let mut row = self.rows.start;
-            if C != ONE_ROW_PANELS {
-                if S::WIDE {
-                    self.rows::<S, 8, C>(s, &mut row, panel, step, &pass);
-                }
-                self.rows::<S, 4, C>(s, &mut row, panel, step, &pass);
-                self.rows::<S, 2, C>(s, &mut row, panel, step, &pass);
+    fn streams<S: Lanes, const C: usize>(&self, s: S) {
+        for step in 0..self.panels.count {
+            let (at, places) = (self.panels.at::<C>(step, self.panels.distance), self.places.at::<C>(step, self.places.distance));
+            for pass in self.passes() {
+                self.rows::<S, 1, C>(s, &mut self.rows.start.clone(), at, places, &pass);
             }
-            self.rows::<S, 1, C>(s, &mut row, panel, step, &pass);
+        }
+    }
+
+    /// K in passes.
+    #[inline(always)]
+    fn passes(&self) -> impl Iterator<Item = Range<usize>> {
+        let inputs = self.inputs;
+        (0..inputs).step_by(PASS).map(move |start| start..(start + PASS).min(inputs))
+    }
+
+    /// All rows of C neighbouring panels.
+    #[inline(always)]
+    fn columns<S: Lanes, const C: usize>(&self, s: S, step: usize) {
+        let (at, places) = (self.panels.at::<C>(step, 1), self.places.at::<C>(step, 1));
+        for pass in self.passes() {
+            let mut row = self.rows.start;
+            if S::WIDE {
+                self.rows::<S, 8, C>(s, &mut row, at, places, &pass);
+            }
+            self.rows::<S, 4, C>(s, &mut row, at, places, &pass);
+            self.rows::<S, 2, C>(s, &mut row, at, places, &pass);
+            self.rows::<S, 1, C>(s, &mut row, at, places, &pass);
         }
     }
 
     /// As many rows, R at a time, as there are.
     #[inline(always)]
-    fn rows<S: Lanes, const R: usize, const C: usize>(&self, s: S, row: &mut usize, panel: usize, step: usize, pass: &Range<usize>) {
+    fn rows<S: Lanes, const R: usize, const C: usize>(
+        &self,
+        s: S,
+        row: &mut usize,
+        at: [usize; C],
+        places: [usize; C],
+        pass: &Range<usize>,
+    ) {
         let (all, _) = self.weights.as_chunks::<LANES>();
+        // Several rows go through the panels once for each tile: the first one asks for the next panels meanwhile.
+        let next_bytes = C * self.inputs * size_of::<[W::Element; LANES]>();
         while *row + R <= self.rows.end {
+            if R > 1 {
+                for r in 0..R {
+                    for c in 0..C {
+                        self.output.prefetch(s, *row + r, places[c]);
+                    }
+                }
+            }
             let mut totals = [[s.splat(0.0); C]; R];
             if pass.start != 0 {
                 for r in 0..R {
                     for c in 0..C {
                         // SAFETY: units have disjoint rows and panels, and this one is ours.
-                        totals[r][c] = unsafe { self.output.load(s, *row + r, panel + c * step) };
+                        totals[r][c] = unsafe { self.output.load(s, *row + r, places[c]) };
                     }
                 }
             }
+            let ahead = if R == 1 { Some(PREFETCH_BYTES) } else { (*row == self.first_row).then_some(next_bytes) };
             let mut start = pass.start;
             while start < pass.end {
                 let slice = start..(start + SLICE).min(pass.end);
                 let mut x = [&self.x[..0]; R];
                 for r in 0..R {
-                    x[r] = &self.x[(*row + r) * self.inputs..][slice.clone()];
+                    x[r] = &self.x[(*row + r) * self.x_at.stride + self.x_at.offset..][slice.clone()];
                 }
                 let mut w = [&all[..0]; C];
                 for c in 0..C {
-                    w[c] = &all[(panel + c * step) * self.inputs..][slice.clone()];
+                    w[c] = &all[at[c] * self.inputs..][slice.clone()];
                 }
-                let sums = tile::<S, W, R, C>(s, x, w);
+                let sums = tile::<S, W, R, C>(s, x, w, ahead);
                 for r in 0..R {
                     for c in 0..C {
                         totals[r][c] = if start == 0 { sums[r][c] } else { s.add(totals[r][c], sums[r][c]) };
@@ -141,7 +177,7 @@ impl<W: FloatFormat> FloatTiles<'_, W> {
             for r in 0..R {
                 for c in 0..C {
                     // SAFETY: as above.
-                    unsafe { self.output.store(s, totals[r][c], *row + r, panel + c * step, pass.end == self.inputs) };
+                    unsafe { self.output.store(s, totals[r][c], *row + r, at[c], places[c], pass.end == self.inputs) };
                 }
             }
             *row += R;
@@ -149,9 +185,14 @@ impl<W: FloatFormat> FloatTiles<'_, W> {
     }
 }
 
-/// Sums of one slice for R rows and C panels.
+/// Sums of one slice for R rows and C panels; asks for the weights that lie `ahead` bytes further.
 #[inline(always)]
-fn tile<S: Lanes, W: FloatFormat, const R: usize, const C: usize>(s: S, x: [&[f32]; R], w: [&[[W::Element; 16]]; C]) -> [[S::F; C]; R] {
+fn tile<S: Lanes, W: FloatFormat, const R: usize, const C: usize>(
+    s: S,
+    x: [&[f32]; R],
+    w: [&[[W::Element; 16]]; C],
+    ahead: Option<usize>,
+) -> [[S::F; C]; R] {
     let len = x[0].len();
     for r in 0..R {
         assert_eq!(x[r].len(), len, "rows of one slice");
@@ -163,8 +204,8 @@ fn tile<S: Lanes, W: FloatFormat, const R: usize, const C: usize>(s: S, x: [&[f3
     for k in 0..len {
         let mut weights = [s.splat(0.0); C];
         for c in 0..C {
-            if R == 1 {
-                s.prefetch(w[c].as_ptr().wrapping_add(k).cast::<u8>().wrapping_add(PREFETCH_BYTES));
+            if let Some(ahead) = ahead {
+                s.prefetch(w[c].as_ptr().wrapping_add(k).cast::<u8>().wrapping_add(ahead));
             }
             // SAFETY: k < len, which is every slice's length (asserted above).
             weights[c] = W::load(s, unsafe { w[c].get_unchecked(k) });

@@ -8,7 +8,7 @@ use std::ptr::NonNull;
 
 use crate::ops::PackError;
 
-/// Element types for which all zero bits are a value.
+/// Element types for which every pattern of bits is a value.
 pub(super) trait Element: Copy + Send + Sync + 'static {}
 impl Element for f32 {}
 impl Element for i32 {}
@@ -91,6 +91,20 @@ impl<T> std::fmt::Debug for Aligned<T> {
     }
 }
 
+/// Bytes as elements; panics unless they are aligned for them and whole.
+pub(super) fn elements<T: Element>(bytes: &[u8]) -> &[T] {
+    assert!(bytes.as_ptr().cast::<T>().is_aligned() && bytes.len().is_multiple_of(size_of::<T>()), "elements lie aligned");
+    // SAFETY: alignment and length were asserted, and every pattern of bits is a value of an Element.
+    unsafe { std::slice::from_raw_parts(bytes.as_ptr().cast(), bytes.len() / size_of::<T>()) }
+}
+
+/// As [`elements`], to be written.
+pub(super) fn elements_mut<T: Element>(bytes: &mut [u8]) -> &mut [T] {
+    assert!(bytes.as_ptr().cast::<T>().is_aligned() && bytes.len().is_multiple_of(size_of::<T>()), "elements lie aligned");
+    // SAFETY: as in `elements`; the bytes are borrowed exclusively, and every pattern that is written is a value of u8.
+    unsafe { std::slice::from_raw_parts_mut(bytes.as_mut_ptr().cast(), bytes.len() / size_of::<T>()) }
+}
+
 /// A slice that several threads write, each its own elements.
 #[derive(Clone, Copy)]
 pub(super) struct Shared<'a, T> {
@@ -109,8 +123,10 @@ impl<'a, T> Shared<'a, T> {
         Self { start: slice.as_mut_ptr(), len: slice.len(), life: PhantomData }
     }
 
-    pub(super) fn len(&self) -> usize {
-        self.len
+    /// Where an element is, or would be.
+    #[inline(always)]
+    pub(super) fn address(&self, index: usize) -> *const T {
+        self.start.wrapping_add(index)
     }
 
     /// Elements `range`; panics if they are not there.

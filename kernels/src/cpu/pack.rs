@@ -6,10 +6,12 @@
 //! | f32, f16, bf16 | `[K][16]` elements as stored |
 //! | codes of a byte | `[K'/4][16][4]` unsigned: code + offset |
 //! | codes of a nibble | `[K'/8][16][4]` bytes: low nibbles are the first four k of eight, high nibbles the next four |
-//! | scales, minima | `[groups][16]`, f16 where the source has f16, else f32 |
+//! | codes of a bit | `[K'/8][2][16][4]` bits: code + offset is 0 or 2 |
+//! | scales, minima | `[groups][16]` f16 |
+//! | two-level scales, minima | `[groups][16]` i8, and `[blocks][16]` f16: multiplied out they would take 1 bit a weight and more |
 //!
-//! K' is K with each group padded to a multiple of 8 (code 0 meets activation 0 there). The dot product runs on the
-//! unsigned codes; `offset * asum` is subtracted exactly.
+//! K' is K with each group padded to a multiple of 8 (what the code is there does not matter, it meets activation 0). The dot
+//! product runs on the unsigned codes; `offset * asum` is subtracted exactly.
 
 use half::f16;
 
@@ -40,6 +42,7 @@ pub(super) struct Part {
 }
 
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "there is one for each part of a layer")]
 pub(super) enum Weights {
     F32(Aligned<f32>),
     F16(Aligned<u16>),
@@ -50,8 +53,7 @@ pub(super) enum Weights {
 #[derive(Debug)]
 pub(super) struct IntegerWeights {
     pub(super) groups: Groups,
-    /// Two codes a byte.
-    pub(super) nibbles: bool,
+    pub(super) width: CodeWidth,
     /// Added to every code to make it unsigned.
     pub(super) offset: i32,
     pub(super) codes: Aligned<u8>,
@@ -59,10 +61,39 @@ pub(super) struct IntegerWeights {
     pub(super) minima: Option<Scales>,
 }
 
+/// How many bits a packed code takes, and what that allows (see [`super::lanes::Lanes`]).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum CodeWidth {
+    /// 0 or 2, and the offset is 1.
+    Bit,
+    /// 0..=15.
+    Nibble,
+    /// A byte within 0..=127.
+    Byte,
+    /// A byte within 0..=255, and the offset is 128.
+    WholeByte,
+}
+
+impl CodeWidth {
+    fn bits(self) -> usize {
+        match self {
+            Self::Bit => 1,
+            Self::Nibble => 4,
+            Self::Byte | Self::WholeByte => 8,
+        }
+    }
+}
+
+/// Scales or minima of all groups, lanes innermost.
 #[derive(Debug)]
 pub(super) enum Scales {
     F16(Aligned<u16>),
-    F32(Aligned<f32>),
+    /// K-quants: the f32 product of `subs[g]` and `supers[g / block_groups]`.
+    TwoLevel {
+        subs: Aligned<i8>,
+        supers: Aligned<u16>,
+        block_groups: usize,
+    },
 }
 
 /// How K is cut in groups, and where the groups lie once padded to multiples of 8.
@@ -121,17 +152,70 @@ impl Part {
 }
 
 impl Scales {
+    /// Zeros for `panels` panels; `block_groups` is 0 for one level.
+    fn new(panels: usize, groups: usize, block_groups: usize) -> Result<Self, PackError> {
+        let elements = panels * groups * LANES;
+        Ok(match elements.checked_div(block_groups) {
+            None => Self::F16(Aligned::new(elements)?),
+            Some(supers) => Self::TwoLevel { subs: Aligned::new(elements)?, supers: Aligned::new(supers)?, block_groups },
+        })
+    }
+
     fn duplicate(&self) -> Result<Self, PackError> {
         Ok(match self {
             Self::F16(scales) => Self::F16(Aligned::from_slice(scales)?),
-            Self::F32(scales) => Self::F32(Aligned::from_slice(scales)?),
+            Self::TwoLevel { subs, supers, block_groups } => {
+                Self::TwoLevel { subs: Aligned::from_slice(subs)?, supers: Aligned::from_slice(supers)?, block_groups: *block_groups }
+            }
         })
     }
 
     fn bytes(&self) -> usize {
         match self {
             Self::F16(scales) => scales.bytes(),
-            Self::F32(scales) => scales.bytes(),
+            Self::TwoLevel { subs, supers, .. } => subs.bytes() + supers.bytes(),
+        }
+    }
+
+    fn share(&mut self) -> SharedScales<'_> {
+        match self {
+            Self::F16(scales) => SharedScales::F16(Shared::new(scales)),
+            Self::TwoLevel { subs, supers, .. } => SharedScales::TwoLevel { subs: Shared::new(subs), supers: Shared::new(supers) },
+        }
+    }
+}
+
+/// [`Scales`] while threads fill them.
+#[derive(Clone, Copy)]
+enum SharedScales<'a> {
+    F16(Shared<'a, u16>),
+    TwoLevel { subs: Shared<'a, i8>, supers: Shared<'a, u16> },
+}
+
+impl SharedScales<'_> {
+    /// Sets one lane of a panel: `scales` and `subs` a group, `supers` a block of groups; those that the kind lacks are not read.
+    ///
+    /// # Safety
+    /// No other thread works on this panel.
+    unsafe fn set(&self, panel: usize, lane: usize, scales: &[f32], subs: &[i8], supers: &[f16]) {
+        /// # Safety
+        /// No other thread works on this panel.
+        unsafe fn spread<T: Copy>(out: Shared<'_, T>, panel: usize, lane: usize, values: impl ExactSizeIterator<Item = T>) {
+            let size = values.len() * LANES;
+            // SAFETY: the caller's promise; panels do not overlap.
+            let out = unsafe { out.part(panel * size..(panel + 1) * size) };
+            out.iter_mut().skip(lane).step_by(LANES).zip(values).for_each(|(out, value)| *out = value);
+        }
+        // SAFETY: the caller's promise, for each.
+        unsafe {
+            match *self {
+                // Exact: the source has f16.
+                Self::F16(out) => spread(out, panel, lane, scales.iter().map(|scale| f16::from_f32(*scale).to_bits())),
+                Self::TwoLevel { subs: out_subs, supers: out_supers } => {
+                    spread(out_subs, panel, lane, subs.iter().copied());
+                    spread(out_supers, panel, lane, supers.iter().map(|scale| scale.to_bits()));
+                }
+            }
         }
     }
 }
@@ -215,62 +299,83 @@ fn pack_elements<T: Element>(pool: &Pool, view: &TensorView<'_>, element: impl F
 fn pack_codes(pool: &Pool, view: &TensorView<'_>) -> Result<IntegerWeights, PackError> {
     let group = view.dtype.group().expect("floats are packed as elements");
     let groups = Groups::new(view.cols, group);
-    let (nibbles, offset) = match view.dtype {
-        Dtype::Int4 { .. } | Dtype::Q4_0 => (true, 8),
-        Dtype::Q4_1 | Dtype::Q4K => (true, 0),
-        Dtype::Q5_0 => (false, 16),
-        Dtype::Q5_1 | Dtype::Q5K => (false, 0),
-        Dtype::Q6K => (false, 32),
-        _ => (false, 128),
+    let (width, offset) = match view.dtype {
+        Dtype::Int1 { .. } => (CodeWidth::Bit, 1),
+        Dtype::Int4 { .. } | Dtype::Q4_0 => (CodeWidth::Nibble, 8),
+        Dtype::Int4Minimum { .. } | Dtype::Q4_1 | Dtype::Q4K => (CodeWidth::Nibble, 0),
+        Dtype::Q5_0 => (CodeWidth::Byte, 16),
+        Dtype::Q5_1 | Dtype::Q5K => (CodeWidth::Byte, 0),
+        Dtype::Q6K => (CodeWidth::Byte, 32),
+        _ => (CodeWidth::WholeByte, 128),
+    };
+    let block_groups = match view.dtype {
+        Dtype::Q4K | Dtype::Q5K | Dtype::Q6K => view.dtype.block_columns() / group,
+        _ => 0,
     };
     let panels = view.rows.div_ceil(LANES);
-    let panel_codes = groups.padded_inputs() * LANES / if nibbles { 2 } else { 1 };
-    let panel_scales = groups.count * LANES;
-    let minimum_count = if view.dtype.has_minimum() { panels * panel_scales } else { 0 };
+    let panel_codes = groups.padded_inputs() * LANES / (8 / width.bits());
 
     let mut codes = Aligned::<u8>::new(panels * panel_codes)?;
-    let mut scales = Aligned::<f32>::new(panels * panel_scales)?;
-    let mut minima = Aligned::<f32>::new(minimum_count)?;
-    let (all_codes, all_scales, all_minima) = (Shared::new(&mut codes), Shared::new(&mut scales), Shared::new(&mut minima));
+    let mut scales = Scales::new(panels, groups.count, block_groups)?;
+    let mut minima = if view.dtype.has_minimum() { Some(Scales::new(panels, groups.count, block_groups)?) } else { None };
+    let (all_codes, all_scales, all_minima) = (Shared::new(&mut codes), scales.share(), minima.as_mut().map(Scales::share));
     pool.run(panels, &|panel| {
-        let range = |size: usize| panel * size..(panel + 1) * size;
         // SAFETY: each unit takes its own panel's codes.
-        let codes = unsafe { all_codes.part(range(panel_codes)) };
-        // SAFETY: likewise its scales.
-        let scales = unsafe { all_scales.part(range(panel_scales)) };
-        // SAFETY: likewise its minima; without minima the part is empty.
-        let minima = unsafe { all_minima.part(range(if minimum_count > 0 { panel_scales } else { 0 })) };
-        let mut row = CodeRow::default();
+        let codes = unsafe { all_codes.part(panel * panel_codes..(panel + 1) * panel_codes) };
+        let (mut row, mut lanes) = (CodeRow::default(), [const { Vec::new() }; LANES]);
         for lane in 0..LANES.min(view.rows - panel * LANES) {
             row.read(view, panel * LANES + lane);
-            for g in 0..groups.count {
-                scales[g * LANES + lane] = row.scales[g];
-                if let Some(minimum) = row.minima.get(g) {
-                    minima[g * LANES + lane] = *minimum;
+            let two_level = &row.two_level;
+            // SAFETY: each unit takes its own panel's scales.
+            unsafe { all_scales.set(panel, lane, &row.scales, &two_level.sub_scales, &two_level.super_scales) };
+            if let Some(all_minima) = all_minima {
+                // SAFETY: likewise its minima.
+                unsafe { all_minima.set(panel, lane, &row.minima, &two_level.sub_minima, &two_level.super_minima) };
+            }
+            pad_codes(&mut lanes[lane], &row.codes, groups, offset);
+        }
+        interleave(codes, &lanes, width);
+    });
+    Ok(IntegerWeights { groups, width, offset, codes, scales, minima })
+}
+
+/// The unsigned codes of a row, four a word, each group padded to a multiple of 8.
+fn pad_codes(out: &mut Vec<[u8; 4]>, codes: &[i8], groups: Groups, offset: i32) {
+    out.clear();
+    out.resize(groups.padded_inputs() / 4, [0; 4]);
+    let out = out.as_flattened_mut();
+    let unsigned = |out: &mut [u8], codes: &[i8]| {
+        out.iter_mut().zip(codes).for_each(|(out, &code)| *out = code.cast_unsigned().wrapping_add(offset as u8));
+    };
+    if groups.padded_group() == groups.group {
+        return unsigned(out, codes);
+    }
+    for g in 0..groups.count {
+        unsigned(&mut out[g * groups.padded_group()..], &codes[groups.members(g)]);
+    }
+}
+
+/// Lays the rows of a panel side by side, word by word; a lane without a row stays zero.
+fn interleave(out: &mut [u8], lanes: &[Vec<[u8; 4]>; LANES], width: CodeWidth) {
+    for (lane, words) in lanes.iter().enumerate() {
+        match width {
+            CodeWidth::Byte | CodeWidth::WholeByte => {
+                let (out, _) = out.as_chunks_mut::<4>();
+                out[lane..].iter_mut().step_by(LANES).zip(words).for_each(|(out, word)| *out = *word);
+            }
+            CodeWidth::Nibble => {
+                let (out, _) = out.as_chunks_mut::<4>();
+                let (pairs, _) = words.as_chunks::<2>();
+                for (out, [low, high]) in out[lane..].iter_mut().step_by(LANES).zip(pairs) {
+                    *out = (u32::from_le_bytes(*low) | u32::from_le_bytes(*high) << 4).to_le_bytes();
                 }
-                let start = g * groups.padded_group();
-                for (i, &code) in row.codes[groups.members(g)].iter().enumerate() {
-                    let (k, code) = (start + i, (i32::from(code) + offset) as u8);
-                    if nibbles {
-                        codes[k / 8 * 64 + lane * 4 + k % 4] |= code << (4 * (k / 4 % 2));
-                    } else {
-                        codes[k / 4 * 64 + lane * 4 + k % 4] = code;
-                    }
+            }
+            CodeWidth::Bit => {
+                for (out, word) in out[lane / 2..].iter_mut().step_by(LANES / 2).zip(words) {
+                    let bits = (0..4).fold(0, |bits, i| bits | (word[i] / 2) << i);
+                    *out |= bits << (lane % 2 * 4);
                 }
             }
         }
-    });
-    let half_scales = !matches!(view.dtype, Dtype::Q4K | Dtype::Q5K | Dtype::Q6K);
-    let minima = if view.dtype.has_minimum() { Some(keep_scales(minima, half_scales)?) } else { None };
-    Ok(IntegerWeights { groups, nibbles, offset, codes, scales: keep_scales(scales, half_scales)?, minima })
-}
-
-/// Back to f16, exactly, where the source had f16.
-fn keep_scales(scales: Aligned<f32>, half: bool) -> Result<Scales, PackError> {
-    if !half {
-        return Ok(Scales::F32(scales));
     }
-    let mut out = Aligned::<u16>::new(scales.len())?;
-    out.iter_mut().zip(scales.iter()).for_each(|(out, scale)| *out = f16::from_f32(*scale).to_bits());
-    Ok(Scales::F16(out))
 }

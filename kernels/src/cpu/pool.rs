@@ -23,8 +23,8 @@ pub(super) struct Pool {
 
 struct State {
     state: AtomicU64,
-    /// The next unit of the open job.
-    next: AtomicUsize,
+    /// For each thread the next unit of its span of the open job: thread i of T begins with units `U i / T .. U (i + 1) / T`.
+    next: Box<[Next]>,
     job: UnsafeCell<Job>,
     panicked: AtomicBool,
     stop: AtomicBool,
@@ -33,6 +33,11 @@ struct State {
     gate: Mutex<()>,
     bell: Condvar,
 }
+
+/// In a cache line of its own: every thread adds to its own one mostly.
+#[derive(Default)]
+#[repr(align(64))]
+struct Next(AtomicUsize);
 
 #[derive(Clone, Copy)]
 struct Job {
@@ -52,7 +57,7 @@ impl Pool {
     pub(super) fn new(threads: usize) -> Self {
         let shared = Arc::new(State {
             state: AtomicU64::new(0),
-            next: AtomicUsize::new(0),
+            next: (0..threads.max(1)).map(|_| Next::default()).collect(),
             job: UnsafeCell::new(Job { run: None, units: 0 }),
             panicked: AtomicBool::new(false),
             stop: AtomicBool::new(false),
@@ -64,7 +69,7 @@ impl Pool {
             .map(|index| {
                 let shared = Arc::clone(&shared);
                 let builder = std::thread::Builder::new().name(format!("ashlar-cpu-{index}"));
-                builder.spawn(move || work(&shared)).expect("the system starts the pool's threads at start-up")
+                builder.spawn(move || work(&shared, index)).expect("the system starts the pool's threads at start-up")
             })
             .collect();
         Self { shared, turn: Mutex::new(()), barriers: AtomicU64::new(0), workers }
@@ -80,8 +85,10 @@ impl Pool {
         self.barriers.load(Ordering::Relaxed)
     }
 
-    /// Calls `unit` once for each of `0..units`, in any order and from any of the threads, and returns when all are
-    /// done. Panics if a unit did.
+    /// Calls `unit` once for each of `0..units`, from any of the threads, and returns when all are done. Panics if a unit did.
+    ///
+    /// Each thread goes through a span of its own in ascending order, the same one for the same number of units: what it
+    /// read or first touched it gets again, and what it will read next is known. Who is done takes from the others' spans.
     pub(super) fn run(&self, units: usize, unit: &(dyn Fn(usize) + Sync)) {
         if units <= 1 || self.workers.is_empty() {
             (0..units).for_each(unit);
@@ -99,7 +106,10 @@ impl Pool {
         let run: &'static (dyn Fn(usize) + Sync) = unsafe { std::mem::transmute(unit) };
         // SAFETY: we hold `turn` and the previous job is closed and empty (its `Close` has run): nobody reads the cell.
         unsafe { *shared.job.get() = Job { run: Some(run), units } };
-        shared.next.store(0, Ordering::Relaxed);
+        let threads = shared.next.len();
+        for (thread, next) in shared.next.iter().enumerate() {
+            next.0.store(units * thread / threads, Ordering::Relaxed);
+        }
         shared.panicked.store(false, Ordering::Relaxed);
         let epoch = (shared.state.load(Ordering::Relaxed) >> 32) + 1;
         shared.state.store((epoch << 32) | OPEN, Ordering::SeqCst);
@@ -110,7 +120,7 @@ impl Pool {
         }
         {
             let _close = Close(shared);
-            shared.take_units(unit, units);
+            shared.take_units(0, unit, units);
         }
         assert!(!shared.panicked.load(Ordering::Relaxed), "a unit of work panicked on a pool thread");
     }
@@ -128,13 +138,18 @@ impl Drop for Pool {
 }
 
 impl State {
-    fn take_units(&self, unit: &(dyn Fn(usize) + Sync), units: usize) {
-        loop {
-            let index = self.next.fetch_add(1, Ordering::Relaxed);
-            if index >= units {
-                return;
+    /// The units of `thread`'s span, then what is left of the others'.
+    fn take_units(&self, thread: usize, unit: &(dyn Fn(usize) + Sync), units: usize) {
+        let threads = self.next.len();
+        for span in (thread..threads).chain(0..thread) {
+            let (next, end) = (&self.next[span].0, units * (span + 1) / threads);
+            while next.load(Ordering::Relaxed) < end {
+                let index = next.fetch_add(1, Ordering::Relaxed);
+                if index >= end {
+                    break;
+                }
+                unit(index);
             }
-            unit(index);
         }
     }
 }
@@ -162,13 +177,13 @@ impl Drop for Inside<'_> {
         if std::thread::panicking() {
             self.0.panicked.store(true, Ordering::Relaxed);
             // Units that nobody will do; the caller stops early and reports.
-            self.0.next.store(usize::MAX / 2, Ordering::Relaxed);
+            self.0.next.iter().for_each(|next| next.0.store(usize::MAX / 2, Ordering::Relaxed));
         }
         self.0.state.fetch_sub(1, Ordering::Release);
     }
 }
 
-fn work(shared: &State) {
+fn work(shared: &State, thread: usize) {
     let mut done = 0u64;
     let mut spins = 0u32;
     while !shared.stop.load(Ordering::Relaxed) {
@@ -179,7 +194,7 @@ fn work(shared: &State) {
                 // SAFETY: we are counted in, so the job stays as it is until we leave.
                 let job = unsafe { *shared.job.get() };
                 if let Some(run) = job.run {
-                    shared.take_units(run, job.units);
+                    shared.take_units(thread, run, job.units);
                 }
                 done = state >> 32;
                 spins = 0;

@@ -21,6 +21,8 @@ impl Lanes for Scalar {
     #[inline(always)]
     fn prefetch(self, _address: *const u8) {}
     #[inline(always)]
+    fn prefetch_write(self, _address: *const u8) {}
+    #[inline(always)]
     fn splat(self, x: f32) -> [f32; 16] {
         [x; 16]
     }
@@ -39,6 +41,10 @@ impl Lanes for Scalar {
     #[inline(always)]
     fn load_bf16(self, x: &[u16; 16]) -> [f32; 16] {
         x.map(|bits| bf16::from_bits(bits).to_f32())
+    }
+    #[inline(always)]
+    fn load_i8(self, x: &[i8; 16]) -> [f32; 16] {
+        x.map(f32::from)
     }
 
     #[inline(always)]
@@ -150,6 +156,10 @@ impl Lanes for Scalar {
         (x.map(|byte| byte & 15), x.map(|byte| byte >> 4))
     }
     #[inline(always)]
+    fn load_bits(self, x: &[u8; 8]) -> [u8; 64] {
+        from_fn(|i| (x[i / 8] >> (i % 8) & 1) * 2)
+    }
+    #[inline(always)]
     fn quad(self, x: [i8; 4]) -> [i8; 4] {
         x
     }
@@ -165,6 +175,14 @@ impl Lanes for Scalar {
             }
         }
         acc
+    }
+    #[inline(always)]
+    fn dot_start_whole(self, value: i32) -> [i32; 16] {
+        self.dot_start(value)
+    }
+    #[inline(always)]
+    fn dot_whole(self, acc: [i32; 16], codes: [u8; 64], quad: [i8; 4]) -> [i32; 16] {
+        self.dot(acc, codes, quad)
     }
     #[inline(always)]
     fn dot_finish(self, acc: [i32; 16]) -> [f32; 16] {

@@ -1,10 +1,12 @@
 //! Reads one row of a quantised format as codes, scales and minima: `w = code * scale + minimum` in f32, each operation
 //! rounded, which is bit for bit what GGUF's formulas give.
 //!
-//! K-quants carry two levels of scales; they are multiplied out here (`d * sub_scale`, `-(dmin * sub_minimum)`), the
-//! same f32 products that GGUF's own dequantisation forms first.
+//! K-quants carry two levels of scales; they are multiplied out here (`d * sub_scale`, `-dmin * sub_minimum`), the
+//! same f32 products that GGUF's own dequantisation forms first (which subtracts `dmin * sub_minimum`), and handed out
+//! beside the products for who keeps them apart.
 
 use super::{Dtype, TensorView, read_f16};
+use half::f16;
 
 /// One row of quantised weights; the buffers are reused from row to row.
 #[derive(Debug, Clone, Default)]
@@ -15,6 +17,31 @@ pub struct CodeRow {
     pub scales: Vec<f32>,
     /// A minimum for each group where the format has them, else empty.
     pub minima: Vec<f32>,
+    /// For K-quants, whose scales have two levels, the factors of `scales` and `minima`; else empty.
+    pub two_level: TwoLevelScales,
+}
+
+/// `scales[g] = f32(super_scales[b]) * f32(sub_scales[g])`, where b is the block of 256 weights that group g lies in, and
+/// likewise minima, empty for formats without.
+#[derive(Debug, Clone, Default)]
+pub struct TwoLevelScales {
+    /// A factor for each block.
+    pub super_scales: Vec<f16>,
+    /// A factor for each group.
+    pub sub_scales: Vec<i8>,
+    /// A factor for each block: GGUF's `dmin` negated, since it is subtracted there.
+    pub super_minima: Vec<f16>,
+    /// A factor for each group, not negative.
+    pub sub_minima: Vec<i8>,
+}
+
+impl TwoLevelScales {
+    fn clear(&mut self) {
+        self.super_scales.clear();
+        self.sub_scales.clear();
+        self.super_minima.clear();
+        self.sub_minima.clear();
+    }
 }
 
 impl CodeRow {
@@ -25,17 +52,33 @@ impl CodeRow {
         self.codes.clear();
         self.scales.clear();
         self.minima.clear();
+        self.two_level.clear();
         let cols = view.cols;
         match view.dtype {
-            Dtype::Int8 { .. } => {
+            Dtype::Int8 { .. } | Dtype::Int8Minimum { .. } => {
                 self.codes.extend(view.bytes[row * cols..][..cols].iter().map(|&byte| byte.cast_signed()));
-                self.planar_scales(view, row, view.rows * cols);
+                self.planar_scales(view, row);
             }
-            Dtype::Int4 { .. } => {
+            Dtype::Int4 { .. } | Dtype::Int4Minimum { .. } => {
+                let offset = if view.dtype.has_minimum() { 0 } else { 8 };
                 let row_bytes = cols.div_ceil(2);
                 let packed = &view.bytes[row * row_bytes..][..row_bytes];
-                self.codes.extend((0..cols).map(|k| nibble(packed[k / 2], k % 2) - 8));
-                self.planar_scales(view, row, view.rows * row_bytes);
+                // Whole bytes and then a last nibble: a plain loop, which the compiler does many at a time.
+                self.codes.resize(cols, 0);
+                let (pairs, last) = self.codes.as_chunks_mut::<2>();
+                for (pair, &byte) in pairs.iter_mut().zip(packed) {
+                    *pair = [nibble(byte, 0) - offset, nibble(byte, 1) - offset];
+                }
+                if let [last] = last {
+                    *last = nibble(packed[row_bytes - 1], 0) - offset;
+                }
+                self.planar_scales(view, row);
+            }
+            Dtype::Int1 { .. } => {
+                let row_bytes = cols.div_ceil(8);
+                let packed = &view.bytes[row * row_bytes..][..row_bytes];
+                self.codes.extend((0..cols).map(|k| 2 * bit(packed, k) - 1));
+                self.planar_scales(view, row);
             }
             dtype => {
                 let block_bytes = dtype.block_bytes();
@@ -60,10 +103,14 @@ impl CodeRow {
         }
     }
 
-    fn planar_scales(&mut self, view: &TensorView<'_>, row: usize, codes_bytes: usize) {
+    fn planar_scales(&mut self, view: &TensorView<'_>, row: usize) {
+        let [codes, scales, minima] = view.dtype.sections(view.rows, view.cols).expect("the view was checked");
         let groups = view.row_groups();
-        let bytes = &view.bytes[codes_bytes + row * groups * 2..][..groups * 2];
-        self.scales.extend((0..groups).map(|group| read_f16(bytes, group * 2).to_f32()));
+        let halves = |start| (0..groups).map(move |group| read_f16(view.bytes, start + (row * groups + group) * 2).to_f32());
+        self.scales.extend(halves(codes));
+        if minima > 0 {
+            self.minima.extend(halves(codes + scales));
+        }
     }
 
     fn block(&mut self, dtype: Dtype, block: &[u8]) {
@@ -104,8 +151,12 @@ impl CodeRow {
                 );
             }
             Dtype::Q6K => {
-                let d = read_f16(block, 208).to_f32();
-                self.scales.extend(block[192..208].iter().map(|&scale| d * f32::from(scale.cast_signed())));
+                let d = read_f16(block, 208);
+                self.two_level.super_scales.push(d);
+                for scale in block[192..208].iter().map(|scale| scale.cast_signed()) {
+                    self.two_level.sub_scales.push(scale);
+                    self.scales.push(d.to_f32() * f32::from(scale));
+                }
                 // Each half of 128: quarters of 32 take low nibbles of bytes 0..32 and 32..64, then the high nibbles;
                 // the two high bits of quarter q are bits 2q, 2q + 1 of the half's 32 high bytes.
                 self.codes.extend((0..256).map(|j| {
@@ -115,15 +166,15 @@ impl CodeRow {
                     low + (high << 4).cast_signed() - 32
                 }));
             }
-            Dtype::F32 | Dtype::F16 | Dtype::Bf16 | Dtype::Int8 { .. } | Dtype::Int4 { .. } => {
-                unreachable!("{dtype} is not stored in blocks")
-            }
+            _ => unreachable!("{dtype} is not stored in blocks"),
         }
     }
 
     /// Scales and minima of Q4_K and Q5_K: 8 pairs of 6 bits in 12 bytes.
     fn k_scales(&mut self, block: &[u8]) {
-        let (d, d_minimum) = (read_f16(block, 0).to_f32(), read_f16(block, 2).to_f32());
+        let (d, d_minimum) = (read_f16(block, 0), -read_f16(block, 2));
+        self.two_level.super_scales.push(d);
+        self.two_level.super_minima.push(d_minimum);
         let packed = &block[4..16];
         for j in 0..8 {
             let (scale, minimum) = if j < 4 {
@@ -131,8 +182,10 @@ impl CodeRow {
             } else {
                 ((packed[j + 4] & 15) | ((packed[j - 4] >> 6) << 4), (packed[j + 4] >> 4) | ((packed[j] >> 6) << 4))
             };
-            self.scales.push(d * f32::from(scale));
-            self.minima.push(-(d_minimum * f32::from(minimum)));
+            self.two_level.sub_scales.push(scale.cast_signed());
+            self.two_level.sub_minima.push(minimum.cast_signed());
+            self.scales.push(d.to_f32() * f32::from(scale));
+            self.minima.push(d_minimum.to_f32() * f32::from(minimum));
         }
     }
 }

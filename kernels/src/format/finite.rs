@@ -5,8 +5,8 @@ use super::{Dtype, TensorView, read_f16};
 /// Index (`row * cols + column`) of the first element that is NaN or infinite, or for a quantised format of the first
 /// element of the first group or block whose scale or minimum is. The view must have passed [`TensorView::check`].
 pub fn first_non_finite(view: &TensorView<'_>) -> Option<usize> {
-    let block_columns = view.dtype.block_columns();
     let blocks = |offsets: &[usize]| {
+        let block_columns = view.dtype.block_columns();
         let mut blocks = view.bytes.chunks_exact(view.dtype.block_bytes());
         blocks.position(|block| offsets.iter().any(|&at| !read_f16(block, at).is_finite())).map(|block| block * block_columns)
     };
@@ -14,10 +14,16 @@ pub fn first_non_finite(view: &TensorView<'_>) -> Option<usize> {
         Dtype::F32 => first_word(view.bytes, |word: [u8; 4]| u32::from_le_bytes(word) & 0x7f80_0000 == 0x7f80_0000),
         Dtype::F16 => first_word(view.bytes, |word: [u8; 2]| u16::from_le_bytes(word) & 0x7c00 == 0x7c00),
         Dtype::Bf16 => first_word(view.bytes, |word: [u8; 2]| u16::from_le_bytes(word) & 0x7f80 == 0x7f80),
-        Dtype::Int8 { group } | Dtype::Int4 { group } => {
+        Dtype::Int8 { group }
+        | Dtype::Int4 { group }
+        | Dtype::Int8Minimum { group }
+        | Dtype::Int4Minimum { group }
+        | Dtype::Int1 { group } => {
             let groups = view.row_groups();
-            let scales = &view.bytes[view.bytes.len() - view.rows * groups * 2..];
-            let index = first_word(scales, |word: [u8; 2]| u16::from_le_bytes(word) & 0x7c00 == 0x7c00)?;
+            let [codes, scales, _] = view.dtype.sections(view.rows, view.cols).expect("the view was checked");
+            let (scales, minima) = view.bytes[codes..].split_at(scales);
+            let first = |halves| first_word(halves, |word: [u8; 2]| u16::from_le_bytes(word) & 0x7c00 == 0x7c00);
+            let index = [first(scales), first(minima)].into_iter().flatten().min()?;
             Some(index / groups * view.cols + index % groups * usize::from(group))
         }
         Dtype::Q8_0 | Dtype::Q4_0 | Dtype::Q5_0 => blocks(&[0]),

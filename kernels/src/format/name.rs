@@ -1,4 +1,4 @@
-//! The names of the formats in configuration, block headers and logs: `f32`, `int4g128`, `q4_k`, ...
+//! The names of the formats in configuration, block headers and logs: `f32`, `int4g128`, `int8mg32` (with minimum), `q4_k`, ...
 
 use super::{Dtype, GROUP_MAX};
 use std::fmt;
@@ -14,6 +14,9 @@ impl fmt::Display for Dtype {
         match self {
             Self::Int8 { group } => write!(f, "int8g{group}"),
             Self::Int4 { group } => write!(f, "int4g{group}"),
+            Self::Int8Minimum { group } => write!(f, "int8mg{group}"),
+            Self::Int4Minimum { group } => write!(f, "int4mg{group}"),
+            Self::Int1 { group } => write!(f, "int1g{group}"),
             other => f.write_str(FIXED.iter().find(|(_, dtype)| dtype == other).map_or("?", |(name, _)| name)),
         }
     }
@@ -35,6 +38,9 @@ impl FromStr for Dtype {
         let dtype = match kind {
             "int8" => Self::Int8 { group },
             "int4" => Self::Int4 { group },
+            "int8m" => Self::Int8Minimum { group },
+            "int4m" => Self::Int4Minimum { group },
+            "int1" => Self::Int1 { group },
             _ => return Err(unknown()),
         };
         // One spelling a format: "int8g032" would otherwise be a second name.

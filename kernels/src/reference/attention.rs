@@ -1,27 +1,51 @@
-//! Attention over pages: docs/numerics.md, rule 6. Keys and values lie plainly, `[slot][token][kv head][head_dim]`.
+//! Attention over pages: docs/numerics.md, rule 6 and "KV formats". Keys and values lie plainly, `[slot][token][kv head]`.
 
+use half::bf16;
+
+use super::linear::quantise_activations;
 use super::math;
 use super::norm::halving_sum;
-use crate::ops::{AttentionShape, KvPlace, KvShape, PIECE_TOKENS, Query};
+use crate::ops::{AttentionShape, KvFormat, KvPlace, KvShape, PIECE_TOKENS, Query};
 
 /// Keys and values of all slots.
 #[derive(Debug)]
 pub struct Kv {
     shape: KvShape,
-    keys: Vec<f32>,
-    values: Vec<f32>,
+    keys: Vec<Row>,
+    values: Vec<Row>,
+}
+
+/// The key or value of one token and kv head, as read back: `scale` stands outside of the sums over `elements`.
+#[derive(Debug, Clone)]
+struct Row {
+    elements: Vec<f32>,
+    /// 1 in formats without scales: multiplying by it changes nothing.
+    scale: f32,
+}
+
+impl Row {
+    fn stored(x: &[f32], format: KvFormat) -> Self {
+        match format {
+            KvFormat::F32 => Self { elements: x.to_vec(), scale: 1.0 },
+            KvFormat::Bf16 => Self { elements: x.iter().map(|&x| bf16::from_f32(x).to_f32()).collect(), scale: 1.0 },
+            KvFormat::Int8 => {
+                let quantised = quantise_activations(x, x.len());
+                Self { elements: quantised.codes.iter().map(|&code| f32::from(code)).collect(), scale: quantised.scales[0] }
+            }
+        }
+    }
 }
 
 impl Kv {
     pub(super) fn new(shape: KvShape, slot_count: usize) -> Self {
-        let elements = shape.page_elements() / 2 * slot_count;
-        Self { shape, keys: vec![0.0; elements], values: vec![0.0; elements] }
+        let empty = vec![Row { elements: vec![0.0; shape.head_dim], scale: 1.0 }; shape.kv_heads * shape.page_tokens * slot_count];
+        Self { shape, keys: empty.clone(), values: empty }
     }
 
-    /// First element of one token's head.
+    /// Index of one token's head.
     fn at(&self, slot: u32, offset: usize, kv_head: usize) -> usize {
         assert!(offset < self.shape.page_tokens, "offset {offset} of a page of {}", self.shape.page_tokens);
-        ((slot as usize * self.shape.page_tokens + offset) * self.shape.kv_heads + kv_head) * self.shape.head_dim
+        (slot as usize * self.shape.page_tokens + offset) * self.shape.kv_heads + kv_head
     }
 
     /// Stores k and v of one fused row.
@@ -31,8 +55,8 @@ impl Kv {
         let (k, v) = row[shape.heads * d..].split_at(self.shape.kv_heads * d);
         for kv_head in 0..self.shape.kv_heads {
             let at = self.at(place.slot, place.offset as usize, kv_head);
-            self.keys[at..][..d].copy_from_slice(&k[kv_head * d..][..d]);
-            self.values[at..][..d].copy_from_slice(&v[kv_head * d..][..d]);
+            self.keys[at] = Row::stored(&k[kv_head * d..][..d], self.shape.format);
+            self.values[at] = Row::stored(&v[kv_head * d..][..d], self.shape.format);
         }
     }
 }
@@ -51,12 +75,12 @@ pub(super) fn attend(out: &mut [f32], q: &[f32], kv: &Kv, shape: &AttentionShape
         let seen = |lane: usize| (first..=position).contains(&(piece * PIECE_TOKENS + lane));
         let mut s = [f32::NEG_INFINITY; PIECE_TOKENS];
         for lane in (0..PIECE_TOKENS).filter(|&lane| seen(lane)) {
-            let k = &kv.keys[at(piece * PIECE_TOKENS + lane)..][..q.len()];
+            let k = &kv.keys[at(piece * PIECE_TOKENS + lane)];
             let mut acc = 0.0f32;
             for d in 0..q.len() {
-                acc = q[d].mul_add(k[d], acc);
+                acc = q[d].mul_add(k.elements[d], acc);
             }
-            let scaled = acc * shape.scale;
+            let scaled = acc * k.scale * shape.scale;
             s[lane] = shape.softcap.map_or(scaled, |cap| math::softcap(scaled, cap));
         }
         let new_m = s.iter().fold(m, |m, &s| math::max(m, s));
@@ -68,9 +92,10 @@ pub(super) fn attend(out: &mut [f32], q: &[f32], kv: &Kv, shape: &AttentionShape
         let mut p = [0.0f32; PIECE_TOKENS];
         for lane in (0..PIECE_TOKENS).filter(|&lane| seen(lane)) {
             p[lane] = math::exp(s[lane] - m);
-            let v = &kv.values[at(piece * PIECE_TOKENS + lane)..][..q.len()];
+            let v = &kv.values[at(piece * PIECE_TOKENS + lane)];
+            let weight = p[lane] * v.scale;
             for d in 0..q.len() {
-                out[d] = p[lane].mul_add(v[d], out[d]);
+                out[d] = weight.mul_add(v.elements[d], out[d]);
             }
         }
         sum += halving_sum(p);

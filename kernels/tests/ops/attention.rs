@@ -2,11 +2,13 @@
 
 use super::values::Random;
 use super::{Case, assert_same, backends, check, download, upload};
-use ashlar_kernels::ops::{AttentionShape, KvPlace, KvShape, Ops, PIECE_TOKENS, Query};
+use ashlar_kernels::ops::{AttentionShape, KvFormat, KvPlace, KvShape, Ops, PIECE_TOKENS, Query};
 use proptest::prelude::*;
 
+const FORMATS: [KvFormat; 3] = [KvFormat::F32, KvFormat::Bf16, KvFormat::Int8];
+
 /// Several sequences whose tokens are all computed in one chunk.
-struct Chunk {
+pub(super) struct Chunk {
     shape: AttentionShape,
     slot_count: usize,
     qkv: Vec<f32>,
@@ -15,18 +17,22 @@ struct Chunk {
     tables: Vec<u32>,
 }
 
+fn random_shape(random: &mut Random) -> AttentionShape {
+    let (heads, kv_heads) = random.pick(&[(1, 1), (2, 1), (3, 1), (9, 3), (8, 2), (5, 1), (4, 4), (14, 2), (40, 1)]);
+    let head_dim = random.pick(&[2, 8, 16, 20, 64, 80, 96, 128]);
+    AttentionShape {
+        heads,
+        kv: KvShape { kv_heads, head_dim, page_tokens: random.pick(&[16, 32, 48]), format: random.pick(&FORMATS) },
+        scale: (head_dim as f32).powf(-0.5),
+        softcap: random.pick(&[None, Some(50.0), Some(0.5)]),
+        window: random.pick(&[None, Some(1), Some(5), Some(16), Some(33), Some(1000)]),
+    }
+}
+
 impl Chunk {
-    fn random(random: &mut Random) -> Self {
-        let (heads, kv_heads) = random.pick(&[(1, 1), (2, 1), (3, 1), (9, 3), (8, 2), (5, 1), (4, 4), (14, 2)]);
-        let head_dim = random.pick(&[2, 8, 16, 20, 64, 80, 96, 128]);
-        let page_tokens = random.pick(&[16, 32, 48]);
-        let shape = AttentionShape {
-            heads,
-            kv: KvShape { kv_heads, head_dim, page_tokens },
-            scale: (head_dim as f32).powf(-0.5),
-            softcap: random.pick(&[None, Some(50.0), Some(0.5)]),
-            window: random.pick(&[None, Some(1), Some(5), Some(16), Some(33), Some(1000)]),
-        };
+    pub(super) fn random(random: &mut Random) -> Self {
+        let shape = random_shape(random);
+        let page_tokens = shape.kv.page_tokens;
         let lengths: Vec<usize> = (0..1 + random.below(3)).map(|_| random.pick(&[1, 2, 15, 16, 17, 40, 65, 100])).collect();
         let page_count: usize = lengths.iter().map(|length| length.div_ceil(page_tokens)).sum();
         let slot_count = page_count + 3;
@@ -84,12 +90,125 @@ impl Case for Chunk {
     }
 }
 
+/// Sequences over one pool that is full already, whose tables have prefixes in common, some of them copied to other slots;
+/// each has a few rows, in any order.
+struct Sharing {
+    shape: AttentionShape,
+    slot_count: usize,
+    /// Fused rows that fill the slots, token by token.
+    stored: Vec<f32>,
+    qkv: Vec<f32>,
+    queries: Vec<Query>,
+    tables: Vec<u32>,
+}
+
+impl Sharing {
+    fn random(random: &mut Random) -> Self {
+        let shape = random_shape(random);
+        let slot_count = 12;
+        let mut branches: Vec<Vec<u32>> = vec![Vec::new()];
+        let (mut queries, mut tables) = (Vec::new(), Vec::new());
+        for _ in 0..1 + random.below(7) {
+            // A table goes on from some point of an earlier one; any slot will do for the rest, even a repeated one.
+            let mut table = branches[random.below(branches.len())].clone();
+            table.truncate(random.below(table.len() + 2));
+            let page_count = table.len().max(1) + random.below(4);
+            table.resize_with(page_count, || random.below(slot_count) as u32);
+            let row_count = random.pick(&[1, 1, 1, 2, 9]);
+            let positions: Vec<u32> = (0..row_count).map(|_| random.below(page_count * shape.kv.page_tokens) as u32).collect();
+            let table_start = tables.len();
+            tables.extend_from_slice(&table);
+            if let Some(window) = shape.window {
+                let first = positions.iter().map(|position| (position + 1).saturating_sub(window)).min().expect("at least one row");
+                tables[table_start..][..first as usize / shape.kv.page_tokens].fill(u32::MAX);
+            }
+            queries.extend(positions.into_iter().map(|position| Query { table_start: table_start as u32, position }));
+            branches.push(table);
+        }
+        if random.below(2) == 0 {
+            for i in (1..queries.len()).rev() {
+                queries.swap(i, random.below(i + 1));
+            }
+        }
+        let magnitude = random.pick(&[0.1, 1.0, 8.0]);
+        let mut rows = |count: usize| random.tame(count * shape.qkv_width()).iter().map(|x| x * magnitude).collect();
+        let (stored, qkv) = (rows(slot_count * shape.kv.page_tokens), rows(queries.len()));
+        Self { shape, slot_count, stored, qkv, queries, tables }
+    }
+
+    fn filled<O: Ops>(&self, ops: &O) -> O::Kv {
+        let mut kv = ops.kv(self.shape.kv, self.slot_count).unwrap();
+        let page_tokens = self.shape.kv.page_tokens as u32;
+        let places: Vec<KvPlace> =
+            (0..self.slot_count as u32 * page_tokens).map(|t| KvPlace { slot: t / page_tokens, offset: t % page_tokens }).collect();
+        ops.kv_write(&mut kv, &upload(ops, &self.stored), &self.shape, &places);
+        kv
+    }
+
+    /// Each row in a call of its own.
+    fn row_by_row<O: Ops>(&self, ops: &O) -> Vec<f32> {
+        let (kv, width) = (self.filled(ops), self.shape.heads * self.shape.kv.head_dim);
+        let mut result = Vec::new();
+        for (qkv, query) in self.qkv.chunks_exact(self.shape.qkv_width()).zip(&self.queries) {
+            let mut out = upload(ops, &vec![f32::NAN; width]);
+            ops.attend(&mut out, &upload(ops, qkv), &kv, &self.shape, &[*query], &self.tables);
+            result.extend(download(ops, &out, width));
+        }
+        result
+    }
+}
+
+impl Case for Sharing {
+    fn run<O: Ops>(&self, ops: &O) -> Vec<f32> {
+        let kv = self.filled(ops);
+        let len = self.queries.len() * self.shape.heads * self.shape.kv.head_dim;
+        let mut out = upload(ops, &vec![f32::NAN; len]);
+        ops.attend(&mut out, &upload(ops, &self.qkv), &kv, &self.shape, &self.queries, &self.tables);
+        download(ops, &out, len)
+    }
+}
+
+/// Keys and values whose quantisation is at its edges: zeros, denormals, one large element.
+fn wild_stored(random: &mut Random) -> Chunk {
+    let mut chunk = Chunk::random(random);
+    let (width, d) = (chunk.shape.qkv_width(), chunk.shape.kv.head_dim);
+    for row in chunk.qkv.chunks_mut(width) {
+        for head in row[chunk.shape.heads * d..].chunks_mut(d) {
+            match random.below(4) {
+                0 => head.fill(0.0),
+                1 => head.iter_mut().for_each(|x| *x *= 1e-38),
+                2 => head[random.below(d)] = 3e4,
+                _ => {}
+            }
+        }
+    }
+    chunk
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: ProptestConfig::default().cases / 4, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn attention_has_the_reference_bits(seed in any::<u64>()) {
         check(&Chunk::random(&mut Random(seed)));
+    }
+
+    #[test]
+    fn rows_that_share_pages_have_the_reference_bits(seed in any::<u64>()) {
+        check(&Sharing::random(&mut Random(seed)));
+    }
+
+    #[test]
+    fn rows_that_share_pages_equal_each_row_alone(seed in any::<u64>()) {
+        let sharing = Sharing::random(&mut Random(seed));
+        for cpu in backends() {
+            assert_same(&cpu.describe(), &sharing.run(cpu), &sharing.row_by_row(cpu));
+        }
+    }
+
+    #[test]
+    fn extreme_keys_and_values_are_stored_alike(seed in any::<u64>()) {
+        check(&wild_stored(&mut Random(seed)));
     }
 
     #[test]
@@ -103,12 +222,18 @@ proptest! {
 
 #[test]
 fn page_size_changes_no_bit() {
+    for format in FORMATS {
+        page_size_changes_no_bit_of(format);
+    }
+}
+
+fn page_size_changes_no_bit_of(format: KvFormat) {
     let mut random = Random(3);
     let mut chunk = Chunk::random(&mut random);
     let length = 77;
     chunk.shape = AttentionShape {
         heads: 6,
-        kv: KvShape { kv_heads: 2, head_dim: 64, page_tokens: 16 },
+        kv: KvShape { kv_heads: 2, head_dim: 64, page_tokens: 16, format },
         scale: 0.125,
         softcap: None,
         window: Some(40),
@@ -126,6 +251,26 @@ fn page_size_changes_no_bit() {
     for result in &results {
         assert_same("another page size", &results[0], result);
     }
+}
+
+#[test]
+fn formats_keep_their_precision() {
+    let mut chunk = Chunk::random(&mut Random(5));
+    chunk.qkv.iter_mut().for_each(|x| *x = x.clamp(-4.0, 4.0));
+    let results = FORMATS.map(|format| {
+        chunk.shape.kv.format = format;
+        check(&chunk)
+    });
+    for (result, tolerance) in results.iter().zip([0.0, 0.1, 0.2]) {
+        let worst = results[0].iter().zip(result).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(worst <= tolerance && (tolerance == 0.0 || worst > 0.0), "{worst}");
+    }
+}
+
+#[test]
+fn pages_take_the_bytes_of_their_format() {
+    let bytes = FORMATS.map(|format| KvShape { kv_heads: 3, head_dim: 64, page_tokens: 16, format }.page_bytes());
+    assert_eq!(bytes, [2 * 3 * 16 * 256, 2 * 3 * 16 * 128, 2 * 3 * 16 * 68]);
 }
 
 #[test]

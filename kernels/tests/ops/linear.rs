@@ -3,11 +3,20 @@
 use super::values::{Random, Tensor};
 use super::{Case, assert_same, backends, check, download, upload};
 use ashlar_kernels::format::Dtype;
-use ashlar_kernels::ops::{Ops, PackError};
+use ashlar_kernels::ops::{Activation, Ops, PackError};
 use ashlar_kernels::reference::Reference;
 use proptest::prelude::*;
 
-struct LinearCase {
+/// Which of the ops of a linear layer.
+#[derive(Clone, Copy, PartialEq)]
+enum Op {
+    Apply,
+    Add,
+    Gate(Activation),
+}
+
+pub(super) struct LinearCase {
+    op: Op,
     x: Vec<f32>,
     row_count: usize,
     parts: Vec<Tensor>,
@@ -23,7 +32,7 @@ impl LinearCase {
         self.parts.iter().map(|part| part.rows).sum()
     }
 
-    fn random(random: &mut Random, dtypes: &[Dtype], row_count: usize, cols: usize, rows_max: usize) -> Self {
+    pub(super) fn random(random: &mut Random, dtypes: &[Dtype], row_count: usize, cols: usize, rows_max: usize) -> Self {
         let parts: Vec<_> = dtypes
             .iter()
             .map(|&dtype| {
@@ -33,7 +42,7 @@ impl LinearCase {
             .collect();
         let outputs = parts.iter().map(|part| part.rows).sum();
         let bias = (random.below(2) == 0).then(|| random.tame(outputs));
-        Self { x: random.wild(row_count, cols), row_count, parts, bias }
+        Self { op: Op::Apply, x: random.wild(row_count, cols), row_count, parts, bias }
     }
 }
 
@@ -43,10 +52,21 @@ impl Case for LinearCase {
         let linear = ops.linear(&views).unwrap();
         let bias = self.bias.as_ref().map(|bias| ops.vector_f32(bias).unwrap());
         let x = upload(ops, &self.x);
-        // What a buffer held before must not matter.
-        let mut out = upload(ops, &vec![f32::NAN; self.row_count * self.outputs()]);
-        ops.linear_apply(&mut out, &x, self.row_count, &linear, bias.as_ref());
-        download(ops, &out, self.row_count * self.outputs())
+        let len = self.row_count * self.outputs();
+        let mut out = match self.op {
+            Op::Add => upload(ops, &(0..len).map(|i| (i % 37) as f32 * 0.25 - 3.0).collect::<Vec<_>>()),
+            // What a buffer held before must not matter.
+            Op::Apply | Op::Gate(_) => upload(ops, &vec![f32::NAN; len]),
+        };
+        match self.op {
+            Op::Apply => ops.linear_apply(&mut out, &x, self.row_count, &linear, bias.as_ref()),
+            Op::Add => ops.linear_add(&mut out, &x, self.row_count, &linear, bias.as_ref()),
+            Op::Gate(activation) => {
+                ops.linear_gate(&mut out, &x, self.row_count, &linear, bias.as_ref(), activation);
+                return download(ops, &out, len / 2);
+            }
+        }
+        download(ops, &out, len)
     }
 }
 
@@ -112,6 +132,9 @@ formats! {
     linear_bf16_has_the_reference_bits: |_: &mut Random| Dtype::Bf16;
     linear_int8_has_the_reference_bits: |random: &mut Random| Dtype::Int8 { group: random.pick(&GROUPS) };
     linear_int4_has_the_reference_bits: |random: &mut Random| Dtype::Int4 { group: random.pick(&GROUPS) };
+    linear_int8m_has_the_reference_bits: |random: &mut Random| Dtype::Int8Minimum { group: random.pick(&GROUPS) };
+    linear_int4m_has_the_reference_bits: |random: &mut Random| Dtype::Int4Minimum { group: random.pick(&GROUPS) };
+    linear_int1_has_the_reference_bits: |random: &mut Random| Dtype::Int1 { group: random.pick(&GROUPS) };
     linear_q8_0_has_the_reference_bits: |_: &mut Random| Dtype::Q8_0;
     linear_q4_0_has_the_reference_bits: |_: &mut Random| Dtype::Q4_0;
     linear_q4_1_has_the_reference_bits: |_: &mut Random| Dtype::Q4_1;
@@ -128,20 +151,114 @@ proptest! {
     #[test]
     fn parts_of_different_formats_make_one_layer(seed in any::<u64>()) {
         let mut random = Random(seed);
-        let all = [Dtype::F32, Dtype::Bf16, Dtype::Int8 { group: 32 }, Dtype::Int4 { group: 128 }, Dtype::Q8_0, Dtype::Q4_1, Dtype::Q6K, Dtype::Q4K];
-        let dtypes: Vec<_> = (0..1 + random.below(4)).map(|_| random.pick(&all)).collect();
+        let floats = [Dtype::F32, Dtype::F16, Dtype::Bf16];
+        let gguf = [Dtype::Q8_0, Dtype::Q4_1, Dtype::Q5_0, Dtype::Q6K, Dtype::Q5K, Dtype::Q4K];
+        let dtypes: Vec<_> = (0..1 + random.below(4)).map(|_| match random.below(5) {
+            0 => random.pick(&floats),
+            1 | 2 => random.pick(&gguf),
+            // Several groups, so that parts share quantised activations, or must not.
+            _ => {
+                let group = random.pick(&[16, 32, 128]);
+                random.pick(&planar(group))
+            }
+        }).collect();
         let row_count = 1 + random.below(9);
         let case = LinearCase::random(&mut random, &dtypes, row_count, 768, 40);
         check_rows(&case, &mut random);
     }
 }
 
+proptest! {
+    #![proptest_config(ProptestConfig { cases: ProptestConfig::default().cases / 5, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn sums_are_added_and_gated_as_the_ops_would_one_after_the_other(seed in any::<u64>()) {
+        let mut random = Random(seed);
+        let dtype = random.pick(&[Dtype::F32, Dtype::Bf16, Dtype::Int8 { group: 32 }, Dtype::Int4 { group: 64 }, Dtype::Q4_1]);
+        let (row_count, cols) = (rows(&mut random), random.pick(&[32, 96, 544, 2080]));
+        let rows_max = (1_500_000 / (row_count * cols)).clamp(4, 150);
+        let mut case = LinearCase::random(&mut random, &[dtype], row_count, cols, rows_max);
+        case.op = Op::Add;
+        check(&case);
+        let up = random.tensor(dtype, case.parts[0].rows, cols);
+        case.parts.push(up);
+        case.bias = case.bias.map(|bias| [bias.clone(), bias].concat());
+        case.op = Op::Gate(random.pick(&[Activation::Silu, Activation::GeluTanh, Activation::Gelu, Activation::Relu]));
+        check(&case);
+    }
+}
+
+/// The planar kinds with one group.
+fn planar(group: u16) -> [Dtype; 5] {
+    [Dtype::Int8 { group }, Dtype::Int4 { group }, Dtype::Int8Minimum { group }, Dtype::Int4Minimum { group }, Dtype::Int1 { group }]
+}
+
+#[test]
+fn planar_groups_may_end_anywhere() {
+    let mut random = Random(10);
+    for group in [16, 32, 64, 128] {
+        for dtype in planar(group) {
+            for cols in [1, 2, 7, 8, 9, 15, 17, 31, 33, 63, 65, 127, 129, 511, 512, 513, 576] {
+                for row_count in [1, 3] {
+                    check_rows(&LinearCase::random(&mut random, &[dtype], row_count, cols, 35), &mut random);
+                }
+            }
+        }
+    }
+}
+
+/// The largest sums that there can be: where an instruction could saturate, it would here.
+#[test]
+fn extreme_codes_meet_extreme_activations() {
+    let mut random = Random(11);
+    let gguf = [Dtype::Q8_0, Dtype::Q4_0, Dtype::Q4_1, Dtype::Q5_0, Dtype::Q5_1, Dtype::Q4K, Dtype::Q5K, Dtype::Q6K];
+    let planar_kinds = [32, 128, 512].into_iter().flat_map(planar);
+    for dtype in gguf.into_iter().chain(planar_kinds) {
+        let (rows, cols) = (20, 1024);
+        for pattern in [0x00, 0x7f, 0x80, 0x81, 0xff, 0x55] {
+            // Codes of one value, scales as they come.
+            let mut weights = random.tensor(dtype, rows, cols);
+            let halves = match dtype.sections(rows, cols) {
+                Some([codes, ..]) => {
+                    weights.bytes[..codes].fill(pattern);
+                    vec![]
+                }
+                None => super::values::half_offsets(dtype).to_vec(),
+            };
+            if !halves.is_empty() {
+                let size = dtype.bytes(1, dtype.block_columns()).unwrap();
+                for (index, byte) in weights.bytes.iter_mut().enumerate() {
+                    if !halves.iter().any(|half| (*half..half + 2).contains(&(index % size))) {
+                        *byte = pattern;
+                    }
+                }
+            }
+            for sign in [1.0, -1.0] {
+                // All codes are 127, or they alternate.
+                for second in [1.0, -1.0] {
+                    let x = (0..cols).map(|k| sign * if k % 2 == 0 { 1.0 } else { second }).collect();
+                    let parts = vec![Tensor { bytes: weights.bytes.clone(), ..weights }];
+                    check(&LinearCase { op: Op::Apply, x, row_count: 1, parts, bias: None });
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn one_bit_layers_are_sums_and_differences() {
+    // Scale 2, bits 1 0 1: 2 * (3 - 5 + 7), up to the rounding of the activations, which 127 is the largest of.
+    let scale = half::f16::from_f32(2.0).to_le_bytes();
+    let parts = vec![Tensor { dtype: Dtype::Int1 { group: 128 }, rows: 1, cols: 3, bytes: vec![0b101, scale[0], scale[1]] }];
+    assert_eq!(check(&LinearCase { op: Op::Apply, x: vec![3.0, -127.0, 7.0], row_count: 1, parts, bias: None }), [274.0]);
+}
+
 #[test]
 fn blocks_of_rows_meet_without_a_gap() {
     let mut random = Random(5);
-    for dtype in [Dtype::F32, Dtype::Int8 { group: 32 }, Dtype::Q4_1] {
+    for dtype in [Dtype::F32, Dtype::Int8 { group: 32 }, Dtype::Int1 { group: 64 }, Dtype::Q4_1, Dtype::Q6K] {
         for row_count in [95, 96, 97, 200] {
-            check_rows(&LinearCase::random(&mut random, &[dtype], row_count, 64, 150), &mut random);
+            check_rows(&LinearCase::random(&mut random, &[dtype], row_count, 256, 150), &mut random);
         }
     }
 }
@@ -149,9 +266,9 @@ fn blocks_of_rows_meet_without_a_gap() {
 #[test]
 fn many_outputs_are_spread_over_units() {
     let mut random = Random(6);
-    for dtype in [Dtype::F32, Dtype::Bf16, Dtype::Int8 { group: 64 }, Dtype::Q4_0] {
-        let parts = vec![random.tensor(dtype, 3000, 96), random.tensor(dtype, 17, 96)];
-        check(&LinearCase { x: random.tame(96), row_count: 1, parts, bias: None });
+    for dtype in [Dtype::F32, Dtype::Bf16, Dtype::Int8 { group: 64 }, Dtype::Int1 { group: 128 }, Dtype::Q4_0, Dtype::Q4K] {
+        let parts = vec![random.tensor(dtype, 3000, 256), random.tensor(dtype, 17, 256)];
+        check(&LinearCase { op: Op::Apply, x: random.tame(256), row_count: 1, parts, bias: None });
     }
 }
 
@@ -160,7 +277,7 @@ fn no_rows_give_no_output() {
     let mut random = Random(7);
     for dtype in [Dtype::F32, Dtype::Q8_0] {
         let parts = vec![random.tensor(dtype, 5, 64)];
-        assert!(check(&LinearCase { x: vec![], row_count: 0, parts, bias: None }).is_empty());
+        assert!(check(&LinearCase { op: Op::Apply, x: vec![], row_count: 0, parts, bias: None }).is_empty());
     }
 }
 
@@ -195,7 +312,12 @@ fn packed_layers_keep_their_size() {
         (Dtype::Q8_0, 8.5),
         (Dtype::Int4 { group: 128 }, 4.125),
         (Dtype::Q4_1, 5.0),
-        (Dtype::Q4K, 6.0),
+        (Dtype::Int8Minimum { group: 32 }, 9.0),
+        (Dtype::Int4Minimum { group: 64 }, 4.5),
+        (Dtype::Int1 { group: 128 }, 1.125),
+        (Dtype::Q4K, 4.625),
+        (Dtype::Q5K, 8.625),
+        (Dtype::Q6K, 8.5625),
     ] {
         let tensor = random.tensor(dtype, 64, 512);
         let linear = cpu.linear(&[tensor.view()]).unwrap();

@@ -3,6 +3,8 @@
 
 mod attention;
 mod linear;
+mod linear_runs;
+mod machine;
 mod rows;
 mod values;
 
@@ -39,8 +41,7 @@ fn assert_same(what: &str, expected: &[f32], got: &[f32]) {
 fn backends() -> &'static [Cpu] {
     static BACKENDS: OnceLock<Vec<Cpu>> = OnceLock::new();
     BACKENDS.get_or_init(|| {
-        let isas = [Isa::Avx512Vnni, Isa::Avx2, Isa::Scalar];
-        let here = isas.into_iter().filter(|isa| isa.available());
+        let here = Isa::ALL.into_iter().filter(|isa| isa.available());
         here.flat_map(|isa| [1, 2].map(|threads| Cpu::new(CpuOptions { threads, isa: Some(isa) }))).collect()
     })
 }
@@ -60,8 +61,8 @@ fn download<O: Ops>(ops: &O, buffer: &O::Buffer, len: usize) -> Vec<f32> {
 
 #[test]
 fn every_instruction_set_of_this_machine_is_tested() {
-    let missing = [Isa::Avx512Vnni, Isa::Avx2].iter().filter(|isa| !isa.available()).count();
+    let missing = Isa::ALL.iter().filter(|isa| !isa.available()).count();
     println!("{} backends; skipped: {missing} instruction sets that this machine lacks", backends().len());
-    assert_eq!(backends().len(), 2 * (3 - missing));
+    assert_eq!(backends().len(), 2 * (Isa::ALL.len() - missing));
     assert_eq!(Cpu::new(CpuOptions { threads: 1, isa: None }).isa(), backends()[0].isa());
 }

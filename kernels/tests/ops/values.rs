@@ -73,23 +73,17 @@ impl Random {
                     }
                 }
             }
-            Dtype::Int8 { .. } | Dtype::Int4 { .. } => {
-                let view_groups = cols.div_ceil(dtype.group().unwrap());
-                let codes = bytes - rows * view_groups * 2;
+            planar if planar.sections(rows, cols).is_some() => {
+                let [codes, scales, minima] = planar.sections(rows, cols).unwrap();
                 out.extend((0..codes).map(|_| self.next() as u8));
-                (0..rows * view_groups).for_each(|_| out.extend(self.scale().to_le_bytes()));
+                (0..(scales + minima) / 2).for_each(|_| out.extend(self.scale().to_le_bytes()));
             }
             _ => {
                 let size = bytes / (rows * cols / dtype.block_columns()).max(1);
-                let halves: &[usize] = match dtype {
-                    Dtype::Q6K => &[208],
-                    Dtype::Q8_0 | Dtype::Q4_0 | Dtype::Q5_0 => &[0],
-                    _ => &[0, 2],
-                };
                 while out.len() < bytes {
                     let at = out.len();
                     out.extend((0..size).map(|_| self.next() as u8));
-                    for half in halves {
+                    for half in half_offsets(dtype) {
                         let scale = self.scale().to_le_bytes();
                         out[at + half..at + half + 2].copy_from_slice(&scale);
                     }
@@ -107,6 +101,15 @@ impl Random {
             2 => self.unit() * 60_000.0,
             _ => self.unit() * 0.01,
         })
+    }
+}
+
+/// Where the f16 of a GGUF block lie.
+pub(crate) fn half_offsets(dtype: Dtype) -> &'static [usize] {
+    match dtype {
+        Dtype::Q6K => &[208],
+        Dtype::Q8_0 | Dtype::Q4_0 | Dtype::Q5_0 => &[0],
+        _ => &[0, 2],
     }
 }
 

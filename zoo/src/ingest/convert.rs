@@ -72,15 +72,13 @@ impl Recipe {
     }
 }
 
-/// The payload of `view` as `target`, which is a dtype that can be written (f32, f16, bf16, int8, int4).
+/// The payload of `view` as `target`, which is a dtype that can be written (a float or a planar one).
 pub(super) fn convert(view: &TensorView<'_>, target: Dtype) -> Vec<u8> {
     let bytes = target.bytes(view.rows, view.cols).expect("the plan has checked the shape");
-    let scale_bytes = match target.group() {
-        Some(group) => view.rows * view.cols.div_ceil(group) * 2,
-        None => 0,
-    };
+    // What comes after the codes of all rows: the scales of all rows, then the minima of all rows.
+    let [_, scale_bytes, minimum_bytes] = target.sections(view.rows, view.cols).unwrap_or_default();
     let mut payload = Vec::with_capacity(bytes);
-    let mut scales = Vec::with_capacity(scale_bytes);
+    let (mut scales, mut minima) = (Vec::with_capacity(scale_bytes), Vec::with_capacity(minimum_bytes));
     let rows_at_once = (SCRATCH_ELEMENTS / view.cols).clamp(1, view.rows);
     let mut scratch = vec![0.0f32; rows_at_once * view.cols];
     let mut codes = CodeRow::default();
@@ -92,14 +90,14 @@ pub(super) fn convert(view: &TensorView<'_>, target: Dtype) -> Vec<u8> {
             dequantise_row(view, row + offset, &mut codes, out);
         }
         let mut part = quantise(target, count, view.cols, values).expect("a dtype that is written, of finite weights");
-        // Codes of all rows come first, then all scales.
-        let part_scales = target.group().map_or(0, |group| count * view.cols.div_ceil(group) * 2);
-        scales.extend_from_slice(&part[part.len() - part_scales..]);
-        part.truncate(part.len() - part_scales);
+        let [_, part_scales, part_minima] = target.sections(count, view.cols).unwrap_or_default();
+        minima.extend(part.drain(part.len() - part_minima..));
+        scales.extend(part.drain(part.len() - part_scales..));
         payload.append(&mut part);
         row += count;
     }
     payload.append(&mut scales);
+    payload.append(&mut minima);
     assert_eq!(payload.len(), bytes);
     payload
 }
@@ -114,7 +112,8 @@ mod tests {
         let values: Vec<f32> = (0..rows * cols).map(|i| ((i * 37 % 1001) as f32 - 500.0) / 77.0).collect();
         let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
         let view = TensorView { dtype: Dtype::F32, rows, cols, bytes: &bytes };
-        for target in [Dtype::F32, Dtype::Bf16, Dtype::Int8 { group: 32 }, Dtype::Int4 { group: 32 }] {
+        let planar = [Dtype::Int8 { group: 32 }, Dtype::Int4 { group: 32 }, Dtype::Int4Minimum { group: 64 }, Dtype::Int1 { group: 128 }];
+        for target in [Dtype::F32, Dtype::Bf16].into_iter().chain(planar) {
             assert!(convert(&view, target) == quantise(target, rows, cols, &values).unwrap(), "{target}");
         }
     }

@@ -1,5 +1,6 @@
 //! Batches: rows of several sequences give what each gives alone.
 
+use ashlar_kernels::ops::KvFormat;
 use ashlar_kernels::reference::Reference;
 
 use super::*;
@@ -7,7 +8,7 @@ use crate::model::alone::{Alone, AloneLimits, Pools};
 use crate::model::testing::Memory;
 
 const PAGE: usize = 16;
-const LIMITS: AloneLimits = AloneLimits { chunk_tokens_max: 32, tokens_max: 48, page_tokens: PAGE };
+const LIMITS: AloneLimits = AloneLimits { chunk_tokens_max: 32, tokens_max: 48, page_tokens: PAGE, kv_format: KvFormat::F32 };
 
 fn tokens(count: usize, factor: usize) -> Vec<u32> {
     (0..count).map(|i| (i * factor % 50) as u32).collect()

@@ -1,10 +1,13 @@
 //! What does not fit is refused with the role and the shapes.
 
+use ashlar_kernels::ops::{KvFormat, PageLayout};
 use ashlar_kernels::reference::Reference;
 use ashlar_zoo::manifest::BlockKind;
 
 use super::*;
 use crate::model::testing::{Memory, RMS, VOCAB, WIDTH, attention};
+
+const PAGES: PageLayout = PageLayout { tokens: 32, format: KvFormat::Bf16 };
 
 fn load(block: &Block, memory: &Memory) -> Result<LoadedBlock<Reference>, LoadError> {
     LoadedBlock::load(&Reference, block, memory)
@@ -14,13 +17,13 @@ fn load(block: &Block, memory: &Memory) -> Result<LoadedBlock<Reference>, LoadEr
 fn loaded_blocks_tell_what_they_are() {
     let mut memory = Memory::default();
     let embed = load(&memory.block(BlockKind::Embed { scale: 1.0 }), &memory).unwrap();
-    assert!(embed.is_embed() && !embed.is_head() && embed.kv_shape(16).is_none());
+    assert!(embed.is_embed() && !embed.is_head() && embed.kv_shape(PAGES).is_none());
     assert_eq!((embed.vocab(), embed.position_count()), (Some(VOCAB as usize), Some(VOCAB as usize)));
     assert_eq!(embed.bytes(), 2 * 4 * (VOCAB * u64::from(WIDTH)) as usize);
 
     let attention = load(&memory.block(attention()), &memory).unwrap();
-    let shape = attention.kv_shape(32).unwrap();
-    assert_eq!((shape.kv_heads, shape.head_dim, shape.page_tokens), (2, 8, 32));
+    let shape = attention.kv_shape(PAGES).unwrap();
+    assert_eq!((shape.kv_heads, shape.head_dim, shape.page_tokens, shape.format), (2, 8, 32, KvFormat::Bf16));
     assert_eq!((attention.width(), attention.window(), attention.vocab()), (WIDTH as usize, Some(9), None));
 
     let head = load(&memory.block(BlockKind::Head { norm: RMS, softcap: None, scale: 1.0 }), &memory).unwrap();

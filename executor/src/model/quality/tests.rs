@@ -117,7 +117,7 @@ fn int8_costs_a_little_and_the_same_weights_nothing() {
 fn tiny(dtype: Option<Dtype>) -> Alone<Reference> {
     let mut memory = Memory::default();
     let blocks = memory.chain_as(&Reference, dtype);
-    Alone::new(Arc::new(Reference), blocks, WINDOWS.limits(4)).expect("memory")
+    Alone::new(Arc::new(Reference), blocks, WINDOWS.limits(4, KvFormat::F32)).expect("memory")
 }
 
 fn row(len: usize) -> impl Strategy<Value = Vec<f32>> {

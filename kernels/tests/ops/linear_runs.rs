@@ -1,0 +1,151 @@
+//! Several layers in one call: equal bits over runs of different layers, formats and ranks, and those of each run alone.
+
+use ashlar_kernels::format::Dtype;
+use ashlar_kernels::ops::{Columns, LinearRun, Ops};
+use proptest::prelude::*;
+
+use super::values::{Random, Tensor};
+use super::{Case, assert_same, backends, check, download, upload};
+
+/// A layer and how many rows go through it; `skip` rows before them belong to nobody.
+struct Run {
+    parts: Vec<Tensor>,
+    bias: Option<Vec<f32>>,
+    skip: usize,
+    row_count: usize,
+}
+
+struct RunsCase {
+    x: Vec<f32>,
+    inputs: Columns,
+    out: Vec<f32>,
+    outputs: Columns,
+    runs: Vec<Run>,
+    add: bool,
+}
+
+impl RunsCase {
+    fn random(random: &mut Random, dtypes: &[Dtype], ranks: bool) -> Self {
+        let cols = 32 * (1 + random.below(20));
+        let mut runs = Vec::new();
+        for _ in 0..1 + random.below(6) {
+            let cols = if ranks { random.pick(&[1, 4, 8, 16, 40, 64]) } else { cols };
+            let parts: Vec<_> = (0..1 + random.below(2)).map(|_| (random.pick(dtypes), 1 + random.below(70))).collect();
+            let parts: Vec<_> = parts.into_iter().map(|(dtype, rows)| random.tensor(dtype, rows, cols)).collect();
+            let outputs = parts.iter().map(|part| part.rows).sum();
+            let bias = (random.below(3) == 0).then(|| random.tame(outputs));
+            runs.push(Run { parts, bias, skip: random.pick(&[0, 0, 0, 2]), row_count: random.pick(&[0, 1, 1, 1, 2, 3, 9, 17]) });
+        }
+        let rows = runs.iter().map(|run| run.skip + run.row_count).sum::<usize>() + random.below(2);
+        let columns = |random: &mut Random, width: usize| {
+            let (offset, behind) = (random.pick(&[0, 0, 5, 64]), random.pick(&[0, 0, 3]));
+            Columns { stride: offset + width + behind, offset, width }
+        };
+        let inputs = columns(random, runs.iter().map(|run| run.parts[0].cols).max().unwrap());
+        let outputs = columns(random, runs.iter().map(Run::outputs).max().unwrap());
+        let (x, out) = (random.wild(rows, inputs.stride), random.wild(rows, outputs.stride));
+        Self { x, inputs, out, outputs, runs, add: random.below(2) == 0 }
+    }
+
+    /// Rows of each run.
+    fn rows(&self) -> Vec<std::ops::Range<usize>> {
+        let mut end = 0;
+        let rows = self.runs.iter().map(|run| {
+            let start = end + run.skip;
+            end = start + run.row_count;
+            start..end
+        });
+        rows.collect()
+    }
+}
+
+impl Run {
+    fn outputs(&self) -> usize {
+        self.parts.iter().map(|part| part.rows).sum()
+    }
+
+    fn load<O: Ops>(&self, ops: &O) -> (O::Linear, Option<O::Vector>) {
+        let views: Vec<_> = self.parts.iter().map(Tensor::view).collect();
+        (ops.linear(&views).unwrap(), self.bias.as_ref().map(|bias| ops.vector_f32(bias).unwrap()))
+    }
+}
+
+impl Case for RunsCase {
+    fn run<O: Ops>(&self, ops: &O) -> Vec<f32> {
+        let (x, mut out) = (upload(ops, &self.x), upload(ops, &self.out));
+        let layers: Vec<_> = self.runs.iter().map(|run| run.load(ops)).collect();
+        let runs: Vec<_> =
+            layers.iter().zip(self.rows()).map(|((linear, bias), rows)| LinearRun { linear, bias: bias.as_ref(), rows }).collect();
+        if self.add {
+            ops.linear_runs_add(&mut out, self.outputs, &x, self.inputs, &runs);
+        } else {
+            ops.linear_runs(&mut out, self.outputs, &x, self.inputs, &runs);
+        }
+        download(ops, &out, self.out.len())
+    }
+}
+
+/// Each run alone, dense, gives the bits that it has among the others; what belongs to no run stays.
+fn check_alone(case: &RunsCase, got: &[f32]) {
+    let mut expected = case.out.clone();
+    let cpu = &backends()[0];
+    for (run, rows) in case.runs.iter().zip(case.rows()) {
+        let (linear, bias) = run.load(cpu);
+        let (inputs, outputs) = (run.parts[0].cols, run.outputs());
+        for row in rows {
+            let mut out = upload(cpu, &case.out[row * case.outputs.stride + case.outputs.offset..][..outputs]);
+            let x = upload(cpu, &case.x[row * case.inputs.stride + case.inputs.offset..][..inputs]);
+            if case.add {
+                cpu.linear_add(&mut out, &x, 1, &linear, bias.as_ref());
+            } else {
+                cpu.linear_apply(&mut out, &x, 1, &linear, bias.as_ref());
+            }
+            let at = row * case.outputs.stride + case.outputs.offset;
+            expected[at..][..outputs].copy_from_slice(&download(cpu, &out, outputs));
+        }
+    }
+    assert_same("each run alone", &expected, got);
+}
+
+const INT8: Dtype = Dtype::Int8 { group: 32 };
+const INT4: Dtype = Dtype::Int4 { group: 32 };
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: ProptestConfig::default().cases / 4, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn runs_have_the_bits_of_each_run_alone(seed in any::<u64>()) {
+        let mut random = Random(seed);
+        let dtypes = [INT8, INT4, Dtype::Int1 { group: 128 }, Dtype::Q4_1, Dtype::Bf16, Dtype::F32];
+        let kinds = random.pick(&[1, 2, 6]);
+        let dtypes: Vec<_> = (0..kinds).map(|_| random.pick(&dtypes)).collect();
+        let case = RunsCase::random(&mut random, &dtypes, false);
+        check_alone(&case, &check(&case));
+    }
+
+    /// The expand of adapters: K is the rank.
+    #[test]
+    fn mixed_ranks_have_the_bits_of_each_rank_alone(seed in any::<u64>()) {
+        let mut random = Random(seed);
+        let case = RunsCase::random(&mut random, &[Dtype::F32, Dtype::F16, Dtype::Bf16, Dtype::Int8 { group: 16 }], true);
+        check_alone(&case, &check(&case));
+    }
+}
+
+#[test]
+fn no_runs_change_nothing() {
+    let dense = Columns::dense(3);
+    let case = RunsCase { x: vec![1.0; 3], inputs: dense, out: vec![2.0; 3], outputs: dense, runs: Vec::new(), add: true };
+    assert_eq!(check(&case), [2.0; 3]);
+}
+
+#[test]
+#[should_panic(expected = "disjoint, ascending rows")]
+fn runs_that_share_a_row_are_refused() {
+    let cpu = &backends()[0];
+    let weights = Random(1).tensor(Dtype::F32, 2, 3);
+    let linear = cpu.linear(&[weights.view()]).unwrap();
+    let (x, mut out) = (upload(cpu, &[0.0; 9]), upload(cpu, &[0.0; 6]));
+    let run = |rows| LinearRun { linear: &linear, bias: None, rows };
+    cpu.linear_runs(&mut out, Columns::dense(2), &x, Columns::dense(3), &[run(0..2), run(1..3)]);
+}
