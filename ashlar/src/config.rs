@@ -11,6 +11,8 @@ use ashlar_router::io::rest::config::RestLimits;
 use clap::Args;
 use serde::{Deserialize, Serialize};
 
+use crate::devices::InstructionSet;
+
 /// Variables with our prefix that are not configuration keys: flags of single commands, and knobs of scripts and tests.
 const OTHER_VARIABLES: &[&str] =
     &[ZOO_VARIABLE, "ASHLAR_API_KEY", "ASHLAR_URL", "ASHLAR_MODELS", "ASHLAR_DOWNLOADS", "ASHLAR_FUZZ_SECONDS", "ASHLAR_BIN"];
@@ -89,6 +91,8 @@ pub struct ExecutorConfig {
     pub device: String,
     /// Threads of the CPU pool; 0: all.
     pub threads: usize,
+    /// Instruction set of the CPU kernels: `auto`, `avx512`, `avx_vnni`, `avx2` or `scalar`.
+    pub instruction_set: InstructionSet,
     /// Bytes for weights; 0: 70% of the memory that is available at start.
     pub memory_bytes: u64,
     /// Bytes for KV pages; 0: a quarter of the memory that is available at start, at most 4 GiB.
@@ -121,6 +125,7 @@ impl Default for ExecutorConfig {
             metrics_listen: "127.0.0.1:8091".to_owned(),
             device: "auto".to_owned(),
             threads: 0,
+            instruction_set: InstructionSet::Auto,
             memory_bytes: 0,
             kv_bytes: 0,
             page_tokens: limits.page_tokens,
@@ -468,6 +473,7 @@ mod tests {
             ("executor.threads=9999", "executor.threads = 9999: expected 0 to 1024"),
             ("executor.kv_bytes=5", "executor.kv_bytes = 5: expected 0 (chosen at start) or at least 65536"),
             ("executor.page_tokens=5", "page_tokens must be a positive multiple of 16"),
+            ("executor.instruction_set=mmx", "executor.instruction_set=mmx"),
             ("executor.device=gpu", "executor.device = `gpu`: expected auto or cpu"),
             ("executor.listen=here", "executor.listen = `here`: expected HOST:PORT"),
             ("router.listen=here", "router.listen = `here`: expected IP:PORT"),

@@ -121,7 +121,10 @@ async fn start_executor(config: &Config, zoo: Zoo, registry: Arc<dyn Registry>, 
     }
     let all = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let threads = if settings.threads > 0 { settings.threads } else { all };
-    let ops = Arc::new(Cpu::new(CpuOptions { threads, isa: None }));
+    let ops = Arc::new(Cpu::new(CpuOptions { threads, isa: settings.instruction_set.choose()? }));
+    if let Some(warning) = settings.instruction_set.warning(ops.isa()) {
+        tracing::warn!("{warning}");
+    }
     let device = ops.describe();
     let available = available_bytes();
     let limits = settings.limits(available)?;

@@ -44,7 +44,9 @@ fn backends() -> &'static [Cpu] {
     static BACKENDS: OnceLock<Vec<Cpu>> = OnceLock::new();
     BACKENDS.get_or_init(|| {
         let here = ISAS.into_iter().filter(|isa| isa.available());
-        here.flat_map(|isa| [1, 2].map(|threads| Cpu::new(CpuOptions { threads, isa: Some(isa) }))).collect()
+        let one_and_two = here.flat_map(|isa| [1, 2].map(|threads| Cpu::new(CpuOptions { threads, isa: Some(isa) })));
+        // More threads than most machines have cores.
+        one_and_two.chain([Cpu::new(CpuOptions { threads: 7, isa: None })]).collect()
     })
 }
 
