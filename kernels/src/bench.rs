@@ -1,11 +1,14 @@
 //! Linear layers against the machine's ceilings, on the shapes of SmolLM2-135M: GB/s of weights for one row, operations
 //! a second for many, each with its share. `ashlar bench kernels` prints it.
 
+pub mod claims;
+pub mod paired;
+
 use std::fmt;
 use std::time::Duration;
 
 use crate::cpu::probe::{Ceilings, best_seconds};
-use crate::cpu::{Cpu, Linear};
+use crate::cpu::{Buffer, Cpu, Linear};
 use crate::format::{Dtype, TensorView, quantise};
 use crate::ops::{Ops, PackError};
 
@@ -61,31 +64,84 @@ pub struct Cell {
 pub fn linear(cpu: &Cpu, ceilings: &Ceilings, options: &BenchOptions, mut on_cell: impl FnMut(&Cell)) -> Result<(), PackError> {
     for &(outputs, inputs) in &options.shapes {
         for &dtype in &options.dtypes {
-            let layer = random_layer(cpu, dtype, outputs, inputs)?;
-            let layer_bytes = layer.bytes();
+            let layer = Layer::new(cpu, dtype, outputs, inputs)?;
             for &row_count in &options.row_counts {
-                let copies = if row_count == 1 { options.rotate_bytes.div_ceil(layer_bytes) } else { 1 };
-                let layers = (0..copies).map(|_| layer.duplicate()).collect::<Result<Vec<_>, _>>()?;
-                let mut x = cpu.buffer(row_count * inputs)?;
-                cpu.upload(&mut x, 0, &pseudo_random(row_count * inputs));
-                let mut out = cpu.buffer(row_count * outputs)?;
-                let calls = CELL_OPS.div_ceil(2 * row_count * inputs * outputs).max(1);
-                let mut layers = layers.iter().cycle();
-                let seconds = best_seconds(options.budget, || {
-                    for _ in 0..calls {
-                        let layer = layers.next().expect("a cycle of at least one copy");
-                        cpu.linear_apply(&mut out, &x, row_count, layer, None);
-                    }
-                }) / calls as f64;
-                let bytes_per_second = layer_bytes as f64 / seconds;
-                let ops_per_second = (2 * row_count * inputs * outputs) as f64 / seconds;
-                let peak = if dtype.group().is_some() { ceilings.int8_ops_per_second } else { ceilings.f32_ops_per_second };
-                let share = if row_count == 1 { bytes_per_second / ceilings.read_bytes_per_second } else { ops_per_second / peak };
-                on_cell(&Cell { dtype, outputs, inputs, row_count, seconds, bytes_per_second, ops_per_second, share });
+                on_cell(&layer.measure(cpu, ceilings, row_count, options)?);
             }
         }
     }
     Ok(())
+}
+
+/// A layer of random weights.
+pub struct Layer {
+    dtype: Dtype,
+    linear: Linear,
+}
+
+impl Layer {
+    /// Makes and packs it.
+    ///
+    /// # Errors
+    /// When the format cannot have the shape, or there is no memory.
+    pub fn new(cpu: &Cpu, dtype: Dtype, outputs: usize, inputs: usize) -> Result<Self, PackError> {
+        Ok(Self { dtype, linear: random_layer(cpu, dtype, outputs, inputs)? })
+    }
+
+    /// The time of one call with `row_count` rows: of `options` only the memory and the budget count.
+    ///
+    /// # Errors
+    /// When there is no memory.
+    pub fn measure(&self, cpu: &Cpu, ceilings: &Ceilings, row_count: usize, options: &BenchOptions) -> Result<Cell, PackError> {
+        let Self { dtype, linear } = self;
+        let (outputs, inputs, layer_bytes) = (linear.outputs(), linear.inputs(), linear.bytes());
+        let copies = if row_count == 1 { options.rotate_bytes.div_ceil(layer_bytes) } else { 1 };
+        let mut layers = Rotation::new(linear, copies)?;
+        let mut rows = Rows::new(cpu, row_count, inputs, outputs)?;
+        let calls = CELL_OPS.div_ceil(2 * row_count * inputs * outputs).max(1);
+        let seconds = best_seconds(options.budget, || (0..calls).for_each(|_| rows.apply(cpu, layers.next()))) / calls as f64;
+        let bytes_per_second = layer_bytes as f64 / seconds;
+        let ops_per_second = (2 * row_count * inputs * outputs) as f64 / seconds;
+        let peak = if dtype.group().is_some() { ceilings.int8_ops_per_second } else { ceilings.f32_ops_per_second };
+        let share = if row_count == 1 { bytes_per_second / ceilings.read_bytes_per_second } else { ops_per_second / peak };
+        Ok(Cell { dtype: *dtype, outputs, inputs, row_count, seconds, bytes_per_second, ops_per_second, share })
+    }
+}
+
+/// Copies of a layer, used in turn.
+struct Rotation {
+    layers: Vec<Linear>,
+    next: usize,
+}
+
+impl Rotation {
+    fn new(linear: &Linear, copies: usize) -> Result<Self, PackError> {
+        Ok(Self { layers: (0..copies.max(1)).map(|_| linear.duplicate()).collect::<Result<_, _>>()?, next: 0 })
+    }
+
+    fn next(&mut self) -> &Linear {
+        self.next = (self.next + 1) % self.layers.len();
+        &self.layers[self.next]
+    }
+}
+
+/// Inputs and outputs of a layer.
+struct Rows {
+    row_count: usize,
+    x: Buffer,
+    out: Buffer,
+}
+
+impl Rows {
+    fn new(cpu: &Cpu, row_count: usize, inputs: usize, outputs: usize) -> Result<Self, PackError> {
+        let mut x = cpu.buffer(row_count * inputs)?;
+        cpu.upload(&mut x, 0, &pseudo_random(row_count * inputs));
+        Ok(Self { row_count, x, out: cpu.buffer(row_count * outputs)? })
+    }
+
+    fn apply(&mut self, cpu: &Cpu, linear: &Linear) {
+        cpu.linear_apply(&mut self.out, &self.x, self.row_count, linear, None);
+    }
 }
 
 impl fmt::Display for Cell {

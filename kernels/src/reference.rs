@@ -166,14 +166,7 @@ impl Ops for Reference {
         self.gate(out, &y, row_count, linear.outputs() / 2, activation);
     }
 
-    fn linear_runs(
-        &self,
-        out: &mut Vec<f32>,
-        outputs: Columns,
-        x: &Vec<f32>,
-        inputs: Columns,
-        runs: &[LinearRun<'_, Linear, Vec<f32>>],
-    ) {
+    fn linear_runs(&self, out: &mut Vec<f32>, outputs: Columns, x: &Vec<f32>, inputs: Columns, runs: &[LinearRun<'_, Linear, Vec<f32>>]) {
         for LinearRun { linear, bias, rows } in runs {
             for row in rows.clone() {
                 let x = &x[row * inputs.stride + inputs.offset..][..linear.inputs()];

@@ -1,9 +1,13 @@
 //! `ashlar bench kernels`: what the machine can do, and how much of it each linear layer gets. The measuring is
 //! `ashlar_kernels::bench`; here are arguments, table and JSON.
 
+mod claims;
+mod full;
+
 use std::path::PathBuf;
 
 use anyhow::{Context, ensure};
+use ashlar_kernels::bench::claims::ClaimOptions;
 use ashlar_kernels::bench::{self, BenchOptions};
 use ashlar_kernels::cpu::{Cpu, CpuOptions, Isa, probe};
 use ashlar_kernels::format::Dtype;
@@ -37,6 +41,14 @@ pub(crate) struct KernelsArgs {
     /// Rows of a batch, comma-separated
     #[arg(long = "rows", value_delimiter = ',')]
     row_counts: Vec<usize>,
+    /// Check what the project claims of its kernels, and fail if something does not hold: shares of the read bandwidth and of the
+    /// int8 peak, each measured in turns with it, what one row more costs, the choice of instruction set. Some minutes, on an
+    /// otherwise idle machine
+    #[arg(long = "assert", conflicts_with_all = ["full", "dtypes", "shapes", "row_counts"])]
+    check: bool,
+    /// Measure every format, instruction set, shape and row count: hours. Goes on from the JSON where it was stopped
+    #[arg(long, requires = "json", conflicts_with_all = ["dtypes", "shapes", "row_counts", "rotate_mib"])]
+    full: bool,
     /// MiB that one-row cells rotate through: at least 4 times the last cache
     #[arg(long)]
     rotate_mib: Option<usize>,
@@ -57,10 +69,20 @@ fn measure(args: &KernelsArgs) -> anyhow::Result<()> {
     let options = options(args)?;
     ensure!(args.threads <= THREADS_MAX, "--threads must be at most {THREADS_MAX}");
     check_isa("--isa", args.isa)?;
+    if let (true, Some(path)) = (args.full, &args.json) {
+        let isas: Vec<Isa> = Isa::ALL.into_iter().filter(|one| args.isa.map_or(one.available(), |isa| isa == *one)).collect();
+        return full::run(path, args.commit.as_deref(), args.threads, &isas);
+    }
     let cpu = Cpu::new(CpuOptions { threads: args.threads, isa: args.isa });
     println!("{}", cpu.describe());
     let ceilings = probe::ceilings(&cpu, options.rotate_bytes).context("probe the machine")?;
     println!("{ceilings}");
+    if args.check {
+        let claim_options = ClaimOptions { rotate_bytes: options.rotate_bytes, ..ClaimOptions::default() };
+        let (claims, verdict) = claims::check(&cpu, &claim_options)?;
+        write_json(args, &cpu, &ceilings, options.rotate_bytes, "claims", claims)?;
+        return verdict;
+    }
     let mut cells = Vec::new();
     bench::linear(&cpu, &ceilings, &options, |cell| {
         println!("{cell}");
@@ -76,6 +98,17 @@ fn measure(args: &KernelsArgs) -> anyhow::Result<()> {
         }));
     })
     .context("pack a layer")?;
+    write_json(args, &cpu, &ceilings, options.rotate_bytes, "cells", cells)
+}
+
+fn write_json(
+    args: &KernelsArgs,
+    cpu: &Cpu,
+    ceilings: &probe::Ceilings,
+    rotate_bytes: usize,
+    what: &str,
+    measured: Vec<Value>,
+) -> anyhow::Result<()> {
     let Some(path) = &args.json else { return Ok(()) };
     let report: Value = json!({
         "version": env!("CARGO_PKG_VERSION"),
@@ -87,8 +120,8 @@ fn measure(args: &KernelsArgs) -> anyhow::Result<()> {
             "f32_ops_per_second": ceilings.f32_ops_per_second,
             "int8_ops_per_second": ceilings.int8_ops_per_second,
         },
-        "rotate_bytes": options.rotate_bytes,
-        "cells": cells,
+        "rotate_bytes": rotate_bytes,
+        what: measured,
     });
     std::fs::write(path, serde_json::to_string_pretty(&report)? + "\n").with_context(|| format!("write {}", path.display()))
 }

@@ -8,7 +8,6 @@
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use super::{Buffer, Cpu};
 use super::activations::{Activations, QuantiseRows};
 use super::isa::Kernel;
 use super::lanes::{Lanes, load_some, store_some};
@@ -17,6 +16,7 @@ use super::linear_integer::IntegerTiles;
 use super::math;
 use super::memory::Shared;
 use super::pack::{LANES, Linear, Part, Weights};
+use super::{Buffer, Cpu};
 use crate::ops::{Activation, Columns, LinearRun};
 
 /// What becomes of `y`.
@@ -268,7 +268,15 @@ impl Running<'_> {
         self.cpu.proven.run(FinishUnit { out, out_stride, first_column, out_columns, sums, stride, rows, panels, finish });
     }
 
-    fn tiles(&self, run: &LinearRun<'_, Linear, Buffer>, part: &Part, rows: Range<usize>, panels: Panels, places: Panels, output: Output<'_>) {
+    fn tiles(
+        &self,
+        run: &LinearRun<'_, Linear, Buffer>,
+        part: &Part,
+        rows: Range<usize>,
+        panels: Panels,
+        places: Panels,
+        output: Output<'_>,
+    ) {
         let Call { x, inputs: x_at, .. } = *self.call;
         let (proven, inputs, first_row) = (self.cpu.proven, run.linear.inputs, run.rows.start);
         match &part.weights {

@@ -32,24 +32,39 @@ pub fn ceilings(cpu: &Cpu, probe_bytes: usize) -> Result<Ceilings, PackError> {
 
 /// Bytes a second that all threads together read from one buffer.
 pub fn read_bandwidth(cpu: &Cpu, bytes: usize) -> Result<f64, PackError> {
-    let mut data = Aligned::<u8>::new(bytes.next_multiple_of(64))?;
-    // Zero pages are all one physical page until they are written.
-    data.fill(1);
-    let (chunks, _) = data.as_chunks::<64>();
-    if chunks.is_empty() {
-        return Ok(0.0);
+    let mut reader = Reader::new(bytes)?;
+    let mut window_bytes = 0;
+    let seconds = best_seconds(4 * BUDGET, || window_bytes = reader.pass(cpu));
+    Ok(window_bytes as f64 / seconds)
+}
+
+/// A buffer that is read one window after another, so that a run is short and yet no cache holds what it reads.
+pub(crate) struct Reader {
+    data: Aligned<u8>,
+    /// 64-byte chunk at which the next window begins.
+    next: usize,
+}
+
+impl Reader {
+    /// `bytes` should be 4 times the last-level cache.
+    pub(crate) fn new(bytes: usize) -> Result<Self, PackError> {
+        let mut data = Aligned::new(bytes.max(1).next_multiple_of(64))?;
+        // Zero pages are all one physical page until they are written.
+        data.fill(1);
+        Ok(Self { data, next: 0 })
     }
-    // One window after another, so that a run is short and yet no cache holds what it reads.
-    let mut windows = chunks.chunks(WINDOW_CHUNKS).cycle();
-    let window_bytes = chunks.len().min(WINDOW_CHUNKS) * 64;
-    let seconds = best_seconds(4 * BUDGET, || {
-        let window = windows.next().expect("a cycle of at least one window");
+
+    /// All threads read one window; its bytes.
+    pub(crate) fn pass(&mut self, cpu: &Cpu) -> usize {
+        let (chunks, _) = self.data.as_chunks::<64>();
+        let window = &chunks[self.next..(self.next + WINDOW_CHUNKS).min(chunks.len())];
+        self.next = if chunks.len() - self.next < 2 * WINDOW_CHUNKS { 0 } else { self.next + WINDOW_CHUNKS };
         cpu.pool.run(window.len().div_ceil(READ_CHUNKS), &|unit| {
             let chunks = &window[unit * READ_CHUNKS..((unit + 1) * READ_CHUNKS).min(window.len())];
             black_box(cpu.proven.run(Read { chunks }));
         });
-    });
-    Ok(window_bytes as f64 / seconds)
+        window.len() * 64
+    }
 }
 
 /// f32 multiplications and additions a second of all threads.
@@ -64,12 +79,17 @@ pub fn f32_peak(cpu: &Cpu) -> f64 {
 
 /// int8 multiplications and additions a second of all threads.
 pub fn int8_peak(cpu: &Cpu) -> f64 {
-    let seconds = best_seconds(BUDGET, || {
-        cpu.pool.run(cpu.threads(), &|_| {
-            black_box(cpu.proven.run(Dot { x: black_box(3) }));
-        })
+    let mut ops = 0.0;
+    let seconds = best_seconds(BUDGET, || ops = int8_pass(cpu));
+    ops / seconds
+}
+
+/// All threads compute dot products from registers, for a third of a millisecond or so; the operations.
+pub(crate) fn int8_pass(cpu: &Cpu) -> f64 {
+    cpu.pool.run(cpu.threads(), &|_| {
+        black_box(cpu.proven.run(Dot { x: black_box(3) }));
     });
-    (cpu.threads() * STEPS * ACCUMULATORS * 64 * 2) as f64 / seconds
+    (cpu.threads() * STEPS * ACCUMULATORS * 64 * 2) as f64
 }
 
 /// The shortest of as many runs as fit in `budget`, at least three. On a shared machine the best is the one least
