@@ -31,10 +31,10 @@ impl Default for ClaimOptions {
 /// What is claimed.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Claim {
-    /// One row through the layers of a block of `model`, at least [`DECODE_SHARE`] of the read bandwidth.
+    /// One row through the layers of a block, at least [`DECODE_SHARE`] of the read bandwidth.
     Decode {
         /// Whose block.
-        model: Model,
+        shapes: Shapes,
         /// Format of its weights.
         dtype: Dtype,
     },
@@ -46,7 +46,7 @@ pub enum Claim {
     /// Many rows, at least [`ROWS_SHARE`] of the int8 peak.
     Rows {
         /// Whose gate and up layer.
-        model: Model,
+        shapes: Shapes,
         /// Format of its weights.
         dtype: Dtype,
         /// Rows.
@@ -70,7 +70,7 @@ pub enum Claim {
 
 /// The shapes of a model's block, outputs by inputs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Model {
+pub struct Shapes {
     /// As people call it.
     pub name: &'static str,
     /// Fused q, k, v; output; fused gate, up; down.
@@ -78,11 +78,11 @@ pub struct Model {
 }
 
 /// Width 576, 9 heads over 3.
-pub const SMOLLM2: Model = Model { name: "SmolLM2-135M", layers: [(960, 576), (576, 576), (3072, 576), (576, 1536)] };
+pub const SMOLLM2: Shapes = Shapes { name: "SmolLM2-135M", layers: [(960, 576), (576, 576), (3072, 576), (576, 1536)] };
 /// Width 896, 14 heads over 2.
-pub const QWEN: Model = Model { name: "Qwen2.5-0.5B", layers: [(1152, 896), (896, 896), (9728, 896), (896, 4864)] };
+pub const QWEN: Shapes = Shapes { name: "Qwen2.5-0.5B", layers: [(1152, 896), (896, 896), (9728, 896), (896, 4864)] };
 /// Width 4096, 32 heads over 8.
-pub const LLAMA: Model = Model { name: "Llama-3-8B", layers: [(6144, 4096), (4096, 4096), (28_672, 4096), (4096, 14_336)] };
+pub const LLAMA: Shapes = Shapes { name: "Llama-3-8B", layers: [(6144, 4096), (4096, 4096), (28_672, 4096), (4096, 14_336)] };
 
 /// Share of the read bandwidth of one row.
 pub const DECODE_SHARE: f64 = 0.85;
@@ -101,15 +101,15 @@ pub const DISPATCH_COST: f64 = 1.05;
 pub fn all() -> Vec<Claim> {
     let formats = [Dtype::Int8 { group: 32 }, Dtype::Int4 { group: 32 }];
     let mut claims = Vec::new();
-    for model in [SMOLLM2, QWEN, LLAMA] {
-        claims.extend(formats.map(|dtype| Claim::Decode { model, dtype }));
+    for shapes in [SMOLLM2, QWEN, LLAMA] {
+        claims.extend(formats.map(|dtype| Claim::Decode { shapes, dtype }));
     }
     claims.extend(formats.map(|dtype| Claim::Runs { dtype }));
-    for model in [SMOLLM2, QWEN, LLAMA] {
-        claims.extend(formats.map(|dtype| Claim::Rows { model, dtype, row_count: 64 }));
+    for shapes in [SMOLLM2, QWEN, LLAMA] {
+        claims.extend(formats.map(|dtype| Claim::Rows { shapes, dtype, row_count: 64 }));
     }
-    for model in [SMOLLM2, QWEN, LLAMA] {
-        claims.push(Claim::Rows { model, dtype: formats[0], row_count: 512 });
+    for shapes in [SMOLLM2, QWEN, LLAMA] {
+        claims.push(Claim::Rows { shapes, dtype: formats[0], row_count: 512 });
     }
     for dtype in formats {
         claims.extend([8, 16, 64, 96].map(|row_count| Claim::OneMoreRow { dtype, row_count }));
@@ -122,7 +122,7 @@ impl Claim {
     /// Layers by row counts that it times.
     pub fn cells(&self) -> usize {
         match self {
-            Self::Decode { model, .. } => model.layers.len(),
+            Self::Decode { shapes, .. } => shapes.layers.len(),
             Self::Runs { .. } | Self::Rows { .. } => 1,
             Self::OneMoreRow { .. } | Self::Dispatch { .. } => 2,
         }
@@ -149,8 +149,8 @@ impl Claim {
             Estimate::of(&rounds.into_iter().map(|(a, b)| ratio(a, b)).collect::<Vec<_>>())
         };
         Ok(match *self {
-            Self::Decode { model, dtype } => {
-                let mut block = Block::new(cpu, model, dtype, options.rotate_bytes)?;
+            Self::Decode { shapes, dtype } => {
+                let mut block = Block::new(cpu, shapes, dtype, options.rotate_bytes)?;
                 let (block_bytes, mut reader) = (block.bytes as f64, Reader::new(options.rotate_bytes)?);
                 let window_bytes = reader.pass(cpu) as f64;
                 let share = |block: f64, read: f64| (block_bytes / block) / (window_bytes / read);
@@ -173,8 +173,8 @@ impl Claim {
                 };
                 alternate(&mut call, &mut || _ = reader.pass(cpu), &share)
             }
-            Self::Rows { model, dtype, row_count } => {
-                let (outputs, inputs) = model.layers[2];
+            Self::Rows { shapes, dtype, row_count } => {
+                let (outputs, inputs) = shapes.layers[2];
                 let layer = random_layer(cpu, dtype, outputs, inputs)?;
                 let mut rows = Rows::new(cpu, row_count, inputs, outputs)?;
                 let ops = (2 * row_count * inputs * outputs) as f64;
@@ -202,9 +202,9 @@ impl Claim {
 impl fmt::Display for Claim {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Decode { model, dtype } => write!(f, "{dtype} {} block, 1 row, of read bandwidth", model.name),
+            Self::Decode { shapes, dtype } => write!(f, "{dtype} {} block, 1 row, of read bandwidth", shapes.name),
             Self::Runs { dtype } => write!(f, "{dtype} {RUNS} layers, 1 row each, of read bandwidth"),
-            Self::Rows { model, dtype, row_count } => write!(f, "{dtype} {} gate+up, {row_count} rows, of int8 peak", model.name),
+            Self::Rows { shapes, dtype, row_count } => write!(f, "{dtype} {} gate+up, {row_count} rows, of int8 peak", shapes.name),
             Self::OneMoreRow { dtype, row_count } => write!(f, "{dtype} {row_count}+1 rows, time a row over {row_count}"),
             Self::Dispatch { dtype, row_count } => {
                 write!(f, "{dtype} {row_count} row{}, time over the next lower instruction set", if *row_count == 1 { "" } else { "s" })
@@ -251,10 +251,10 @@ struct Block {
 }
 
 impl Block {
-    fn new(cpu: &Cpu, model: Model, dtype: Dtype, rotate_bytes: usize) -> Result<Self, PackError> {
-        let layers = model.layers.iter().map(|(n, k)| random_layer(cpu, dtype, *n, *k)).collect::<Result<Vec<_>, _>>()?;
+    fn new(cpu: &Cpu, shapes: Shapes, dtype: Dtype, rotate_bytes: usize) -> Result<Self, PackError> {
+        let layers = shapes.layers.iter().map(|(n, k)| random_layer(cpu, dtype, *n, *k)).collect::<Result<Vec<_>, _>>()?;
         let bytes = layers.iter().map(Linear::bytes).sum();
-        let rows = model.layers.iter().map(|(n, k)| Rows::new(cpu, 1, *k, *n)).collect::<Result<_, _>>()?;
+        let rows = shapes.layers.iter().map(|(n, k)| Rows::new(cpu, 1, *k, *n)).collect::<Result<_, _>>()?;
         let copy = |_| layers.iter().map(Linear::duplicate).collect::<Result<Vec<_>, _>>();
         let copies = (0..rotate_bytes.div_ceil(bytes)).map(copy).collect::<Result<_, _>>()?;
         Ok(Self { copies, rows, next: 0, bytes })
@@ -298,9 +298,9 @@ mod tests {
         let options = ClaimOptions { rounds: 1, budget: Duration::from_micros(1), rotate_bytes: 1 << 20 };
         let dtype = Dtype::Int4 { group: 32 };
         let claims = [
-            Claim::Decode { model: SMOLLM2, dtype },
+            Claim::Decode { shapes: SMOLLM2, dtype },
             Claim::Runs { dtype },
-            Claim::Rows { model: SMOLLM2, dtype, row_count: 2 },
+            Claim::Rows { shapes: SMOLLM2, dtype, row_count: 2 },
             Claim::OneMoreRow { dtype, row_count: 1 },
             Claim::Dispatch { dtype, row_count: 1 },
         ];
