@@ -10,8 +10,8 @@
 # streamsN   N clients in a closed loop, 128 in, 64 out
 # memory     what stays resident after the load of streams32, without weights and KV pages
 #
-# SKIP leaves out what is known to be slower than another of the same peer. Each server is alone: one is stopped before the next starts, forwards in odd runs and backwards in even ones. vLLM, which compiles
-# for minutes, starts once for each model and is halted (SIGSTOP) while it is not its turn. Every prompt of a load is another one, and
+# SKIP leaves out what is known to be slower than another of the same peer. Each server is alone: one is stopped before the next starts,
+# forwards in odd runs and backwards in even ones. vLLM, which compiles for minutes, starts once for each model and is halted (SIGSTOP) while it is not its turn. Every prompt of a load is another one, and
 # no server answers from a cache of prompts. ASHLAR_BIN names a binary, and ASHLAR_COMMIT what it was built from; without it
 # the release build is made. ASHLAR_FLAGS, LLAMA_FLAGS and VLLM_FLAGS are added to the servers'. QUICK=1 asks a few requests, to see that all works: its figures mean nothing.
 set -euo pipefail
