@@ -100,7 +100,7 @@ pub struct ExecutorConfig {
     pub page_tokens: u32,
     /// How keys and values are stored: `f32`, `bf16` or `int8`.
     pub kv_format: KvFormat,
-    /// Rows of one batch.
+    /// Rows of one batch; 0: 48 for each thread, from 96 to 1024.
     pub step_tokens_max: u32,
     /// Rows of one sequence in one batch; 0: as `step_tokens_max`.
     pub chunk_tokens_max: u32,
@@ -129,7 +129,7 @@ impl Default for ExecutorConfig {
             kv_bytes: 0,
             page_tokens: limits.page_tokens,
             kv_format: limits.kv_format,
-            step_tokens_max: limits.step_tokens_max,
+            step_tokens_max: 0,
             chunk_tokens_max: 0,
             sequences_max: limits.sequences_max,
             waiting_max: limits.waiting_max,
@@ -153,22 +153,25 @@ impl ExecutorConfig {
         Ok(isa)
     }
 
-    /// The engine's limits, checked.
+    /// The engine's limits on a device of so many threads, checked.
     ///
     /// # Errors
     /// The relation of limits that does not hold.
-    pub fn limits(&self, available_bytes: u64) -> anyhow::Result<Limits> {
+    pub fn limits(&self, available_bytes: u64, threads: usize) -> anyhow::Result<Limits> {
         let kv_bytes = if self.kv_bytes > 0 { self.kv_bytes } else { (available_bytes / 4).min(4 << 30) };
-        let chunk_tokens_max = if self.chunk_tokens_max > 0 { self.chunk_tokens_max } else { self.step_tokens_max };
+        // A step of so many rows is bound by arithmetic, not by reading weights; more rows only make whoever decodes wait longer.
+        let rows_of_threads = u32::try_from(threads).unwrap_or(u32::MAX).saturating_mul(48).clamp(96, 1024);
+        let step_tokens_max = if self.step_tokens_max > 0 { self.step_tokens_max } else { rows_of_threads.max(self.sequences_max) };
+        let chunk_tokens_max = if self.chunk_tokens_max > 0 { self.chunk_tokens_max } else { step_tokens_max };
         let limits = Limits {
             page_tokens: self.page_tokens,
             kv_format: self.kv_format,
-            step_tokens_max: self.step_tokens_max,
+            step_tokens_max,
             chunk_tokens_max,
             sequences_max: self.sequences_max,
             waiting_max: self.waiting_max,
-            hidden_rows_max: self.step_tokens_max.saturating_mul(4),
-            link_rows_max: self.step_tokens_max.saturating_mul(2),
+            hidden_rows_max: step_tokens_max.saturating_mul(4),
+            link_rows_max: step_tokens_max.saturating_mul(2),
             kv_bytes,
             prefix_cache: self.prefix_cache,
         };
@@ -208,7 +211,7 @@ impl Config {
         self.executor.isa()?;
         ensure!(["text", "json"].contains(&format.as_str()), "use log.format = `{format}`: expected text or json");
         // Memory decides no relation, so that any amount of it serves.
-        self.executor.limits(1 << 30).map(drop)
+        self.executor.limits(1 << 30, self.executor.threads).map(drop)
     }
 }
 
@@ -532,8 +535,17 @@ mod tests {
     }
 
     #[test]
+    fn rows_of_a_batch_go_with_the_threads() {
+        let executor = ExecutorConfig::default();
+        let rows = [1, 2, 8, 64].map(|threads| executor.limits(1 << 30, threads).unwrap().step_tokens_max);
+        assert_eq!(rows, [96, 96, 384, 1024]);
+        let many = ExecutorConfig { sequences_max: 200, ..executor };
+        assert_eq!(many.limits(1 << 30, 2).unwrap().step_tokens_max, 200);
+    }
+
+    #[test]
     fn broken_relation_of_limits_is_a_sentence() {
-        let executor = ExecutorConfig { sequences_max: 1000, ..ExecutorConfig::default() };
-        assert!(executor.limits(1 << 30).unwrap_err().to_string().contains("sequences_max must not exceed step_tokens_max"));
+        let executor = ExecutorConfig { sequences_max: 1000, step_tokens_max: 999, ..ExecutorConfig::default() };
+        assert!(executor.limits(1 << 30, 2).unwrap_err().to_string().contains("sequences_max must not exceed step_tokens_max"));
     }
 }
