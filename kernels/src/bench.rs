@@ -1,6 +1,7 @@
 //! Linear layers against the machine's ceilings, on the shapes of SmolLM2-135M: GB/s of weights for one row, operations
 //! a second for many, each with its share. `ashlar bench kernels` prints it.
 
+pub mod attention;
 pub mod claims;
 pub mod paired;
 

@@ -26,6 +26,8 @@ mod scales;
 mod tiles;
 
 use std::marker::PhantomData;
+use std::ops::Range;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 
 pub use crate::table::Table;
@@ -36,7 +38,7 @@ pub use pack::Linear;
 use crate::format::{CodeRow, TensorView};
 use crate::ops::{Activation, AttentionShape, Columns, KvFormat, KvPlace, KvShape, LinearRun, NormKind, Ops, PackError, Query};
 use crate::reference::concatenate;
-use attention::{Attend, Attention, TILE};
+use attention::{Attend, Attention, Merge, Parts, TILE};
 use elementwise::{Gate, Map, MapElements, Rope};
 use isa::Proven;
 use kv::{Stored, Write};
@@ -104,7 +106,7 @@ impl Cpu {
     }
 
     /// As [`Cpu::spread`] over blocks of `0..rows`.
-    fn spread_rows(&self, rows: usize, work: usize, block: impl Fn(std::ops::Range<usize>) + Sync) {
+    fn spread_rows(&self, rows: usize, work: usize, block: impl Fn(Range<usize>) + Sync) {
         let height = if work < ALONE_WORK { rows.max(1) } else { rows.div_ceil(4 * self.pool.threads()).max(1) };
         self.spread(rows.div_ceil(height), work, &|unit| block(unit * height..((unit + 1) * height).min(rows)));
     }
@@ -117,25 +119,68 @@ impl Cpu {
         });
     }
 
-    /// Cuts the rows and heads of a call into tiles, and runs them.
+    /// Cuts the rows and heads of a call into tiles, tiles of few rows into runs of segments, and computes them.
     fn attend_stored<T: Stored>(&self, attention: &Attention<'_>) {
         let &Attention { shape, queries, .. } = attention;
         let (threads, kv_heads) = (self.threads(), shape.kv.kv_heads);
         let group = shape.heads / kv_heads;
-        // Heads of one kv head stay together unless that would leave threads without work.
-        let heads_count = if queries.len() * kv_heads >= 4 * threads || threads == 1 { group.min(TILE) } else { 1 };
-        let rows_max = if threads == 1 { TILE } else { (queries.len() * kv_heads).div_ceil(4 * threads) };
-        let rows_max = rows_max.clamp(1, TILE / heads_count);
-        let tiles = Tiles::new(queries, attention.tables, shape.kv.page_tokens, shape.window, rows_max);
-        let parts = group.div_ceil(heads_count);
-        let work = queries.iter().map(|query| query.position as usize + 1).sum::<usize>() * shape.heads * shape.kv.head_dim;
-        self.spread(tiles.count() * kv_heads * parts, work, &|unit| {
-            // The last rows of a chunk have most to read, so they come first.
-            let (tile, part) = (tiles.count() - 1 - unit % tiles.count(), unit / tiles.count());
-            let (kv_head, part) = (part / parts, part % parts);
+        let (heads_count, units_wanted) = (group.min(TILE), UNITS_PER_THREAD * threads);
+        let rows_max = if threads == 1 { TILE } else { (queries.len() * kv_heads).div_ceil(units_wanted) };
+        let tiles = Tiles::new(queries, attention.tables, shape.kv.page_tokens, shape.window, rows_max.clamp(1, TILE / heads_count));
+        let parts_count = group.div_ceil(heads_count);
+        let stretches = tiles.count() * kv_heads * parts_count;
+        // What a tile's rows see together.
+        let seen_by =
+            |rows: &[u32]| union(rows.iter().map(|&row| attention::segments(attention::seen(queries[row as usize], shape.window))));
+        // The last rows of a chunk have most to read, so they come first.
+        let stretch = |stretch: usize| {
+            let (tile, part) = (tiles.count() - 1 - stretch % tiles.count(), stretch / tiles.count());
+            let (kv_head, part) = (part / parts_count, part % parts_count);
             let first_head = kv_head * group + part * heads_count;
-            let heads = first_head..(first_head + heads_count).min((kv_head + 1) * group);
-            self.proven.run(Attend::<T> { attention, rows: tiles.rows(tile), heads, stored: PhantomData });
+            (tiles.rows(tile), kv_head, first_head..(first_head + heads_count).min((kv_head + 1) * group))
+        };
+        let work = queries.iter().map(|query| query.position as usize + 1).sum::<usize>() * shape.heads * shape.kv.head_dim;
+
+        if threads == 1 || stretches >= units_wanted || work < ALONE_WORK {
+            self.spread(stretches, work, &|unit| {
+                let (rows, _, heads) = stretch(unit);
+                let next = (unit + 1 < stretches).then(|| stretch(unit + 1));
+                let next = next.map(|(rows, kv_head, _)| (rows[0], kv_head, seen_by(rows).start));
+                let segments = seen_by(rows);
+                self.proven.run(Attend::<T> { attention, rows, heads, segments, parts: None, next, stored: PhantomData });
+            });
+            return;
+        }
+        let all = union((0..tiles.count()).map(|tile| seen_by(tiles.rows(tile))));
+        let runs = (2 * units_wanted).div_ceil(stretches.max(1)).min(all.len());
+        self.with_scratch(|scratch| {
+            let size = queries.len() * shape.heads * all.len() * Parts::stride(shape.kv.head_dim);
+            let (values, left) = scratch.attended().room(size, stretches, runs);
+            let parts = Parts { values: Shared::new(values), first: all.start, count: all.len() };
+            let run = |unit: usize| {
+                let (rows, kv_head, heads) = stretch(unit / runs);
+                let (segments, run) = (seen_by(rows), unit % runs);
+                let first = segments.start;
+                (rows, kv_head, heads, first + segments.len() * run / runs..first + segments.len() * (run + 1) / runs)
+            };
+            self.spread(stretches * runs, work, &|unit| {
+                let (rows, _, heads, segments) = run(unit);
+                let next = (unit + 1 < stretches * runs).then(|| run(unit + 1));
+                let next = next.map(|(rows, kv_head, _, segments)| (rows[0], kv_head, segments.start));
+                self.proven.run(Attend::<T> {
+                    attention,
+                    rows,
+                    heads: heads.clone(),
+                    segments,
+                    parts: Some(parts),
+                    next,
+                    stored: PhantomData,
+                });
+                // Who is last sees what the others wrote.
+                if left[unit / runs].fetch_sub(1, Ordering::AcqRel) == 1 {
+                    self.proven.run(Merge { attention, rows, heads, parts });
+                }
+            });
         });
     }
 
@@ -381,6 +426,13 @@ fn check_columns(columns: Columns, head_dim: usize) {
     assert!(columns.width.is_multiple_of(head_dim), "{} columns are whole heads of {head_dim}", columns.width);
 }
 
+/// From the first of some ranges to the end of the last.
+fn union(ranges: impl Iterator<Item = Range<usize>>) -> Range<usize> {
+    ranges.reduce(|all, one| all.start.min(one.start)..all.end.max(one.end)).unwrap_or_default()
+}
+
+/// Units of attention that each thread gets at least, where there are enough: the last to finish is not waited for long.
+const UNITS_PER_THREAD: usize = 4;
 /// Less work than this (a few microseconds) is done by the caller alone.
 const ALONE_WORK: usize = 32 << 10;
 /// Elements of a unit of an element-wise op.

@@ -8,6 +8,8 @@ use crate::format::TensorView;
 /// Tokens that one step of the attention walk covers: KV pieces are aligned to absolute positions that are
 /// multiples of it, so that the walk never depends on a page size, a chunk or a batch.
 pub const PIECE_TOKENS: usize = 16;
+/// Tokens whose softmax is computed as one before it is merged with the others': docs/numerics.md, rule 6.
+pub const SEGMENT_TOKENS: usize = 4 * PIECE_TOKENS;
 
 /// Why weights could not be taken by a device.
 #[derive(Debug, thiserror::Error)]

@@ -4,12 +4,13 @@
 use std::fmt;
 use std::time::Duration;
 
+use super::attention::{Decode, Pages};
 use super::paired::{Estimate, alternate};
 use super::{Rotation, Rows, random_layer};
 use crate::cpu::probe::{Reader, int8_pass};
 use crate::cpu::{Cpu, Linear};
 use crate::format::Dtype;
-use crate::ops::{Columns, LinearRun, Ops, PackError};
+use crate::ops::{Columns, KvFormat, LinearRun, Ops, PackError};
 
 /// How long to measure, and how much memory to rotate through.
 #[derive(Debug, Clone, Copy)]
@@ -43,6 +44,8 @@ pub enum Claim {
         /// Format of the weights.
         dtype: Dtype,
     },
+    /// Attention of a step of sequences that share nothing, at least [`ATTEND_SHARE`] of the read bandwidth.
+    Attend(Decode),
     /// Many rows, at least [`ROWS_SHARE`] of the int8 peak.
     Rows {
         /// Whose gate and up layer.
@@ -90,6 +93,8 @@ pub const DECODE_SHARE: f64 = 0.85;
 pub const RUNS_SHARE: f64 = 0.80;
 /// Layers of such a call.
 pub const RUNS: usize = 16;
+/// Share of the read bandwidth of attention.
+pub const ATTEND_SHARE: f64 = 0.70;
 /// Share of the int8 peak of many rows.
 pub const ROWS_SHARE: f64 = 0.50;
 /// Time a row at one row more, over the time a row before.
@@ -105,6 +110,9 @@ pub fn all() -> Vec<Claim> {
         claims.extend(formats.map(|dtype| Claim::Decode { shapes, dtype }));
     }
     claims.extend(formats.map(|dtype| Claim::Runs { dtype }));
+    for (sequences, tokens) in [(1, 1024), (16, 160), (32, 160)] {
+        claims.push(Claim::Attend(Decode { heads: 9, kv_heads: 3, head_dim: 64, format: KvFormat::F32, sequences, tokens }));
+    }
     for shapes in [SMOLLM2, QWEN, LLAMA] {
         claims.extend(formats.map(|dtype| Claim::Rows { shapes, dtype, row_count: 64 }));
     }
@@ -112,7 +120,7 @@ pub fn all() -> Vec<Claim> {
         claims.push(Claim::Rows { shapes, dtype: formats[0], row_count: 512 });
     }
     for dtype in formats {
-        claims.extend([8, 16, 64, 96].map(|row_count| Claim::OneMoreRow { dtype, row_count }));
+        claims.extend([8, 64, 96].map(|row_count| Claim::OneMoreRow { dtype, row_count }));
         claims.extend([1, 64].map(|row_count| Claim::Dispatch { dtype, row_count }));
     }
     claims
@@ -123,7 +131,7 @@ impl Claim {
     pub fn cells(&self) -> usize {
         match self {
             Self::Decode { shapes, .. } => shapes.layers.len(),
-            Self::Runs { .. } | Self::Rows { .. } => 1,
+            Self::Runs { .. } | Self::Attend(_) | Self::Rows { .. } => 1,
             Self::OneMoreRow { .. } | Self::Dispatch { .. } => 2,
         }
     }
@@ -133,6 +141,7 @@ impl Claim {
         match self {
             Self::Decode { .. } => Bound::AtLeast(DECODE_SHARE),
             Self::Runs { .. } => Bound::AtLeast(RUNS_SHARE),
+            Self::Attend(_) => Bound::AtLeast(ATTEND_SHARE),
             Self::Rows { .. } => Bound::AtLeast(ROWS_SHARE),
             Self::OneMoreRow { .. } => Bound::AtMost(ROW_COST),
             Self::Dispatch { .. } => Bound::AtMost(DISPATCH_COST),
@@ -173,6 +182,13 @@ impl Claim {
                 };
                 alternate(&mut call, &mut || _ = reader.pass(cpu), &share)
             }
+            Self::Attend(decode) => {
+                let mut pages = Pages::new(cpu, decode, options.rotate_bytes)?;
+                let (step_bytes, mut reader) = (pages.step_bytes as f64, Reader::new(options.rotate_bytes)?);
+                let window_bytes = reader.pass(cpu) as f64;
+                let share = |step: f64, read: f64| (step_bytes / step) / (window_bytes / read);
+                alternate(&mut || pages.step(cpu), &mut || _ = reader.pass(cpu), &share)
+            }
             Self::Rows { shapes, dtype, row_count } => {
                 let (outputs, inputs) = shapes.layers[2];
                 let layer = random_layer(cpu, dtype, outputs, inputs)?;
@@ -204,6 +220,9 @@ impl fmt::Display for Claim {
         match self {
             Self::Decode { shapes, dtype } => write!(f, "{dtype} {} block, 1 row, of read bandwidth", shapes.name),
             Self::Runs { dtype } => write!(f, "{dtype} {RUNS} layers, 1 row each, of read bandwidth"),
+            Self::Attend(Decode { format, sequences, tokens, .. }) => {
+                write!(f, "{format} attention, {sequences} x {tokens} tokens, of read bandwidth")
+            }
             Self::Rows { shapes, dtype, row_count } => write!(f, "{dtype} {} gate+up, {row_count} rows, of int8 peak", shapes.name),
             Self::OneMoreRow { dtype, row_count } => write!(f, "{dtype} {row_count}+1 rows, time a row over {row_count}"),
             Self::Dispatch { dtype, row_count } => {
@@ -300,6 +319,7 @@ mod tests {
         let claims = [
             Claim::Decode { shapes: SMOLLM2, dtype },
             Claim::Runs { dtype },
+            Claim::Attend(Decode { heads: 2, kv_heads: 1, head_dim: 8, format: KvFormat::Int8, sequences: 2, tokens: 17 }),
             Claim::Rows { shapes: SMOLLM2, dtype, row_count: 2 },
             Claim::OneMoreRow { dtype, row_count: 1 },
             Claim::Dispatch { dtype, row_count: 1 },

@@ -9,6 +9,7 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::activations::{Activations, QuantiseRows};
+use super::attention::Attended;
 use super::isa::Kernel;
 use super::lanes::{Lanes, load_some, store_some};
 use super::linear_float::{Bf16, F16, F32, FloatTiles};
@@ -119,6 +120,14 @@ pub(super) struct Scratch {
     /// The rows, quantised for each way of grouping that the layers have.
     activations: Vec<Activations>,
     spans: Vec<Span>,
+    attended: Attended,
+}
+
+impl Scratch {
+    /// For attention whose rows several threads share.
+    pub(super) fn attended(&mut self) -> &mut Attended {
+        &mut self.attended
+    }
 }
 
 /// The units of one part of one run.

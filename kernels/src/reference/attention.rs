@@ -5,7 +5,7 @@ use half::bf16;
 use super::linear::quantise_activations;
 use super::math;
 use super::norm::halving_sum;
-use crate::ops::{AttentionShape, KvFormat, KvPlace, KvShape, PIECE_TOKENS, Query};
+use crate::ops::{AttentionShape, KvFormat, KvPlace, KvShape, PIECE_TOKENS, Query, SEGMENT_TOKENS};
 
 /// Keys and values of all slots.
 #[derive(Debug)]
@@ -71,34 +71,41 @@ pub(super) fn attend(out: &mut [f32], q: &[f32], kv: &Kv, shape: &AttentionShape
 
     let (mut m, mut sum) = (f32::NEG_INFINITY, 0.0f32);
     out.fill(0.0);
-    for piece in first / PIECE_TOKENS..=position / PIECE_TOKENS {
-        let seen = |lane: usize| (first..=position).contains(&(piece * PIECE_TOKENS + lane));
-        let mut s = [f32::NEG_INFINITY; PIECE_TOKENS];
-        for lane in (0..PIECE_TOKENS).filter(|&lane| seen(lane)) {
-            let k = &kv.keys[at(piece * PIECE_TOKENS + lane)];
-            let mut acc = 0.0f32;
-            for d in 0..q.len() {
-                acc = q[d].mul_add(k.elements[d], acc);
-            }
-            let scaled = acc * k.scale * shape.scale;
-            s[lane] = shape.softcap.map_or(scaled, |cap| math::softcap(scaled, cap));
-        }
-        let new_m = s.iter().fold(m, |m, &s| math::max(m, s));
-        let factor = math::exp(m - new_m);
-        sum *= factor;
-        out.iter_mut().for_each(|o| *o *= factor);
-        m = new_m;
+    for segment in first / SEGMENT_TOKENS..=position / SEGMENT_TOKENS {
+        let tokens = (segment * SEGMENT_TOKENS).max(first)..((segment + 1) * SEGMENT_TOKENS).min(position + 1);
+        let scores: Vec<f32> = tokens
+            .clone()
+            .map(|t| {
+                let k = &kv.keys[at(t)];
+                let mut acc = 0.0f32;
+                for d in 0..q.len() {
+                    acc = q[d].mul_add(k.elements[d], acc);
+                }
+                let scaled = acc * k.scale * shape.scale;
+                shape.softcap.map_or(scaled, |cap| math::softcap(scaled, cap))
+            })
+            .collect();
+        let segment_m = scores.iter().fold(f32::NEG_INFINITY, |m, &s| math::max(m, s));
 
-        let mut p = [0.0f32; PIECE_TOKENS];
-        for lane in (0..PIECE_TOKENS).filter(|&lane| seen(lane)) {
-            p[lane] = math::exp(s[lane] - m);
-            let v = &kv.values[at(piece * PIECE_TOKENS + lane)];
-            let weight = p[lane] * v.scale;
+        let mut lanes = [0.0f32; PIECE_TOKENS];
+        let mut blend = vec![0.0f32; q.len()];
+        for (t, score) in tokens.zip(scores) {
+            let p = math::exp(score - segment_m);
+            lanes[t % PIECE_TOKENS] += p;
+            let v = &kv.values[at(t)];
+            let weight = p * v.scale;
             for d in 0..q.len() {
-                out[d] = weight.mul_add(v.elements[d], out[d]);
+                blend[d] = weight.mul_add(v.elements[d], blend[d]);
             }
         }
-        sum += halving_sum(p);
+
+        let new_m = math::max(m, segment_m);
+        let (old, new) = (math::exp(m - new_m), math::exp(segment_m - new_m));
+        sum = sum * old + halving_sum(lanes) * new;
+        for d in 0..q.len() {
+            out[d] = blend[d].mul_add(new, out[d] * old);
+        }
+        m = new_m;
     }
     out.iter_mut().for_each(|o| *o /= sum);
 }
