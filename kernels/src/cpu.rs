@@ -23,6 +23,7 @@ mod pool;
 pub mod probe;
 mod scalar;
 mod scales;
+mod segments;
 mod tiles;
 
 use std::marker::PhantomData;
@@ -38,7 +39,7 @@ pub use pack::Linear;
 use crate::format::{CodeRow, TensorView};
 use crate::ops::{Activation, AttentionShape, Columns, KvFormat, KvPlace, KvShape, LinearRun, NormKind, Ops, PackError, Query};
 use crate::reference::concatenate;
-use attention::{Attend, Attention, Merge, Parts, TILE};
+use attention::{Attend, Attention, TILE};
 use elementwise::{Gate, Map, MapElements, Rope};
 use isa::Proven;
 use kv::{Stored, Write};
@@ -46,6 +47,7 @@ use linear::{Finish, Scratch};
 use memory::{Aligned, Shared};
 use norm::{Norm, NormHeads, NormRows};
 use pool::Pool;
+use segments::{Merge, Parts};
 use tiles::Tiles;
 
 /// How the backend is set up.

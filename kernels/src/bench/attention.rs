@@ -15,9 +15,9 @@ pub struct Decode {
     pub head_dim: usize,
     /// How keys and values are stored.
     pub format: KvFormat,
-    /// Sequences, which share nothing.
-    pub sequences: usize,
-    /// Tokens of each.
+    /// Rows, each over pages of its own.
+    pub rows: usize,
+    /// Tokens that each of them sees.
     pub tokens: usize,
 }
 
@@ -38,33 +38,33 @@ pub(super) struct Pages {
 
 impl Pages {
     pub(super) fn new(cpu: &Cpu, decode: Decode, rotate_bytes: usize) -> Result<Self, PackError> {
-        let Decode { heads, kv_heads, head_dim, format, sequences, tokens } = decode;
+        let Decode { heads, kv_heads, head_dim, format, rows, tokens } = decode;
         let kv_shape = KvShape { kv_heads, head_dim, page_tokens: PAGE_TOKENS, format };
         let shape = AttentionShape { heads, kv: kv_shape, scale: (head_dim as f32).powf(-0.5), softcap: None, window: None };
         let pages = tokens.div_ceil(PAGE_TOKENS);
-        let layer_slots = pages * sequences;
+        let layer_slots = pages * rows;
         let layers = rotate_bytes.div_ceil(layer_slots * kv_shape.page_bytes()).max(1);
         let mut kv = cpu.kv(kv_shape, layers * layer_slots)?;
 
         let width = shape.qkv_width();
-        let mut qkv = cpu.buffer(sequences.max(PAGE_TOKENS) * width)?;
-        cpu.upload(&mut qkv, 0, &pseudo_random(sequences.max(PAGE_TOKENS) * width));
+        let mut qkv = cpu.buffer(rows.max(PAGE_TOKENS) * width)?;
+        cpu.upload(&mut qkv, 0, &pseudo_random(rows.max(PAGE_TOKENS) * width));
         for slot in 0..(layers * layer_slots) as u32 {
             let places: Vec<KvPlace> = (0..PAGE_TOKENS as u32).map(|offset| KvPlace { slot, offset }).collect();
             cpu.kv_write(&mut kv, &qkv, &shape, &places);
         }
-        let slot = |layer, sequence, page| (layer * layer_slots + page * sequences + sequence) as u32;
-        let table = |layer| (0..sequences).flat_map(|s| (0..pages).map(move |page| slot(layer, s, page))).collect();
-        let query = |sequence| Query { table_start: (sequence * pages) as u32, position: tokens as u32 - 1 };
+        let slot = |layer, row, page| (layer * layer_slots + page * rows + row) as u32;
+        let table = |layer| (0..rows).flat_map(|s| (0..pages).map(move |page| slot(layer, s, page))).collect();
+        let query = |row| Query { table_start: (row * pages) as u32, position: tokens as u32 - 1 };
         Ok(Self {
             shape,
             kv,
             qkv,
-            out: cpu.buffer(sequences * heads * head_dim)?,
-            queries: (0..sequences).map(query).collect(),
+            out: cpu.buffer(rows * heads * head_dim)?,
+            queries: (0..rows).map(query).collect(),
             tables: (0..layers).map(table).collect(),
             next: 0,
-            step_bytes: tokens * sequences * kv_shape.page_bytes() / PAGE_TOKENS,
+            step_bytes: tokens * rows * kv_shape.page_bytes() / PAGE_TOKENS,
         })
     }
 

@@ -110,8 +110,8 @@ pub fn all() -> Vec<Claim> {
         claims.extend(formats.map(|dtype| Claim::Decode { shapes, dtype }));
     }
     claims.extend(formats.map(|dtype| Claim::Runs { dtype }));
-    for (sequences, tokens) in [(1, 1024), (16, 160), (32, 160)] {
-        claims.push(Claim::Attend(Decode { heads: 9, kv_heads: 3, head_dim: 64, format: KvFormat::F32, sequences, tokens }));
+    for (rows, tokens) in [(1, 1024), (16, 160), (32, 160)] {
+        claims.push(Claim::Attend(Decode { heads: 9, kv_heads: 3, head_dim: 64, format: KvFormat::F32, rows, tokens }));
     }
     for shapes in [SMOLLM2, QWEN, LLAMA] {
         claims.extend(formats.map(|dtype| Claim::Rows { shapes, dtype, row_count: 64 }));
@@ -220,8 +220,8 @@ impl fmt::Display for Claim {
         match self {
             Self::Decode { shapes, dtype } => write!(f, "{dtype} {} block, 1 row, of read bandwidth", shapes.name),
             Self::Runs { dtype } => write!(f, "{dtype} {RUNS} layers, 1 row each, of read bandwidth"),
-            Self::Attend(Decode { format, sequences, tokens, .. }) => {
-                write!(f, "{format} attention, {sequences} x {tokens} tokens, of read bandwidth")
+            Self::Attend(Decode { format, rows, tokens, .. }) => {
+                write!(f, "{format} attention, {rows} x {tokens} tokens, of read bandwidth")
             }
             Self::Rows { shapes, dtype, row_count } => write!(f, "{dtype} {} gate+up, {row_count} rows, of int8 peak", shapes.name),
             Self::OneMoreRow { dtype, row_count } => write!(f, "{dtype} {row_count}+1 rows, time a row over {row_count}"),
@@ -319,7 +319,7 @@ mod tests {
         let claims = [
             Claim::Decode { shapes: SMOLLM2, dtype },
             Claim::Runs { dtype },
-            Claim::Attend(Decode { heads: 2, kv_heads: 1, head_dim: 8, format: KvFormat::Int8, sequences: 2, tokens: 17 }),
+            Claim::Attend(Decode { heads: 2, kv_heads: 1, head_dim: 8, format: KvFormat::Int8, rows: 2, tokens: 17 }),
             Claim::Rows { shapes: SMOLLM2, dtype, row_count: 2 },
             Claim::OneMoreRow { dtype, row_count: 1 },
             Claim::Dispatch { dtype, row_count: 1 },

@@ -9,7 +9,6 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::activations::{Activations, QuantiseRows};
-use super::attention::Attended;
 use super::isa::Kernel;
 use super::lanes::{Lanes, load_some, store_some};
 use super::linear_float::{Bf16, F16, F32, FloatTiles};
@@ -17,6 +16,7 @@ use super::linear_integer::IntegerTiles;
 use super::math;
 use super::memory::Shared;
 use super::pack::{LANES, Linear, Part, Weights};
+use super::segments::Attended;
 use super::{Buffer, Cpu};
 use crate::ops::{Activation, Columns, LinearRun};
 

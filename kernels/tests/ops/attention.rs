@@ -253,6 +253,27 @@ fn page_size_changes_no_bit_of(format: KvFormat) {
     }
 }
 
+/// Few rows with many segments: several threads share a row's.
+#[test]
+fn a_long_row_has_the_reference_bits() {
+    for (format, window, softcap) in [(KvFormat::F32, None, None), (KvFormat::Bf16, Some(300), None), (KvFormat::Int8, None, Some(30.0))] {
+        let mut random = Random(11);
+        let kv = KvShape { kv_heads: 3, head_dim: 64, page_tokens: 32, format };
+        let shape = AttentionShape { heads: 9, kv, scale: 0.125, softcap, window };
+        let slot_count = 33;
+        let rows = |random: &mut Random, count: usize| random.tame(count * shape.qkv_width());
+        let (stored, qkv) = (rows(&mut random, slot_count * kv.page_tokens), rows(&mut random, 2));
+        // Two sequences of which one is short, over the same pages in two orders.
+        let tables: Vec<u32> = (0..slot_count as u32).chain((0..slot_count as u32).rev()).collect();
+        let queries = vec![Query { table_start: 0, position: 1040 }, Query { table_start: slot_count as u32, position: 70 }];
+        let sharing = Sharing { shape, slot_count, stored, qkv, queries, tables };
+        let together = check(&sharing);
+        for cpu in backends() {
+            assert_same(&cpu.describe(), &together, &sharing.row_by_row(cpu));
+        }
+    }
+}
+
 #[test]
 fn formats_keep_their_precision() {
     let mut chunk = Chunk::random(&mut Random(5));
