@@ -308,8 +308,14 @@ impl<'a, T: Stored> Attend<'a, T> {
         let mut sum = s.splat(0.0);
         let (chunks, _) = weights.as_chunks_mut::<PIECE_TOKENS>();
         for b in 0..PIECES {
-            // exp of minus infinity is exactly 0.
-            let mut weights = math::exp(s, s.sub(scores[b], s.splat(max)));
+            let seen = within(&seen, b * PIECE_TOKENS, PIECE_TOKENS);
+            if seen.is_empty() {
+                continue;
+            }
+            // What is masked goes through exp as 0: a result that underflows takes the processor a hundred cycles and more.
+            let mask = s.range_mask(seen.start, seen.end);
+            let below = s.select(mask, s.sub(scores[b], s.splat(max)), s.splat(0.0));
+            let mut weights = s.select(mask, math::exp(s, below), s.splat(0.0));
             sum = s.add(sum, weights);
             if let Some((_, of_values)) = pieces[b].scales {
                 weights = s.mul(weights, s.load(of_values));
