@@ -1,21 +1,28 @@
 //! Activations as int8 in groups (docs/numerics.md, rule 3), in the order in which packed codes lie.
+//!
+//! Rows lie in the blocks in which tiles take them ([`Blocks`]), 4 codes of one row beside the same 4 of the next: a tile
+//! finds all its rows from one address. With an address for each row they do not fit the registers, and the address is
+//! loaded again for each 4 codes.
+
+use std::ops::Range;
 
 use super::isa::Kernel;
 use super::lanes::{Lanes, load_some};
 use super::memory::{Aligned, Shared};
 use super::pack::{Groups, IntegerWeights};
+use crate::SLICE;
 use crate::ops::{Columns, PackError};
 
 /// Quantised rows; the memory is reused from call to call.
 #[derive(Debug)]
 pub(super) struct Activations {
-    /// `[rows][stride]` codes; groups padded to multiples of 8 with code 0.
+    /// `[blocks][stride / 4][rows of the block][4]` codes; groups padded to multiples of 8 with code 0.
     pub(super) codes: Aligned<i8>,
-    /// `[rows][groups]`.
+    /// `[blocks][groups][rows of the block]`.
     pub(super) scales: Aligned<f32>,
-    /// `[rows][groups]`: the sum of each group's codes, exact.
+    /// As `scales`: the sum of each group's codes, exact.
     pub(super) sums: Aligned<f32>,
-    /// `[rows][groups]`: `-offset * sum`, where a group's dot product with unsigned codes starts.
+    /// As `scales`: `-offset * sum`, where a group's dot product with unsigned codes starts.
     pub(super) corrections: Aligned<i32>,
     pub(super) groups: Groups,
     /// Of the weights' codes.
@@ -60,12 +67,22 @@ impl Activations {
     }
 }
 
-/// Quantises rows `rows` of `x`.
+/// Heights of tiles, the tallest first. A run's rows are cut from its first row on into as many as fit of each; who quantises and who
+/// computes must agree.
+#[inline(always)]
+pub(super) const fn heights(wide: bool) -> &'static [usize] {
+    if wide { &[8, 4, 2, 1] } else { &[2, 1] }
+}
+
+/// Rows of one run that are quantised together; a multiple of the greatest height.
+pub(super) const QUANTISE_ROWS: usize = 8;
+
+/// Quantises rows `rows` of `x`, which begin [`QUANTISE_ROWS`] or a multiple of them after their run and are as many or the run's last.
 pub(super) struct QuantiseRows<'a> {
     pub(super) x: &'a [f32],
     /// Where a row's inputs are.
     pub(super) x_at: Columns,
-    pub(super) rows: std::ops::Range<usize>,
+    pub(super) rows: Range<usize>,
     pub(super) groups: Groups,
     pub(super) offset: i32,
     pub(super) stride: usize,
@@ -80,21 +97,49 @@ impl Kernel for QuantiseRows<'_> {
 
     #[inline(always)]
     fn run<S: Lanes>(self, s: S) {
+        let mut row = self.rows.start;
+        for &height in heights(S::WIDE) {
+            while row + height <= self.rows.end {
+                match height {
+                    8 => self.block::<S, 8>(s, row),
+                    4 => self.block::<S, 4>(s, row),
+                    2 => self.block::<S, 2>(s, row),
+                    _ => self.block::<S, 1>(s, row),
+                }
+                row += height;
+            }
+        }
+    }
+}
+
+impl QuantiseRows<'_> {
+    /// The R rows from `first` on.
+    #[inline(always)]
+    fn block<S: Lanes, const R: usize>(&self, s: S, first: usize) {
         let groups = self.groups;
-        for row in self.rows {
-            let x = &self.x[row * self.x_at.stride + self.x_at.offset..][..groups.inputs];
-            // SAFETY: units have disjoint rows.
-            let codes = unsafe { self.codes.part(row * self.stride..row * self.stride + groups.padded_inputs()) };
-            // SAFETY: as above.
-            let scales = unsafe { self.scales.part(row * groups.count..(row + 1) * groups.count) };
-            // SAFETY: as above.
-            let sums = unsafe { self.sums.part(row * groups.count..(row + 1) * groups.count) };
-            // SAFETY: as above.
-            let corrections = unsafe { self.corrections.part(row * groups.count..(row + 1) * groups.count) };
-            for g in 0..groups.count {
-                let codes = &mut codes[g * groups.padded_group()..][..groups.padded(g)];
-                let (scale, sum) = quantise_group(s, &x[groups.members(g)], codes);
-                (scales[g], sums[g], corrections[g]) = (scale, sum as f32, -self.offset * sum);
+        // SAFETY: units have disjoint rows, and so have blocks.
+        let codes = unsafe { self.codes.part(first * self.stride..(first + R) * self.stride) };
+        let of_groups = first * groups.count..(first + R) * groups.count;
+        // SAFETY: as above.
+        let scales = unsafe { self.scales.part(of_groups.clone()) };
+        // SAFETY: as above.
+        let sums = unsafe { self.sums.part(of_groups.clone()) };
+        // SAFETY: as above.
+        let corrections = unsafe { self.corrections.part(of_groups) };
+        let mut of_rows = [[0; SLICE]; R];
+        for g in 0..groups.count {
+            let padded = groups.padded(g);
+            for r in 0..R {
+                let x = &self.x[(first + r) * self.x_at.stride + self.x_at.offset..][..groups.inputs];
+                let (scale, sum) = quantise_group(s, &x[groups.members(g)], &mut of_rows[r][..padded]);
+                let at = g * R + r;
+                (scales[at], sums[at], corrections[at]) = (scale, sum as f32, -self.offset * sum);
+            }
+            let (quads, _) = codes[g * groups.padded_group() * R..][..padded * R].as_chunks_mut::<4>();
+            for (q, quads) in quads.chunks_exact_mut(R).enumerate() {
+                for r in 0..R {
+                    quads[r].copy_from_slice(&of_rows[r][q * 4..][..4]);
+                }
             }
         }
     }

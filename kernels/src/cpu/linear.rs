@@ -8,7 +8,7 @@
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use super::activations::{Activations, QuantiseRows};
+use super::activations::{Activations, QUANTISE_ROWS, QuantiseRows};
 use super::isa::Kernel;
 use super::lanes::{Lanes, load_some, store_some};
 use super::linear_float::{Bf16, F16, F32, FloatTiles};
@@ -220,7 +220,14 @@ impl Call<'_> {
             let sums = Shared::new(&mut activations.sums);
             let corrections = Shared::new(&mut activations.corrections);
             let (x, x_at) = (self.x, self.inputs);
-            cpu.spread(rows.len().div_ceil(QUANTISE_ROWS), rows.len() * groups.inputs, &|unit| {
+            let unit_count = |run: &LinearRun<'_, Linear, Buffer>| run.rows.len().div_ceil(QUANTISE_ROWS);
+            cpu.spread(self.runs.iter().map(unit_count).sum(), rows.len() * groups.inputs, &|unit| {
+                let (mut run, mut unit) = (0, unit);
+                while unit >= unit_count(&self.runs[run]) {
+                    unit -= unit_count(&self.runs[run]);
+                    run += 1;
+                }
+                let rows = &self.runs[run].rows;
                 let start = rows.start + unit * QUANTISE_ROWS;
                 let rows = start..(start + QUANTISE_ROWS).min(rows.end);
                 cpu.proven.run(QuantiseRows { x, x_at, rows, groups, offset, stride, codes, scales, sums, corrections });
@@ -428,6 +435,5 @@ pub(super) const PREFETCH_BYTES: usize = 2048;
 const ONE_ROW_BYTES: usize = 64 << 10;
 /// Steps of a one-row unit at most.
 const ONE_ROW_STEPS: usize = 32;
-const QUANTISE_ROWS: usize = 8;
 /// Sums of a unit at most: of 96 rows and 3 panels, gate and up; of one row and 4 streams they are fewer.
 const SUMS: usize = ROW_BLOCK * 3 * 2 * LANES;

@@ -294,16 +294,12 @@ impl<B: CodeFormat, W: ScaleTable, const MINIMUM: bool> Tiles<'_, B, W, MINIMUM>
         let (group_steps, row_steps) = (groups.padded_group() / 8, groups.padded_inputs() / 8);
 
         let (all_quads, _) = input.codes.as_chunks::<4>();
-        let mut quads = [&all_quads[..0]; R];
-        let mut scales = [&input.scales[..0]; R];
-        let mut sums = [&input.sums[..0]; R];
-        let mut corrections = [&input.corrections[..0]; R];
-        for r in 0..R {
-            quads[r] = &all_quads[(row + r) * (input.stride / 4)..][..row_steps * 2];
-            scales[r] = &input.scales[(row + r) * groups.count..][..groups.count];
-            sums[r] = &input.sums[(row + r) * groups.count..][..groups.count];
-            corrections[r] = &input.corrections[(row + r) * groups.count..][..groups.count];
-        }
+        // A block of R rows: see `activations`.
+        let (quads, _) = all_quads[row * (input.stride / 4)..][..row_steps * 2 * R].as_chunks::<R>();
+        let of_groups = row * groups.count..(row + R) * groups.count;
+        let (scales, _) = input.scales[of_groups.clone()].as_chunks::<R>();
+        let (sums, _) = input.sums[of_groups.clone()].as_chunks::<R>();
+        let (corrections, _) = input.corrections[of_groups].as_chunks::<R>();
         let mut codes = [&self.codes[..0]; C];
         let mut weight_scales = [self.scales; C];
         let mut weight_minima = [self.minima; C];
@@ -324,7 +320,7 @@ impl<B: CodeFormat, W: ScaleTable, const MINIMUM: bool> Tiles<'_, B, W, MINIMUM>
             let mut dot = [[s.dot_start(0); C]; R];
             for r in 0..R {
                 // SAFETY: g < groups.count, the length of every slice by group taken above.
-                let start = B::start(s, unsafe { *corrections[r].get_unchecked(g) });
+                let start = B::start(s, unsafe { corrections.get_unchecked(g)[r] });
                 for c in 0..C {
                     dot[r][c] = start;
                 }
@@ -343,8 +339,8 @@ impl<B: CodeFormat, W: ScaleTable, const MINIMUM: bool> Tiles<'_, B, W, MINIMUM>
                 }
                 for half in 0..2 {
                     for r in 0..R {
-                        // SAFETY: step < row_steps, and a row's quads are row_steps * 2.
-                        let quad = s.quad(unsafe { *quads[r].get_unchecked(step * 2 + half) });
+                        // SAFETY: step < row_steps, and a block's quads are row_steps * 2.
+                        let quad = s.quad(unsafe { quads.get_unchecked(step * 2 + half)[r] });
                         for c in 0..C {
                             dot[r][c] = B::dot(s, dot[r][c], loaded[c][half], quad);
                         }
@@ -356,7 +352,7 @@ impl<B: CodeFormat, W: ScaleTable, const MINIMUM: bool> Tiles<'_, B, W, MINIMUM>
                 let scale = unsafe { weight_scales[c].load(s, g) };
                 for r in 0..R {
                     // SAFETY: as above.
-                    let x_scale = s.splat(unsafe { *scales[r].get_unchecked(g) });
+                    let x_scale = s.splat(unsafe { scales.get_unchecked(g)[r] });
                     acc[r][c] = s.fma(s.dot_finish(dot[r][c]), s.mul(x_scale, scale), acc[r][c]);
                 }
                 if MINIMUM {
@@ -364,7 +360,7 @@ impl<B: CodeFormat, W: ScaleTable, const MINIMUM: bool> Tiles<'_, B, W, MINIMUM>
                     let minimum = unsafe { weight_minima[c].load(s, g) };
                     for r in 0..R {
                         // SAFETY: as above.
-                        let (sum, x_scale) = unsafe { (s.splat(*sums[r].get_unchecked(g)), s.splat(*scales[r].get_unchecked(g))) };
+                        let (sum, x_scale) = unsafe { (s.splat(sums.get_unchecked(g)[r]), s.splat(scales.get_unchecked(g)[r])) };
                         acc[r][c] = s.fma(sum, s.mul(x_scale, minimum), acc[r][c]);
                     }
                 }
