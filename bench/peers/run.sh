@@ -3,7 +3,7 @@
 # target/peers, says what cannot be had and goes on without it, lets the servers take turns, and prints one table.
 #
 #   bench/peers/run.sh     MODELS="smollm2 qwen" CELLS="decode prefill streams16 streams32 memory" PEERS_LIST="llama vllm mistralrs"
-#                          RUNS=3 THREADS=<all> QUICK=0 OUT=target/bench/peers SKIP="llama-bf16"
+#                          RUNS=3 THREADS=<all> QUICK=0 KV_FORMAT=bf16 OUT=target/bench/peers SKIP="llama-bf16"
 #
 # decode     one stream, 128 tokens in, 128 out: int8 against Q8_0; int4 against Q4_0 and Q4_1
 # prefill    one stream, 512 in, 2 out, counted to the first: int8 against the peers' formats
@@ -13,13 +13,13 @@
 # SKIP leaves out what is known to be slower than another of the same peer. Each server is alone: one is stopped before the next starts,
 # forwards in odd runs and backwards in even ones. vLLM, which compiles for minutes, starts once for each model and is halted (SIGSTOP) while it is not its turn. Every prompt of a load is another one, and
 # no server answers from a cache of prompts. ASHLAR_BIN names a binary, and ASHLAR_COMMIT what it was built from; without it
-# the release build is made. ASHLAR_FLAGS, LLAMA_FLAGS and VLLM_FLAGS are added to the servers'. QUICK=1 asks a few requests, to see that all works: its figures mean nothing.
+# the release build is made. KV_FORMAT is how Ashlar holds keys and values; llama.cpp has f16. ASHLAR_FLAGS, LLAMA_FLAGS and VLLM_FLAGS are added to the servers'. QUICK=1 asks a few requests, to see that all works: its figures mean nothing.
 set -euo pipefail
 # shellcheck source=../../scripts/lib.sh
 source "$(dirname "$0")/../../scripts/lib.sh"
 
 models=${MODELS:-smollm2 qwen} cells=${CELLS:-decode prefill streams16 streams32 memory}
-peers=${PEERS_LIST:-llama vllm mistralrs} runs=${RUNS:-3} threads=${THREADS:-$(nproc)} quick=${QUICK:-0} skip=" ${SKIP:-} "
+peers=${PEERS_LIST:-llama vllm mistralrs} runs=${RUNS:-3} threads=${THREADS:-$(nproc)} quick=${QUICK:-0} skip=" ${SKIP:-} " kv_format=${KV_FORMAT:-bf16}
 out=$(realpath -m "${OUT:-target/bench/peers}")
 results=$out/results weights=$out/weights
 read -ra ashlar_flags <<<"${ASHLAR_FLAGS:-}"
@@ -166,7 +166,8 @@ begin() {
   port=$(free_port)
   case $variant in
     ashlar-*)
-      ASHLAR_EXECUTOR_THREADS=$threads "$ASHLAR_BIN" serve --zoo "$file" --listen "127.0.0.1:$port" "${ashlar_flags[@]}" >"$log" 2>&1 &
+      ASHLAR_EXECUTOR_THREADS=$threads ASHLAR_EXECUTOR_KV_FORMAT=$kv_format \
+        "$ASHLAR_BIN" serve --zoo "$file" --listen "127.0.0.1:$port" "${ashlar_flags[@]}" >"$log" 2>&1 &
       ready=/ready
       ;;
     llama-*)

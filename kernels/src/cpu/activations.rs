@@ -129,11 +129,14 @@ impl QuantiseRows<'_> {
         let mut of_rows = [[0; SLICE]; R];
         for g in 0..groups.count {
             let padded = groups.padded(g);
+            let mut x = [&self.x[..0]; R];
             for r in 0..R {
-                let x = &self.x[(first + r) * self.x_at.stride + self.x_at.offset..][..groups.inputs];
-                let (scale, sum) = quantise_group(s, &x[groups.members(g)], &mut of_rows[r][..padded]);
+                x[r] = &self.x[(first + r) * self.x_at.stride + self.x_at.offset..][..groups.inputs][groups.members(g)];
+            }
+            let (of_scales, of_sums) = quantise_group(s, x, &mut of_rows, padded);
+            for r in 0..R {
                 let at = g * R + r;
-                (scales[at], sums[at], corrections[at]) = (scale, sum as f32, -self.offset * sum);
+                (scales[at], sums[at], corrections[at]) = (of_scales[r], of_sums[r] as f32, -self.offset * of_sums[r]);
             }
             let (quads, _) = codes[g * groups.padded_group() * R..][..padded * R].as_chunks_mut::<4>();
             for (q, quads) in quads.chunks_exact_mut(R).enumerate() {
@@ -145,40 +148,60 @@ impl QuantiseRows<'_> {
     }
 }
 
-/// Scale and sum of one group; `codes` is `x.len()` rounded up to 8 and its padding becomes 0.
+/// Scale and sum of one group of each of R rows; a row's first `padded` codes are the group's length rounded up to 8, and the padding
+/// becomes 0. Each stage goes through all rows: a row alone is a chain of operations that wait for one another.
 #[inline(always)]
-fn quantise_group<S: Lanes>(s: S, x: &[f32], codes: &mut [i8]) -> (f32, i32) {
-    let (chunks, tail) = x.as_chunks::<16>();
-    let mut amax = s.splat(0.0);
-    for chunk in chunks {
-        amax = s.max(s.abs(s.load(chunk)), amax);
+fn quantise_group<S: Lanes, const R: usize>(s: S, x: [&[f32]; R], codes: &mut [[i8; SLICE]; R], padded: usize) -> ([f32; R], [i32; R]) {
+    let len = x[0].len();
+    for r in 0..R {
+        assert_eq!(x[r].len(), len, "members of one group");
+    }
+    let (whole, tail) = (len / 16, len / 16 * 16..len);
+    let mut greatest = [s.splat(0.0); R];
+    for chunk in 0..whole {
+        for r in 0..R {
+            greatest[r] = s.max(s.abs(load_some(s, &x[r][chunk * 16..][..16])), greatest[r]);
+        }
     }
     if !tail.is_empty() {
-        amax = s.max(s.abs(load_some(s, tail)), amax);
+        for r in 0..R {
+            greatest[r] = s.max(s.abs(load_some(s, &x[r][tail.clone()])), greatest[r]);
+        }
     }
-    let amax = s.max_lane(amax);
-    let inverse = 127.0 / amax;
-    if inverse == f32::INFINITY {
-        codes.fill(0);
-        return (0.0, 0);
+    let (mut scales, mut factors, mut vanishes) = ([0.0; R], [0.0; R], [false; R]);
+    for r in 0..R {
+        let amax = s.max_lane(greatest[r]);
+        let inverse = 127.0 / amax;
+        vanishes[r] = inverse == f32::INFINITY;
+        (scales[r], factors[r]) = (amax / 127.0, if vanishes[r] { 0.0 } else { inverse });
     }
-    let factor = s.splat(inverse);
-    let mut sums = s.zero_int();
-    let (code_chunks, _) = codes.as_chunks_mut::<16>();
-    for (chunk, codes) in chunks.iter().zip(code_chunks) {
-        let rounded = s.to_int(s.mul(s.load(chunk), factor));
-        sums = s.add_int(sums, rounded);
-        s.store_codes(rounded, codes);
+    let mut sums = [s.zero_int(); R];
+    for chunk in 0..whole {
+        for r in 0..R {
+            let rounded = s.to_int(s.mul(load_some(s, &x[r][chunk * 16..][..16]), s.splat(factors[r])));
+            sums[r] = s.add_int(sums[r], rounded);
+            let (chunks, _) = codes[r].as_chunks_mut::<16>();
+            s.store_codes(rounded, &mut chunks[chunk]);
+        }
     }
     if !tail.is_empty() {
-        let rounded = s.to_int(s.mul(load_some(s, tail), factor));
-        sums = s.add_int(sums, rounded);
-        let mut padded = [0i8; 16];
-        s.store_codes(rounded, &mut padded);
-        // What is left of the codes is 8 or 16, with zeros for the padding.
-        let rest = &mut codes[chunks.len() * 16..];
-        let len = rest.len();
-        rest.copy_from_slice(&padded[..len]);
+        for r in 0..R {
+            let rounded = s.to_int(s.mul(load_some(s, &x[r][tail.clone()]), s.splat(factors[r])));
+            sums[r] = s.add_int(sums[r], rounded);
+            let mut last = [0i8; 16];
+            s.store_codes(rounded, &mut last);
+            // What is left of the codes is 8 or 16, with zeros for the padding.
+            codes[r][tail.start..padded].copy_from_slice(&last[..padded - tail.start]);
+        }
     }
-    (amax / 127.0, s.sum_int(sums))
+    let mut of_groups = [0; R];
+    for r in 0..R {
+        of_groups[r] = s.sum_int(sums[r]);
+        // So small that the inverse overflows.
+        if vanishes[r] {
+            codes[r][..padded].fill(0);
+            (scales[r], of_groups[r]) = (0.0, 0);
+        }
+    }
+    (scales, of_groups)
 }

@@ -58,10 +58,22 @@ impl Panels {
     }
 }
 
+/// What tiles do with finished sums.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) enum Onto {
+    /// `out = sums`; the sums of an earlier pass over K may lie there.
+    Nothing,
+    /// `out += sums`, of a whole row in one pass.
+    Sum,
+    /// `out *= sums`, of a whole row in one pass.
+    Product,
+}
+
 /// Where tiles put their sums.
 #[derive(Clone, Copy)]
 pub(super) struct Output<'a> {
     pub(super) values: Shared<'a, f32>,
+    pub(super) onto: Onto,
     /// Elements of a row.
     pub(super) stride: usize,
     /// The row that lies at the start of `values`.
@@ -101,7 +113,13 @@ impl<'a> Output<'a> {
             value = s.add(value, load_some(s, &bias[panel * LANES..((panel + 1) * LANES).min(bias.len())]));
         }
         // SAFETY: the caller owns this row and place.
-        store_some(s, value, unsafe { self.at(row, place) });
+        let out = unsafe { self.at(row, place) };
+        match self.onto {
+            Onto::Nothing => {}
+            Onto::Sum => value = s.add(load_some(s, out), value),
+            Onto::Product => value = s.mul(load_some(s, out), value),
+        }
+        store_some(s, value, out);
     }
 
     /// # Safety
@@ -254,34 +272,37 @@ impl Running<'_> {
         let run = &runs[span.run];
         let part = &run.linear.parts[span.part];
         let (panels, rows) = span.cut.unit(unit, &run.rows);
-        let columns = panels.count * panels.streams * LANES;
         let bias = |part: &Part| run.bias.map(|bias| &bias.0[part.first_output..][..part.outputs]);
-        if finish == Finish::Store {
-            let output = Output {
-                values: self.out,
-                stride: outputs.stride,
-                first_row: 0,
-                column: outputs.offset + part.first_output,
-                columns: part.outputs,
-                bias: bias(part),
-            };
-            return self.tiles(run, part, rows, panels, panels, output);
-        }
-        let sources = match finish {
-            Finish::Gate(_) => run.linear.parts.as_slice(),
-            _ => std::slice::from_ref(part),
+        let column = outputs.offset + part.first_output;
+        let direct =
+            |onto, bias| Output { values: self.out, onto, stride: outputs.stride, first_row: 0, column, columns: part.outputs, bias };
+        // `out` holds partial sums between passes over K, so only sums of a single pass may go onto something.
+        let one_pass = run.linear.inputs <= PASS;
+        let (last, onto) = match finish {
+            Finish::Store => (part, Onto::Nothing),
+            Finish::Add => (part, Onto::Sum),
+            Finish::Gate(activation) => {
+                let [gate, up] = run.linear.parts.as_slice() else { unreachable!("checked in apply") };
+                self.tiles(run, gate, rows.clone(), panels, panels, direct(Onto::Nothing, bias(gate)));
+                let stage = Stage::Activate(activation);
+                self.finish(FinishUnit { out: direct(Onto::Nothing, None), rows: rows.clone(), panels, stage });
+                (up, Onto::Product)
+            }
         };
-        let stride = columns * sources.len();
+        if onto == Onto::Nothing || one_pass {
+            return self.tiles(run, last, rows, panels, panels, direct(onto, bias(last)));
+        }
+        let stride = panels.count * panels.streams * LANES;
         let mut memory = Sums([const { MaybeUninit::uninit() }; SUMS]);
         let sums = memory.zeroed(rows.len() * stride);
         let values = Shared::new(sums);
-        for (index, part) in sources.iter().enumerate() {
-            let output = Output { values, stride, first_row: rows.start, column: index * columns, columns, bias: bias(part) };
-            self.tiles(run, part, rows.clone(), panels, panels.packed(), output);
-        }
-        let (out, first_column) = (self.out, outputs.offset + part.first_output);
-        let (out_stride, out_columns) = (outputs.stride, part.outputs);
-        self.cpu.proven.run(FinishUnit { out, out_stride, first_column, out_columns, sums, stride, rows, panels, finish });
+        let output = Output { values, onto: Onto::Nothing, stride, first_row: rows.start, column: 0, columns: stride, bias: bias(last) };
+        self.tiles(run, last, rows.clone(), panels, panels.packed(), output);
+        self.finish(FinishUnit { out: direct(onto, None), rows, panels, stage: Stage::Join { sums, stride } });
+    }
+
+    fn finish(&self, unit: FinishUnit<'_>) {
+        self.cpu.proven.run(unit);
     }
 
     fn tiles(
@@ -320,19 +341,21 @@ impl Sums {
     }
 }
 
-/// Takes a unit's sums to the output.
+/// What is done to a unit's outputs between or after its tiles.
+#[derive(Clone, Copy)]
+enum Stage<'a> {
+    /// `out = act(out)`.
+    Activate(Activation),
+    /// Takes sums `[rows][streams][count][16]` onto the output.
+    Join { sums: &'a [f32], stride: usize },
+}
+
+/// One stage of a unit.
 struct FinishUnit<'a> {
-    out: Shared<'a, f32>,
-    out_stride: usize,
-    /// Where panel 0 is in a row of `out`, and how many columns there are from there on.
-    first_column: usize,
-    out_columns: usize,
-    /// `[rows][streams][count][16]`, twice in a row (gate, up) where it gates.
-    sums: &'a [f32],
-    stride: usize,
+    out: Output<'a>,
     rows: Range<usize>,
     panels: Panels,
-    finish: Finish,
+    stage: Stage<'a>,
 }
 
 impl Kernel for FinishUnit<'_> {
@@ -340,28 +363,22 @@ impl Kernel for FinishUnit<'_> {
 
     #[inline(always)]
     fn run<S: Lanes>(self, s: S) {
-        let Panels { first, count, streams, distance } = self.panels;
+        let Panels { count, streams, .. } = self.panels;
         for row in self.rows.clone() {
-            let sums = &self.sums[(row - self.rows.start) * self.stride..][..self.stride];
             for stream in 0..streams {
-                let begin = (first + stream * distance) * LANES;
-                let end = (begin + count * LANES).min(self.out_columns);
-                let start = row * self.out_stride + self.first_column;
-                // SAFETY: units have disjoint rows and panels, and this one is ours.
-                let out = unsafe { self.out.part(start + begin..start + end) };
-                let (gate, up) = sums.split_at(self.stride / 2);
-                let from = stream * count * LANES;
-                match self.finish {
-                    Finish::Gate(activation) => {
-                        let (gate, up) = (&gate[from..][..out.len()], &up[from..][..out.len()]);
-                        for ((out, gate), up) in out.chunks_mut(16).zip(gate.chunks(16)).zip(up.chunks(16)) {
-                            let value = math::activate(s, load_some(s, gate), activation);
-                            store_some(s, s.mul(value, load_some(s, up)), out);
-                        }
-                    }
-                    _ => {
-                        for (out, sums) in out.chunks_mut(16).zip(sums[from..][..end - begin].chunks(16)) {
-                            store_some(s, s.add(load_some(s, out), load_some(s, sums)), out);
+                for step in 0..count {
+                    let panel = self.panels.first + stream * self.panels.distance + step;
+                    match self.stage {
+                        // SAFETY: units have disjoint rows and panels, and this one is ours.
+                        Stage::Activate(activation) => unsafe {
+                            let value = math::activate(s, self.out.load(s, row, panel), activation);
+                            self.out.store(s, value, row, panel, panel, false);
+                        },
+                        Stage::Join { sums, stride } => {
+                            let from = (row - self.rows.start) * stride + (stream * count + step) * LANES;
+                            let sums = load_some(s, &sums[from..][..LANES]);
+                            // SAFETY: as above.
+                            unsafe { self.out.store(s, sums, row, panel, panel, false) };
                         }
                     }
                 }
@@ -435,5 +452,5 @@ pub(super) const PREFETCH_BYTES: usize = 2048;
 const ONE_ROW_BYTES: usize = 64 << 10;
 /// Steps of a one-row unit at most.
 const ONE_ROW_STEPS: usize = 32;
-/// Sums of a unit at most: of 96 rows and 3 panels, gate and up; of one row and 4 streams they are fewer.
-const SUMS: usize = ROW_BLOCK * 3 * 2 * LANES;
+/// Sums of a unit at most: of 96 rows and 3 panels; of one row and 4 streams they are fewer.
+const SUMS: usize = ROW_BLOCK * 3 * LANES;
