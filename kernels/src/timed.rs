@@ -63,6 +63,9 @@ impl<B: Ops> Ops for Timed<B> {
     fn describe(&self) -> String {
         self.inner.describe()
     }
+    fn rest(&self) {
+        self.inner.rest();
+    }
     fn buffer(&self, element_count: usize) -> Result<B::Buffer, PackError> {
         self.inner.buffer(element_count)
     }

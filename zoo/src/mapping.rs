@@ -31,6 +31,15 @@ impl Mapping {
         let map = unsafe { memmap2::Mmap::map(&file)? };
         Ok(Self { map: Some(map) })
     }
+
+    /// Gives the pages back that were read; those that are read again come from the file.
+    pub(crate) fn release_pages(&self) {
+        let Some(map) = &self.map else { return };
+        // SAFETY: the map is read-only and has the file behind it, so what is dropped is read again with the same bytes (files of the zoo
+        // are never changed in place, see `open`).
+        // A hint: where the system does not take it, memory stays as it was.
+        let _ = unsafe { map.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
+    }
 }
 
 impl AsRef<[u8]> for Mapping {

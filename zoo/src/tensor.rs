@@ -55,6 +55,13 @@ impl MappedTensor {
         self.cols
     }
 
+    /// Gives back memory that reading the tensor took and its file can give again. Clones read on as before.
+    pub fn release_pages(&self) {
+        if let TensorBytes::Mapped(map) = &*self.bytes {
+            map.release_pages();
+        }
+    }
+
     /// The view that the op set takes.
     pub fn view(&self) -> TensorView<'_> {
         TensorView { dtype: self.dtype, rows: self.rows, cols: self.cols, bytes: self.as_ref() }

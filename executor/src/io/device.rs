@@ -137,7 +137,7 @@ pub fn start<B: Ops>(
 
 impl<B: Ops> Device<B> {
     fn serve(mut self, commands: &mpsc::Receiver<Command<B>>, reply: &impl Fn(Reply)) {
-        while let Ok(command) = commands.recv() {
+        while let Some(command) = self.next(commands) {
             match command {
                 Command::Load(index, block) => {
                     if let Err(error) = self.load(index, block) {
@@ -157,6 +157,18 @@ impl<B: Ops> Device<B> {
                     let (samples, link_rows) = self.run(&batch, &link_rows);
                     reply(Reply::Done(BatchDone { samples, link_rows, elapsed: began.elapsed() }));
                 }
+            }
+        }
+    }
+
+    /// The next command; None when nobody can send any more. Between, where none comes, the device rests once.
+    fn next(&self, commands: &mpsc::Receiver<Command<B>>) -> Option<Command<B>> {
+        match commands.recv_timeout(REST_AFTER) {
+            Ok(command) => Some(command),
+            Err(mpsc::RecvTimeoutError::Disconnected) => None,
+            Err(mpsc::RecvTimeoutError::Timeout) => {
+                self.ops.rest();
+                commands.recv().ok()
             }
         }
     }
@@ -294,3 +306,6 @@ impl<B: Ops> Device<B> {
         (samples, link_out)
     }
 }
+
+/// Without a command for so long, the device is idle.
+const REST_AFTER: Duration = Duration::from_millis(500);

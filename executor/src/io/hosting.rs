@@ -10,6 +10,7 @@ use ashlar_registry::{Registry, Session};
 use ashlar_wire::v1;
 use ashlar_zoo::digest::{Digest, lineages};
 use ashlar_zoo::store::Zoo;
+use ashlar_zoo::tensor::MappedTensor;
 use futures::StreamExt;
 use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
@@ -346,7 +347,12 @@ impl<B: Ops> Hosting<B> {
     async fn load_block(&mut self, digest: Digest, index: usize) -> Result<(), HostError> {
         let mapped = self.zoo.map_block(digest).await?;
         let ops = Arc::clone(&self.ops);
-        let task = tokio::task::spawn_blocking(move || LoadedBlock::load(&*ops, &mapped.block, &mapped));
+        let task = tokio::task::spawn_blocking(move || {
+            let loaded = LoadedBlock::load(&*ops, &mapped.block, &mapped);
+            // Verifying read every page. What is packed needs none of them any more, and of a table only rows that are asked for.
+            mapped.tensors.values().for_each(MappedTensor::release_pages);
+            loaded
+        });
         let loaded = match task.await {
             Ok(loaded) => loaded.map_err(|source| HostError::Load { block: digest, index, source: Box::new(source) })?,
             Err(panic) => std::panic::resume_unwind(panic.into_panic()),

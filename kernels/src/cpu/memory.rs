@@ -156,6 +156,18 @@ fn advise_huge_pages(start: NonNull<u8>, bytes: usize) {
     }
 }
 
+/// Gives memory that was freed back to the system, where the allocator keeps it: parsing a tokenizer alone leaves it some 30 MiB.
+pub(super) fn release_freed() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    {
+        unsafe extern "C" {
+            fn malloc_trim(pad: usize) -> core::ffi::c_int;
+        }
+        // SAFETY: glibc's function takes no pointer, locks what it looks at, and touches only memory that is free.
+        unsafe { malloc_trim(0) };
+    }
+}
+
 const ALIGN: usize = 64;
 #[cfg(target_os = "linux")]
 const HUGE_PAGE: usize = 2 << 20;
