@@ -104,6 +104,8 @@ pub struct ExecutorConfig {
     pub step_tokens_max: u32,
     /// Rows of one sequence in one batch; 0: as `step_tokens_max`.
     pub chunk_tokens_max: u32,
+    /// Batches that the device has at one time: one that it computes, the others next.
+    pub batches_in_flight_max: u32,
     /// Sequences that hold pages at one time.
     pub sequences_max: u32,
     /// Sequences that wait.
@@ -131,6 +133,7 @@ impl Default for ExecutorConfig {
             kv_format: limits.kv_format,
             step_tokens_max: 0,
             chunk_tokens_max: 0,
+            batches_in_flight_max: limits.batches_in_flight_max,
             sequences_max: limits.sequences_max,
             waiting_max: limits.waiting_max,
             prefix_cache: limits.prefix_cache,
@@ -168,6 +171,7 @@ impl ExecutorConfig {
             kv_format: self.kv_format,
             step_tokens_max,
             chunk_tokens_max,
+            batches_in_flight_max: self.batches_in_flight_max,
             sequences_max: self.sequences_max,
             waiting_max: self.waiting_max,
             hidden_rows_max: step_tokens_max.saturating_mul(4),

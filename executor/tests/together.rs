@@ -138,6 +138,9 @@ async fn eight_together_in_any_chunks(kv_format: KvFormat) {
         ("chunks of 7", Limits { chunk_tokens_max: 7, ..limits() }, 1),
         ("chunks of 1, pages of 32", Limits { chunk_tokens_max: 1, page_tokens: 32, ..limits() }, 2),
         ("little memory", Limits { chunk_tokens_max: 16, kv_bytes: 1 << 20, ..limits() }, 2),
+        ("one batch in flight", Limits { chunk_tokens_max: 7, batches_in_flight_max: 1, ..limits() }, 2),
+        ("four batches in flight", Limits { chunk_tokens_max: 7, batches_in_flight_max: 4, ..limits() }, 2),
+        ("four batches in flight, little memory", Limits { batches_in_flight_max: 4, kv_bytes: 1 << 20, ..limits() }, 2),
     ];
     for (name, limits, threads) in cases {
         let handle = start(&family, limits, CpuOptions { threads, isa: None }).await;

@@ -82,6 +82,13 @@ struct AttentionScratch {
     tables: Vec<u32>,
 }
 
+/// Who samples for a sequence, and what it sampled last: the input of a row whose token the engine did not know yet.
+struct Sampling {
+    sampler: Box<Sampler>,
+    /// Position and token. The token is 0 where none could be sampled: the sequence fails, and its rows in flight are discarded.
+    latest: Option<(u32, u32)>,
+}
+
 /// State of the device thread.
 struct Device<B: Ops> {
     ops: Arc<B>,
@@ -91,7 +98,7 @@ struct Device<B: Ops> {
     pools: Pools<B>,
     /// Hidden rows between segments, by width; slots are those of the engine.
     hidden: BTreeMap<usize, B::Buffer>,
-    samplers: BTreeMap<SequenceId, Box<Sampler>>,
+    samplers: BTreeMap<SequenceId, Sampling>,
     tokens: Vec<u32>,
     positions: Vec<u32>,
     index: Vec<u32>,
@@ -146,7 +153,7 @@ impl<B: Ops> Device<B> {
                 }
                 Command::Evict(index) => self.blocks[index.0 as usize] = None,
                 Command::Admit(sequence, sampler) => {
-                    self.samplers.insert(sequence, sampler);
+                    self.samplers.insert(sequence, Sampling { sampler, latest: None });
                 }
                 Command::Release(sequence) => {
                     self.samplers.remove(&sequence);
@@ -214,6 +221,12 @@ impl<B: Ops> Device<B> {
             self.positions.extend(rows.start..rows.start + rows.count);
             match &rows.input {
                 RowInput::Tokens(tokens) => self.tokens.extend_from_slice(tokens),
+                RowInput::Sampled => {
+                    let latest = self.samplers.get(&rows.sequence).and_then(|sampling| sampling.latest);
+                    let (position, token) = latest.expect("batches run in order, and none follows a release");
+                    assert_eq!(position, rows.start, "a row takes the token sampled last");
+                    self.tokens.push(token);
+                }
                 RowInput::Hidden(slots) => self.index.extend_from_slice(slots),
                 // Any slot will do: the rows are uploaded over it.
                 RowInput::Link => self.index.extend(std::iter::repeat_n(0, rows.count as usize)),
@@ -282,18 +295,16 @@ impl<B: Ops> Device<B> {
                 }
                 RowOutput::Sample(None) => {}
                 RowOutput::Sample(Some(position)) => {
-                    let token = match self.samplers.get_mut(&rows.sequence) {
-                        // Released while this batch was under way.
-                        None => Err("the sequence was released".to_owned()),
-                        Some(sampler) => match sampler.sample(self.forward.logits(logit_row), *position) {
-                            Ok(sampled) => {
-                                sampler.accept(sampled.token);
-                                Ok(SampledToken { token: sampled.token, logprob: sampled.logprob, top: sampled.top })
-                            }
-                            Err(error) => Err(error.to_string()),
-                        },
+                    let sampling = self.samplers.get_mut(&rows.sequence).expect("admitted before, and no batch follows a release");
+                    let token = match sampling.sampler.sample(self.forward.logits(logit_row), *position) {
+                        Ok(sampled) => {
+                            sampling.sampler.accept(sampled.token);
+                            Ok(SampledToken { token: sampled.token, logprob: sampled.logprob, top: sampled.top })
+                        }
+                        Err(error) => Err(error.to_string()),
                     };
-                    samples.push(Sample { sequence: rows.sequence, token });
+                    sampling.latest = Some((*position, token.as_ref().map_or(0, |sampled| sampled.token)));
+                    samples.push(Sample { sequence: rows.sequence, position: *position, token });
                     logit_row += 1;
                 }
             }

@@ -15,6 +15,9 @@ pub struct BatchId(pub u64);
 pub enum RowInput {
     /// The segment begins with `embed`: token ids.
     Tokens(Vec<u32>),
+    /// The segment begins with `embed`: one row, of the token that the device samples (or has sampled) for this sequence at
+    /// position `Rows::start`, in an earlier batch. Nobody else need know it yet.
+    Sampled,
     /// Hidden rows kept on the device, by slot.
     Hidden(Vec<u32>),
     /// Hidden rows that came over a link, taken from the inbox of the sequence in order.
@@ -76,6 +79,8 @@ impl Batch {
 pub struct Sample {
     /// For whom.
     pub sequence: SequenceId,
+    /// Position of the token.
+    pub position: u32,
     /// The token, or why there is none (logits that are not numbers).
     pub token: Result<SampledToken, String>,
 }

@@ -15,6 +15,8 @@ pub struct Counters {
     pub preemption_count: u64,
     /// Tokens emitted.
     pub generated_tokens: u64,
+    /// Rows planned for tokens after a stop token, which nobody knew then.
+    pub discarded_rows: u64,
     /// Cached pages dropped to make room.
     pub evicted_pages: u64,
 }

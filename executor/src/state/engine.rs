@@ -1,7 +1,8 @@
 //! The engine's state, its events (`handle_*`) and its outputs (`poll_output`). Which rows run next is in `planner`.
 //!
 //! The device runs batches in the order in which they were handed out. That is what allows counts to move, pages to
-//! be published and hidden rows to change hands when a batch is *planned*: whoever reads them runs later.
+//! be published and hidden rows to change hands when a batch is *planned*: whoever reads them runs later. Plans depend on
+//! counts only: a token that a batch in flight samples is promised, and the device alone puts it in (`RowInput::Sampled`).
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -125,6 +126,15 @@ pub enum Output {
     Release(SequenceId),
 }
 
+/// Pages that become free when a batch is done.
+#[derive(Debug)]
+pub(crate) struct Leaving {
+    /// The latest batch that may write to them.
+    pub(crate) last_batch: BatchId,
+    /// The pages, in the order in which to release them.
+    pub(crate) pages: Vec<(ClassIndex, u32)>,
+}
+
 /// The engine.
 #[derive(Debug)]
 pub struct Engine {
@@ -139,7 +149,12 @@ pub struct Engine {
     pub(crate) waiting: BTreeSet<(i32, SequenceId)>,
     pub(crate) hidden_free: Vec<u32>,
     pub(crate) outputs: VecDeque<Output>,
-    pub(crate) batches_in_flight: u32,
+    /// Batches that the device has, oldest first.
+    pub(crate) in_flight: VecDeque<BatchId>,
+    /// Pages of sequences that are gone or gave way while batches with rows of them were in flight.
+    pub(crate) leaving: Vec<Leaving>,
+    /// Whether a sequence that runs could not get its pages when the latest step was planned: nobody is started before it.
+    pub(crate) pages_short: bool,
     next_sequence: u64,
     next_batch: u64,
     pub(crate) counters: Counters,
@@ -160,7 +175,9 @@ impl Engine {
             by_key: BTreeMap::new(),
             waiting: BTreeSet::new(),
             outputs: VecDeque::new(),
-            batches_in_flight: 0,
+            in_flight: VecDeque::new(),
+            leaving: Vec::new(),
+            pages_short: false,
             next_sequence: 0,
             next_batch: 0,
             counters: Counters::default(),
@@ -318,7 +335,8 @@ impl Engine {
             admitted_at: now,
             status: Status::Waiting,
             started: false,
-            awaits_sample: false,
+            promised_tokens: 0,
+            last_batch: BatchId(0),
             base_tokens: admit.tokens.len() as u32,
             tokens: admit.tokens,
             received: 0,
@@ -402,31 +420,35 @@ impl Engine {
         }
     }
 
-    /// The device finished a batch.
+    /// The device finished the oldest batch in flight.
     pub fn handle_batch_done(&mut self, samples: Vec<Sample>) {
-        assert!(self.batches_in_flight > 0, "a batch was done that was never handed out");
-        self.batches_in_flight -= 1;
-        for sample in samples {
-            let Some(sequence) = self.sequences.get_mut(&sample.sequence) else { continue };
-            sequence.awaits_sample = false;
-            match sample.token {
-                Err(message) => self.fail(sample.sequence, Code::Internal, message, Retry::Never),
-                Ok(token) => {
-                    let span = &self.spans[sequence.span.0 as usize];
-                    if span.host.begins_with_embed {
-                        self.take_token(sample.sequence, token);
-                    } else {
-                        let position = sequence.computed.last().copied().unwrap_or(0);
-                        self.outputs.push_back(Output::SendToken { sequence: sample.sequence, position, token });
-                    }
+        let done = self.in_flight.pop_front().expect("a batch was done that was never handed out");
+        for Sample { sequence: id, position, token } in samples {
+            // It may have ended while the batch was in flight.
+            let Some(sequence) = self.sequences.get_mut(&id) else { continue };
+            let feeds_itself = self.spans[sequence.span.0 as usize].host.begins_with_embed;
+            match token {
+                Err(message) => self.fail(id, Code::Internal, message, Retry::Never),
+                Ok(token) if feeds_itself => {
+                    assert_eq!(position, sequence.tokens.len() as u32, "tokens are sampled in order");
+                    sequence.promised_tokens -= 1;
+                    self.take_token(id, token);
                 }
+                Ok(token) => self.outputs.push_back(Output::SendToken { sequence: id, position, token }),
             }
         }
+        let over = self.leaving.extract_if(.., |leaving| leaving.last_batch <= done);
+        over.flat_map(|leaving| leaving.pages).for_each(|(class, slot)| self.pages.release(class, slot));
+    }
+
+    /// Whether a batch is still on the device.
+    fn is_in_flight(&self, batch: BatchId) -> bool {
+        self.in_flight.front().is_some_and(|oldest| *oldest <= batch)
     }
 
     /// The next thing to do, or None until the next event.
     pub fn poll_output(&mut self, now: Now) -> Option<Output> {
-        if self.outputs.is_empty() && self.batches_in_flight == 0 {
+        if self.outputs.is_empty() && self.in_flight.len() < self.limits.batches_in_flight_max as usize {
             self.plan_step(now);
         }
         self.outputs.pop_front()
@@ -464,6 +486,7 @@ impl Engine {
         sequence.tokens.push(token.token);
         self.counters.generated_tokens += 1;
         self.outputs.push_back(Output::EmitToken { sequence: id, index, token });
+        self.publish_pages(id);
         if let Some(reason) = self.end_reason(id) {
             self.finish(id, reason);
         }
@@ -482,6 +505,9 @@ impl Engine {
     }
 
     fn finish(&mut self, id: SequenceId, reason: Reason) {
+        let sequence = &self.sequences[&id];
+        let useful = sequence.tokens.len() as u32 - 1;
+        self.counters.discarded_rows += sequence.computed.iter().map(|computed| u64::from(computed.saturating_sub(useful))).sum::<u64>();
         self.remove(id);
         self.outputs.push_back(Output::EmitFinished { sequence: id, reason });
         self.outputs.push_back(Output::Release(id));
@@ -500,17 +526,25 @@ impl Engine {
         self.by_key.remove(&sequence.key);
     }
 
-    /// Gives back pages (last tokens first, deeper blocks first) and hidden rows; the sequence starts over.
+    /// Gives back pages (last tokens first, deeper blocks first) and hidden rows; the sequence starts over. Batches in flight
+    /// may still write to the pages, so those wait for the last of them. Hidden rows need not: who gets one writes it before
+    /// reading it, in a batch that is planned later and so runs later.
     pub(crate) fn release_all(&mut self, id: SequenceId) {
+        let last_batch = self.sequences[&id].last_batch;
+        let is_in_flight = self.is_in_flight(last_batch);
         let sequence = self.sequences.get_mut(&id).expect("callers looked it up");
         let span = &self.spans[sequence.span.0 as usize];
         let most = sequence.pages.iter().map(Vec::len).max().unwrap_or(0);
+        let mut pages = Vec::new();
         for page in (0..most).rev() {
             for (attention, slots) in span.attention.iter().zip(&sequence.pages).rev() {
-                if let Some(slot) = slots.get(page) {
-                    self.pages.release(attention.class, *slot);
-                }
+                pages.extend(slots.get(page).map(|slot| (attention.class, *slot)));
             }
+        }
+        if is_in_flight && !pages.is_empty() {
+            self.leaving.push(Leaving { last_batch, pages });
+        } else {
+            pages.into_iter().for_each(|(class, slot)| self.pages.release(class, slot));
         }
         sequence.pages.iter_mut().for_each(Vec::clear);
         sequence.published.iter_mut().for_each(|count| *count = 0);

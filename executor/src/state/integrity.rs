@@ -9,6 +9,9 @@ impl Engine {
     /// The first fault found, as a sentence; `Ok` when all is consistent.
     pub fn check_integrity(&self) -> Result<(), String> {
         let mut held: BTreeMap<(ClassIndex, u32), u32> = BTreeMap::new();
+        for (class, slot) in self.leaving.iter().flat_map(|leaving| &leaving.pages) {
+            *held.entry((*class, *slot)).or_default() += 1;
+        }
         let mut hidden_count = 0;
         for (id, sequence) in &self.sequences {
             let span = self.span(sequence.span);
@@ -18,6 +21,14 @@ impl Engine {
                 }
             }
             hidden_count += sequence.boundary.iter().map(std::collections::VecDeque::len).sum::<usize>();
+            let known = sequence.tokens.len() as u32 + sequence.promised_tokens;
+            if span.host.begins_with_embed && (known > sequence.tokens_max() || sequence.computed[0] > known) {
+                return Err(format!(
+                    "sequence {id:?} computed {} of {known} tokens, at most {}",
+                    sequence.computed[0],
+                    sequence.tokens_max()
+                ));
+            }
             for i in 1..sequence.computed.len() {
                 let (upper, lower) = (sequence.computed[i - 1], sequence.computed[i]);
                 if lower > upper {

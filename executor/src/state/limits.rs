@@ -15,6 +15,8 @@ pub struct Limits {
     pub chunk_tokens_max: u32,
     /// How keys and values are stored; part of the numeric class.
     pub kv_format: KvFormat,
+    /// Batches handed to the device and not done. From 2 on the device finds the next one waiting whenever it ends one.
+    pub batches_in_flight_max: u32,
     /// Sequences that hold pages at one time.
     pub sequences_max: u32,
     /// Sequences that wait.
@@ -36,6 +38,7 @@ impl Default for Limits {
             kv_format: KvFormat::F32,
             step_tokens_max: 256,
             chunk_tokens_max: 256,
+            batches_in_flight_max: 2,
             sequences_max: 64,
             waiting_max: 1024,
             hidden_rows_max: 1024,
@@ -67,6 +70,7 @@ impl Limits {
             (self.page_tokens > 0 && self.page_tokens.is_multiple_of(16), "page_tokens must be a positive multiple of 16"),
             (self.chunk_tokens_max >= 1, "chunk_tokens_max must be at least 1"),
             (self.chunk_tokens_max <= self.step_tokens_max, "chunk_tokens_max must not exceed step_tokens_max"),
+            (self.batches_in_flight_max >= 1, "batches_in_flight_max must be at least 1"),
             (self.sequences_max >= 1, "sequences_max must be at least 1"),
             (
                 self.sequences_max <= self.step_tokens_max,

@@ -4,7 +4,7 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::Now;
-use super::batch::{Batch, RowInput, RowOutput, Rows, SequenceId};
+use super::batch::{Batch, BatchId, RowInput, RowOutput, Rows, SequenceId};
 use super::engine::{Engine, Output};
 use super::pages::PageKey;
 use super::segments::SegmentIndex;
@@ -20,10 +20,17 @@ struct Ready {
 impl Engine {
     /// Admits what fits, then hands out at most one batch: of the first segment, in order of choice, that can run.
     pub(crate) fn plan_step(&mut self, now: Now) {
-        self.start_waiting(now);
+        // Pages that come back are first for those that run and lack them.
+        if !std::mem::take(&mut self.pages_short) || self.segment_choices().is_empty() {
+            self.start_waiting(now);
+        }
         loop {
             let choices = self.segment_choices();
             if choices.is_empty() || choices.into_iter().any(|segment| self.plan_segment(segment)) {
+                return;
+            }
+            // What is in flight may bring pages back.
+            if !self.in_flight.is_empty() {
                 return;
             }
             // Rows are ready and none can run: pages or hidden rows are held by sequences that wait for each other. The
@@ -71,23 +78,23 @@ impl Engine {
         if rows.is_empty() {
             return false;
         }
-        let rows: Vec<Rows> = rows.into_iter().map(|(id, step, count)| self.advance(id, step, count)).collect();
         let id = self.next_batch_id();
+        let rows: Vec<Rows> = rows.into_iter().map(|(sequence, step, count)| self.advance(id, sequence, step, count)).collect();
         let blocks = self.segments[segment.0 as usize].blocks.clone();
         let batch = Batch { id, segment, blocks, span_count: spans.len(), rows };
         self.counters.batch_count += 1;
         self.counters.row_count += u64::from(batch.row_count());
-        self.batches_in_flight += 1;
+        self.in_flight.push_back(id);
         self.outputs.push_back(Output::RunBatch(batch));
         true
     }
 
-    /// Sequences that hold pages and could start over: chains that are whole here, with no sample on the way.
+    /// Sequences that hold pages and could start over: chains that are whole here.
     fn preemptible(&self) -> impl Iterator<Item = (i32, SequenceId)> + '_ {
         self.sequences.iter().filter_map(|(id, s)| {
             let host = &self.span(s.span).host;
             let holds = s.status == Status::Running && s.pages.iter().any(|slots| !slots.is_empty());
-            (holds && host.begins_with_embed && host.ends_with_head && !s.awaits_sample).then_some((s.priority, *id))
+            (holds && host.begins_with_embed && host.ends_with_head).then_some((s.priority, *id))
         })
     }
 
@@ -99,6 +106,10 @@ impl Engine {
                 return;
             }
             let sequence = &self.sequences[&id];
+            // It gave way while tokens of it were being sampled: they stand, and are part of what it starts again with.
+            if sequence.promised_tokens > 0 {
+                return;
+            }
             let span = self.span(sequence.span);
             let whole = span.host.begins_with_embed && span.host.ends_with_head;
             // A cut chain cannot give its pages back half-way (the other executors would not know), so it starts
@@ -208,6 +219,11 @@ impl Engine {
     fn reserve_pages(&mut self, id: SequenceId, step: usize, count: u32) -> bool {
         let tokens = self.sequences[&id].computed[step] + count;
         while !self.reserve_to(id, step, tokens) {
+            self.pages_short = true;
+            // Pages are on their way back already.
+            if !self.leaving.is_empty() {
+                return false;
+            }
             let mine = (self.sequences[&id].priority, id);
             let victim = self.preemptible().filter(|other| *other > mine).max();
             match victim {
@@ -246,18 +262,29 @@ impl Engine {
     }
 
     /// Moves the counts of a sequence through a step and says what the device must do for it.
-    fn advance(&mut self, id: SequenceId, step: usize, count: u32) -> Rows {
+    fn advance(&mut self, batch: BatchId, id: SequenceId, step: usize, count: u32) -> Rows {
         let page_tokens = self.limits.page_tokens;
         let sequence = self.sequences.get_mut(&id).expect("it was chosen");
         let span = &self.spans[sequence.span.0 as usize];
         let start = sequence.computed[step];
         let end = start + count;
+        sequence.last_batch = batch;
         let input = if step > 0 {
             let slots: Vec<u32> = sequence.boundary[step - 1].drain(..count as usize).collect();
             self.hidden_free.extend(slots.iter().rev());
             RowInput::Hidden(slots)
         } else if span.host.begins_with_embed {
-            RowInput::Tokens(sequence.tokens[start as usize..end as usize].to_vec())
+            match sequence.tokens.get(start as usize..end as usize) {
+                Some(tokens) => RowInput::Tokens(tokens.to_vec()),
+                None => {
+                    assert_eq!(
+                        (count, end),
+                        (1, sequence.tokens.len() as u32 + sequence.promised_tokens),
+                        "the newest token alone is promised"
+                    );
+                    RowInput::Sampled
+                }
+            }
         } else {
             RowInput::Link
         };
@@ -268,8 +295,11 @@ impl Engine {
             sequence.boundary[step].extend(&slots);
             RowOutput::Hidden(slots)
         } else if span.host.ends_with_head {
-            let samples = if span.host.begins_with_embed { end == sequence.tokens.len() as u32 } else { end >= sequence.base_tokens };
-            sequence.awaits_sample |= samples;
+            let samples = match span.host.begins_with_embed {
+                true => end == sequence.tokens.len() as u32 + sequence.promised_tokens,
+                false => end >= sequence.base_tokens,
+            };
+            sequence.promised_tokens += u32::from(samples && span.host.begins_with_embed);
             RowOutput::Sample(samples.then_some(end))
         } else {
             RowOutput::Link
@@ -278,11 +308,25 @@ impl Engine {
         let pages = end.div_ceil(page_tokens) as usize;
         let attention = span.attention_in(sequence.path[step].1, span.step_end(&sequence.path, step));
         let tables: Vec<Vec<u32>> = attention.clone().map(|i| sequence.pages[i][..pages].to_vec()).collect();
-        let whole = span.host.begins_with_embed && span.host.ends_with_head;
-        if self.limits.prefix_cache && whole {
-            sequence.extend_hashes(page_tokens);
-            for i in attention {
-                let full = (end / page_tokens).min(sequence.hashes.len() as u32);
+        if matches!(input, RowInput::Link) {
+            self.outputs.push_back(Output::SendConsumed { sequence: id, position: end });
+        }
+        self.publish_pages(id);
+        Rows { sequence: id, start, count, input, output, tables }
+    }
+
+    /// Makes pages findable whose tokens are all known and computed (or in a batch that is handed out: who takes them runs later).
+    pub(crate) fn publish_pages(&mut self, id: SequenceId) {
+        let page_tokens = self.limits.page_tokens;
+        let sequence = self.sequences.get_mut(&id).expect("callers looked it up");
+        let span = &self.spans[sequence.span.0 as usize];
+        if !(self.limits.prefix_cache && span.host.begins_with_embed && span.host.ends_with_head) {
+            return;
+        }
+        sequence.extend_hashes(page_tokens);
+        for step in 0..sequence.path.len() {
+            let full = (sequence.computed[step] / page_tokens).min(sequence.hashes.len() as u32);
+            for i in span.attention_in(sequence.path[step].1, span.step_end(&sequence.path, step)) {
                 for page in sequence.published[i]..full {
                     let key = PageKey { lineage: span.attention[i].lineage, tokens: sequence.hashes[page as usize] };
                     self.pages.publish(span.attention[i].class, sequence.pages[i][page as usize], key);
@@ -290,9 +334,5 @@ impl Engine {
                 sequence.published[i] = sequence.published[i].max(full);
             }
         }
-        if matches!(input, RowInput::Link) {
-            self.outputs.push_back(Output::SendConsumed { sequence: id, position: end });
-        }
-        Rows { sequence: id, start, count, input, output, tables }
     }
 }

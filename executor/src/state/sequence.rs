@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use ashlar_wire::id::SequenceKey;
 
 use super::Now;
+use super::batch::BatchId;
 use super::pages::TokenHash;
 use super::segments::SegmentIndex;
 
@@ -69,8 +70,11 @@ pub(crate) struct Sequence {
     pub(crate) status: Status,
     /// Whether `Started` was emitted.
     pub(crate) started: bool,
-    /// Whether a token of it is being sampled in a batch that is not done.
-    pub(crate) awaits_sample: bool,
+    /// Tokens of it that batches in flight sample: they follow `tokens` and are known to the device only. Zero where another
+    /// executor samples or feeds the token back.
+    pub(crate) promised_tokens: u32,
+    /// The latest batch with rows of it: its pages are nobody else's before that one is done.
+    pub(crate) last_batch: BatchId,
     /// All known tokens (spans that begin with the embedding); elsewhere the prompt and journal, for the sampler.
     pub(crate) tokens: Vec<u32>,
     /// Tokens known when it was admitted: the first token sampled here has this position.
@@ -99,10 +103,16 @@ impl Sequence {
     /// Tokens whose input is at hand for step `i` of the path.
     pub(crate) fn input_tokens(&self, i: usize, begins_with_embed: bool) -> u32 {
         match i {
-            0 if begins_with_embed => self.tokens.len() as u32,
+            // The last token that it may have is never computed: nothing follows it.
+            0 if begins_with_embed => (self.tokens.len() as u32 + self.promised_tokens).min(self.tokens_max() - 1),
             0 => self.received,
             _ => self.computed[i - 1],
         }
+    }
+
+    /// Tokens that it has at its end, unless a stop token comes first.
+    pub(crate) fn tokens_max(&self) -> u32 {
+        self.prompt_tokens + self.generated_tokens_max.max(1)
     }
 
     /// Tokens generated so far, as far as this executor knows.

@@ -1,7 +1,7 @@
 //! The engine against a modelled device whose KV is a hash of position and history: one wrong page, lost chunk or
 //! mixed-up row changes the tokens. Integrity is checked after every event.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use ashlar_kernels::ops::{KvFormat, KvShape};
 use ashlar_wire::id::{RouterId, SequenceKey};
@@ -28,16 +28,23 @@ struct ModelDevice {
     /// What each (class is one, so) block and slot holds: one number a token.
     pages: BTreeMap<u32, [u64; PAGE as usize]>,
     hidden: BTreeMap<u32, u64>,
+    /// Position and token that was sampled last, by sequence.
+    sampled: BTreeMap<SequenceId, (u32, u32)>,
 }
 
 impl ModelDevice {
-    fn run(&mut self, batch: &Batch, inbox: &mut BTreeMap<SequenceId, Vec<u64>>) -> (Vec<Sample>, Vec<(SequenceId, u32, Vec<u64>)>) {
+    fn run(&mut self, batch: &Batch, link_rows: &BTreeMap<SequenceId, Vec<u64>>) -> (Vec<Sample>, Vec<(SequenceId, u32, Vec<u64>)>) {
         let mut state: Vec<Vec<u64>> = Vec::new();
         for rows in &batch.rows {
             let mut values: Vec<u64> = match &rows.input {
                 RowInput::Tokens(tokens) => tokens.iter().map(|token| u64::from(*token)).collect(),
                 RowInput::Hidden(slots) => slots.iter().map(|slot| self.hidden[slot]).collect(),
-                RowInput::Link => inbox.get_mut(&rows.sequence).expect("rows came").drain(..rows.count as usize).collect(),
+                RowInput::Link => link_rows[&rows.sequence].clone(),
+                RowInput::Sampled => {
+                    let (position, token) = self.sampled[&rows.sequence];
+                    assert_eq!(position, rows.start, "a row takes the token sampled last");
+                    vec![u64::from(token)]
+                }
             };
             assert_eq!(values.len(), rows.count as usize);
             let mut attention = 0;
@@ -68,9 +75,14 @@ impl ModelDevice {
                 }),
                 RowOutput::Link => links.push((rows.sequence, rows.start, values.clone())),
                 RowOutput::Sample(None) => {}
-                RowOutput::Sample(Some(_)) => {
+                RowOutput::Sample(Some(position)) => {
                     let token = (values.last().expect("at least one row") % 97) as u32;
-                    samples.push(Sample { sequence: rows.sequence, token: Ok(SampledToken { token, logprob: 0.0, top: Vec::new() }) });
+                    self.sampled.insert(rows.sequence, (*position, token));
+                    samples.push(Sample {
+                        sequence: rows.sequence,
+                        position: *position,
+                        token: Ok(SampledToken { token, logprob: 0.0, top: Vec::new() }),
+                    });
                 }
             }
         }
@@ -152,11 +164,14 @@ struct Node {
     engine: Engine,
     device: ModelDevice,
     inbox: BTreeMap<SequenceId, Vec<u64>>,
+    /// Batches handed out and not run, with the rows that came over links for them.
+    in_flight: VecDeque<(Batch, BTreeMap<SequenceId, Vec<u64>>)>,
     tokens: BTreeMap<u64, Vec<u32>>,
     cached_tokens: BTreeMap<u64, u32>,
     finished: BTreeMap<u64, (Reason, u32)>,
     keys: BTreeMap<SequenceId, u64>,
     models_met_max: usize,
+    in_flight_most: usize,
     /// Sequences that failed.
     failed: BTreeSet<u64>,
     now_us: u64,
@@ -176,11 +191,13 @@ impl Node {
             engine: Engine::new(limits),
             device: ModelDevice::default(),
             inbox: BTreeMap::new(),
+            in_flight: VecDeque::new(),
             tokens: BTreeMap::new(),
             cached_tokens: BTreeMap::new(),
             finished: BTreeMap::new(),
             keys: BTreeMap::new(),
             models_met_max: 0,
+            in_flight_most: 0,
             failed: BTreeSet::new(),
             now_us: 0,
         }
@@ -193,7 +210,8 @@ impl Node {
         self.engine.check_integrity().expect("integrity after admit");
     }
 
-    /// Carries out outputs until one batch ran or nothing is left. Returns whether a batch ran.
+    /// Carries out outputs until nothing is left, then runs the oldest batch in flight: all others were planned before anything
+    /// was known of it. Returns whether a batch ran.
     fn step(&mut self, sent: &mut Vec<Sent>) -> bool {
         self.now_us += 100;
         while let Some(output) = self.engine.poll_output(super::Now::from_micros(self.now_us)) {
@@ -203,14 +221,15 @@ impl Node {
                     assert_eq!(distinct.len(), batch.rows.len(), "a sequence is in a batch once");
                     assert!(batch.row_count() <= self.engine.limits.step_tokens_max);
                     self.models_met_max = self.models_met_max.max(batch.span_count);
-                    let (samples, links) = self.device.run(&batch, &mut self.inbox);
-                    self.engine.check_integrity().expect("integrity with a batch in flight");
-                    for (sequence, start, rows) in links {
-                        sent.push(Sent::Rows(self.keys[&sequence], start, rows));
+                    let mut link_rows = BTreeMap::new();
+                    for rows in batch.rows.iter().filter(|rows| matches!(rows.input, RowInput::Link)) {
+                        let inbox = self.inbox.get_mut(&rows.sequence).expect("rows came");
+                        link_rows.insert(rows.sequence, inbox.drain(..rows.count as usize).collect());
                     }
-                    self.engine.handle_batch_done(samples);
-                    self.engine.check_integrity().expect("integrity after a batch");
-                    return true;
+                    self.in_flight.push_back((batch, link_rows));
+                    assert!(self.in_flight.len() <= self.engine.limits.batches_in_flight_max as usize);
+                    self.in_flight_most = self.in_flight_most.max(self.in_flight.len());
+                    self.engine.check_integrity().expect("integrity with a batch in flight");
                 }
                 Output::EmitToken { sequence, index, token } => {
                     let tokens = self.tokens.entry(self.keys[&sequence]).or_default();
@@ -232,13 +251,21 @@ impl Node {
                 }
             }
         }
-        false
+        let Some((batch, link_rows)) = self.in_flight.pop_front() else { return false };
+        let (samples, links) = self.device.run(&batch, &link_rows);
+        for (sequence, start, rows) in links {
+            sent.push(Sent::Rows(self.keys[&sequence], start, rows));
+        }
+        self.engine.handle_batch_done(samples);
+        self.engine.check_integrity().expect("integrity after a batch");
+        true
     }
 
     fn run_dry(&mut self) {
         let mut sent = Vec::new();
         for _ in 0..100_000 {
             if !self.step(&mut sent) && self.engine.sequences.is_empty() {
+                assert_eq!(self.engine.gauges().used_pages, 0);
                 assert!(self.failed.is_empty(), "failed: {:?}", self.failed);
                 return;
             }
@@ -387,6 +414,57 @@ fn a_model_added_while_others_run_changes_no_token() {
     }
 }
 
+#[test]
+fn the_device_has_its_next_batches_before_a_token_is_known() {
+    for in_flight in [1, 2, 4] {
+        let mut node = Node::new(Limits { batches_in_flight_max: in_flight, ..limits(100, 16, 16) });
+        let blocks = &family()[3];
+        let span = node.engine.handle_host(host(blocks, 0, blocks.len()));
+        node.admit(admit(1, span, &[1, 2, 3], 20, 0));
+        for step in 0..20 {
+            assert!(node.step(&mut Vec::new()));
+            // One was run; the last token is never fed back, so no batch follows the twentieth.
+            assert_eq!(node.in_flight.len(), (in_flight as usize - 1).min(19 - step));
+        }
+        node.run_dry();
+        assert_eq!(node.tokens[&1], oracle(blocks, &[1, 2, 3], 20), "{in_flight} in flight");
+        assert_eq!(node.engine.counters().discarded_rows, 0, "an end by length is known beforehand");
+    }
+}
+
+#[test]
+fn an_end_found_late_discards_no_more_than_what_is_in_flight() {
+    let blocks = &family()[3];
+    let alone = oracle(blocks, &[1, 2, 3], 20);
+    let end = (1..20).find(|&i| !alone[..i].contains(&alone[i])).expect("a token that comes once");
+    for in_flight in [1, 2, 4] {
+        let mut node = Node::new(Limits { batches_in_flight_max: in_flight, ..limits(100, 16, 16) });
+        let span = node.engine.handle_host(host(blocks, 0, blocks.len()));
+        node.admit(Admit { stop_tokens: vec![alone[end]], ..admit(1, span, &[1, 2, 3], 20, 0) });
+        node.run_dry();
+        assert_eq!(node.tokens[&1], alone[..=end]);
+        assert_eq!(node.finished[&1].0, Reason::Stop);
+        assert_eq!(node.engine.counters().discarded_rows, u64::from(in_flight) - 1);
+    }
+}
+
+#[test]
+fn pages_stay_until_no_batch_in_flight_can_write_to_them() {
+    let mut node = Node::new(Limits { batches_in_flight_max: 4, prefix_cache: false, ..limits(100, 16, 16) });
+    let blocks = &family()[3];
+    let span = node.engine.handle_host(host(blocks, 0, blocks.len()));
+    node.admit(admit(1, span, &[7; 40], 20, 0));
+    let mut sent = Vec::new();
+    assert!(node.step(&mut sent));
+    assert_eq!(node.in_flight.len(), 3);
+    node.engine.handle_cancel(node.id(1).expect("it runs"));
+    for _ in 0..3 {
+        assert!(node.engine.gauges().used_pages > 0);
+        assert!(node.step(&mut sent));
+    }
+    assert_eq!(node.engine.gauges().used_pages, 0);
+}
+
 /// Runs sequences on a chain cut over two engines.
 fn run_cut(blocks: &[u32], at: usize, prompts: &[Vec<u32>], count: u32, limits: &Limits) -> BTreeMap<u64, Vec<u32>> {
     let (mut up, mut down) = (Node::new(limits.clone()), Node::new(limits.clone()));
@@ -457,19 +535,25 @@ proptest! {
     #[test]
     fn any_mix_gives_each_sequence_its_own_tokens(
         requests in proptest::collection::vec((0usize..4, 1usize..60, 1u32..14, 0u32..3, 0i32..2, 0usize..4), 1..10),
-        step in 4u32..40, chunk in 1u32..20, spare_pages in 0u64..60, prefix_cache: bool, cancel in proptest::option::of(0u64..10),
+        step in 4u32..40, chunk in 1u32..20, spare_pages in 0u64..60, prefix_cache: bool,
+        in_flight in proptest::sample::select(vec![1u32, 2, 4]), stop in proptest::option::of(0u32..97), cancel in proptest::option::of(0u64..10),
     ) {
         let family = family();
         let chunk = chunk.min(step);
         // The largest sequence (74 tokens, 5 pages) on the widest chain's share must fit.
-        let mut node = Node::new(Limits { prefix_cache, ..limits(18 + spare_pages, step, chunk) });
+        let mut node = Node::new(Limits { prefix_cache, batches_in_flight_max: in_flight, ..limits(18 + spare_pages, step, chunk) });
         let spans: Vec<SpanIndex> = family.iter().map(|blocks| node.engine.handle_host(host(blocks, 0, blocks.len()))).collect();
         let mut sent = Vec::new();
         let mut expected = BTreeMap::new();
         for (number, (model, length, count, salt, priority, steps)) in requests.iter().enumerate() {
             let prompt: Vec<u32> = (0..*length as u32).map(|t| (t * 5 + salt) % 97).collect();
-            expected.insert(number as u64, oracle(&family[*model], &prompt, *count as usize));
-            node.admit(admit(number as u64, spans[*model], &prompt, *count, *priority));
+            let mut tokens = oracle(&family[*model], &prompt, *count as usize);
+            if let Some(end) = tokens.iter().position(|token| Some(*token) == stop) {
+                tokens.truncate(end + 1);
+            }
+            expected.insert(number as u64, tokens);
+            let admit = admit(number as u64, spans[*model], &prompt, *count, *priority);
+            node.admit(Admit { stop_tokens: stop.into_iter().collect(), ..admit });
             for _ in 0..*steps {
                 node.step(&mut sent);
             }
