@@ -3,6 +3,8 @@
 use ashlar_kernels::ops::{KvFormat, PageLayout};
 use serde::{Deserialize, Serialize};
 
+use super::batch::SequenceId;
+
 /// Bounds of one executor's engine. `check` asserts their relations at start.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -75,6 +77,10 @@ impl Limits {
             (
                 self.sequences_max <= self.step_tokens_max,
                 "sequences_max must not exceed step_tokens_max, so that all decodes fit one batch",
+            ),
+            (
+                (self.sequences_max as usize).saturating_add(self.waiting_max as usize) <= SequenceId::PLACES_MAX,
+                "sequences_max and waiting_max must not exceed 1048576 together",
             ),
             (self.hidden_rows_max >= 2 * self.step_tokens_max, "hidden_rows_max must be at least twice step_tokens_max"),
             (self.link_rows_max >= self.chunk_tokens_max, "link_rows_max must be at least chunk_tokens_max"),
