@@ -7,6 +7,7 @@
 
 mod advance;
 pub mod batch;
+mod boundary;
 pub mod counters;
 pub mod engine;
 mod integrity;

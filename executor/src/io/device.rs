@@ -204,7 +204,7 @@ impl<B: Ops> Device<B> {
             self.pools.pools.insert(shape, kv);
         }
         if !self.hidden.contains_key(&block.width()) {
-            let buffer = self.ops.buffer(self.limits.hidden_rows_max as usize * block.width())?;
+            let buffer = self.ops.buffer(self.limits.hidden_slots(block.width() as u32) * block.width())?;
             self.hidden.insert(block.width(), buffer);
         }
         if self.blocks.len() <= place {

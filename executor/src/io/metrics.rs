@@ -18,6 +18,8 @@ pub struct ExecutorMetrics {
     kv_pages: IntGaugeVec,
     prefix_query_tokens: IntCounter,
     prefix_hit_tokens: IntCounter,
+    cross_model_hit_tokens: IntCounter,
+    boundary_pages: IntGauge,
     preemptions: IntCounter,
     blocks_resident: IntGauge,
     blocks_shared: IntGauge,
@@ -90,6 +92,11 @@ impl ExecutorMetrics {
             kv_pages,
             prefix_query_tokens: counter("ashlar_prefix_query_tokens_total", "Prompt tokens looked up in the prefix cache.")?,
             prefix_hit_tokens: counter("ashlar_prefix_hit_tokens_total", "Prompt tokens whose compute was avoided.")?,
+            cross_model_hit_tokens: counter(
+                "ashlar_prefix_cross_model_hit_tokens_total",
+                "Of the prompt tokens whose compute was avoided those that another model had computed.",
+            )?,
+            boundary_pages: gauge("ashlar_boundary_pages", "Pages of hidden states kept where chains part.")?,
             preemptions: counter("ashlar_preemptions_total", "Sequences that lost their pages to others.")?,
             blocks_resident: gauge("ashlar_blocks_resident", "Distinct blocks on the device.")?,
             blocks_shared: gauge("ashlar_blocks_shared", "Blocks that more than one hosted model runs through.")?,
@@ -147,11 +154,13 @@ impl ExecutorMetrics {
         let usage = if all == 0 { 0.0 } else { gauges.used_pages as f64 / all as f64 };
         self.vllm_kv_usage.set(usage);
         self.vllm_gpu_usage.set(usage);
+        self.boundary_pages.set(as_i64(gauges.boundary_pages));
         self.blocks_resident.set(gauges.block_count as i64);
         self.blocks_shared.set(gauges.shared_block_count as i64);
         for (metric, total) in [
             (&self.prefix_query_tokens, counters.prefix_query_tokens),
             (&self.prefix_hit_tokens, counters.prefix_hit_tokens),
+            (&self.cross_model_hit_tokens, counters.cross_model_hit_tokens),
             (&self.preemptions, counters.preemption_count),
             (&self.discarded_rows, counters.discarded_rows),
             (&self.vllm_prefix_queries, counters.prefix_query_tokens),

@@ -1,5 +1,5 @@
 //! What a chosen row takes with it when its batch is planned: counts, hidden rows, entries of page tables, published pages, and the next
-//! place in the ready queues.
+//! place in the ready queues. Hidden rows that are kept for other models are in `boundary`.
 
 use super::batch::{Batch, RowInput, RowOutput, Rows, SequenceId, TableUpdate};
 use super::engine::{Engine, Output};
@@ -10,6 +10,7 @@ impl Engine {
     pub(crate) fn advance(&mut self, chosen: &Chosen, batch: &mut Batch) {
         let Chosen { sequence: id, step, count } = *chosen;
         let page_tokens = self.limits.page_tokens;
+        self.reserve_boundary(chosen);
         let sequence = &mut self.sequences[id];
         let path = &*sequence.path;
         let (is_last, at) = (step + 1 == path.steps.len(), path.steps[step]);
@@ -35,7 +36,24 @@ impl Engine {
                 }
             }
         };
-        let output = if !is_last {
+        let kept_from = self.limits.hidden_rows_max;
+        let keeps_in = step > 0 && !sequence.steps[step - 1].boundary.is_empty();
+        let output = if !is_last && (keeps_in || !sequence.steps[step].boundary.is_empty()) {
+            let outputs_from = batch.slots.len() as u32;
+            for row in 0..count {
+                let input = (step > 0).then(|| batch.slots[(slots_from + row) as usize]).filter(|slot| *slot < kept_from);
+                let slot = match sequence.steps[step].boundary_slot(start + row, page_tokens) {
+                    Some(kept) => {
+                        self.hidden_free.extend(input);
+                        kept
+                    }
+                    None => input.or_else(|| self.hidden_free.pop()).expect("the planner counted them"),
+                };
+                batch.slots.push(slot);
+            }
+            sequence.steps[step].hidden.extend(&batch.slots[outputs_from as usize..]);
+            RowOutput::Hidden(outputs_from..outputs_from + count)
+        } else if !is_last {
             // Rows that came out of hidden slots go back into them.
             if step == 0 {
                 let left = self.hidden_free.len() - count as usize;
@@ -44,7 +62,7 @@ impl Engine {
             sequence.steps[step].hidden.extend(&batch.slots[slots_from as usize..]);
             RowOutput::Hidden(slots_from..slots_from + count)
         } else {
-            self.hidden_free.extend(batch.slots[slots_from as usize..].iter().rev());
+            self.hidden_free.extend(batch.slots[slots_from as usize..].iter().rev().filter(|slot| **slot < kept_from));
             match (path.ends_with_head, path.begins_with_embed) {
                 (false, _) => RowOutput::Link,
                 (true, true) => {
@@ -77,6 +95,10 @@ impl Engine {
         if end / page_tokens > self.sequences[id].steps[step].published {
             self.publish(id, step);
         }
+        self.publish_boundary(id, step);
+        if keeps_in {
+            self.release_boundary(id, step - 1);
+        }
         self.enqueue(id, step);
         self.enqueue(id, if is_last { 0 } else { step + 1 });
     }
@@ -93,7 +115,7 @@ impl Engine {
         let full = (state.computed / page_tokens).min(sequence.hashes.len() as u32);
         while state.published < full {
             if let Some(handle) = state.handles.get(state.published as usize) {
-                self.pages.publish(*handle, sequence.hashes[state.published as usize]);
+                self.pages.publish(*handle, sequence.hashes[state.published as usize], sequence.span.0);
             }
             state.published += 1;
         }

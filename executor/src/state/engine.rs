@@ -72,7 +72,7 @@ impl Engine {
         assert_eq!(limits.check(), Ok(()), "limits are checked when they are read");
         Self {
             hidden_free: (0..limits.hidden_rows_max).rev().collect(),
-            pages: PagePool::new(limits.kv_bytes),
+            pages: PagePool::new(limits.kv_bytes, limits.boundary_bytes),
             limits,
             spans: Vec::new(),
             segments: Vec::new(),
@@ -295,12 +295,14 @@ impl Engine {
     /// What is there now.
     pub fn gauges(&self) -> Gauges {
         let (used_pages, cached_pages, free_pages) = self.pages.counts();
+        let (used_boundaries, cached_boundaries, _) = self.pages.boundary_counts();
         Gauges {
             running_count: self.sequences.len() - self.waiting.len(),
             waiting_count: self.waiting.len(),
             used_pages,
             cached_pages,
             free_pages,
+            boundary_pages: used_boundaries + cached_boundaries,
             block_count: self.block_counts.0,
             shared_block_count: self.block_counts.1,
         }
@@ -365,8 +367,8 @@ impl Engine {
     }
 
     /// Gives back pages (last tokens first, deeper ones first) and hidden rows; the sequence starts over. Batches in flight
-    /// may still write to the pages, so those wait for the last of them. Hidden rows need not: who gets one writes it before
-    /// reading it, in a batch that is planned later and so runs later.
+    /// may still write to the pages, so those wait for the last of them. Hidden rows (and boundary pages) need not: who gets one writes
+    /// it before reading it, in a batch that is planned later and so runs later.
     pub(crate) fn release_all(&mut self, id: SequenceId) {
         let is_in_flight = self.is_in_flight(self.sequences[id].last_batch);
         let sequence = &mut self.sequences[id];
@@ -382,7 +384,9 @@ impl Engine {
             }
         }
         for (i, step) in sequence.steps.iter_mut().enumerate() {
-            self.hidden_free.extend(step.hidden.drain(..));
+            let kept_from = self.limits.hidden_rows_max;
+            self.hidden_free.extend(step.hidden.drain(..).filter(|slot| *slot < kept_from));
+            step.boundary.drain(..).rev().for_each(|kept| self.pages.release(kept.handle));
             if step.queued {
                 self.ready.remove(sequence.path.steps[i].segment, id, i as u32);
             }

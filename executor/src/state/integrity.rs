@@ -12,12 +12,15 @@ impl Engine {
     pub fn check_integrity(&self) -> Result<(), String> {
         let mut held: BTreeMap<HandleIndex, u32> = BTreeMap::new();
         let leaving = self.leaving.iter().flat_map(|leaving| &leaving.handles);
-        let owned = self.sequences.iter().flat_map(|sequence| sequence.steps.iter().flat_map(|step| &step.handles));
-        leaving.chain(owned).for_each(|handle| *held.entry(*handle).or_default() += 1);
+        let steps = || self.sequences.iter().flat_map(|sequence| &sequence.steps);
+        let owned = steps().flat_map(|step| &step.handles);
+        let kept = steps().flat_map(|step| step.boundary.iter().map(|kept| &kept.handle));
+        leaving.chain(owned).chain(kept).for_each(|handle| *held.entry(*handle).or_default() += 1);
         let (mut hidden_count, mut queued_count) = (0, 0);
         for sequence in self.sequences.iter() {
             self.check_sequence(sequence)?;
-            hidden_count += sequence.steps.iter().map(|step| step.hidden.len()).sum::<usize>();
+            let changes_hands = |slot: &&u32| **slot < self.limits.hidden_rows_max;
+            hidden_count += sequence.steps.iter().map(|step| step.hidden.iter().filter(changes_hands).count()).sum::<usize>();
             queued_count += sequence.steps.iter().filter(|step| step.queued).count();
         }
         if hidden_count + self.hidden_free.len() != self.limits.hidden_rows_max as usize {
@@ -52,6 +55,12 @@ impl Engine {
             if steps[i].hidden.len() != (steps[i].computed - lower) as usize {
                 let (kept, wanted) = (steps[i].hidden.len(), steps[i].computed - lower);
                 return Err(format!("sequence {id:?} keeps {kept} hidden rows for {wanted} tokens"));
+            }
+            for (row, slot) in steps[i].hidden.iter().enumerate().filter(|(_, slot)| **slot >= self.limits.hidden_rows_max) {
+                let token = lower + row as u32;
+                if steps[i].boundary_slot(token, self.limits.page_tokens) != Some(*slot) {
+                    return Err(format!("sequence {id:?} reads token {token} from a boundary page that it does not hold"));
+                }
             }
             let runs = sequence.status == Status::Running && sequence.ready_count(i, self.limits.link_rows_max) > 0;
             let is_listed = self.ready.contains(sequence.path.steps[i].segment, id, i as u32);

@@ -29,6 +29,9 @@ pub struct Limits {
     pub link_rows_max: u32,
     /// Bytes of KV pages.
     pub kv_bytes: u64,
+    /// Bytes of hidden rows that are kept where chains part, so that a prompt that one model has seen is computed from there on by another;
+    /// 0: none. Of each width of hidden rows.
+    pub boundary_bytes: u64,
     /// Whether full pages are kept for later sequences with equal lineage and tokens.
     pub prefix_cache: bool,
 }
@@ -46,6 +49,7 @@ impl Default for Limits {
             hidden_rows_max: 1024,
             link_rows_max: 512,
             kv_bytes: 1 << 30,
+            boundary_bytes: 64 << 20,
             prefix_cache: true,
         }
     }
@@ -55,6 +59,12 @@ impl Limits {
     /// What KV pages are like.
     pub fn pages(&self) -> PageLayout {
         PageLayout { tokens: self.page_tokens as usize, format: self.kv_format }
+    }
+
+    /// Slots of hidden rows of a width that the device has: those that change hands between segments, then boundary pages.
+    pub fn hidden_slots(&self, width: u32) -> usize {
+        let page_bytes = super::pages::hidden_page_bytes(width, self.page_tokens);
+        self.hidden_rows_max as usize + (self.boundary_bytes / page_bytes) as usize * self.page_tokens as usize
     }
 
     /// The numeric class of an executor whose device gives the bits of `device_class` with f32 KV: tokens differ between KV

@@ -1,6 +1,7 @@
 //! The page pool: which KV memory belongs to whom, which is kept for reuse, which is free. It deals in *handles*: one run of
 //! `page_tokens` tokens over all attention blocks of one segment, with a slot of KV memory in each of them. One pool for a device, one
-//! class of slots for each KV shape. It holds numbers, never bytes of KV. `slots` counts slots, `recut` follows a new cut.
+//! class of slots for each KV shape. A *boundary* handle is the same for hidden rows where a lineage forks: one slot of as many rows.
+//! It holds numbers, never bytes. `slots` counts slots, `recut` follows a new cut.
 
 mod check;
 mod recut;
@@ -12,7 +13,7 @@ use std::collections::btree_map::Entry;
 use ashlar_kernels::ops::KvShape;
 
 pub use slots::ClassIndex;
-use slots::Slots;
+use slots::{SlotShape, Slots};
 
 /// Lineage at an attention block, interned by the engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -53,6 +54,8 @@ struct Handle {
     stretch: StretchIndex,
     /// Sequences that hold it.
     refs: u32,
+    /// Span whose sequence published it; of no meaning before.
+    maker: u32,
     /// Set while the index points here.
     tokens: Option<TokenHash>,
     /// One for each attention block of the stretch; none while it is free.
@@ -67,7 +70,7 @@ struct Handle {
 pub struct PagePool {
     slots: Slots,
     stretches: Vec<Stretch>,
-    by_lineages: BTreeMap<Vec<LineageIndex>, StretchIndex>,
+    by_blocks: BTreeMap<Vec<(LineageIndex, ClassIndex)>, StretchIndex>,
     handles: Vec<Handle>,
     free: Vec<HandleIndex>,
     index: BTreeMap<HandleKey, HandleIndex>,
@@ -78,12 +81,12 @@ pub struct PagePool {
 }
 
 impl PagePool {
-    /// An empty pool of `kv_bytes`.
-    pub fn new(kv_bytes: u64) -> Self {
+    /// An empty pool of `kv_bytes`, and `boundary_bytes` for hidden rows.
+    pub fn new(kv_bytes: u64, boundary_bytes: u64) -> Self {
         Self {
-            slots: Slots::new(kv_bytes),
+            slots: Slots::new(kv_bytes, boundary_bytes),
             stretches: Vec::new(),
-            by_lineages: BTreeMap::new(),
+            by_blocks: BTreeMap::new(),
             handles: Vec::new(),
             free: Vec::new(),
             index: BTreeMap::new(),
@@ -95,7 +98,12 @@ impl PagePool {
 
     /// The class for a shape, made on first use.
     pub fn class(&mut self, shape: KvShape) -> ClassIndex {
-        self.slots.class(shape)
+        self.slots.class(SlotShape::Kv(shape), shape.page_bytes() as u64)
+    }
+
+    /// The class for pages of hidden rows of a width, made on first use.
+    pub fn hidden_class(&mut self, width: u32, page_tokens: u32) -> ClassIndex {
+        self.slots.class(SlotShape::Hidden { width }, hidden_page_bytes(width, page_tokens))
     }
 
     /// Shares the budget among classes in proportion to `weights` (attention blocks of each class that are hosted).
@@ -113,20 +121,25 @@ impl PagePool {
         self.slots.available(class)
     }
 
+    /// Classes made so far.
+    pub fn class_count(&self) -> usize {
+        self.slots.class_count()
+    }
+
     /// The stretch of attention blocks with these lineages and slot classes, made on first use; None where there are none.
     pub fn stretch(&mut self, blocks: &[(LineageIndex, ClassIndex)]) -> Option<StretchIndex> {
         if blocks.is_empty() {
             return None;
         }
-        let lineages: Vec<LineageIndex> = blocks.iter().map(|(lineage, _)| *lineage).collect();
-        if let Some(known) = self.by_lineages.get(&lineages) {
+        if let Some(known) = self.by_blocks.get(blocks) {
             return Some(*known);
         }
+        let lineages: Vec<LineageIndex> = blocks.iter().map(|(lineage, _)| *lineage).collect();
         let classes: Vec<ClassIndex> = blocks.iter().map(|(_, class)| *class).collect();
         let mut counts: BTreeMap<ClassIndex, usize> = BTreeMap::new();
         classes.iter().for_each(|class| *counts.entry(*class).or_default() += 1);
         let made = StretchIndex(self.stretches.len() as u32);
-        self.by_lineages.insert(lineages.clone(), made);
+        self.by_blocks.insert(blocks.to_vec(), made);
         self.stretches.push(Stretch { lineages, classes, counts: counts.into_iter().collect() });
         Some(made)
     }
@@ -150,7 +163,7 @@ impl PagePool {
             }
         }
         let handle = self.free.pop().unwrap_or_else(|| {
-            self.handles.push(Handle { stretch, refs: 0, tokens: None, slots: Vec::new(), older: None, newer: None });
+            self.handles.push(Handle { stretch, refs: 0, maker: 0, tokens: None, slots: Vec::new(), older: None, newer: None });
             HandleIndex(self.handles.len() as u32 - 1)
         });
         let entry = &mut self.handles[handle.0 as usize];
@@ -178,7 +191,7 @@ impl PagePool {
     }
 
     /// Makes a held handle findable, whose pages are full. If an equal one is known already, that one stays the known one.
-    pub fn publish(&mut self, handle: HandleIndex, tokens: TokenHash) {
+    pub fn publish(&mut self, handle: HandleIndex, tokens: TokenHash, maker: u32) {
         let entry = &mut self.handles[handle.0 as usize];
         assert!(entry.refs > 0, "only held pages are published");
         if entry.tokens.is_some() {
@@ -187,7 +200,13 @@ impl PagePool {
         if let Entry::Vacant(place) = self.index.entry(HandleKey { tokens, stretch: entry.stretch }) {
             place.insert(handle);
             entry.tokens = Some(tokens);
+            entry.maker = maker;
         }
+    }
+
+    /// Who published a handle.
+    pub fn maker(&self, handle: HandleIndex) -> u32 {
+        self.handles[handle.0 as usize].maker
     }
 
     /// One holder fewer. Call for a sequence's last tokens first, and of one run of tokens for the deeper stretch first, so that leaves
@@ -212,7 +231,12 @@ impl PagePool {
 
     /// Pages (used, cached, free) over all classes; a handle has a page in each attention block.
     pub fn counts(&self) -> (u64, u64, u64) {
-        self.slots.counts()
+        self.slots.counts(true)
+    }
+
+    /// The same for pages of hidden rows.
+    pub fn boundary_counts(&self) -> (u64, u64, u64) {
+        self.slots.counts(false)
     }
 
     /// Cached pages dropped so far.
@@ -220,10 +244,11 @@ impl PagePool {
         self.evicted_pages
     }
 
-    /// What is cached, without cuts: lineage at each attention block and tokens, in order.
+    /// What keys and values are cached, without cuts: lineage at each attention block and tokens, in order.
     pub fn cached_keys(&self) -> std::collections::BTreeSet<(LineageIndex, TokenHash)> {
         let lineages = |key: &HandleKey| self.stretches[key.stretch.0 as usize].lineages.clone();
-        self.index.keys().flat_map(|key| lineages(key).into_iter().map(|lineage| (lineage, key.tokens))).collect()
+        let is_kv = |key: &&HandleKey| self.slots.is_kv(self.stretches[key.stretch.0 as usize].classes[0]);
+        self.index.keys().filter(is_kv).flat_map(|key| lineages(key).into_iter().map(|lineage| (lineage, key.tokens))).collect()
     }
 
     fn hold(&mut self, stretch: StretchIndex) {
@@ -295,4 +320,9 @@ impl PagePool {
             None => self.newest = older,
         }
     }
+}
+
+/// Bytes of a page of hidden rows.
+pub(crate) fn hidden_page_bytes(width: u32, page_tokens: u32) -> u64 {
+    u64::from(width) * u64::from(page_tokens) * size_of::<f32>() as u64
 }

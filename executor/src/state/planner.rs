@@ -84,7 +84,9 @@ impl Engine {
         let Some(sequence) = self.sequences.get(entry.sequence).filter(|sequence| sequence.steps[step].queued) else { return };
         let keeps_hidden = step + 1 < sequence.steps.len();
         let mut count = sequence.ready_count(step, link_rows_max).min(room.rows).min(self.limits.chunk_tokens_max);
-        if keeps_hidden && step == 0 {
+        // Rows that come out of slots that change hands stay in them; others need new ones.
+        let comes_from_slots = step > 0 && sequence.steps[step - 1].boundary.is_empty();
+        if keeps_hidden && !comes_from_slots {
             count = count.min(room.hidden_rows);
         }
         // A chain may cross a segment twice; a batch takes a sequence once. Its deeper entry came right before.
@@ -93,8 +95,7 @@ impl Engine {
             self.ready.push(segment, entry, decodes);
             return;
         }
-        // Rows that come out of hidden slots stay in them, or give them back.
-        match (step > 0, keeps_hidden) {
+        match (comes_from_slots, keeps_hidden) {
             (false, true) => room.hidden_rows -= count,
             (true, false) => room.hidden_rows += count,
             (true, true) | (false, false) => {}

@@ -78,6 +78,7 @@ impl Engine {
         self.split_steps(&hosted, &starts);
         self.join_steps(&hosted, &starts);
         let names = self.name_segments(fresh.segments);
+        let forks = self.forks();
         for (path, &i) in fresh.paths.iter().zip(&hosted) {
             let span = &mut self.spans[i];
             let mut steps = Vec::with_capacity(path.len());
@@ -91,12 +92,33 @@ impl Engine {
                     attention_from: attention.start as u32,
                     attention_count: attention.len() as u32,
                     stretch: self.pages.stretch(&covered),
+                    fork: forks.get(&span.host.lineages[to as usize - 1]).copied().filter(|_| span.path.is_whole()),
                 });
             }
             span.path = Arc::new(Path { steps, ..(*span.path).clone() });
         }
         self.follow_paths();
         self.count_blocks();
+    }
+
+    /// Where whole chains part that had the same lineage: what boundary handles there cover, by that lineage.
+    fn forks(&mut self) -> BTreeMap<[u8; 32], StretchIndex> {
+        let mut next: BTreeMap<[u8; 32], (BTreeSet<BlockIndex>, u32)> = BTreeMap::new();
+        for span in self.spans.iter().filter(|span| span.hosted && span.path.is_whole()) {
+            for (lineage, block) in span.host.lineages.iter().zip(&span.host.blocks[1..]) {
+                let (blocks, width) = next.entry(*lineage).or_default();
+                blocks.insert(*block);
+                *width = span.host.width;
+            }
+        }
+        let mut forks = BTreeMap::new();
+        for (lineage, (_, width)) in next.into_iter().filter(|(_, (blocks, _))| blocks.len() > 1 && self.limits.boundary_bytes > 0) {
+            let class = self.pages.hidden_class(width, self.limits.page_tokens);
+            let index = LineageIndex(self.lineages.len() as u32);
+            let index = *self.lineages.entry(lineage).or_insert(index);
+            forks.extend(self.pages.stretch(&[(index, class)]).map(|stretch| (lineage, stretch)));
+        }
+        forks
     }
 
     /// Borders of the present cut that no chain needs any more but that sequences under way still do.
@@ -169,7 +191,7 @@ impl Engine {
                 let rests = whole.stretch.and_then(|stretch| done.get(&(stretch, before)));
                 let mut path = (*self.spans[i].path).clone();
                 let (attention_from, from) = (whole.attention_from, start);
-                path.steps[step] = PathStep { attention_count: before as u32, stretch: stretches.0, ..whole };
+                path.steps[step] = PathStep { attention_count: before as u32, stretch: stretches.0, fork: None, ..whole };
                 let second = PathStep {
                     from,
                     attention_from: attention_from + before as u32,
@@ -186,8 +208,8 @@ impl Engine {
                         (_, 0) => std::mem::take(&mut state.handles),
                         _ => Vec::new(),
                     };
-                    let hidden = std::mem::take(&mut state.hidden);
-                    let lower = StepState { handles, hidden, ..state.clone() };
+                    let (hidden, boundary) = (std::mem::take(&mut state.hidden), std::mem::take(&mut state.boundary));
+                    let lower = StepState { handles, hidden, boundary, ..state.clone() };
                     sequence.steps.insert(step + 1, lower);
                 }
             }
@@ -213,12 +235,15 @@ impl Engine {
                 };
                 let attention_count = upper.attention_count + lower.attention_count;
                 // An upper step without attention blocks begins at those of the lower one.
-                path.steps[step - 1] = PathStep { attention_count, stretch, ..upper };
+                path.steps[step - 1] = PathStep { attention_count, stretch, fork: lower.fork, ..upper };
                 self.spans[i].path = Arc::new(path);
                 for sequence in self.sequences.iter_mut().filter(|sequence| sequence.span.0 as usize == i) {
                     let lower_state = sequence.steps.remove(step);
                     let state = &mut sequence.steps[step - 1];
                     state.hidden = lower_state.hidden;
+                    // The rows of these were read already: nothing is hidden between steps that are joined.
+                    let passed = std::mem::replace(&mut state.boundary, lower_state.boundary);
+                    passed.into_iter().rev().for_each(|kept| self.pages.release(kept.handle));
                     if upper.stretch.is_none() {
                         state.handles = lower_state.handles;
                     }
@@ -295,9 +320,12 @@ impl Engine {
     /// Shares pages among the hosted blocks, and counts blocks.
     fn count_blocks(&mut self) {
         let mut users: BTreeMap<BlockIndex, usize> = BTreeMap::new();
-        let class_count = self.spans.iter().flat_map(|span| &span.pages).map(|(class, _)| class.0 as usize + 1).max().unwrap_or(0);
-        let mut weights = vec![0u64; class_count];
+        let mut weights = vec![0u64; self.pages.class_count()];
         for span in self.spans.iter().filter(|span| span.hosted) {
+            // Hidden rows of each width have an equal share of their own budget.
+            if span.path.steps.iter().any(|step| step.fork.is_some()) {
+                weights[self.pages.hidden_class(span.host.width, self.limits.page_tokens).0 as usize] = 1;
+            }
             span.pages.iter().for_each(|(class, count)| weights[class.0 as usize] += *count as u64);
             let distinct: BTreeSet<BlockIndex> = span.host.blocks.iter().copied().collect();
             distinct.into_iter().for_each(|block| *users.entry(block).or_default() += 1);

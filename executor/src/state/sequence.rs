@@ -66,6 +66,17 @@ pub(crate) struct PathStep {
     pub(crate) attention_count: u32,
     /// What its handles cover; None without attention blocks.
     pub(crate) stretch: Option<StretchIndex>,
+    /// What boundary handles at its end cover, if the lineage forks there.
+    pub(crate) fork: Option<StretchIndex>,
+}
+
+/// A page of hidden rows at the end of a step, kept for others when it is full.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct BoundaryPage {
+    pub(crate) page: u32,
+    pub(crate) handle: HandleIndex,
+    /// Slot of its first row.
+    pub(crate) slot: u32,
 }
 
 /// The way through a span under the present cut.
@@ -93,8 +104,10 @@ pub(crate) struct StepState {
     pub(crate) handles: Vec<HandleIndex>,
     pub(crate) published: u32,
     pub(crate) told: u32,
-    /// Slots of hidden rows that this step has computed and the next has not, oldest first.
+    /// Slots of hidden rows that this step has computed and the next has not, oldest first. Some may be of `boundary`.
     pub(crate) hidden: VecDeque<u32>,
+    /// Boundary pages that it holds, by page: of its prompt, until the next step has passed that.
+    pub(crate) boundary: Vec<BoundaryPage>,
     /// Whether it is in the ready queue of its segment.
     pub(crate) queued: bool,
 }

@@ -18,6 +18,8 @@ pub struct HostSpan {
     pub lineages: Vec<[u8; 32]>,
     /// KV shape of attention blocks; None for others.
     pub kv_shapes: Vec<Option<KvShape>>,
+    /// Width of hidden rows.
+    pub width: u32,
     /// Whether the first block is the embedding.
     pub begins_with_embed: bool,
     /// Whether the last block is the head.

@@ -37,8 +37,8 @@ impl PagePool {
             let entry = &mut self.handles[h];
             let slots = entry.slots.split_off(at);
             entry.stretch = first;
-            let (refs, tokens) = (entry.refs, entry.tokens);
-            self.handles.push(Handle { stretch: second, refs, tokens, slots, older: None, newer: None });
+            let (refs, maker, tokens) = (entry.refs, entry.maker, entry.tokens);
+            self.handles.push(Handle { stretch: second, refs, maker, tokens, slots, older: None, newer: None });
             if refs == 0 {
                 // The deeper one is to go first.
                 self.link(rest, self.handles[h].older);

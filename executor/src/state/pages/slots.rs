@@ -1,4 +1,5 @@
-//! Slots of KV memory by class: how many there may be, which are free, how many are held. A slot is one page of one attention block.
+//! Slots of device memory by class: how many there may be, which are free, how many are held. A slot is one page of one attention block,
+//! or a page of hidden rows at a border of segments.
 
 use ashlar_kernels::ops::KvShape;
 
@@ -6,9 +7,18 @@ use ashlar_kernels::ops::KvShape;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ClassIndex(pub u32);
 
+/// What a slot holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum SlotShape {
+    /// Keys and values of a page of tokens.
+    Kv(KvShape),
+    /// Hidden rows of a page of tokens, so many f32 each.
+    Hidden { width: u32 },
+}
+
 #[derive(Debug, Clone)]
 struct Class {
-    shape: KvShape,
+    shape: SlotShape,
     slot_bytes: u64,
     /// Share of the budget, in slots; may shrink below what is in use, which then drains.
     count_max: usize,
@@ -20,6 +30,10 @@ struct Class {
 }
 
 impl Class {
+    fn is_kv(&self) -> bool {
+        matches!(self.shape, SlotShape::Kv(_))
+    }
+
     /// Slots of handles, held or cached.
     fn in_use(&self) -> usize {
         self.made_count as usize - self.free.len()
@@ -30,29 +44,38 @@ impl Class {
 #[derive(Debug, Clone)]
 pub(super) struct Slots {
     kv_bytes: u64,
+    boundary_bytes: u64,
     classes: Vec<Class>,
 }
 
 impl Slots {
-    pub(super) fn new(kv_bytes: u64) -> Self {
-        Self { kv_bytes, classes: Vec::new() }
+    pub(super) fn new(kv_bytes: u64, boundary_bytes: u64) -> Self {
+        Self { kv_bytes, boundary_bytes, classes: Vec::new() }
     }
 
-    pub(super) fn class(&mut self, shape: KvShape) -> ClassIndex {
+    pub(super) fn class(&mut self, shape: SlotShape, slot_bytes: u64) -> ClassIndex {
         if let Some(found) = self.classes.iter().position(|class| class.shape == shape) {
             return ClassIndex(found as u32);
         }
-        let slot_bytes = shape.page_bytes() as u64;
         self.classes.push(Class { shape, slot_bytes, count_max: 0, made_count: 0, free: Vec::new(), held_count: 0 });
         ClassIndex(self.classes.len() as u32 - 1)
     }
 
+    pub(super) fn is_kv(&self, class: ClassIndex) -> bool {
+        self.classes[class.0 as usize].is_kv()
+    }
+
+    /// Shares each budget (KV, hidden rows) among its classes in proportion to `weights`, in slots.
     pub(super) fn share(&mut self, weights: &[u64]) {
         assert_eq!(weights.len(), self.classes.len(), "one weight a class");
-        let total: u128 = weights.iter().zip(&self.classes).map(|(w, class)| u128::from(*w) * u128::from(class.slot_bytes)).sum();
-        for (class, weight) in self.classes.iter_mut().zip(weights) {
-            let bytes = (u128::from(self.kv_bytes) * u128::from(*weight) * u128::from(class.slot_bytes)).checked_div(total).unwrap_or(0);
-            class.count_max = (bytes / u128::from(class.slot_bytes)) as usize;
+        for (budget, is_kv) in [(self.kv_bytes, true), (self.boundary_bytes, false)] {
+            let bytes = |weight: &u64, class: &Class| u128::from(*weight) * u128::from(class.slot_bytes);
+            let mine = |class: &Class| class.is_kv() == is_kv;
+            let total: u128 = weights.iter().zip(&self.classes).filter(|(_, class)| mine(class)).map(|(w, class)| bytes(w, class)).sum();
+            for (class, weight) in self.classes.iter_mut().zip(weights).filter(|(class, _)| mine(class)) {
+                let share = (u128::from(budget) * bytes(weight, class)).checked_div(total).unwrap_or(0);
+                class.count_max = (share / u128::from(class.slot_bytes)) as usize;
+            }
         }
     }
 
@@ -91,9 +114,10 @@ impl Slots {
         self.classes[class.0 as usize].held_count -= count;
     }
 
-    /// (used, cached, free) over all classes.
-    pub(super) fn counts(&self) -> (u64, u64, u64) {
-        let sum = |count: fn(&Class) -> usize| self.classes.iter().map(count).sum::<usize>() as u64;
+    /// (used, cached, free) over the classes of keys and values, or over those of hidden rows.
+    pub(super) fn counts(&self, is_kv: bool) -> (u64, u64, u64) {
+        let classes = || self.classes.iter().filter(|class| class.is_kv() == is_kv);
+        let sum = |count: fn(&Class) -> usize| classes().map(count).sum::<usize>() as u64;
         let used = sum(|class| class.held_count);
         let all = sum(|class| class.count_max.max(class.made_count as usize));
         let cached = sum(Class::in_use) - used;

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 
 use super::device::{host, oracle};
 use super::family;
-use super::node::{Node, admit, limits};
+use super::node::{BOUNDARY_BYTES, Node, admit, limits};
 use crate::state::limits::Limits;
 use crate::state::sequence::{Admit, SpanIndex};
 
@@ -17,12 +17,13 @@ proptest! {
     fn any_mix_gives_each_sequence_its_own_tokens(
         requests in proptest::collection::vec((0usize..4, 1usize..60, 1u32..14, 0u32..3, 0i32..2, 0usize..4), 1..10),
         step in 4u32..40, chunk in 1u32..20, spare_pages in 0u64..60, prefix_cache: bool,
-        in_flight in proptest::sample::select(vec![1u32, 2, 4]), stop in proptest::option::of(0u32..97), cancel in proptest::option::of(0u64..10),
+        boundary_pages in 0u64..9, in_flight in proptest::sample::select(vec![1u32, 2, 4]), stop in proptest::option::of(0u32..97), cancel in proptest::option::of(0u64..10),
     ) {
         let family = family();
         let chunk = chunk.min(step);
         // The largest sequence (74 tokens, 5 pages) on the widest chain's share must fit.
-        let mut node = Node::new(Limits { prefix_cache, batches_in_flight_max: in_flight, ..limits(18 + spare_pages, step, chunk) });
+        let boundary_bytes = boundary_pages * BOUNDARY_BYTES;
+        let mut node = Node::new(Limits { prefix_cache, boundary_bytes, batches_in_flight_max: in_flight, ..limits(18 + spare_pages, step, chunk) });
         let spans: Vec<SpanIndex> = family.iter().map(|blocks| node.engine.handle_host(host(blocks, 0, blocks.len()))).collect();
         let mut sent = Vec::new();
         let mut expected = BTreeMap::new();
@@ -80,12 +81,13 @@ proptest! {
     #[test]
     fn models_come_and_go_and_change_no_token(
         events in proptest::collection::vec(event(), 1..40),
-        step in 4u32..40, chunk in 1u32..20, spare_pages in 0u64..120, in_flight in proptest::sample::select(vec![1u32, 2, 4]),
+        step in 4u32..40, chunk in 1u32..20, spare_pages in 0u64..120, boundary_pages in 0u64..9, in_flight in proptest::sample::select(vec![1u32, 2, 4]),
     ) {
         let mut family = family();
         // Ends inside another one, and shares its start.
         family.push(vec![2000, 1, 1001, 2, 1002, 2001]);
-        let mut node = Node::new(Limits { batches_in_flight_max: in_flight, ..limits(30 + spare_pages, step, chunk.min(step)) });
+        let boundary_bytes = boundary_pages * BOUNDARY_BYTES;
+        let mut node = Node::new(Limits { boundary_bytes, batches_in_flight_max: in_flight, ..limits(30 + spare_pages, step, chunk.min(step)) });
         let mut hosted: Vec<Option<SpanIndex>> = vec![None; family.len()];
         let mut expected: BTreeMap<u64, (usize, Vec<u32>)> = BTreeMap::new();
         let mut sent = Vec::new();

@@ -139,6 +139,7 @@ pub(super) fn host(blocks: &[u32], from: usize, to: usize) -> HostSpan {
         blocks: blocks[from..to].iter().map(|block| BlockIndex(*block)).collect(),
         lineages: lineages[from..to].to_vec(),
         kv_shapes: blocks[from..to].iter().map(|block| (*block < ATTENTION_BELOW).then_some(SHAPE)).collect(),
+        width: 4,
         begins_with_embed: from == 0,
         ends_with_head: to == blocks.len(),
     }

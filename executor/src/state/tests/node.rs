@@ -25,6 +25,9 @@ pub(super) fn admit(number: u64, span: SpanIndex, prompt: &[u32], count: u32, pr
     }
 }
 
+/// Bytes of a boundary page of the test chains.
+pub(super) const BOUNDARY_BYTES: u64 = 16 * 4 * 4;
+
 pub(super) fn limits(pages: u64, step: u32, chunk: u32) -> Limits {
     Limits {
         page_tokens: PAGE,
