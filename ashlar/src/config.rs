@@ -110,6 +110,8 @@ pub struct ExecutorConfig {
     pub sequences_max: u32,
     /// Sequences that wait.
     pub waiting_max: u32,
+    /// Bytes of hidden rows kept where chains part, for other models; 0: none.
+    pub boundary_bytes: u64,
     /// Whether full pages are kept for later sequences.
     pub prefix_cache: bool,
     /// Time for running sequences to end after SIGTERM, in milliseconds.
@@ -136,6 +138,7 @@ impl Default for ExecutorConfig {
             batches_in_flight_max: limits.batches_in_flight_max,
             sequences_max: limits.sequences_max,
             waiting_max: limits.waiting_max,
+            boundary_bytes: limits.boundary_bytes,
             prefix_cache: limits.prefix_cache,
             drain_ms: 120_000,
         }
@@ -177,6 +180,7 @@ impl ExecutorConfig {
             hidden_rows_max: step_tokens_max.saturating_mul(4),
             link_rows_max: step_tokens_max.saturating_mul(2),
             kv_bytes,
+            boundary_bytes: self.boundary_bytes,
             prefix_cache: self.prefix_cache,
         };
         limits.check().map_err(|sentence| anyhow::anyhow!("use section [executor]: {sentence}"))?;

@@ -5,15 +5,22 @@
 //! tokens computed. A step advances one segment where the input of the next tokens is at hand. Prefill, decode,
 //! reuse of cached pages and resume are this rule with different numbers.
 
+mod advance;
 pub mod batch;
+mod boundary;
 pub mod counters;
 pub mod engine;
 mod integrity;
 pub mod limits;
 pub mod pages;
 mod planner;
+mod ready;
+mod recut;
 pub mod segments;
 pub mod sequence;
+mod slab;
+mod span;
+mod start;
 #[cfg(test)]
 mod tests;
 

@@ -138,6 +138,7 @@ async fn eight_together_in_any_chunks(kv_format: KvFormat) {
         ("chunks of 7", Limits { chunk_tokens_max: 7, ..limits() }, 1),
         ("chunks of 1, pages of 32", Limits { chunk_tokens_max: 1, page_tokens: 32, ..limits() }, 2),
         ("little memory", Limits { chunk_tokens_max: 16, kv_bytes: 1 << 20, ..limits() }, 2),
+        ("no hidden states kept", Limits { chunk_tokens_max: 30, boundary_bytes: 0, ..limits() }, 2),
         ("one batch in flight", Limits { chunk_tokens_max: 7, batches_in_flight_max: 1, ..limits() }, 2),
         ("four batches in flight", Limits { chunk_tokens_max: 7, batches_in_flight_max: 4, ..limits() }, 2),
         ("four batches in flight, little memory", Limits { batches_in_flight_max: 4, kv_bytes: 1 << 20, ..limits() }, 2),
@@ -173,6 +174,35 @@ async fn eight_together_over_bf16_pages_give_the_tokens_of_each_alone() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn eight_together_over_int8_pages_give_the_tokens_of_each_alone() {
     eight_together_in_any_chunks(KvFormat::Int8).await;
+}
+
+/// The same prompt for one model after another: what they share is computed once, and no token changes.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_prompt_that_another_model_has_seen_is_computed_from_the_fork() {
+    let family = family().await;
+    let prompt: Vec<u32> = (0..200).map(|t| (t * 37) % 2000).collect();
+    let request =
+        |number, model| admission(&family, number, model, prompt.clone(), v1::Sampling { logprobs: true, ..v1::Sampling::default() });
+    let cold = start(&family, Limits { prefix_cache: false, ..limits() }, CpuOptions { threads: 1, isa: None }).await;
+    let warm = start(&family, Limits { chunk_tokens_max: 64, ..limits() }, CpuOptions { threads: 2, isa: None }).await;
+    let mut cached = Vec::new();
+    for (number, model) in [(0, 0), (1, 1), (2, 0), (3, 1)] {
+        let mut events = warm.run(request(number, model));
+        let mut warm_tokens = Vec::new();
+        while let Some(event) = events.next().await {
+            match event {
+                v1::sequence_event::Event::Started(started) => cached.push(started.cached_tokens),
+                v1::sequence_event::Event::Token(token) => warm_tokens.push((token.token, token.logprob.to_bits())),
+                v1::sequence_event::Event::Failed(failed) => panic!("{}: {}", failed.code, failed.message),
+                v1::sequence_event::Event::Finished(_) => {}
+            }
+        }
+        assert_eq!(warm_tokens, tokens(&cold, request(number, model)).await, "sequence {number}");
+    }
+    warm.check_integrity().await.unwrap();
+    // Twelve pages of sixteen tokens lie before the last one.
+    assert_eq!((cached[0], cached[2], cached[3]), (0, 192, 192));
+    assert!(cached[1] > 90 && cached[1] < 192, "the top of model 1 is its own: {} of 192 tokens' worth were skipped", cached[1]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -82,6 +82,13 @@ struct AttentionScratch {
     tables: Vec<u32>,
 }
 
+/// The page tables of the sequence at one place.
+struct Tables {
+    sequence: SequenceId,
+    /// For each attention block of its span the slots, by page.
+    blocks: Vec<Vec<u32>>,
+}
+
 /// Who samples for a sequence, and what it sampled last: the input of a row whose token the engine did not know yet.
 struct Sampling {
     sampler: Box<Sampler>,
@@ -99,6 +106,8 @@ struct Device<B: Ops> {
     /// Hidden rows between segments, by width; slots are those of the engine.
     hidden: BTreeMap<usize, B::Buffer>,
     samplers: BTreeMap<SequenceId, Sampling>,
+    /// Page tables, by the place of their sequence.
+    tables: Vec<Option<Tables>>,
     tokens: Vec<u32>,
     positions: Vec<u32>,
     index: Vec<u32>,
@@ -125,6 +134,7 @@ pub fn start<B: Ops>(
         pools,
         hidden: BTreeMap::new(),
         samplers: BTreeMap::new(),
+        tables: Vec::new(),
         tokens: Vec::new(),
         positions: Vec::new(),
         index: Vec::new(),
@@ -157,6 +167,9 @@ impl<B: Ops> Device<B> {
                 }
                 Command::Release(sequence) => {
                     self.samplers.remove(&sequence);
+                    if let Some(tables) = self.tables.get_mut(sequence.place()) {
+                        tables.take_if(|tables| tables.sequence == sequence);
+                    }
                 }
                 Command::Run(batch, link_rows) => {
                     #[expect(clippy::disallowed_methods, reason = "the device thread measures its own steps")]
@@ -191,7 +204,7 @@ impl<B: Ops> Device<B> {
             self.pools.pools.insert(shape, kv);
         }
         if !self.hidden.contains_key(&block.width()) {
-            let buffer = self.ops.buffer(self.limits.hidden_rows_max as usize * block.width())?;
+            let buffer = self.ops.buffer(self.limits.hidden_slots(block.width() as u32) * block.width())?;
             self.hidden.insert(block.width(), buffer);
         }
         if self.blocks.len() <= place {
@@ -201,7 +214,34 @@ impl<B: Ops> Device<B> {
         Ok(())
     }
 
+    /// Appends to page tables what a batch brings.
+    fn update_tables(&mut self, batch: &Batch) {
+        for update in &batch.tables {
+            let place = update.sequence.place();
+            if self.tables.len() <= place {
+                self.tables.resize_with(place + 1, || None);
+            }
+            let fresh = || Tables { sequence: update.sequence, blocks: Vec::new() };
+            let tables = self.tables[place].get_or_insert_with(fresh);
+            if tables.sequence != update.sequence {
+                *tables = fresh();
+            }
+            let (from, to) = (update.attention_from as usize, (update.attention_from + update.attention_count) as usize);
+            if tables.blocks.len() < to {
+                tables.blocks.resize_with(to, Vec::new);
+            }
+            for block in &mut tables.blocks[from..to] {
+                assert!(block.len() >= update.page as usize, "no page is left out");
+                block.truncate(update.page as usize);
+            }
+            for slots in batch.table_in(update) {
+                tables.blocks[from..to].iter_mut().zip(slots).for_each(|(block, slot)| block.push(*slot));
+            }
+        }
+    }
+
     fn run(&mut self, batch: &Batch, link_rows: &[(SequenceId, Vec<f32>)]) -> (Vec<Sample>, Vec<LinkRows>) {
+        self.update_tables(batch);
         let blocks: Vec<&LoadedBlock<B>> = batch
             .blocks
             .iter()
@@ -211,7 +251,7 @@ impl<B: Ops> Device<B> {
         // Rows that stay come first, so that one scatter takes them from a dense prefix.
         let mut order: Vec<&Rows> = batch.rows.iter().collect();
         order.sort_by_key(|rows| !matches!(rows.output, RowOutput::Hidden(_)));
-        let row_count = batch.row_count() as usize;
+        let row_count = batch.row_count as usize;
 
         self.tokens.clear();
         self.positions.clear();
@@ -220,14 +260,14 @@ impl<B: Ops> Device<B> {
         for rows in &order {
             self.positions.extend(rows.start..rows.start + rows.count);
             match &rows.input {
-                RowInput::Tokens(tokens) => self.tokens.extend_from_slice(tokens),
+                RowInput::Tokens(tokens) => self.tokens.extend_from_slice(batch.tokens_in(tokens)),
                 RowInput::Sampled => {
                     let latest = self.samplers.get(&rows.sequence).and_then(|sampling| sampling.latest);
                     let (position, token) = latest.expect("batches run in order, and none follows a release");
                     assert_eq!(position, rows.start, "a row takes the token sampled last");
                     self.tokens.push(token);
                 }
-                RowInput::Hidden(slots) => self.index.extend_from_slice(slots),
+                RowInput::Hidden(slots) => self.index.extend_from_slice(batch.slots_in(slots)),
                 // Any slot will do: the rows are uploaded over it.
                 RowInput::Link => self.index.extend(std::iter::repeat_n(0, rows.count as usize)),
             }
@@ -249,7 +289,7 @@ impl<B: Ops> Device<B> {
         }
 
         let page_tokens = self.limits.page_tokens;
-        let attention_count = order.first().map_or(0, |rows| rows.tables.len());
+        let attention_count = blocks.iter().filter(|block| block.kv_shape(self.pools.pages).is_some()).count();
         if self.attention.len() < attention_count {
             self.attention.resize_with(attention_count, AttentionScratch::default);
         }
@@ -259,7 +299,8 @@ impl<B: Ops> Device<B> {
             scratch.tables.clear();
             for rows in &order {
                 let table_start = scratch.tables.len() as u32;
-                let table = &rows.tables[i];
+                let tables = self.tables[rows.sequence.place()].as_ref().expect("a batch brings the pages that it needs");
+                let table = &tables.blocks[rows.attention_from as usize + i];
                 scratch.tables.extend_from_slice(table);
                 for position in rows.start..rows.start + rows.count {
                     let slot = table[(position / page_tokens) as usize];
@@ -287,7 +328,7 @@ impl<B: Ops> Device<B> {
         let (mut at, mut logit_row) = (0, 0);
         for rows in &order {
             match &rows.output {
-                RowOutput::Hidden(slots) => self.index.extend_from_slice(slots),
+                RowOutput::Hidden(slots) => self.index.extend_from_slice(batch.slots_in(slots)),
                 RowOutput::Link => {
                     let mut values = vec![0.0; rows.count as usize * width];
                     self.ops.download(self.forward.hidden(), at * width, &mut values);

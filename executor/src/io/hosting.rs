@@ -316,6 +316,7 @@ impl<B: Ops> Hosting<B> {
             blocks: Vec::new(),
             lineages: all_lineages[from..to].iter().map(|lineage| lineage.0).collect(),
             kv_shapes: Vec::new(),
+            width: chain.width,
             begins_with_embed: from == 0,
             ends_with_head: to == chain.blocks.len(),
         };

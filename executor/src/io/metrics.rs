@@ -1,9 +1,14 @@
 //! The executor's Prometheus metrics (names: ARCHITECTURE.md). Counters are copied from the engine, not counted twice.
 
-use prometheus::{Histogram, HistogramOpts, IntCounter, IntGauge, IntGaugeVec, Opts, Registry};
+use prometheus::{Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry};
 
 use crate::state::batch::Batch;
 use crate::state::counters::{Counters, Gauges};
+
+/// Segments with metrics of their own; the others share a label.
+const SEGMENT_LABELS_MAX: u32 = 128;
+/// Label of the others.
+const OTHER_SEGMENTS: &str = "other";
 
 /// Handles to the executor's metrics.
 #[derive(Debug, Clone)]
@@ -13,12 +18,18 @@ pub struct ExecutorMetrics {
     kv_pages: IntGaugeVec,
     prefix_query_tokens: IntCounter,
     prefix_hit_tokens: IntCounter,
+    cross_model_hit_tokens: IntCounter,
+    boundary_pages: IntGauge,
     preemptions: IntCounter,
     blocks_resident: IntGauge,
     blocks_shared: IntGauge,
     batch_tokens: Histogram,
     batch_sequences: Histogram,
     batch_models: Histogram,
+    segment_batches: IntCounterVec,
+    segment_rows: IntCounterVec,
+    segment_models: IntCounterVec,
+    discarded_rows: IntCounter,
     /// Time in the queue of each sequence.
     pub queue_seconds: Histogram,
     /// Time of each step on the device.
@@ -68,18 +79,34 @@ impl ExecutorMetrics {
         let seconds = || prometheus::exponential_buckets(0.0005, 2.0, 18).expect("the arguments are in range");
         let kv_pages = IntGaugeVec::new(Opts::new("ashlar_kv_pages", "KV pages by state."), &["state"])?;
         registry.register(Box::new(kv_pages.clone()))?;
+        let by_segment = |name: &str, help: &str| -> Result<IntCounterVec, prometheus::Error> {
+            let counter = IntCounterVec::new(Opts::new(name, help), &["segment"])?;
+            registry.register(Box::new(counter.clone()))?;
+            // So that the name is there before the first batch.
+            counter.with_label_values(&[OTHER_SEGMENTS]);
+            Ok(counter)
+        };
         Ok(Self {
             running: gauge("ashlar_sequences_running", "Sequences that hold KV pages.")?,
             waiting: gauge("ashlar_sequences_waiting", "Sequences that wait for pages.")?,
             kv_pages,
             prefix_query_tokens: counter("ashlar_prefix_query_tokens_total", "Prompt tokens looked up in the prefix cache.")?,
             prefix_hit_tokens: counter("ashlar_prefix_hit_tokens_total", "Prompt tokens whose compute was avoided.")?,
+            cross_model_hit_tokens: counter(
+                "ashlar_prefix_cross_model_hit_tokens_total",
+                "Of the prompt tokens whose compute was avoided those that another model had computed.",
+            )?,
+            boundary_pages: gauge("ashlar_boundary_pages", "Pages of hidden states kept where chains part.")?,
             preemptions: counter("ashlar_preemptions_total", "Sequences that lost their pages to others.")?,
             blocks_resident: gauge("ashlar_blocks_resident", "Distinct blocks on the device.")?,
             blocks_shared: gauge("ashlar_blocks_shared", "Blocks that more than one hosted model runs through.")?,
             batch_tokens: histogram("ashlar_batch_tokens", "Rows of a batch.", counts())?,
             batch_sequences: histogram("ashlar_batch_sequences", "Sequences of a batch.", counts())?,
             batch_models: histogram("ashlar_batch_models", "Models that met in a batch.", counts())?,
+            segment_batches: by_segment("ashlar_segment_batches_total", "Batches of a segment of the executor's present cut.")?,
+            segment_rows: by_segment("ashlar_segment_rows_total", "Rows of these batches.")?,
+            segment_models: by_segment("ashlar_segment_models_total", "Models that met in these batches, summed over batches.")?,
+            discarded_rows: counter("ashlar_discarded_rows_total", "Rows computed after a stop token that was not known yet.")?,
             queue_seconds: histogram("ashlar_queue_seconds", "Time from admission to the first chunk.", seconds())?,
             step_seconds: histogram("ashlar_step_seconds", "Time of a step on the device.", seconds())?,
             weight_bytes: gauge("ashlar_weight_bytes", "Bytes of resident weights.")?,
@@ -97,9 +124,14 @@ impl ExecutorMetrics {
 
     /// Counts a batch that is handed to the device.
     pub fn batch(&self, batch: &Batch) {
-        self.batch_tokens.observe(f64::from(batch.row_count()));
+        self.batch_tokens.observe(f64::from(batch.row_count));
         self.batch_sequences.observe(batch.rows.len() as f64);
         self.batch_models.observe(batch.span_count as f64);
+        let number = batch.segment.0;
+        let name = if number < SEGMENT_LABELS_MAX { number.to_string() } else { OTHER_SEGMENTS.to_owned() };
+        self.segment_batches.with_label_values(&[&name]).inc();
+        self.segment_rows.with_label_values(&[&name]).inc_by(batch.row_count.into());
+        self.segment_models.with_label_values(&[&name]).inc_by(batch.span_count as u64);
     }
 
     /// Counts a sequence's time in the queue.
@@ -122,12 +154,15 @@ impl ExecutorMetrics {
         let usage = if all == 0 { 0.0 } else { gauges.used_pages as f64 / all as f64 };
         self.vllm_kv_usage.set(usage);
         self.vllm_gpu_usage.set(usage);
+        self.boundary_pages.set(as_i64(gauges.boundary_pages));
         self.blocks_resident.set(gauges.block_count as i64);
         self.blocks_shared.set(gauges.shared_block_count as i64);
         for (metric, total) in [
             (&self.prefix_query_tokens, counters.prefix_query_tokens),
             (&self.prefix_hit_tokens, counters.prefix_hit_tokens),
+            (&self.cross_model_hit_tokens, counters.cross_model_hit_tokens),
             (&self.preemptions, counters.preemption_count),
+            (&self.discarded_rows, counters.discarded_rows),
             (&self.vllm_prefix_queries, counters.prefix_query_tokens),
             (&self.vllm_prefix_hits, counters.prefix_hit_tokens),
         ] {

@@ -1,10 +1,31 @@
-//! What one step computes: rows of several sequences, perhaps of several models, through one segment.
+//! What one step computes: rows of several sequences, perhaps of several models, through one segment. A batch says what is new only:
+//! the device keeps each sequence's page tables and is told what is appended to them.
+
+use std::ops::Range;
+use std::sync::Arc;
 
 use super::segments::{BlockIndex, SegmentIndex};
 
-/// A sequence inside one executor, in order of arrival.
+/// A sequence inside one executor, in order of arrival. Its low bits are its place among those that are known at one time, so
+/// that nobody has to search for it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct SequenceId(pub u64);
+pub struct SequenceId(u64);
+
+impl SequenceId {
+    /// Sequences that may be known at one time.
+    pub const PLACES_MAX: usize = 1 << 20;
+
+    /// The id of the `number`th sequence to arrive, at `place`.
+    pub(crate) fn new(number: u64, place: usize) -> Self {
+        assert!(place < Self::PLACES_MAX, "limits are checked at start");
+        Self(number << 20 | place as u64)
+    }
+
+    /// Its place: below the number of sequences that are known at one time, and taken by another one when it has ended.
+    pub fn place(self) -> usize {
+        (self.0 & (Self::PLACES_MAX as u64 - 1)) as usize
+    }
+}
 
 /// A batch inside one executor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -13,13 +34,13 @@ pub struct BatchId(pub u64);
 /// Where the rows of one sequence come from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum RowInput {
-    /// The segment begins with `embed`: token ids.
-    Tokens(Vec<u32>),
+    /// The segment begins with `embed`: these of [`Batch::tokens`].
+    Tokens(Range<u32>),
     /// The segment begins with `embed`: one row, of the token that the device samples (or has sampled) for this sequence at
     /// position `Rows::start`, in an earlier batch. Nobody else need know it yet.
     Sampled,
-    /// Hidden rows kept on the device, by slot.
-    Hidden(Vec<u32>),
+    /// Hidden rows kept on the device, in these of [`Batch::slots`].
+    Hidden(Range<u32>),
     /// Hidden rows that came over a link, taken from the inbox of the sequence in order.
     Link,
 }
@@ -27,8 +48,8 @@ pub enum RowInput {
 /// Where the rows of one sequence go.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum RowOutput {
-    /// Kept on the device for the next segment.
-    Hidden(Vec<u32>),
+    /// Kept on the device for the next segment, in these of [`Batch::slots`].
+    Hidden(Range<u32>),
     /// To the executor that owns the next span.
     Link,
     /// The segment ends with `head`; logits of the last row are sampled if set, for the token at `position`.
@@ -44,12 +65,28 @@ pub struct Rows {
     pub start: u32,
     /// How many, at least one.
     pub count: u32,
+    /// The segment's first attention block, counted among the attention blocks of the sequence's span.
+    pub attention_from: u32,
     /// Where they come from.
     pub input: RowInput,
     /// Where they go.
     pub output: RowOutput,
-    /// For each attention block of the segment, the slots of pages `0..=(start + count - 1) / page_tokens`.
-    pub tables: Vec<Vec<u32>>,
+}
+
+/// What is new in the page tables of one sequence. The tables have an entry a page, for each attention block of the sequence's span;
+/// what they had from `page` on is forgotten.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TableUpdate {
+    /// Whose.
+    pub sequence: SequenceId,
+    /// First attention block, counted among those of the sequence's span.
+    pub attention_from: u32,
+    /// Attention blocks.
+    pub attention_count: u32,
+    /// First page.
+    pub page: u32,
+    /// The entries in [`Batch::table_slots`]: page after page, in each one block after another.
+    pub slots: Range<u32>,
 }
 
 /// One step's work.
@@ -60,17 +97,37 @@ pub struct Batch {
     /// Through which segment.
     pub segment: SegmentIndex,
     /// The segment's blocks, in order.
-    pub blocks: Vec<BlockIndex>,
+    pub blocks: Arc<[BlockIndex]>,
     /// Hosted spans (models, nearly) that meet in it.
     pub span_count: usize,
     /// Rows by sequence; at most one entry a sequence.
     pub rows: Vec<Rows>,
+    /// Rows in all.
+    pub row_count: u32,
+    /// Token ids that `rows` name.
+    pub tokens: Vec<u32>,
+    /// Slots of hidden rows that `rows` name.
+    pub slots: Vec<u32>,
+    /// Changes of page tables, to be made before the rows are computed.
+    pub tables: Vec<TableUpdate>,
+    /// Slots of pages that `tables` name.
+    pub table_slots: Vec<u32>,
 }
 
 impl Batch {
-    /// Rows in all.
-    pub fn row_count(&self) -> u32 {
-        self.rows.iter().map(|rows| rows.count).sum()
+    /// Those of `slots` in a range.
+    pub fn slots_in(&self, range: &Range<u32>) -> &[u32] {
+        &self.slots[range.start as usize..range.end as usize]
+    }
+
+    /// Those of `tokens` in a range.
+    pub fn tokens_in(&self, range: &Range<u32>) -> &[u32] {
+        &self.tokens[range.start as usize..range.end as usize]
+    }
+
+    /// The page table entries of an update: for each page, one for each attention block.
+    pub fn table_in(&self, update: &TableUpdate) -> impl Iterator<Item = &[u32]> {
+        self.table_slots[update.slots.start as usize..update.slots.end as usize].chunks(update.attention_count as usize)
     }
 }
 

@@ -9,8 +9,10 @@ pub struct Counters {
     pub row_count: u64,
     /// Prompt tokens looked up in the prefix index.
     pub prefix_query_tokens: u64,
-    /// Prompt tokens whose compute was avoided.
+    /// Prompt tokens whose compute was avoided; a token that skips half of its chain's blocks counts half.
     pub prefix_hit_tokens: u64,
+    /// Of these, thanks to what another model computed.
+    pub cross_model_hit_tokens: u64,
     /// Sequences that lost their pages to others.
     pub preemption_count: u64,
     /// Tokens emitted.
@@ -34,6 +36,8 @@ pub struct Gauges {
     pub cached_pages: u64,
     /// Pages never used or given back.
     pub free_pages: u64,
+    /// Pages of hidden rows kept where chains part.
+    pub boundary_pages: u64,
     /// Distinct blocks hosted.
     pub block_count: usize,
     /// Blocks that more than one hosted span runs through.

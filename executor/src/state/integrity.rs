@@ -1,51 +1,73 @@
-//! `check_integrity`: every page is free, cached or owned, every hidden row likewise, and counts agree. Tests call it after each event.
+//! `check_integrity`: every page is free, cached or owned, every hidden row likewise, every ready row is queued, and counts agree. Tests
+//! call it after each event.
 
 use std::collections::BTreeMap;
 
 use super::engine::Engine;
-use super::pages::ClassIndex;
+use super::pages::HandleIndex;
+use super::sequence::{Sequence, Status};
 
 impl Engine {
     /// The first fault found, as a sentence; `Ok` when all is consistent.
     pub fn check_integrity(&self) -> Result<(), String> {
-        let mut held: BTreeMap<(ClassIndex, u32), u32> = BTreeMap::new();
-        for (class, slot) in self.leaving.iter().flat_map(|leaving| &leaving.pages) {
-            *held.entry((*class, *slot)).or_default() += 1;
-        }
-        let mut hidden_count = 0;
-        for (id, sequence) in &self.sequences {
-            let span = self.span(sequence.span);
-            for (attention, slots) in span.attention.iter().zip(&sequence.pages) {
-                for slot in slots {
-                    *held.entry((attention.class, *slot)).or_default() += 1;
-                }
-            }
-            hidden_count += sequence.boundary.iter().map(std::collections::VecDeque::len).sum::<usize>();
-            let known = sequence.tokens.len() as u32 + sequence.promised_tokens;
-            if span.host.begins_with_embed && (known > sequence.tokens_max() || sequence.computed[0] > known) {
-                return Err(format!(
-                    "sequence {id:?} computed {} of {known} tokens, at most {}",
-                    sequence.computed[0],
-                    sequence.tokens_max()
-                ));
-            }
-            for i in 1..sequence.computed.len() {
-                let (upper, lower) = (sequence.computed[i - 1], sequence.computed[i]);
-                if lower > upper {
-                    return Err(format!("sequence {id:?} computed {lower} tokens below {upper}"));
-                }
-                if sequence.boundary[i - 1].len() != (upper - lower) as usize {
-                    return Err(format!(
-                        "sequence {id:?} keeps {} hidden rows for {} tokens",
-                        sequence.boundary[i - 1].len(),
-                        upper - lower
-                    ));
-                }
-            }
+        let mut held: BTreeMap<HandleIndex, u32> = BTreeMap::new();
+        let leaving = self.leaving.iter().flat_map(|leaving| &leaving.handles);
+        let steps = || self.sequences.iter().flat_map(|sequence| &sequence.steps);
+        let owned = steps().flat_map(|step| &step.handles);
+        let kept = steps().flat_map(|step| step.boundary.iter().map(|kept| &kept.handle));
+        leaving.chain(owned).chain(kept).for_each(|handle| *held.entry(*handle).or_default() += 1);
+        let (mut hidden_count, mut queued_count) = (0, 0);
+        for sequence in self.sequences.iter() {
+            self.check_sequence(sequence)?;
+            let changes_hands = |slot: &&u32| **slot < self.limits.hidden_rows_max;
+            hidden_count += sequence.steps.iter().map(|step| step.hidden.iter().filter(changes_hands).count()).sum::<usize>();
+            queued_count += sequence.steps.iter().filter(|step| step.queued).count();
         }
         if hidden_count + self.hidden_free.len() != self.limits.hidden_rows_max as usize {
             return Err(format!("{hidden_count} hidden rows kept, {} free, of {}", self.hidden_free.len(), self.limits.hidden_rows_max));
         }
+        if queued_count != self.ready.entry_count() {
+            return Err(format!("{queued_count} steps are queued, queues have {}", self.ready.entry_count()));
+        }
+        for (s, span) in self.spans.iter().enumerate() {
+            let count = self.sequences.iter().filter(|sequence| sequence.span.0 as usize == s).count();
+            if count != span.sequence_count {
+                return Err(format!("span {s} counts {} sequences, {count} run through it", span.sequence_count));
+            }
+        }
         self.pages.check(&held)
+    }
+
+    fn check_sequence(&self, sequence: &Sequence) -> Result<(), String> {
+        let (id, steps) = (sequence.id, &sequence.steps);
+        if sequence.path != self.span(sequence.span).path || steps.len() != sequence.path.steps.len() {
+            return Err(format!("sequence {id:?} is not on the present path of its span"));
+        }
+        let known = sequence.known_tokens();
+        if sequence.path.begins_with_embed && (known > sequence.tokens_max() || steps[0].computed > known) {
+            return Err(format!("sequence {id:?} computed {} of {known} tokens, at most {}", steps[0].computed, sequence.tokens_max()));
+        }
+        for i in 0..steps.len() {
+            let lower = steps.get(i + 1).map_or(steps[i].computed, |next| next.computed);
+            if lower > steps[i].computed {
+                return Err(format!("sequence {id:?} computed {lower} tokens below {}", steps[i].computed));
+            }
+            if steps[i].hidden.len() != (steps[i].computed - lower) as usize {
+                let (kept, wanted) = (steps[i].hidden.len(), steps[i].computed - lower);
+                return Err(format!("sequence {id:?} keeps {kept} hidden rows for {wanted} tokens"));
+            }
+            for (row, slot) in steps[i].hidden.iter().enumerate().filter(|(_, slot)| **slot >= self.limits.hidden_rows_max) {
+                let token = lower + row as u32;
+                if steps[i].boundary_slot(token, self.limits.page_tokens) != Some(*slot) {
+                    return Err(format!("sequence {id:?} reads token {token} from a boundary page that it does not hold"));
+                }
+            }
+            let runs = sequence.status == Status::Running && sequence.ready_count(i, self.limits.link_rows_max) > 0;
+            let is_listed = self.ready.contains(sequence.path.steps[i].segment, id, i as u32);
+            if runs != steps[i].queued || runs != is_listed {
+                return Err(format!("step {i} of sequence {id:?} is ready: {runs}, queued: {}, listed: {is_listed}", steps[i].queued));
+            }
+        }
+        Ok(())
     }
 }

@@ -3,6 +3,8 @@
 use ashlar_kernels::ops::{KvFormat, PageLayout};
 use serde::{Deserialize, Serialize};
 
+use super::batch::SequenceId;
+
 /// Bounds of one executor's engine. `check` asserts their relations at start.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -27,6 +29,9 @@ pub struct Limits {
     pub link_rows_max: u32,
     /// Bytes of KV pages.
     pub kv_bytes: u64,
+    /// Bytes of hidden rows that are kept where chains part, so that a prompt that one model has seen is computed from there on by another;
+    /// 0: none. Of each width of hidden rows.
+    pub boundary_bytes: u64,
     /// Whether full pages are kept for later sequences with equal lineage and tokens.
     pub prefix_cache: bool,
 }
@@ -44,6 +49,7 @@ impl Default for Limits {
             hidden_rows_max: 1024,
             link_rows_max: 512,
             kv_bytes: 1 << 30,
+            boundary_bytes: 64 << 20,
             prefix_cache: true,
         }
     }
@@ -53,6 +59,12 @@ impl Limits {
     /// What KV pages are like.
     pub fn pages(&self) -> PageLayout {
         PageLayout { tokens: self.page_tokens as usize, format: self.kv_format }
+    }
+
+    /// Slots of hidden rows of a width that the device has: those that change hands between segments, then boundary pages.
+    pub fn hidden_slots(&self, width: u32) -> usize {
+        let page_bytes = super::pages::hidden_page_bytes(width, self.page_tokens);
+        self.hidden_rows_max as usize + (self.boundary_bytes / page_bytes) as usize * self.page_tokens as usize
     }
 
     /// The numeric class of an executor whose device gives the bits of `device_class` with f32 KV: tokens differ between KV
@@ -75,6 +87,10 @@ impl Limits {
             (
                 self.sequences_max <= self.step_tokens_max,
                 "sequences_max must not exceed step_tokens_max, so that all decodes fit one batch",
+            ),
+            (
+                (self.sequences_max as usize).saturating_add(self.waiting_max as usize) <= SequenceId::PLACES_MAX,
+                "sequences_max and waiting_max must not exceed 1048576 together",
             ),
             (self.hidden_rows_max >= 2 * self.step_tokens_max, "hidden_rows_max must be at least twice step_tokens_max"),
             (self.link_rows_max >= self.chunk_tokens_max, "link_rows_max must be at least chunk_tokens_max"),

@@ -1,235 +1,328 @@
-//! The page pool: which slot of KV memory belongs to whom, which are kept for reuse, which are free. One pool for a
-//! device, one slot class for each KV shape. It holds numbers, never bytes of KV.
+//! The page pool: which KV memory belongs to whom, which is kept for reuse, which is free. It deals in *handles*: one run of
+//! `page_tokens` tokens over all attention blocks of one segment, with a slot of KV memory in each of them. One pool for a device, one
+//! class of slots for each KV shape. A *boundary* handle is the same for hidden rows where a lineage forks: one slot of as many rows.
+//! It holds numbers, never bytes. `slots` counts slots, `recut` follows a new cut.
+
+mod check;
+mod recut;
+mod slots;
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 
 use ashlar_kernels::ops::KvShape;
 
-/// A slot class of the pool.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct ClassIndex(pub u32);
+pub use slots::ClassIndex;
+use slots::{SlotShape, Slots};
 
 /// Lineage at an attention block, interned by the engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct LineageIndex(pub u32);
 
+/// The attention blocks of one segment under one lineage: what a handle covers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct StretchIndex(pub u32);
+
+/// A handle: the pages of one run of tokens, one in each attention block of a stretch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct HandleIndex(pub u32);
+
 /// Digest of all tokens (and the cache domain, numeric class and KV format) up to the end of a page.
 pub type TokenHash = [u8; 32];
 
-/// What makes two pages equal. Positions are in the hash: it covers all tokens from 0.
+/// What makes two handles equal. Positions are in the hash: it covers all tokens from 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct PageKey {
-    /// Lineage at the attention block.
-    pub lineage: LineageIndex,
+pub struct HandleKey {
     /// Tokens so far.
     pub tokens: TokenHash,
-}
-
-#[derive(Debug, Clone, Default)]
-struct Slot {
-    /// Sequences that hold it.
-    refs: u32,
-    /// Set while the index points here.
-    key: Option<PageKey>,
-    /// Place in `lru` while cached and unheld.
-    tick: u64,
+    /// Where.
+    pub stretch: StretchIndex,
 }
 
 #[derive(Debug, Clone)]
-struct Class {
-    shape: KvShape,
-    slot_bytes: u64,
-    /// Share of the budget, in slots; may shrink below what is in use, which then drains.
-    slot_count_max: usize,
-    slots: Vec<Slot>,
-    free: Vec<u32>,
-    /// Slots with a holder.
-    held_count: usize,
+struct Stretch {
+    /// Lineage at each attention block: its identity.
+    lineages: Vec<LineageIndex>,
+    /// Class of each attention block's slots.
+    classes: Vec<ClassIndex>,
+    /// How many slots of each class a handle has.
+    counts: Vec<(ClassIndex, usize)>,
+}
+
+#[derive(Debug, Clone)]
+struct Handle {
+    stretch: StretchIndex,
+    /// Sequences that hold it.
+    refs: u32,
+    /// Span whose sequence published it; of no meaning before.
+    maker: u32,
+    /// Set while the index points here.
+    tokens: Option<TokenHash>,
+    /// One for each attention block of the stretch; none while it is free.
+    slots: Vec<u32>,
+    /// Neighbours among cached and unheld handles.
+    older: Option<HandleIndex>,
+    newer: Option<HandleIndex>,
 }
 
 /// The pool.
 #[derive(Debug, Clone)]
 pub struct PagePool {
-    kv_bytes: u64,
-    classes: Vec<Class>,
-    index: BTreeMap<PageKey, (ClassIndex, u32)>,
-    /// Unheld cached slots, least recently used first.
-    lru: BTreeMap<u64, (ClassIndex, u32)>,
-    tick: u64,
-    evicted_count: u64,
+    slots: Slots,
+    stretches: Vec<Stretch>,
+    by_blocks: BTreeMap<Vec<(LineageIndex, ClassIndex)>, StretchIndex>,
+    handles: Vec<Handle>,
+    free: Vec<HandleIndex>,
+    index: BTreeMap<HandleKey, HandleIndex>,
+    /// Ends of the list of cached and unheld handles.
+    oldest: Option<HandleIndex>,
+    newest: Option<HandleIndex>,
+    evicted_pages: u64,
 }
 
 impl PagePool {
-    /// An empty pool of `kv_bytes`.
-    pub fn new(kv_bytes: u64) -> Self {
-        Self { kv_bytes, classes: Vec::new(), index: BTreeMap::new(), lru: BTreeMap::new(), tick: 0, evicted_count: 0 }
+    /// An empty pool of `kv_bytes`, and `boundary_bytes` for hidden rows.
+    pub fn new(kv_bytes: u64, boundary_bytes: u64) -> Self {
+        Self {
+            slots: Slots::new(kv_bytes, boundary_bytes),
+            stretches: Vec::new(),
+            by_blocks: BTreeMap::new(),
+            handles: Vec::new(),
+            free: Vec::new(),
+            index: BTreeMap::new(),
+            oldest: None,
+            newest: None,
+            evicted_pages: 0,
+        }
     }
 
     /// The class for a shape, made on first use.
     pub fn class(&mut self, shape: KvShape) -> ClassIndex {
-        if let Some(found) = self.classes.iter().position(|class| class.shape == shape) {
-            return ClassIndex(found as u32);
-        }
-        let slot_bytes = shape.page_bytes() as u64;
-        self.classes.push(Class { shape, slot_bytes, slot_count_max: 0, slots: Vec::new(), free: Vec::new(), held_count: 0 });
-        ClassIndex(self.classes.len() as u32 - 1)
+        self.slots.class(SlotShape::Kv(shape), shape.page_bytes() as u64)
+    }
+
+    /// The class for pages of hidden rows of a width, made on first use.
+    pub fn hidden_class(&mut self, width: u32, page_tokens: u32) -> ClassIndex {
+        self.slots.class(SlotShape::Hidden { width }, hidden_page_bytes(width, page_tokens))
     }
 
     /// Shares the budget among classes in proportion to `weights` (attention blocks of each class that are hosted).
     pub fn share(&mut self, weights: &[u64]) {
-        assert_eq!(weights.len(), self.classes.len(), "one weight a class");
-        let total: u128 = weights.iter().zip(&self.classes).map(|(w, class)| u128::from(*w) * u128::from(class.slot_bytes)).sum();
-        for (class, weight) in self.classes.iter_mut().zip(weights) {
-            let bytes = (u128::from(self.kv_bytes) * u128::from(*weight) * u128::from(class.slot_bytes)).checked_div(total).unwrap_or(0);
-            class.slot_count_max = (bytes / u128::from(class.slot_bytes)) as usize;
-        }
+        self.slots.share(weights);
     }
 
     /// Slots that a class may ever hold at once under the present shares.
     pub fn slot_count_max(&self, class: ClassIndex) -> usize {
-        self.classes[class.0 as usize].slot_count_max
+        self.slots.count_max(class)
     }
 
-    /// Slots of a shape that fit the whole budget: what a device reserves address space for.
-    pub fn slot_count_limit(&self, class: ClassIndex) -> usize {
-        (self.kv_bytes / self.classes[class.0 as usize].slot_bytes) as usize
-    }
-
-    /// The shape of a class.
-    pub fn shape(&self, class: ClassIndex) -> KvShape {
-        self.classes[class.0 as usize].shape
-    }
-
-    /// Slots that could be reserved now: free, not yet made, or cached and unheld.
+    /// Slots that could be reserved now: free, not yet made, or of cached and unheld handles.
     pub fn available(&self, class: ClassIndex) -> usize {
-        self.slot_count_max(class).saturating_sub(self.classes[class.0 as usize].held_count)
+        self.slots.available(class)
     }
 
-    /// Takes a slot for one holder, evicting the least recently used cached page of the class if it must.
-    pub fn reserve(&mut self, class: ClassIndex) -> Option<u32> {
-        let pool = &mut self.classes[class.0 as usize];
-        let in_use = pool.slots.len() - pool.free.len();
-        if in_use < pool.slot_count_max {
-            let slot = pool.free.pop().unwrap_or_else(|| {
-                pool.slots.push(Slot::default());
-                pool.slots.len() as u32 - 1
-            });
-            pool.slots[slot as usize].refs = 1;
-            pool.held_count += 1;
-            return Some(slot);
+    /// Classes made so far.
+    pub fn class_count(&self) -> usize {
+        self.slots.class_count()
+    }
+
+    /// The stretch of attention blocks with these lineages and slot classes, made on first use; None where there are none.
+    pub fn stretch(&mut self, blocks: &[(LineageIndex, ClassIndex)]) -> Option<StretchIndex> {
+        if blocks.is_empty() {
+            return None;
         }
-        let (tick, slot) = self.lru.iter().find(|(_, (at, _))| *at == class).map(|(tick, (_, slot))| (*tick, *slot))?;
-        self.drop_cached(class, slot, tick);
-        let pool = &mut self.classes[class.0 as usize];
-        // Over its share (the share shrank): give the slot up instead of handing it on.
-        if in_use > pool.slot_count_max {
-            return self.reserve(class);
+        if let Some(known) = self.by_blocks.get(blocks) {
+            return Some(*known);
         }
-        let taken = pool.free.pop().expect("drop_cached just freed a slot");
-        pool.slots[taken as usize].refs = 1;
-        pool.held_count += 1;
-        Some(taken)
+        let lineages: Vec<LineageIndex> = blocks.iter().map(|(lineage, _)| *lineage).collect();
+        let classes: Vec<ClassIndex> = blocks.iter().map(|(_, class)| *class).collect();
+        let mut counts: BTreeMap<ClassIndex, usize> = BTreeMap::new();
+        classes.iter().for_each(|class| *counts.entry(*class).or_default() += 1);
+        let made = StretchIndex(self.stretches.len() as u32);
+        self.by_blocks.insert(blocks.to_vec(), made);
+        self.stretches.push(Stretch { lineages, classes, counts: counts.into_iter().collect() });
+        Some(made)
     }
 
-    fn drop_cached(&mut self, class: ClassIndex, slot: u32, tick: u64) {
-        self.lru.remove(&tick);
-        let pool = &mut self.classes[class.0 as usize];
-        let key = pool.slots[slot as usize].key.take().expect("a slot in lru has a key");
-        pool.free.push(slot);
-        self.index.remove(&key);
-        self.evicted_count += 1;
+    /// The slot of each attention block of a handle's stretch.
+    pub fn slots(&self, handle: HandleIndex) -> &[u32] {
+        &self.handles[handle.0 as usize].slots
     }
 
-    /// The slot that holds a page, taken for one more holder.
-    pub fn find(&mut self, class: ClassIndex, key: &PageKey) -> Option<u32> {
-        let (at, slot) = *self.index.get(key)?;
-        assert_eq!(at, class, "equal lineages have equal KV shapes");
-        let pool = &mut self.classes[class.0 as usize];
-        let entry = &mut pool.slots[slot as usize];
-        if entry.refs == 0 {
-            self.lru.remove(&entry.tick);
-            pool.held_count += 1;
+    /// Takes a handle for one holder, evicting least recently used cached ones if it must.
+    pub fn reserve(&mut self, stretch: StretchIndex) -> Option<HandleIndex> {
+        let place = stretch.0 as usize;
+        let fits = |(class, count): &(ClassIndex, usize)| self.slots.available(*class) >= *count;
+        if !self.stretches[place].counts.iter().all(fits) {
+            return None;
         }
-        entry.refs += 1;
-        Some(slot)
+        for i in 0..self.stretches[place].counts.len() {
+            let (class, count) = self.stretches[place].counts[i];
+            while !self.slots.has_room(class, count) {
+                self.evict_oldest(class);
+            }
+        }
+        let handle = self.free.pop().unwrap_or_else(|| {
+            self.handles.push(Handle { stretch, refs: 0, maker: 0, tokens: None, slots: Vec::new(), older: None, newer: None });
+            HandleIndex(self.handles.len() as u32 - 1)
+        });
+        let entry = &mut self.handles[handle.0 as usize];
+        entry.stretch = stretch;
+        entry.refs = 1;
+        entry.slots.extend(self.stretches[place].classes.iter().map(|class| self.slots.take(*class)));
+        self.hold(stretch);
+        Some(handle)
     }
 
-    /// Whether the index has a page, without taking it.
-    pub fn contains(&self, key: &PageKey) -> bool {
+    /// The handle with a key, taken for one more holder.
+    pub fn find(&mut self, key: &HandleKey) -> Option<HandleIndex> {
+        let handle = *self.index.get(key)?;
+        if self.handles[handle.0 as usize].refs == 0 {
+            self.unlink(handle);
+            self.hold(key.stretch);
+        }
+        self.handles[handle.0 as usize].refs += 1;
+        Some(handle)
+    }
+
+    /// Whether the index has a handle, without taking it.
+    pub fn contains(&self, key: &HandleKey) -> bool {
         self.index.contains_key(key)
     }
 
-    /// Makes a held, full page findable. If an equal page is known already, that one stays the known one.
-    pub fn publish(&mut self, class: ClassIndex, slot: u32, key: PageKey) {
-        let entry = &mut self.classes[class.0 as usize].slots[slot as usize];
-        assert!(entry.refs > 0, "only a held page is published");
-        if entry.key.is_none() && !self.index.contains_key(&key) {
-            entry.key = Some(key);
-            self.index.insert(key, (class, slot));
+    /// Makes a held handle findable, whose pages are full. If an equal one is known already, that one stays the known one.
+    pub fn publish(&mut self, handle: HandleIndex, tokens: TokenHash, maker: u32) {
+        let entry = &mut self.handles[handle.0 as usize];
+        assert!(entry.refs > 0, "only held pages are published");
+        if entry.tokens.is_some() {
+            return;
+        }
+        if let Entry::Vacant(place) = self.index.entry(HandleKey { tokens, stretch: entry.stretch }) {
+            place.insert(handle);
+            entry.tokens = Some(tokens);
+            entry.maker = maker;
         }
     }
 
-    /// One holder fewer. Call for a sequence's last pages first, so that leaves are evicted before what they hang on.
-    pub fn release(&mut self, class: ClassIndex, slot: u32) {
-        self.tick += 1;
-        let pool = &mut self.classes[class.0 as usize];
-        let entry = &mut pool.slots[slot as usize];
-        assert!(entry.refs > 0, "released a page that nobody holds");
+    /// Who published a handle.
+    pub fn maker(&self, handle: HandleIndex) -> u32 {
+        self.handles[handle.0 as usize].maker
+    }
+
+    /// One holder fewer. Call for a sequence's last tokens first, and of one run of tokens for the deeper stretch first, so that leaves
+    /// are evicted before what they hang on.
+    pub fn release(&mut self, handle: HandleIndex) {
+        let entry = &mut self.handles[handle.0 as usize];
+        assert!(entry.refs > 0, "released a handle that nobody holds");
         entry.refs -= 1;
         if entry.refs > 0 {
             return;
         }
-        pool.held_count -= 1;
-        if entry.key.is_some() {
-            entry.tick = self.tick;
-            self.lru.insert(self.tick, (class, slot));
+        let (stretch, is_cached) = (entry.stretch, entry.tokens.is_some());
+        for (class, count) in &self.stretches[stretch.0 as usize].counts {
+            self.slots.unhold(*class, *count);
+        }
+        if is_cached {
+            self.link(handle, self.newest);
         } else {
-            pool.free.push(slot);
+            self.free_handle(handle);
         }
     }
 
-    /// Pages (used, cached, free) over all classes.
+    /// Pages (used, cached, free) over all classes; a handle has a page in each attention block.
     pub fn counts(&self) -> (u64, u64, u64) {
-        let used: usize = self.classes.iter().map(|class| class.held_count).sum();
-        let all: usize = self.classes.iter().map(|class| class.slot_count_max.max(class.slots.len())).sum();
-        let cached = self.lru.len();
-        (used as u64, cached as u64, (all - used - cached) as u64)
+        self.slots.counts(true)
+    }
+
+    /// The same for pages of hidden rows.
+    pub fn boundary_counts(&self) -> (u64, u64, u64) {
+        self.slots.counts(false)
     }
 
     /// Cached pages dropped so far.
-    pub fn evicted_count(&self) -> u64 {
-        self.evicted_count
+    pub fn evicted_pages(&self) -> u64 {
+        self.evicted_pages
     }
 
-    /// Checks that every slot is free, cached or held exactly `held[(class, slot)]` times. Returns the first fault.
-    pub fn check(&self, held: &BTreeMap<(ClassIndex, u32), u32>) -> Result<(), String> {
-        for (c, class) in self.classes.iter().enumerate() {
-            if class.held_count != class.slots.iter().filter(|slot| slot.refs > 0).count() {
-                return Err(format!("class {c} counts {} held pages", class.held_count));
-            }
-            let class_index = ClassIndex(c as u32);
-            for (s, slot) in class.slots.iter().enumerate() {
-                let expected = held.get(&(class_index, s as u32)).copied().unwrap_or(0);
-                if slot.refs != expected {
-                    return Err(format!("page {c}/{s} has {} holders, sequences hold it {expected} times", slot.refs));
-                }
-                let places = u32::from(slot.refs > 0)
-                    + u32::from(class.free.contains(&(s as u32)))
-                    + u32::from(self.lru.get(&slot.tick) == Some(&(class_index, s as u32)));
-                if places != 1 {
-                    return Err(format!("page {c}/{s} is in {places} of held, free, cached"));
-                }
-                if let Some(key) = &slot.key
-                    && self.index.get(key) != Some(&(class_index, s as u32))
-                {
-                    return Err(format!("page {c}/{s} has a key that the index does not know"));
-                }
-            }
-        }
-        let keyed: usize = self.classes.iter().map(|class| class.slots.iter().filter(|slot| slot.key.is_some()).count()).sum();
-        if keyed != self.index.len() {
-            return Err(format!("the index has {} pages, slots have {keyed} keys", self.index.len()));
-        }
-        Ok(())
+    /// What keys and values are cached, without cuts: lineage at each attention block and tokens, in order.
+    pub fn cached_keys(&self) -> std::collections::BTreeSet<(LineageIndex, TokenHash)> {
+        let lineages = |key: &HandleKey| self.stretches[key.stretch.0 as usize].lineages.clone();
+        let is_kv = |key: &&HandleKey| self.slots.is_kv(self.stretches[key.stretch.0 as usize].classes[0]);
+        self.index.keys().filter(is_kv).flat_map(|key| lineages(key).into_iter().map(|lineage| (lineage, key.tokens))).collect()
     }
+
+    fn hold(&mut self, stretch: StretchIndex) {
+        for (class, count) in &self.stretches[stretch.0 as usize].counts {
+            self.slots.hold(*class, *count);
+        }
+    }
+
+    /// Drops the least recently used cached handle that has a slot of the class.
+    fn evict_oldest(&mut self, class: ClassIndex) {
+        let has_class = |handle: HandleIndex| {
+            let stretch = self.handles[handle.0 as usize].stretch;
+            self.stretches[stretch.0 as usize].counts.iter().any(|(known, _)| *known == class)
+        };
+        let mut at = self.oldest;
+        while let Some(handle) = at.filter(|handle| !has_class(*handle)) {
+            at = self.handles[handle.0 as usize].newer;
+        }
+        let handle = at.expect("slots that are available and not free are cached");
+        self.evict(handle);
+    }
+
+    fn evict(&mut self, handle: HandleIndex) {
+        self.unlink(handle);
+        self.forget(handle);
+        self.evicted_pages += self.handles[handle.0 as usize].slots.len() as u64;
+        self.free_handle(handle);
+    }
+
+    /// Takes a handle out of the index.
+    fn forget(&mut self, handle: HandleIndex) {
+        let entry = &mut self.handles[handle.0 as usize];
+        if let Some(tokens) = entry.tokens.take() {
+            self.index.remove(&HandleKey { tokens, stretch: entry.stretch });
+        }
+    }
+
+    /// Gives the slots of an unheld, unknown handle back.
+    fn free_handle(&mut self, handle: HandleIndex) {
+        let entry = &mut self.handles[handle.0 as usize];
+        let classes = &self.stretches[entry.stretch.0 as usize].classes;
+        entry.slots.drain(..).zip(classes).for_each(|(slot, class)| self.slots.give_back(*class, slot));
+        self.free.push(handle);
+    }
+
+    /// Puts an unheld handle into the list of cached ones, right after `older`.
+    fn link(&mut self, handle: HandleIndex, older: Option<HandleIndex>) {
+        let newer = match older {
+            Some(older) => self.handles[older.0 as usize].newer.replace(handle),
+            None => self.oldest.replace(handle),
+        };
+        match newer {
+            Some(newer) => self.handles[newer.0 as usize].older = Some(handle),
+            None => self.newest = Some(handle),
+        }
+        let entry = &mut self.handles[handle.0 as usize];
+        (entry.older, entry.newer) = (older, newer);
+    }
+
+    fn unlink(&mut self, handle: HandleIndex) {
+        let entry = &mut self.handles[handle.0 as usize];
+        let (older, newer) = (entry.older.take(), entry.newer.take());
+        match older {
+            Some(older) => self.handles[older.0 as usize].newer = newer,
+            None => self.oldest = newer,
+        }
+        match newer {
+            Some(newer) => self.handles[newer.0 as usize].older = older,
+            None => self.newest = older,
+        }
+    }
+}
+
+/// Bytes of a page of hidden rows.
+pub(crate) fn hidden_page_bytes(width: u32, page_tokens: u32) -> u64 {
+    u64::from(width) * u64::from(page_tokens) * size_of::<f32>() as u64
 }

@@ -1,34 +1,45 @@
-//! Which rows run next: the deepest ready segment, all sequences that wait there, decodes before chunks of prompts.
-
-use std::cmp::Reverse;
-use std::collections::{BTreeMap, BTreeSet};
+//! Which rows run next: the deepest ready segment, all sequences that wait there, decodes before chunks of prompts. Only rows that are
+//! ready are looked at. What a chosen row takes with it is in `advance`.
 
 use super::Now;
-use super::batch::{Batch, BatchId, RowInput, RowOutput, Rows, SequenceId};
+use super::batch::{Batch, SequenceId};
 use super::engine::{Engine, Output};
-use super::pages::PageKey;
+use super::ready::{Entries, Entry};
 use super::segments::SegmentIndex;
-use super::sequence::{SpanIndex, Status};
+use super::sequence::Status;
 
-/// Rows of one sequence that could run in the chosen segment.
-struct Ready {
-    sequence: SequenceId,
-    step: usize,
-    count: u32,
+/// Rows of one sequence that run in the batch that is being planned.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Chosen {
+    pub(crate) sequence: SequenceId,
+    pub(crate) step: usize,
+    pub(crate) count: u32,
+}
+
+/// What a batch may still take.
+struct Room {
+    rows: u32,
+    hidden_rows: u32,
 }
 
 impl Engine {
     /// Admits what fits, then hands out at most one batch: of the first segment, in order of choice, that can run.
     pub(crate) fn plan_step(&mut self, now: Now) {
         // Pages that come back are first for those that run and lack them.
-        if !std::mem::take(&mut self.pages_short) || self.segment_choices().is_empty() {
+        if !std::mem::take(&mut self.pages_short) || self.ready.is_empty() {
             self.start_waiting(now);
         }
-        loop {
-            let choices = self.segment_choices();
-            if choices.is_empty() || choices.into_iter().any(|segment| self.plan_segment(segment)) {
-                return;
+        while !self.ready.is_empty() {
+            self.ready.begin_plan();
+            let mut taken = std::mem::take(&mut self.taken);
+            while let Some(segment) = self.ready.take_next(&mut taken) {
+                let is_planned = self.plan_segment(segment, &mut taken);
+                if is_planned {
+                    self.taken = taken;
+                    return;
+                }
             }
+            self.taken = taken;
             // What is in flight may bring pages back.
             if !self.in_flight.is_empty() {
                 return;
@@ -40,191 +51,95 @@ impl Engine {
         }
     }
 
-    /// Hands out a batch of one segment; false if none of its rows can run.
-    fn plan_segment(&mut self, segment: SegmentIndex) -> bool {
-        let mut ready = self.ready_in(segment);
-        // Decodes (one row to the end of what is known) first, each group in order of priority and arrival.
-        ready.sort_by_key(|r| (r.count > 1, self.sequences[&r.sequence].priority, r.sequence));
-        let mut budget = self.limits.step_tokens_max;
-        let mut hidden_budget = self.hidden_free.len() as u32;
-        let mut rows = Vec::new();
-        let mut spans: BTreeSet<SpanIndex> = BTreeSet::new();
-        for candidate in ready {
-            // A preemption below may have taken this one's pages.
-            let Some(sequence) = self.sequences.get(&candidate.sequence) else { continue };
-            if sequence.status != Status::Running || budget == 0 {
-                continue;
+    /// Hands out a batch of one segment from its ready rows, and puts back what it does not take; false if none of them can run.
+    fn plan_segment(&mut self, segment: SegmentIndex, taken: &mut Entries) -> bool {
+        let mut chosen = std::mem::take(&mut self.chosen);
+        let mut room = Room { rows: self.limits.step_tokens_max, hidden_rows: self.hidden_free.len() as u32 };
+        for (entries, decodes) in [(&mut taken.decodes, true), (&mut taken.chunks, false)] {
+            entries.sort_unstable();
+            for entry in entries.drain(..) {
+                self.choose(segment, entry, decodes, &mut room, &mut chosen);
             }
-            let keeps_hidden = candidate.step + 1 < sequence.path.len();
-            let mut count = candidate.count.min(budget).min(self.limits.chunk_tokens_max);
-            // Rows that come out of hidden slots give as many back as they take.
-            if keeps_hidden && candidate.step == 0 {
-                count = count.min(hidden_budget);
-            }
-            if count == 0 || !self.reserve_pages(candidate.sequence, candidate.step, count) {
-                continue;
-            }
-            match (candidate.step > 0, keeps_hidden) {
-                (false, true) => hidden_budget -= count,
-                (true, false) => hidden_budget += count,
-                (true, true) | (false, false) => {}
-            }
-            spans.insert(self.sequences[&candidate.sequence].span);
-            rows.push((candidate.sequence, candidate.step, count));
-            budget -= count;
         }
-        // Preemption may have hit a sequence that was already chosen.
-        rows.retain(|(id, _, _)| self.sequences[id].status == Status::Running);
-        if rows.is_empty() {
-            return false;
+        // A preemption may have hit a sequence that was already chosen.
+        chosen.retain(|chosen| self.sequences[chosen.sequence].status == Status::Running);
+        let is_planned = !chosen.is_empty();
+        if is_planned {
+            let batch = self.batch(segment, &chosen);
+            self.counters.batch_count += 1;
+            self.counters.row_count += u64::from(batch.row_count);
+            self.in_flight.push_back(batch.id);
+            self.outputs.push_back(Output::RunBatch(batch));
         }
-        let id = self.next_batch_id();
-        let rows: Vec<Rows> = rows.into_iter().map(|(sequence, step, count)| self.advance(id, sequence, step, count)).collect();
-        let blocks = self.segments[segment.0 as usize].blocks.clone();
-        let batch = Batch { id, segment, blocks, span_count: spans.len(), rows };
-        self.counters.batch_count += 1;
-        self.counters.row_count += u64::from(batch.row_count());
-        self.in_flight.push_back(id);
-        self.outputs.push_back(Output::RunBatch(batch));
-        true
+        chosen.clear();
+        self.chosen = chosen;
+        is_planned
+    }
+
+    /// Chooses rows of one entry, or puts it back.
+    fn choose(&mut self, segment: SegmentIndex, entry: Entry, decodes: bool, room: &mut Room, chosen: &mut Vec<Chosen>) {
+        let step = entry.step.0 as usize;
+        let link_rows_max = self.limits.link_rows_max;
+        // A preemption for an earlier entry may have taken this one's pages, and its place in the queue.
+        let Some(sequence) = self.sequences.get(entry.sequence).filter(|sequence| sequence.steps[step].queued) else { return };
+        let keeps_hidden = step + 1 < sequence.steps.len();
+        let mut count = sequence.ready_count(step, link_rows_max).min(room.rows).min(self.limits.chunk_tokens_max);
+        // Rows that come out of slots that change hands stay in them; others need new ones.
+        let comes_from_slots = step > 0 && sequence.steps[step - 1].boundary.is_empty();
+        if keeps_hidden && !comes_from_slots {
+            count = count.min(room.hidden_rows);
+        }
+        // A chain may cross a segment twice; a batch takes a sequence once. Its deeper entry came right before.
+        let is_twice = chosen.last().is_some_and(|last| last.sequence == entry.sequence);
+        if count == 0 || is_twice || !self.reserve_pages(entry.sequence, step, count) {
+            self.ready.push(segment, entry, decodes);
+            return;
+        }
+        match (comes_from_slots, keeps_hidden) {
+            (false, true) => room.hidden_rows -= count,
+            (true, false) => room.hidden_rows += count,
+            (true, true) | (false, false) => {}
+        }
+        room.rows -= count;
+        self.sequences[entry.sequence].steps[step].queued = false;
+        chosen.push(Chosen { sequence: entry.sequence, step, count });
+    }
+
+    fn batch(&mut self, segment: SegmentIndex, chosen: &[Chosen]) -> Batch {
+        let mut batch = Batch {
+            id: self.next_batch_id(),
+            segment,
+            blocks: std::sync::Arc::clone(&self.segments[segment.0 as usize].blocks),
+            span_count: 0,
+            rows: Vec::with_capacity(chosen.len()),
+            row_count: 0,
+            tokens: Vec::new(),
+            slots: Vec::with_capacity(chosen.len()),
+            tables: Vec::new(),
+            table_slots: Vec::new(),
+        };
+        for chosen in chosen {
+            self.advance(chosen, &mut batch);
+        }
+        batch
     }
 
     /// Sequences that hold pages and could start over: chains that are whole here.
     fn preemptible(&self) -> impl Iterator<Item = (i32, SequenceId)> + '_ {
-        self.sequences.iter().filter_map(|(id, s)| {
-            let host = &self.span(s.span).host;
-            let holds = s.status == Status::Running && s.pages.iter().any(|slots| !slots.is_empty());
-            (holds && host.begins_with_embed && host.ends_with_head).then_some((s.priority, *id))
-        })
-    }
-
-    /// Gives pages and a place among the running to waiting sequences, by priority and arrival, while they fit.
-    fn start_waiting(&mut self, now: Now) {
-        while let Some(&(priority, id)) = self.waiting.first() {
-            let running = self.sequences.len() - self.waiting.len();
-            if running >= self.limits.sequences_max as usize {
-                return;
-            }
-            let sequence = &self.sequences[&id];
-            // It gave way while tokens of it were being sampled: they stand, and are part of what it starts again with.
-            if sequence.promised_tokens > 0 {
-                return;
-            }
-            let span = self.span(sequence.span);
-            let whole = span.host.begins_with_embed && span.host.ends_with_head;
-            // A cut chain cannot give its pages back half-way (the other executors would not know), so it starts
-            // only when all that it may need is there. Others need what they know, and one token more.
-            let tokens = if whole { sequence.tokens.len() as u32 + 1 } else { sequence.prompt_tokens + sequence.generated_tokens_max };
-            if !self.pages_suffice(span, tokens) {
-                return;
-            }
-            self.waiting.remove(&(priority, id));
-            if whole {
-                self.reuse_pages(id);
-            } else {
-                let steps = self.sequences[&id].path.len();
-                for step in 0..steps {
-                    let reserved = self.reserve_to(id, step, tokens);
-                    assert!(reserved, "pages_suffice said so");
-                }
-            }
-            let sequence = self.sequences.get_mut(&id).expect("it was in the queue");
-            sequence.status = Status::Running;
-            if !sequence.started {
-                sequence.started = true;
-                let waited = now.saturating_sub(sequence.admitted_at);
-                let cached_tokens = sequence.cached_tokens;
-                self.outputs.push_back(Output::EmitStarted { sequence: id, waited, cached_tokens });
-            }
-        }
-    }
-
-    /// Takes cached pages for the longest prefix that every attention block of the chain has. At least the last
-    /// known token is left to compute.
-    fn reuse_pages(&mut self, id: SequenceId) {
-        if !self.limits.prefix_cache {
-            return;
-        }
-        let page_tokens = self.limits.page_tokens;
-        let sequence = self.sequences.get_mut(&id).expect("callers looked it up");
-        sequence.extend_hashes(page_tokens);
-        let span = &self.spans[sequence.span.0 as usize];
-        let most = (sequence.tokens.len() as u32 - 1) / page_tokens;
-        let mut hit = 0;
-        for hash in sequence.hashes.iter().take(most as usize) {
-            let here = span.attention.iter().all(|a| self.pages.contains(&PageKey { lineage: a.lineage, tokens: *hash }));
-            if !here {
-                break;
-            }
-            hit += 1;
-        }
-        for (i, attention) in span.attention.iter().enumerate() {
-            for hash in sequence.hashes.iter().take(hit) {
-                let key = PageKey { lineage: attention.lineage, tokens: *hash };
-                let slot = self.pages.find(attention.class, &key).expect("contains said so and nothing was evicted since");
-                sequence.pages[i].push(slot);
-            }
-            sequence.published[i] = hit as u32;
-        }
-        let tokens = hit as u32 * page_tokens;
-        sequence.computed.iter_mut().for_each(|computed| *computed = tokens);
-        if !sequence.started {
-            sequence.cached_tokens = tokens.min(sequence.prompt_tokens);
-            self.counters.prefix_query_tokens += u64::from(sequence.prompt_tokens);
-            self.counters.prefix_hit_tokens += u64::from(sequence.cached_tokens);
-        }
-    }
-
-    /// Segments with a ready row, deepest first; among equals the one whose oldest sequence came first.
-    fn segment_choices(&self) -> Vec<SegmentIndex> {
-        let mut best: BTreeMap<SegmentIndex, (Reverse<usize>, (i32, SequenceId))> = BTreeMap::new();
-        for (id, sequence) in self.sequences.iter().filter(|(_, s)| s.status == Status::Running) {
-            for step in 0..sequence.path.len() {
-                if self.ready_count(*id, step) > 0 {
-                    let rank = (Reverse(step), (sequence.priority, *id));
-                    best.entry(sequence.path[step].0).and_modify(|known| *known = rank.min(*known)).or_insert(rank);
-                }
-            }
-        }
-        let mut choices: Vec<_> = best.into_iter().map(|(segment, rank)| (rank, segment)).collect();
-        choices.sort_unstable();
-        choices.into_iter().map(|(_, segment)| segment).collect()
-    }
-
-    fn ready_in(&self, segment: SegmentIndex) -> Vec<Ready> {
-        let mut ready = Vec::new();
-        for (id, sequence) in self.sequences.iter().filter(|(_, s)| s.status == Status::Running) {
-            // Deepest step first: a chain may cross the same segment twice, but a batch takes a sequence once.
-            let step = (0..sequence.path.len()).rev().find(|&i| sequence.path[i].0 == segment && self.ready_count(*id, i) > 0);
-            if let Some(step) = step {
-                ready.push(Ready { sequence: *id, step, count: self.ready_count(*id, step) });
-            }
-        }
-        ready
-    }
-
-    /// Rows whose input is at hand for a step, within what a link may have in flight.
-    fn ready_count(&self, id: SequenceId, step: usize) -> u32 {
-        let sequence = &self.sequences[&id];
-        let host = &self.span(sequence.span).host;
-        let count = sequence.input_tokens(step, host.begins_with_embed) - sequence.computed[step];
-        if step + 1 == sequence.path.len() && !host.ends_with_head {
-            let in_flight = sequence.computed[step] - sequence.consumed;
-            return count.min(self.limits.link_rows_max.saturating_sub(in_flight));
-        }
-        count
+        let holds = |s: &&super::sequence::Sequence| s.status == Status::Running && s.steps.iter().any(|step| !step.handles.is_empty());
+        self.sequences.iter().filter(holds).filter(|s| s.path.is_whole()).map(|s| (s.priority, s.id))
     }
 
     /// Reserves pages so that `count` more tokens can be computed by a step, preempting later sequences if it must.
     fn reserve_pages(&mut self, id: SequenceId, step: usize, count: u32) -> bool {
-        let tokens = self.sequences[&id].computed[step] + count;
+        let tokens = self.sequences[id].steps[step].computed + count;
         while !self.reserve_to(id, step, tokens) {
             self.pages_short = true;
             // Pages are on their way back already.
             if !self.leaving.is_empty() {
                 return false;
             }
-            let mine = (self.sequences[&id].priority, id);
+            let mine = (self.sequences[id].priority, id);
             let victim = self.preemptible().filter(|other| *other > mine).max();
             match victim {
                 Some((_, victim)) => self.preempt(victim),
@@ -234,19 +149,16 @@ impl Engine {
         true
     }
 
-    /// Reserves pages up to `tokens` for the attention blocks of one step. What was reserved stays reserved on failure.
-    fn reserve_to(&mut self, id: SequenceId, step: usize, tokens: u32) -> bool {
+    /// Reserves pages up to `tokens` for one step. What was reserved stays reserved on failure.
+    pub(crate) fn reserve_to(&mut self, id: SequenceId, step: usize, tokens: u32) -> bool {
         let pages = tokens.div_ceil(self.limits.page_tokens) as usize;
-        let sequence = self.sequences.get_mut(&id).expect("callers looked it up");
-        let span = &self.spans[sequence.span.0 as usize];
-        let from = sequence.path[step].1;
-        let to = span.step_end(&sequence.path, step);
-        for i in span.attention_in(from, to) {
-            while sequence.pages[i].len() < pages {
-                match self.pages.reserve(span.attention[i].class) {
-                    Some(slot) => sequence.pages[i].push(slot),
-                    None => return false,
-                }
+        let sequence = &mut self.sequences[id];
+        let Some(stretch) = sequence.path.steps[step].stretch else { return true };
+        let handles = &mut sequence.steps[step].handles;
+        while handles.len() < pages {
+            match self.pages.reserve(stretch) {
+                Some(handle) => handles.push(handle),
+                None => return false,
             }
         }
         true
@@ -255,84 +167,9 @@ impl Engine {
     /// Takes a sequence's pages away; it waits, and resumes by computing again what is not cached.
     fn preempt(&mut self, id: SequenceId) {
         self.release_all(id);
-        let sequence = self.sequences.get_mut(&id).expect("callers looked it up");
+        let sequence = &mut self.sequences[id];
         sequence.status = Status::Waiting;
         self.waiting.insert((sequence.priority, id));
         self.counters.preemption_count += 1;
-    }
-
-    /// Moves the counts of a sequence through a step and says what the device must do for it.
-    fn advance(&mut self, batch: BatchId, id: SequenceId, step: usize, count: u32) -> Rows {
-        let page_tokens = self.limits.page_tokens;
-        let sequence = self.sequences.get_mut(&id).expect("it was chosen");
-        let span = &self.spans[sequence.span.0 as usize];
-        let start = sequence.computed[step];
-        let end = start + count;
-        sequence.last_batch = batch;
-        let input = if step > 0 {
-            let slots: Vec<u32> = sequence.boundary[step - 1].drain(..count as usize).collect();
-            self.hidden_free.extend(slots.iter().rev());
-            RowInput::Hidden(slots)
-        } else if span.host.begins_with_embed {
-            match sequence.tokens.get(start as usize..end as usize) {
-                Some(tokens) => RowInput::Tokens(tokens.to_vec()),
-                None => {
-                    assert_eq!(
-                        (count, end),
-                        (1, sequence.tokens.len() as u32 + sequence.promised_tokens),
-                        "the newest token alone is promised"
-                    );
-                    RowInput::Sampled
-                }
-            }
-        } else {
-            RowInput::Link
-        };
-        let last_step = step + 1 == sequence.path.len();
-        let output = if !last_step {
-            let at = self.hidden_free.len() - count as usize;
-            let slots = self.hidden_free.split_off(at);
-            sequence.boundary[step].extend(&slots);
-            RowOutput::Hidden(slots)
-        } else if span.host.ends_with_head {
-            let samples = match span.host.begins_with_embed {
-                true => end == sequence.tokens.len() as u32 + sequence.promised_tokens,
-                false => end >= sequence.base_tokens,
-            };
-            sequence.promised_tokens += u32::from(samples && span.host.begins_with_embed);
-            RowOutput::Sample(samples.then_some(end))
-        } else {
-            RowOutput::Link
-        };
-        sequence.computed[step] = end;
-        let pages = end.div_ceil(page_tokens) as usize;
-        let attention = span.attention_in(sequence.path[step].1, span.step_end(&sequence.path, step));
-        let tables: Vec<Vec<u32>> = attention.clone().map(|i| sequence.pages[i][..pages].to_vec()).collect();
-        if matches!(input, RowInput::Link) {
-            self.outputs.push_back(Output::SendConsumed { sequence: id, position: end });
-        }
-        self.publish_pages(id);
-        Rows { sequence: id, start, count, input, output, tables }
-    }
-
-    /// Makes pages findable whose tokens are all known and computed (or in a batch that is handed out: who takes them runs later).
-    pub(crate) fn publish_pages(&mut self, id: SequenceId) {
-        let page_tokens = self.limits.page_tokens;
-        let sequence = self.sequences.get_mut(&id).expect("callers looked it up");
-        let span = &self.spans[sequence.span.0 as usize];
-        if !(self.limits.prefix_cache && span.host.begins_with_embed && span.host.ends_with_head) {
-            return;
-        }
-        sequence.extend_hashes(page_tokens);
-        for step in 0..sequence.path.len() {
-            let full = (sequence.computed[step] / page_tokens).min(sequence.hashes.len() as u32);
-            for i in span.attention_in(sequence.path[step].1, span.step_end(&sequence.path, step)) {
-                for page in sequence.published[i]..full {
-                    let key = PageKey { lineage: span.attention[i].lineage, tokens: sequence.hashes[page as usize] };
-                    self.pages.publish(span.attention[i].class, sequence.pages[i][page as usize], key);
-                }
-                sequence.published[i] = sequence.published[i].max(full);
-            }
-        }
     }
 }

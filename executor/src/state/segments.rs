@@ -2,6 +2,7 @@
 //! meet and where a span ends. Segments are private to one executor; no key or message names them.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 /// A distinct block on this executor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -15,7 +16,7 @@ pub struct SegmentIndex(pub u32);
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Segment {
     /// Its blocks, in order.
-    pub blocks: Vec<BlockIndex>,
+    pub blocks: Arc<[BlockIndex]>,
     /// Spans that run through it.
     pub span_count: usize,
 }
@@ -29,8 +30,8 @@ pub struct Cut {
     pub paths: Vec<Vec<(SegmentIndex, u32)>>,
 }
 
-/// Cuts `spans` (each a sequence of blocks) into segments.
-pub fn cut(spans: &[&[BlockIndex]]) -> Cut {
+/// Cuts `spans` (each a sequence of blocks) into segments. Between the two blocks of a pair in `keep` it cuts in any case.
+pub fn cut(spans: &[&[BlockIndex]], keep: &BTreeSet<(BlockIndex, BlockIndex)>) -> Cut {
     let mut before: BTreeMap<BlockIndex, BTreeSet<Option<BlockIndex>>> = BTreeMap::new();
     let mut after: BTreeMap<BlockIndex, BTreeSet<Option<BlockIndex>>> = BTreeMap::new();
     for span in spans {
@@ -42,14 +43,15 @@ pub fn cut(spans: &[&[BlockIndex]]) -> Cut {
     let mut cut = Cut::default();
     let mut known: BTreeMap<Vec<BlockIndex>, SegmentIndex> = BTreeMap::new();
     for span in spans {
-        let starts: Vec<usize> =
-            (0..span.len()).filter(|&i| i == 0 || before[&span[i]].len() > 1 || after[&span[i - 1]].len() > 1).collect();
+        let starts: Vec<usize> = (0..span.len())
+            .filter(|&i| i == 0 || before[&span[i]].len() > 1 || after[&span[i - 1]].len() > 1 || keep.contains(&(span[i - 1], span[i])))
+            .collect();
         let mut path = Vec::with_capacity(starts.len());
         for (n, &start) in starts.iter().enumerate() {
             let end = starts.get(n + 1).copied().unwrap_or(span.len());
             let blocks = span[start..end].to_vec();
             let index = *known.entry(blocks.clone()).or_insert_with(|| {
-                cut.segments.push(Segment { blocks, span_count: 0 });
+                cut.segments.push(Segment { blocks: blocks.into(), span_count: 0 });
                 SegmentIndex(cut.segments.len() as u32 - 1)
             });
             path.push((index, start as u32));
@@ -76,7 +78,7 @@ mod tests {
     fn check(spans: &[&str], picture: &[&str]) {
         let spans: Vec<Vec<BlockIndex>> = spans.iter().map(|span| blocks(span)).collect();
         let borrowed: Vec<&[BlockIndex]> = spans.iter().map(Vec::as_slice).collect();
-        let cut = cut(&borrowed);
+        let cut = cut(&borrowed, &BTreeSet::new());
         let drawn: Vec<String> = cut
             .paths
             .iter()
@@ -116,9 +118,9 @@ mod tests {
         fn paths_spell_their_spans(spans in proptest::collection::vec(proptest::collection::vec(0u32..8, 1..10), 1..6)) {
             let spans: Vec<Vec<BlockIndex>> = spans.into_iter().map(|s| s.into_iter().map(BlockIndex).collect()).collect();
             let borrowed: Vec<&[BlockIndex]> = spans.iter().map(Vec::as_slice).collect();
-            let cut = cut(&borrowed);
+            let cut = cut(&borrowed, &BTreeSet::new());
             for (span, path) in spans.iter().zip(&cut.paths) {
-                let spelled: Vec<BlockIndex> = path.iter().flat_map(|(s, _)| cut.segments[s.0 as usize].blocks.clone()).collect();
+                let spelled: Vec<BlockIndex> = path.iter().flat_map(|(s, _)| cut.segments[s.0 as usize].blocks.to_vec()).collect();
                 prop_assert_eq!(&spelled, span);
                 for (segment, start) in path {
                     prop_assert_eq!(span[*start as usize], cut.segments[segment.0 as usize].blocks[0]);

@@ -1,12 +1,13 @@
-//! A sequence as the engine runs it.
+//! A sequence as the engine runs it, and the path that it takes.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use ashlar_wire::id::SequenceKey;
 
 use super::Now;
-use super::batch::BatchId;
-use super::pages::TokenHash;
+use super::batch::{BatchId, SequenceId};
+use super::pages::{HandleIndex, StretchIndex, TokenHash};
 use super::segments::SegmentIndex;
 
 /// A hosted span, by its place in the engine.
@@ -54,10 +55,68 @@ pub enum Reason {
     Length,
 }
 
-/// State of one sequence. Invariants: `computed` never increases with depth; `boundary[i]` holds one hidden row for
-/// each token that step i has computed and step i + 1 has not; checked by `Engine::check_integrity`.
+/// One segment on the way through a span.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct PathStep {
+    pub(crate) segment: SegmentIndex,
+    /// Offset of its first block in the span.
+    pub(crate) from: u32,
+    /// Its first attention block and how many, counted among those of the span.
+    pub(crate) attention_from: u32,
+    pub(crate) attention_count: u32,
+    /// What its handles cover; None without attention blocks.
+    pub(crate) stretch: Option<StretchIndex>,
+    /// What boundary handles at its end cover, if the lineage forks there.
+    pub(crate) fork: Option<StretchIndex>,
+}
+
+/// A page of hidden rows at the end of a step, kept for others when it is full.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct BoundaryPage {
+    pub(crate) page: u32,
+    pub(crate) handle: HandleIndex,
+    /// Slot of its first row.
+    pub(crate) slot: u32,
+}
+
+/// The way through a span under the present cut.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Path {
+    pub(crate) steps: Vec<PathStep>,
+    /// Whether tokens go in here, and whether they are sampled here.
+    pub(crate) begins_with_embed: bool,
+    pub(crate) ends_with_head: bool,
+}
+
+impl Path {
+    /// Whether the chain is whole here: only then may a sequence start over, and pages be shared.
+    pub(crate) fn is_whole(&self) -> bool {
+        self.begins_with_embed && self.ends_with_head
+    }
+}
+
+/// Where a sequence stands at one step of its path.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct StepState {
+    /// Tokens computed (or in a batch that is handed out).
+    pub(crate) computed: u32,
+    /// Its pages, oldest first; of these so many are published, and so many are in the device's table.
+    pub(crate) handles: Vec<HandleIndex>,
+    pub(crate) published: u32,
+    pub(crate) told: u32,
+    /// Slots of hidden rows that this step has computed and the next has not, oldest first. Some may be of `boundary`.
+    pub(crate) hidden: VecDeque<u32>,
+    /// Boundary pages that it holds, by page: of its prompt, until the next step has passed that.
+    pub(crate) boundary: Vec<BoundaryPage>,
+    /// Whether it is in the ready queue of its segment.
+    pub(crate) queued: bool,
+}
+
+/// State of one sequence. Invariants: `computed` never increases with depth; `steps[i].hidden` has one row for each token that step i
+/// has computed and step i + 1 has not; a step is queued exactly while it runs and has rows ready. `Engine::check_integrity` checks them.
 #[derive(Debug, Clone)]
 pub(crate) struct Sequence {
+    pub(crate) id: SequenceId,
     pub(crate) key: SequenceKey,
     pub(crate) epoch: u32,
     pub(crate) span: SpanIndex,
@@ -79,20 +138,15 @@ pub(crate) struct Sequence {
     pub(crate) tokens: Vec<u32>,
     /// Tokens known when it was admitted: the first token sampled here has this position.
     pub(crate) base_tokens: u32,
+    /// Rows of tokens from here on are decodes: all before it were known when it last started.
+    pub(crate) decodes_from: u32,
     /// Rows received over a link (spans that do not begin with the embedding).
     pub(crate) received: u32,
     /// Rows below this were consumed downstream (spans that do not end with the head).
     pub(crate) consumed: u32,
-    /// Segments to cross, with the offset of each one's first block in the span.
-    pub(crate) path: Vec<(SegmentIndex, u32)>,
-    /// Tokens computed by each step of the path.
-    pub(crate) computed: Vec<u32>,
-    /// Hidden rows between step i and i + 1, by slot, oldest first.
-    pub(crate) boundary: Vec<VecDeque<u32>>,
-    /// For each attention block of the span: slots by page.
-    pub(crate) pages: Vec<Vec<u32>>,
-    /// For each attention block of the span: full pages already published.
-    pub(crate) published: Vec<u32>,
+    /// Segments to cross, and where it stands at each.
+    pub(crate) path: Arc<Path>,
+    pub(crate) steps: Vec<StepState>,
     /// Hash chain over full pages of known tokens.
     pub(crate) hashes: Vec<TokenHash>,
     /// Prompt tokens taken from cached pages at the first start.
@@ -101,13 +155,33 @@ pub(crate) struct Sequence {
 
 impl Sequence {
     /// Tokens whose input is at hand for step `i` of the path.
-    pub(crate) fn input_tokens(&self, i: usize, begins_with_embed: bool) -> u32 {
+    fn input_tokens(&self, i: usize) -> u32 {
         match i {
             // The last token that it may have is never computed: nothing follows it.
-            0 if begins_with_embed => (self.tokens.len() as u32 + self.promised_tokens).min(self.tokens_max() - 1),
+            0 if self.path.begins_with_embed => self.known_tokens().min(self.tokens_max() - 1),
             0 => self.received,
-            _ => self.computed[i - 1],
+            _ => self.steps[i - 1].computed,
         }
+    }
+
+    /// Rows whose input is at hand for a step, within the `link_rows_max` that a link may have in flight.
+    pub(crate) fn ready_count(&self, i: usize, link_rows_max: u32) -> u32 {
+        let count = self.input_tokens(i) - self.steps[i].computed;
+        if i + 1 == self.steps.len() && !self.path.ends_with_head {
+            let in_flight = self.steps[i].computed - self.consumed;
+            return count.min(link_rows_max.saturating_sub(in_flight));
+        }
+        count
+    }
+
+    /// Whether the next row of a step is a decode: a token made here, not one of a prompt or of what is computed again.
+    pub(crate) fn decodes(&self, i: usize) -> bool {
+        self.steps[i].computed >= self.decodes_from
+    }
+
+    /// Tokens that it has, with those that only the device knows yet.
+    pub(crate) fn known_tokens(&self) -> u32 {
+        self.tokens.len() as u32 + self.promised_tokens
     }
 
     /// Tokens that it has at its end, unless a stop token comes first.
@@ -118,6 +192,17 @@ impl Sequence {
     /// Tokens generated so far, as far as this executor knows.
     pub(crate) fn generated_tokens(&self) -> u32 {
         self.tokens.len() as u32 - self.prompt_tokens
+    }
+
+    /// Why it has ended, if it has.
+    pub(crate) fn end_reason(&self) -> Option<Reason> {
+        if !self.path.begins_with_embed || self.generated_tokens() == 0 {
+            return None;
+        }
+        if self.stop_tokens.contains(self.tokens.last()?) {
+            return Some(Reason::Stop);
+        }
+        (self.generated_tokens() >= self.generated_tokens_max).then_some(Reason::Length)
     }
 
     /// Extends the hash chain over full pages of known tokens.

@@ -1,0 +1,123 @@
+//! What a chosen row takes with it when its batch is planned: counts, hidden rows, entries of page tables, published pages, and the next
+//! place in the ready queues. Hidden rows that are kept for other models are in `boundary`.
+
+use super::batch::{Batch, RowInput, RowOutput, Rows, SequenceId, TableUpdate};
+use super::engine::{Engine, Output};
+use super::planner::Chosen;
+
+impl Engine {
+    /// Moves the counts of a sequence through a step and says in `batch` what the device must do for it.
+    pub(crate) fn advance(&mut self, chosen: &Chosen, batch: &mut Batch) {
+        let Chosen { sequence: id, step, count } = *chosen;
+        let page_tokens = self.limits.page_tokens;
+        self.reserve_boundary(chosen);
+        let sequence = &mut self.sequences[id];
+        let path = &*sequence.path;
+        let (is_last, at) = (step + 1 == path.steps.len(), path.steps[step]);
+        let start = sequence.steps[step].computed;
+        let end = start + count;
+        let slots_from = batch.slots.len() as u32;
+        let input = if step > 0 {
+            batch.slots.extend(sequence.steps[step - 1].hidden.drain(..count as usize));
+            RowInput::Hidden(slots_from..slots_from + count)
+        } else if !path.begins_with_embed {
+            self.outputs.push_back(Output::SendConsumed { sequence: id, position: end });
+            RowInput::Link
+        } else {
+            match sequence.tokens.get(start as usize..end as usize) {
+                Some(tokens) => {
+                    let from = batch.tokens.len() as u32;
+                    batch.tokens.extend_from_slice(tokens);
+                    RowInput::Tokens(from..from + count)
+                }
+                None => {
+                    assert_eq!((count, end), (1, sequence.known_tokens()), "the newest token alone is promised");
+                    RowInput::Sampled
+                }
+            }
+        };
+        let kept_from = self.limits.hidden_rows_max;
+        let keeps_in = step > 0 && !sequence.steps[step - 1].boundary.is_empty();
+        let output = if !is_last && (keeps_in || !sequence.steps[step].boundary.is_empty()) {
+            let outputs_from = batch.slots.len() as u32;
+            for row in 0..count {
+                let input = (step > 0).then(|| batch.slots[(slots_from + row) as usize]).filter(|slot| *slot < kept_from);
+                let slot = match sequence.steps[step].boundary_slot(start + row, page_tokens) {
+                    Some(kept) => {
+                        self.hidden_free.extend(input);
+                        kept
+                    }
+                    None => input.or_else(|| self.hidden_free.pop()).expect("the planner counted them"),
+                };
+                batch.slots.push(slot);
+            }
+            sequence.steps[step].hidden.extend(&batch.slots[outputs_from as usize..]);
+            RowOutput::Hidden(outputs_from..outputs_from + count)
+        } else if !is_last {
+            // Rows that came out of hidden slots go back into them.
+            if step == 0 {
+                let left = self.hidden_free.len() - count as usize;
+                batch.slots.extend(self.hidden_free.drain(left..));
+            }
+            sequence.steps[step].hidden.extend(&batch.slots[slots_from as usize..]);
+            RowOutput::Hidden(slots_from..slots_from + count)
+        } else {
+            self.hidden_free.extend(batch.slots[slots_from as usize..].iter().rev().filter(|slot| **slot < kept_from));
+            match (path.ends_with_head, path.begins_with_embed) {
+                (false, _) => RowOutput::Link,
+                (true, true) => {
+                    let samples = end == sequence.tokens.len() as u32 + sequence.promised_tokens;
+                    sequence.promised_tokens += u32::from(samples);
+                    RowOutput::Sample(samples.then_some(end))
+                }
+                (true, false) => RowOutput::Sample((end >= sequence.base_tokens).then_some(end)),
+            }
+        };
+        let state = &mut sequence.steps[step];
+        state.computed = end;
+        sequence.last_batch = batch.id;
+        let pages = end.div_ceil(page_tokens);
+        if at.attention_count > 0 && pages > state.told {
+            let from = batch.table_slots.len() as u32;
+            for handle in &state.handles[state.told as usize..pages as usize] {
+                batch.table_slots.extend_from_slice(self.pages.slots(*handle));
+            }
+            let slots = from..batch.table_slots.len() as u32;
+            let (attention_from, attention_count) = (at.attention_from, at.attention_count);
+            batch.tables.push(TableUpdate { sequence: id, attention_from, attention_count, page: state.told, slots });
+            state.told = pages;
+        }
+        let span = &mut self.spans[sequence.span.0 as usize];
+        batch.span_count += usize::from(span.last_batch != batch.id);
+        span.last_batch = batch.id;
+        batch.row_count += count;
+        batch.rows.push(Rows { sequence: id, start, count, attention_from: at.attention_from, input, output });
+        if end / page_tokens > self.sequences[id].steps[step].published {
+            self.publish(id, step);
+        }
+        self.publish_boundary(id, step);
+        if keeps_in {
+            self.release_boundary(id, step - 1);
+        }
+        self.enqueue(id, step);
+        self.enqueue(id, if is_last { 0 } else { step + 1 });
+    }
+
+    /// Makes pages of a step findable whose tokens are all known and computed (or in a batch that is handed out: who takes them runs later).
+    pub(crate) fn publish(&mut self, id: SequenceId, step: usize) {
+        let page_tokens = self.limits.page_tokens;
+        let sequence = &mut self.sequences[id];
+        if !self.limits.prefix_cache || !sequence.path.is_whole() {
+            return;
+        }
+        sequence.extend_hashes(page_tokens);
+        let state = &mut sequence.steps[step];
+        let full = (state.computed / page_tokens).min(sequence.hashes.len() as u32);
+        while state.published < full {
+            if let Some(handle) = state.handles.get(state.published as usize) {
+                self.pages.publish(*handle, sequence.hashes[state.published as usize], sequence.span.0);
+            }
+            state.published += 1;
+        }
+    }
+}

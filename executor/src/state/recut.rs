@@ -1,0 +1,336 @@
+//! Hosting and its consequences: spans come and go, the cut follows, and so do sequences and their handles. Splitting a segment is always
+//! possible: sequences have nothing under way inside it. Two segments are joined when no sequence has hidden rows between them and
+//! their handles can be paired; until then the old cut stays, and is looked at again later. No byte moves.
+
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use ashlar_wire::code::{Code, Retry};
+
+use super::batch::{BatchId, SequenceId};
+use super::engine::Engine;
+use super::pages::{HandleIndex, LineageIndex, StretchIndex};
+use super::segments::{BlockIndex, SegmentIndex, cut};
+use super::sequence::{Path, PathStep, SpanIndex, StepState};
+use super::span::{HostSpan, Span, SpanAttention};
+
+/// Batches after which a cut that was kept is looked at again.
+const RECUT_BATCHES: u64 = 32;
+
+/// Two blocks that follow each other in a span.
+type Border = (BlockIndex, BlockIndex);
+
+impl Engine {
+    /// Starts to host a span whose blocks are on the device. Running sequences go on.
+    pub fn handle_host(&mut self, host: HostSpan) -> SpanIndex {
+        assert!(!host.blocks.is_empty() && host.blocks.len() == host.lineages.len() && host.blocks.len() == host.kv_shapes.len());
+        let mut attention = Vec::new();
+        let mut pages = BTreeMap::new();
+        for (offset, shape) in host.kv_shapes.iter().enumerate() {
+            let Some(shape) = shape else { continue };
+            let next = LineageIndex(self.lineages.len() as u32);
+            let lineage = *self.lineages.entry(host.lineages[offset]).or_insert(next);
+            let class = self.pages.class(*shape);
+            *pages.entry(class).or_default() += 1;
+            attention.push(SpanAttention { offset: offset as u32, class, lineage });
+        }
+        let path = Path { steps: Vec::new(), begins_with_embed: host.begins_with_embed, ends_with_head: host.ends_with_head };
+        self.spans.push(Span {
+            host,
+            attention,
+            pages: pages.into_iter().collect(),
+            path: Arc::new(path),
+            hosted: true,
+            sequence_count: 0,
+            last_batch: BatchId(0),
+        });
+        self.recut();
+        SpanIndex(self.spans.len() as u32 - 1)
+    }
+
+    /// Stops to host a span: its sequences fail with advice to go elsewhere.
+    pub fn handle_unhost(&mut self, span: SpanIndex) {
+        let ids: Vec<SequenceId> = self.sequences.iter().filter(|s| s.span == span).map(|s| s.id).collect();
+        for id in ids {
+            self.fail(id, Code::UnknownSpan, "the executor no longer holds this span".to_owned(), Retry::Elsewhere);
+        }
+        self.spans[span.0 as usize].hosted = false;
+        self.recut();
+    }
+
+    /// Cuts hosted spans anew and moves sequences, handles and ready queues to the new cut.
+    pub(crate) fn recut(&mut self) {
+        let hosted: Vec<usize> = (0..self.spans.len()).filter(|&i| self.spans[i].hosted).collect();
+        let blocks: Vec<Vec<BlockIndex>> = hosted.iter().map(|&i| self.spans[i].host.blocks.clone()).collect();
+        let blocks: Vec<&[BlockIndex]> = blocks.iter().map(Vec::as_slice).collect();
+        let mut fresh = cut(&blocks, &BTreeSet::new());
+        let borders: BTreeSet<Border> = (fresh.paths.iter().zip(&blocks))
+            .flat_map(|(path, blocks)| path.iter().skip(1).map(|(_, start)| (blocks[*start as usize - 1], blocks[*start as usize])))
+            .collect();
+        let keep = self.borders_to_keep(&hosted, &borders);
+        self.recut_after = None;
+        if !keep.is_empty() {
+            fresh = cut(&blocks, &keep);
+            self.recut_after = Some(BatchId(self.latest_batch().0 + RECUT_BATCHES));
+        }
+        let starts: Vec<Vec<u32>> = fresh.paths.iter().map(|path| path.iter().map(|(_, start)| *start).collect()).collect();
+        self.split_steps(&hosted, &starts);
+        self.join_steps(&hosted, &starts);
+        let names = self.name_segments(fresh.segments);
+        let forks = self.forks();
+        for (path, &i) in fresh.paths.iter().zip(&hosted) {
+            let span = &mut self.spans[i];
+            let mut steps = Vec::with_capacity(path.len());
+            for (n, (segment, from)) in path.iter().enumerate() {
+                let to = path.get(n + 1).map_or(span.host.blocks.len() as u32, |(_, start)| *start);
+                let attention = span.attention_in(*from, to);
+                let covered: Vec<_> = span.attention[attention.clone()].iter().map(|a| (a.lineage, a.class)).collect();
+                steps.push(PathStep {
+                    segment: names[segment.0 as usize],
+                    from: *from,
+                    attention_from: attention.start as u32,
+                    attention_count: attention.len() as u32,
+                    stretch: self.pages.stretch(&covered),
+                    fork: forks.get(&span.host.lineages[to as usize - 1]).copied().filter(|_| span.path.is_whole()),
+                });
+            }
+            span.path = Arc::new(Path { steps, ..(*span.path).clone() });
+        }
+        self.follow_paths();
+        self.count_blocks();
+    }
+
+    /// Where whole chains part that had the same lineage: what boundary handles there cover, by that lineage.
+    fn forks(&mut self) -> BTreeMap<[u8; 32], StretchIndex> {
+        let mut next: BTreeMap<[u8; 32], (BTreeSet<BlockIndex>, u32)> = BTreeMap::new();
+        for span in self.spans.iter().filter(|span| span.hosted && span.path.is_whole()) {
+            for (lineage, block) in span.host.lineages.iter().zip(&span.host.blocks[1..]) {
+                let (blocks, width) = next.entry(*lineage).or_default();
+                blocks.insert(*block);
+                *width = span.host.width;
+            }
+        }
+        let mut forks = BTreeMap::new();
+        for (lineage, (_, width)) in next.into_iter().filter(|(_, (blocks, _))| blocks.len() > 1 && self.limits.boundary_bytes > 0) {
+            let class = self.pages.hidden_class(width, self.limits.page_tokens);
+            let index = LineageIndex(self.lineages.len() as u32);
+            let index = *self.lineages.entry(lineage).or_insert(index);
+            forks.extend(self.pages.stretch(&[(index, class)]).map(|stretch| (lineage, stretch)));
+        }
+        forks
+    }
+
+    /// Borders of the present cut that no chain needs any more but that sequences under way still do.
+    fn borders_to_keep(&self, hosted: &[usize], needed: &BTreeSet<Border>) -> BTreeSet<Border> {
+        let mut keep = BTreeSet::new();
+        let mut pairs: BTreeMap<HandleIndex, HandleIndex> = BTreeMap::new();
+        let mut back: BTreeMap<HandleIndex, HandleIndex> = BTreeMap::new();
+        let spans = hosted.iter().map(|&i| &self.spans[i]);
+        let border = |span: &Span, step: usize| {
+            let from = span.path.steps[step].from as usize;
+            (span.host.blocks[from - 1], span.host.blocks[from])
+        };
+        let joined = |span: &Span, step: usize| !needed.contains(&border(span, step));
+        if !self.leaving.is_empty() {
+            let all = spans.flat_map(|span| (1..span.path.steps.len()).filter(|i| joined(span, *i)).map(|i| border(span, i)));
+            return all.collect();
+        }
+        for sequence in self.sequences.iter() {
+            let span = self.span(sequence.span);
+            for step in (1..sequence.steps.len()).filter(|i| joined(span, *i)) {
+                let has_stretch = |i: &usize| sequence.path.steps[*i].stretch.is_some();
+                let (upper, lower) = ((0..step).rev().find(has_stretch), (step..sequence.steps.len()).find(has_stretch));
+                let mut fits = sequence.steps[step - 1].hidden.is_empty();
+                if let (Some(upper), Some(lower)) = (upper, lower) {
+                    let (upper, lower) = (&sequence.steps[upper].handles, &sequence.steps[lower].handles);
+                    fits &= upper.len() == lower.len();
+                    for (h, rest) in upper.iter().zip(lower) {
+                        fits &= *pairs.entry(*h).or_insert(*rest) == *rest && *back.entry(*rest).or_insert(*h) == *h;
+                    }
+                }
+                if !fits {
+                    keep.insert(border(span, step));
+                }
+            }
+        }
+        keep
+    }
+
+    /// Splits steps of present paths where the new cut has a border and the present one has none.
+    fn split_steps(&mut self, hosted: &[usize], starts: &[Vec<u32>]) {
+        let mut done: BTreeMap<(StretchIndex, usize), BTreeMap<HandleIndex, HandleIndex>> = BTreeMap::new();
+        for (&i, starts) in hosted.iter().zip(starts) {
+            for &start in starts.iter().rev() {
+                let span = &self.spans[i];
+                // The last step that begins at or before it.
+                let Some(step) = span.path.steps.partition_point(|step| step.from <= start).checked_sub(1) else { continue };
+                let whole = span.path.steps[step];
+                if whole.from == start {
+                    continue;
+                }
+                let before = span.attention_in(whole.from, start).len();
+                let after = whole.attention_count as usize - before;
+                let stretches = match whole.stretch.filter(|_| before > 0 && after > 0) {
+                    None if before > 0 => (whole.stretch, None),
+                    None => (None, whole.stretch),
+                    Some(stretch) => {
+                        let (first, second) = self.pages.halves(stretch, before);
+                        if let Entry::Vacant(place) = done.entry((stretch, before)) {
+                            let rests = self.pages.split(stretch, before);
+                            for leaving in &mut self.leaving {
+                                // The deeper half goes first.
+                                let both = leaving.handles.iter().flat_map(|h| rests.get(h).copied().into_iter().chain([*h]));
+                                leaving.handles = both.collect();
+                            }
+                            place.insert(rests);
+                        }
+                        (Some(first), Some(second))
+                    }
+                };
+                let rests = whole.stretch.and_then(|stretch| done.get(&(stretch, before)));
+                let mut path = (*self.spans[i].path).clone();
+                let (attention_from, from) = (whole.attention_from, start);
+                path.steps[step] = PathStep { attention_count: before as u32, stretch: stretches.0, fork: None, ..whole };
+                let second = PathStep {
+                    from,
+                    attention_from: attention_from + before as u32,
+                    attention_count: after as u32,
+                    stretch: stretches.1,
+                    ..whole
+                };
+                path.steps.insert(step + 1, second);
+                self.spans[i].path = Arc::new(path);
+                for sequence in self.sequences.iter_mut().filter(|sequence| sequence.span.0 as usize == i) {
+                    let state = &mut sequence.steps[step];
+                    let handles = match (rests, before) {
+                        (Some(rests), _) if before > 0 && after > 0 => state.handles.iter().map(|handle| rests[handle]).collect(),
+                        (_, 0) => std::mem::take(&mut state.handles),
+                        _ => Vec::new(),
+                    };
+                    let (hidden, boundary) = (std::mem::take(&mut state.hidden), std::mem::take(&mut state.boundary));
+                    let lower = StepState { handles, hidden, boundary, ..state.clone() };
+                    sequence.steps.insert(step + 1, lower);
+                }
+            }
+        }
+    }
+
+    /// Joins steps of present paths where the new cut has no border.
+    fn join_steps(&mut self, hosted: &[usize], starts: &[Vec<u32>]) {
+        let mut done: BTreeSet<(StretchIndex, StretchIndex)> = BTreeSet::new();
+        for (&i, starts) in hosted.iter().zip(starts) {
+            while let Some(step) = (1..self.spans[i].path.steps.len()).find(|s| !starts.contains(&self.spans[i].path.steps[*s].from)) {
+                let mut path = (*self.spans[i].path).clone();
+                let (upper, lower) = (path.steps[step - 1], path.steps.remove(step));
+                let stretch = match (upper.stretch, lower.stretch) {
+                    (Some(first), Some(second)) => {
+                        if done.insert((first, second)) {
+                            let held = self.held_pairs(first, second);
+                            self.pages.join(first, second, &held);
+                        }
+                        Some(self.pages.whole(first, second))
+                    }
+                    (one, other) => one.or(other),
+                };
+                let attention_count = upper.attention_count + lower.attention_count;
+                // An upper step without attention blocks begins at those of the lower one.
+                path.steps[step - 1] = PathStep { attention_count, stretch, fork: lower.fork, ..upper };
+                self.spans[i].path = Arc::new(path);
+                for sequence in self.sequences.iter_mut().filter(|sequence| sequence.span.0 as usize == i) {
+                    let lower_state = sequence.steps.remove(step);
+                    let state = &mut sequence.steps[step - 1];
+                    state.hidden = lower_state.hidden;
+                    // The rows of these were read already: nothing is hidden between steps that are joined.
+                    let passed = std::mem::replace(&mut state.boundary, lower_state.boundary);
+                    passed.into_iter().rev().for_each(|kept| self.pages.release(kept.handle));
+                    if upper.stretch.is_none() {
+                        state.handles = lower_state.handles;
+                    }
+                    state.published = state.published.min(lower_state.published);
+                    state.told = match (upper.stretch, lower.stretch) {
+                        (Some(_), Some(_)) => state.told.min(lower_state.told),
+                        (None, Some(_)) => lower_state.told,
+                        (_, None) => state.told,
+                    };
+                }
+            }
+        }
+    }
+
+    /// For each held handle of a stretch the one of the next stretch for the same tokens of the same sequence.
+    fn held_pairs(&self, first: StretchIndex, second: StretchIndex) -> BTreeMap<HandleIndex, HandleIndex> {
+        let mut pairs = BTreeMap::new();
+        for sequence in self.sequences.iter() {
+            let path = &self.span(sequence.span).path.steps;
+            let at = |wanted| path.iter().position(|step| step.stretch == Some(wanted));
+            if let (Some(upper), Some(lower)) = (at(first), at(second)) {
+                pairs.extend(sequence.steps[upper].handles.iter().copied().zip(sequence.steps[lower].handles.iter().copied()));
+            }
+        }
+        pairs
+    }
+
+    /// Gives each fresh segment its place: that of a known one with the same blocks, or one that is no longer used.
+    fn name_segments(&mut self, fresh: Vec<super::segments::Segment>) -> Vec<SegmentIndex> {
+        self.segments.iter_mut().for_each(|segment| segment.span_count = 0);
+        let mut names: Vec<Option<SegmentIndex>> = Vec::with_capacity(fresh.len());
+        for segment in &fresh {
+            let known = self.segments.iter().position(|known| known.blocks == segment.blocks);
+            if let Some(known) = known {
+                self.segments[known].span_count = segment.span_count;
+            }
+            names.push(known.map(|known| SegmentIndex(known as u32)));
+        }
+        let place = |(segment, name): (super::segments::Segment, Option<SegmentIndex>)| {
+            name.unwrap_or_else(|| {
+                let unused = self.segments.iter().position(|known| known.span_count == 0);
+                let place = unused.unwrap_or(self.segments.len());
+                if place == self.segments.len() {
+                    self.segments.push(segment)
+                } else {
+                    self.segments[place] = segment
+                }
+                SegmentIndex(place as u32)
+            })
+        };
+        fresh.into_iter().zip(names).map(place).collect()
+    }
+
+    /// Puts sequences on the paths of their spans, and fills the ready queues of the new segments.
+    fn follow_paths(&mut self) {
+        let mut depths = vec![0; self.segments.len()];
+        for span in self.spans.iter().filter(|span| span.hosted) {
+            for (depth, step) in span.path.steps.iter().enumerate() {
+                let known = &mut depths[step.segment.0 as usize];
+                *known = depth.max(*known);
+            }
+        }
+        self.ready.reset(&depths);
+        let ids: Vec<SequenceId> = self.sequences.iter().map(|sequence| sequence.id).collect();
+        for id in ids {
+            let sequence = &mut self.sequences[id];
+            sequence.path = Arc::clone(&self.spans[sequence.span.0 as usize].path);
+            assert_eq!(sequence.steps.len(), sequence.path.steps.len(), "steps were split and joined as the path was");
+            sequence.steps.iter_mut().for_each(|step| step.queued = false);
+            (0..sequence.path.steps.len()).for_each(|step| self.enqueue(id, step));
+        }
+    }
+
+    /// Shares pages among the hosted blocks, and counts blocks.
+    fn count_blocks(&mut self) {
+        let mut users: BTreeMap<BlockIndex, usize> = BTreeMap::new();
+        let mut weights = vec![0u64; self.pages.class_count()];
+        for span in self.spans.iter().filter(|span| span.hosted) {
+            // Hidden rows of each width have an equal share of their own budget.
+            if span.path.steps.iter().any(|step| step.fork.is_some()) {
+                weights[self.pages.hidden_class(span.host.width, self.limits.page_tokens).0 as usize] = 1;
+            }
+            span.pages.iter().for_each(|(class, count)| weights[class.0 as usize] += *count as u64);
+            let distinct: BTreeSet<BlockIndex> = span.host.blocks.iter().copied().collect();
+            distinct.into_iter().for_each(|block| *users.entry(block).or_default() += 1);
+        }
+        self.pages.share(&weights);
+        self.block_counts = (users.len(), users.values().filter(|count| **count > 1).count());
+    }
+}

@@ -1,0 +1,169 @@
+//! One engine with its device. Integrity is checked after every event.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+use ashlar_wire::id::{RouterId, SequenceKey};
+
+use super::device::{ModelDevice, PAGE, SHAPE};
+use crate::state::Now;
+use crate::state::batch::{Batch, RowInput, SampledToken, SequenceId};
+use crate::state::engine::{Engine, Output};
+use crate::state::limits::Limits;
+use crate::state::sequence::{Admit, Reason, SpanIndex};
+
+pub(super) fn admit(number: u64, span: SpanIndex, prompt: &[u32], count: u32, priority: i32) -> Admit {
+    Admit {
+        key: SequenceKey { router: RouterId("rtr_test".to_owned()), number },
+        epoch: 0,
+        span,
+        tokens: prompt.to_vec(),
+        prompt_tokens: prompt.len() as u32,
+        generated_tokens_max: count,
+        stop_tokens: Vec::new(),
+        priority,
+        domain: [7; 32],
+    }
+}
+
+/// Bytes of a boundary page of the test chains.
+pub(super) const BOUNDARY_BYTES: u64 = 16 * 4 * 4;
+
+pub(super) fn limits(pages: u64, step: u32, chunk: u32) -> Limits {
+    Limits {
+        page_tokens: PAGE,
+        step_tokens_max: step,
+        chunk_tokens_max: chunk,
+        sequences_max: step.min(8),
+        hidden_rows_max: 4 * step,
+        link_rows_max: 2 * chunk,
+        kv_bytes: pages * SHAPE.page_bytes() as u64,
+        ..Limits::default()
+    }
+}
+
+/// One engine with its device.
+pub(super) struct Node {
+    pub(super) engine: Engine,
+    pub(super) device: ModelDevice,
+    pub(super) inbox: BTreeMap<SequenceId, Vec<u64>>,
+    /// Batches handed out and not run, with the rows that came over links for them.
+    pub(super) in_flight: VecDeque<(Batch, BTreeMap<SequenceId, Vec<u64>>)>,
+    pub(super) tokens: BTreeMap<u64, Vec<u32>>,
+    pub(super) cached_tokens: BTreeMap<u64, u32>,
+    pub(super) finished: BTreeMap<u64, (Reason, u32)>,
+    pub(super) keys: BTreeMap<SequenceId, u64>,
+    pub(super) models_met_max: usize,
+    pub(super) in_flight_most: usize,
+    /// Each batch planned: its blocks, and rows by sequence.
+    pub(super) pictures: Vec<String>,
+    /// Sequences that failed.
+    pub(super) failed: BTreeSet<u64>,
+    pub(super) now_us: u64,
+}
+
+/// What leaves a node for its neighbour.
+pub(super) enum Sent {
+    Rows(u64, u32, Vec<u64>),
+    Token(u64, u32, SampledToken),
+    Consumed(u64, u32),
+    Released(u64),
+}
+
+impl Node {
+    pub(super) fn new(limits: Limits) -> Self {
+        Self {
+            engine: Engine::new(limits),
+            device: ModelDevice::default(),
+            inbox: BTreeMap::new(),
+            in_flight: VecDeque::new(),
+            tokens: BTreeMap::new(),
+            cached_tokens: BTreeMap::new(),
+            finished: BTreeMap::new(),
+            keys: BTreeMap::new(),
+            models_met_max: 0,
+            in_flight_most: 0,
+            pictures: Vec::new(),
+            failed: BTreeSet::new(),
+            now_us: 0,
+        }
+    }
+
+    pub(super) fn admit(&mut self, admit: Admit) {
+        let number = admit.key.number;
+        let id = self.engine.handle_admit(Now::from_micros(self.now_us), admit).expect("admitted");
+        self.keys.insert(id, number);
+        self.engine.check_integrity().expect("integrity after admit");
+    }
+
+    /// Carries out outputs until nothing is left, then runs the oldest batch in flight: all others were planned before anything
+    /// was known of it. Returns whether a batch ran.
+    pub(super) fn step(&mut self, sent: &mut Vec<Sent>) -> bool {
+        self.now_us += 100;
+        while let Some(output) = self.engine.poll_output(Now::from_micros(self.now_us)) {
+            match output {
+                Output::RunBatch(batch) => {
+                    assert_eq!(batch.row_count, batch.rows.iter().map(|rows| rows.count).sum::<u32>());
+                    let distinct: BTreeSet<SequenceId> = batch.rows.iter().map(|rows| rows.sequence).collect();
+                    assert_eq!(distinct.len(), batch.rows.len(), "a sequence is in a batch once");
+                    assert!(batch.row_count <= self.engine.limits.step_tokens_max);
+                    self.models_met_max = self.models_met_max.max(batch.span_count);
+                    let mut link_rows = BTreeMap::new();
+                    for rows in batch.rows.iter().filter(|rows| matches!(rows.input, RowInput::Link)) {
+                        let inbox = self.inbox.get_mut(&rows.sequence).expect("rows came");
+                        link_rows.insert(rows.sequence, inbox.drain(..rows.count as usize).collect());
+                    }
+                    let blocks: Vec<String> = batch.blocks.iter().map(|block| block.0.to_string()).collect();
+                    let rows: Vec<String> =
+                        batch.rows.iter().map(|rows| format!("{}: {}", self.keys[&rows.sequence], rows.count)).collect();
+                    self.pictures.push(format!("[{}] {}", blocks.join(" "), rows.join(", ")));
+                    self.in_flight.push_back((batch, link_rows));
+                    assert!(self.in_flight.len() <= self.engine.limits.batches_in_flight_max as usize);
+                    self.in_flight_most = self.in_flight_most.max(self.in_flight.len());
+                    self.engine.check_integrity().expect("integrity with a batch in flight");
+                }
+                Output::EmitToken { sequence, index, token } => {
+                    let tokens = self.tokens.entry(self.keys[&sequence]).or_default();
+                    assert_eq!(tokens.len(), index as usize, "no token is lost or repeated");
+                    tokens.push(token.token);
+                }
+                Output::EmitFinished { sequence, reason } => {
+                    let key = self.keys[&sequence];
+                    self.finished.insert(key, (reason, self.cached_tokens[&key]));
+                }
+                Output::EmitFailed { sequence, .. } => {
+                    self.failed.insert(self.keys[&sequence]);
+                }
+                Output::SendToken { sequence, position, token } => sent.push(Sent::Token(self.keys[&sequence], position, token)),
+                Output::SendConsumed { sequence, position } => sent.push(Sent::Consumed(self.keys[&sequence], position)),
+                Output::Release(sequence) => sent.push(Sent::Released(self.keys[&sequence])),
+                Output::EmitStarted { sequence, cached_tokens, .. } => {
+                    self.cached_tokens.insert(self.keys[&sequence], cached_tokens);
+                }
+            }
+        }
+        let Some((batch, link_rows)) = self.in_flight.pop_front() else { return false };
+        let (samples, links) = self.device.run(&batch, &link_rows);
+        for (sequence, start, rows) in links {
+            sent.push(Sent::Rows(self.keys[&sequence], start, rows));
+        }
+        self.engine.handle_batch_done(samples);
+        self.engine.check_integrity().expect("integrity after a batch");
+        true
+    }
+
+    pub(super) fn run_dry(&mut self) {
+        let mut sent = Vec::new();
+        for _ in 0..100_000 {
+            if !self.step(&mut sent) && self.engine.sequences.is_empty() {
+                assert_eq!(self.engine.gauges().used_pages, 0);
+                assert!(self.failed.is_empty(), "failed: {:?}", self.failed);
+                return;
+            }
+        }
+        panic!("{} sequences never ended", self.engine.sequences.len());
+    }
+
+    pub(super) fn id(&self, number: u64) -> Option<SequenceId> {
+        self.engine.find(&SequenceKey { router: RouterId("rtr_test".to_owned()), number }, 0)
+    }
+}
