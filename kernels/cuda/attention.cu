@@ -19,7 +19,8 @@ DEVICE void decode(const float* q, const u16* keys, const u16* values, const u32
     constexpr int KROW = 2 * D + 16, VROW = 2 * D, PIECES = D / 8, PER_LANE = D / 32;
     constexpr int WARP_BYTES = 64 * (KROW + VROW) + 64 * H * 4 + H * D * 4;
     DYNAMIC_SHARED(u8, memory);
-    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, kv_head = blockIdx.x, sequence = blockIdx.y;
+    int lane = threadIdx.x & 31, kv_head = blockIdx.x, sequence = blockIdx.y;
+    int warp = __shfl_sync(~0u, (int)(threadIdx.x >> 5), 0); // so that the compiler knows it is one for all lanes
     u8* k_at = memory + warp * WARP_BYTES;
     u8* v_at = k_at + 64 * KROW;
     float* p_at = (float*)(v_at + 64 * VROW);
@@ -35,14 +36,20 @@ DEVICE void decode(const float* q, const u16* keys, const u16* values, const u32
         if (begin >= end) return;
     }
     const u32* table = tables + (size_t)sequence * shape.pages_max;
+    // Pages are copied whole where they hold a token that is seen: what lies beyond the position in them is never used.
     auto load = [&](int segment, const u16* from, u8* to, int row_bytes) {
         if (segment < end) {
-#pragma unroll 4
-            for (int i = lane; i < 64 * PIECES; i += 32) {
-                int token = segment * SEGMENT_TOKENS + i / PIECES;
-                if (token >= first && token <= position) {
-                    size_t row = ((size_t)table[token / PAGE_TOKENS] * shape.kv_heads + kv_head) * PAGE_TOKENS + token % PAGE_TOKENS;
-                    cp_async16(to + i / PIECES * row_bytes + i % PIECES * 16, from + row * D + i % PIECES * 8);
+            constexpr int ROWS = 32 / PIECES, COPIES = PAGE_TOKENS / ROWS; // rows that a warp copies at once
+            const u16* lane_from = from + (size_t)kv_head * PAGE_TOKENS * D + lane * 8;
+            u8* lane_to = to + lane / PIECES * row_bytes + lane % PIECES * 16;
+            int page0 = segment * (SEGMENT_TOKENS / PAGE_TOKENS);
+#pragma unroll
+            for (int p = 0; p < SEGMENT_TOKENS / PAGE_TOKENS; p++) {
+                int page = page0 + p;
+                if (page * PAGE_TOKENS <= position && page * PAGE_TOKENS + PAGE_TOKENS > first) {
+                    const u16* at = lane_from + (size_t)table[page] * (shape.kv_heads * PAGE_TOKENS * D);
+#pragma unroll
+                    for (int i = 0; i < COPIES; i++) cp_async16(lane_to + (p * PAGE_TOKENS + i * ROWS) * row_bytes, at + i * 256);
                 }
             }
         }
@@ -65,7 +72,7 @@ DEVICE void decode(const float* q, const u16* keys, const u16* values, const u32
         if (segment < end) {
             int lo = first > base ? first - base : 0, hi = position + 1 - base < 64 ? position + 1 - base : 64;
             float s[2][H] = {};
-#pragma unroll 2
+#pragma unroll 4
             for (int piece = 0; piece < PIECES; piece++) {
                 U4 k0 = *(const U4*)(k_at + lane * KROW + piece * 16), k1 = *(const U4*)(k_at + (lane + 32) * KROW + piece * 16);
 #pragma unroll
@@ -83,12 +90,14 @@ DEVICE void decode(const float* q, const u16* keys, const u16* values, const u32
             }
             __syncwarp();
             load(segment + W, keys, k_at, KROW);
+#pragma unroll
+            for (int h = 0; h < H; h++) { s[0][h] = s[0][h] * shape.scale; s[1][h] = s[1][h] * shape.scale; }
+            if (shape.softcap > 0.0f)
+                for (int h = 0; h < H; h++) { s[0][h] = softcap_exact(s[0][h], shape.softcap); s[1][h] = softcap_exact(s[1][h], shape.softcap); }
             bool in0 = lane >= lo && lane < hi, in1 = lane + 32 >= lo && lane + 32 < hi;
 #pragma unroll
             for (int h = 0; h < H; h++) {
-                float x0 = s[0][h] * shape.scale, x1 = s[1][h] * shape.scale;
-                if (shape.softcap > 0.0f) { x0 = softcap_exact(x0, shape.softcap); x1 = softcap_exact(x1, shape.softcap); }
-                x0 = in0 ? x0 : float_of(0xff800000); x1 = in1 ? x1 : float_of(0xff800000);
+                float x0 = in0 ? s[0][h] : float_of(0xff800000), x1 = in1 ? s[1][h] : float_of(0xff800000);
                 float greatest = fmaxf(x0, x1);
                 for (int step = 16; step; step /= 2) greatest = fmaxf(greatest, __shfl_xor_sync(~0u, greatest, step));
                 float p0 = in0 ? exp_exact(x0 - greatest) : 0.0f, p1 = in1 ? exp_exact(x1 - greatest) : 0.0f;
@@ -100,8 +109,7 @@ DEVICE void decode(const float* q, const u16* keys, const u16* values, const u32
             }
             cp_async_wait<1>();
             __syncwarp();
-#pragma unroll 4
-            for (int token = lo; token < hi; token++) {
+            auto blend_token = [&](int token) {
                 float v[PER_LANE];
                 if (PER_LANE == 4) {
                     U2 pair = *(const U2*)(v_at + token * VROW + lane * 8);
@@ -110,12 +118,24 @@ DEVICE void decode(const float* q, const u16* keys, const u16* values, const u32
                     u32 pair = *(const u32*)(v_at + token * VROW + lane * 4);
                     v[0] = bf16_low(pair); v[1] = bf16_high(pair);
                 }
+                float p[H];
+                if (H % 4 == 0) {
 #pragma unroll
-                for (int h = 0; h < H; h++) {
-                    float p = p_at[token * H + h];
+                    for (int h = 0; h < H; h += 4) { F4 four = *(const F4*)(p_at + token * H + h); p[h] = four.x; p[h + 1 < H ? h + 1 : h] = four.y; p[h + 2 < H ? h + 2 : h] = four.z; p[h + 3 < H ? h + 3 : h] = four.w; }
+                } else {
 #pragma unroll
-                    for (int i = 0; i < PER_LANE; i++) blend[h][i] = fmaf(p, v[i], blend[h][i]);
+                    for (int h = 0; h < H; h++) p[h] = p_at[token * H + h];
                 }
+#pragma unroll
+                for (int h = 0; h < H; h++)
+#pragma unroll
+                    for (int i = 0; i < PER_LANE; i++) blend[h][i] = fmaf(p[h], v[i], blend[h][i]);
+            };
+            if (hi - lo == SEGMENT_TOKENS) {
+#pragma unroll 16
+                for (int token = 0; token < SEGMENT_TOKENS; token++) blend_token(token);
+            } else {
+                for (int token = lo; token < hi; token++) blend_token(token);
             }
             __syncwarp();
             load(segment + W, values, v_at, VROW);
@@ -184,11 +204,11 @@ template <int D, int H> DEVICE void merge(const float* partial, const int* posit
 }
 
 #define ENTRIES(D, H, W)                                                                                                                     \
-    extern "C" __global__ void __launch_bounds__(32 * W) decode_d##D##_h##H##_w##W(const float* q, const u16* keys, const u16* values, const u32* tables, const int* positions, float* out, DecodeShape shape) { \
+    extern "C" __global__ void __launch_bounds__(32 * W, 1) decode_d##D##_h##H##_w##W(const float* q, const u16* keys, const u16* values, const u32* tables, const int* positions, float* out, DecodeShape shape) { \
         decode<D, H, W, false>(q, keys, values, tables, positions, out, nullptr, shape);                                                      \
     }
 #define SPLIT_ENTRIES(D, H, W)                                                                                                               \
-    extern "C" __global__ void __launch_bounds__(32 * W) decode_split_d##D##_h##H##_w##W(const float* q, const u16* keys, const u16* values, const u32* tables, const int* positions, float* partial, DecodeShape shape) { \
+    extern "C" __global__ void __launch_bounds__(32 * W, 1) decode_split_d##D##_h##H##_w##W(const float* q, const u16* keys, const u16* values, const u32* tables, const int* positions, float* partial, DecodeShape shape) { \
         decode<D, H, W, true>(q, keys, values, tables, positions, nullptr, partial, shape);                                                   \
     }                                                                                                                                        \
     extern "C" __global__ void __launch_bounds__(D) decode_merge_d##D##_h##H(const float* partial, const int* positions, float* out, DecodeShape shape) { \
@@ -196,6 +216,7 @@ template <int D, int H> DEVICE void merge(const float* partial, const int* posit
     }
 ENTRIES(128, 4, 4)
 ENTRIES(128, 4, 5)
+ENTRIES(128, 4, 6)
 ENTRIES(128, 8, 4)
 ENTRIES(64, 3, 4)
 SPLIT_ENTRIES(128, 4, 4)

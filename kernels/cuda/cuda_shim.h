@@ -176,6 +176,9 @@ inline u32 bf16x2_fma(u32 a, u32 b, u32 c) {
     auto one = [](u32 a, u32 b, u32 c) { return u32(bf16_nearest(fmaf(bf16_value(a & 0xffff), bf16_value(b & 0xffff), bf16_value(c & 0xffff)))); };
     return one(a, b, c) | one(a >> 16, b >> 16, c >> 16) << 16;
 }
+inline u32 and_xor(u32 a, u32 b, u32 c) { return (a & b) ^ c; }
+inline void wait_for_previous_kernel() {}
+inline void let_next_kernel_start() {}
 inline u64 evict_first() { return 0; }
 inline U4 load_stream(const U4* p, u64) { return *p; }
 inline U4 load_shared_by_many(const U4* p) { return *p; }

@@ -17,11 +17,13 @@ int main(int count, char** args) {
         for (auto& kernels : integer_kernels) {
             check_quantise(kernels, 5, 320);
             check_integer(kernels, 48, 576, {1, 3, 11});   // a short last slice, half a cta of outputs
-            check_integer(kernels, 20, 1088, {9, 70});     // two full slices, outputs not a multiple of 16, two ctas of rows
+            check_integer(kernels, 20, 1088, {9, 140});    // two full slices, outputs not a multiple of 16, two ctas of rows
+            check_integer(kernels, 56, 1024, {2, 16});     // whole slices
         }
         for (auto& kernels : bf16_kernels) {
             check_bf16(kernels, 48, 576, {1, 11}, true);
-            check_bf16(kernels, 20, 1152, {9, 70}, true);
+            check_bf16(kernels, 20, 1152, {9, 140}, true);
+            check_bf16(kernels, 56, 1024, {2, 16}, true);
         }
         for (auto& kernels : decode_kernels) {
             check_decode(kernels, 2, 0, 0.0f, {0, 15, 16, 64, 401});

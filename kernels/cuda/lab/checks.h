@@ -27,18 +27,20 @@ struct IntegerSetup {
 };
 typedef void (*IntegerKernel)(IntegerLayer, QuantisedRows, float*, int, int, int);
 typedef void (*GroupedKernel)(const IntegerLayer*, const QuantisedRows*, float* const*, int, int, int);
-struct IntegerKernels { int bits; bool minimum; int g; IntegerKernel one, two, many; GroupedKernel grouped; void (*quantise)(const float*, u8*, float*, float*, int, int); };
-#define INTEGER_KERNELS(NAME, BITS, MINIMUM, G) {BITS, MINIMUM, G, NAME##_g##G##_rows1, NAME##_g##G##_rows2, NAME##_g##G##_many, NAME##_g##G##_rows1_grouped, quantise_g##G}
+struct IntegerKernels { int bits; bool minimum; int g; IntegerKernel any[2], t1[2], t2[2], many; GroupedKernel grouped_any, grouped; void (*quantise)(const float*, u8*, float*, float*, int, int); };
+#define INTEGER_KERNELS(NAME, BITS, MINIMUM, G) \
+    {BITS, MINIMUM, G, {NAME##_g##G##_rows1_any, NAME##_g##G##_rows2_any}, {NAME##_g##G##_rows1_t1, NAME##_g##G##_rows2_t1}, {NAME##_g##G##_rows1_t2, NAME##_g##G##_rows2_t2}, \
+     NAME##_g##G##_many, NAME##_g##G##_rows1_any_grouped, NAME##_g##G##_rows1_t1_grouped, quantise_g##G}
 static const IntegerKernels integer_kernels[] = {
     INTEGER_KERNELS(linear_4s, 4, false, 32), INTEGER_KERNELS(linear_4m, 4, true, 32), INTEGER_KERNELS(linear_8s, 8, false, 32),
     INTEGER_KERNELS(linear_4s, 4, false, 64), INTEGER_KERNELS(linear_4m, 4, true, 64), INTEGER_KERNELS(linear_8s, 8, false, 64),
     INTEGER_KERNELS(linear_4s, 4, false, 128), INTEGER_KERNELS(linear_4m, 4, true, 128), INTEGER_KERNELS(linear_8s, 8, false, 128),
 };
-constexpr int MANY_BLOCK = 64; // rows of a cta of the many-row kernels: 16 RT
-inline size_t few_shared(int k, int row_tiles) { return size_t((k + 511) / 512) * row_tiles * 512; }
+constexpr int MANY_BLOCK = 128; // rows of a cta of the many-row kernels: 16 RT
+inline size_t few_shared(int k, int row_tiles, int tiles) { return size_t((k + 511) / 512) * row_tiles * tiles * 512; }
 inline int few_threads(int k) { int slices = (k + 511) / 512; return 32 * (slices < 8 ? slices : 8); }
-inline size_t many_integer_shared(bool minimum, int g) { int gs = g < 64 ? 64 / g : 1; return 4 * (8 * 512 + (minimum ? 2 : 1) * 8 * gs * 32); }
-inline size_t many_bf16_shared() { return 4 * 8 * 1024; }
+inline size_t many_integer_shared(int bits, bool minimum, int g) { return integer_many_shared_bytes(bits, minimum, g, MANY_ROW_TILES, 4); }
+inline size_t many_bf16_shared(int g) { return bf16_many_shared_bytes<8, 4>(g); }
 
 /// Quantises on the device; rows padded to whole ctas.
 struct DeviceRows {
@@ -85,13 +87,15 @@ inline void check_integer(const IntegerKernels& kernels, int n, int k, const std
     for (int rows : row_counts) {
         DeviceRows q(kernels, device, rows, k);
         std::vector<float> expected(want.begin(), want.begin() + size_t(rows) * n);
-        for (int form = 0; form < 3; form++) {
-            if (form < 2 && rows > 8 * (form + 1)) continue;
+        const char* names[] = {"any", "t1", "t2", "many"};
+        for (int form = 0; form < 4; form++) {
+            if (form < 3 && (rows > 16 || (form > 0 && k % 512))) continue;
             Buffer<float> out(size_t(rows) * n);
-            if (form < 2) LAUNCH(form ? kernels.two : kernels.one, dim3(setup.layer.tiles()), dim3(few_threads(k)), few_shared(k, form + 1), setup.view(), q.view(), out.data(), rows, n, k);
-            else LAUNCH(kernels.many, dim3((n + 127) / 128, (rows + MANY_BLOCK - 1) / MANY_BLOCK), dim3(256), many_integer_shared(kernels.minimum, kernels.g), setup.view(), q.view(), out.data(), rows, n, k);
+            int tiles = form == 2 ? 2 : 1, row_tiles = rows > 8 ? 2 : 1;
+            if (form < 3) LAUNCH((form == 0 ? kernels.any : form == 1 ? kernels.t1 : kernels.t2)[row_tiles - 1], dim3((setup.layer.tiles() + tiles - 1) / tiles), dim3(few_threads(k)), few_shared(k, row_tiles, tiles), setup.view(), q.view(), out.data(), rows, n, k);
+            else LAUNCH(kernels.many, dim3((n + 127) / 128, (rows + MANY_BLOCK - 1) / MANY_BLOCK), dim3(256), many_integer_shared(kernels.bits, kernels.minimum, kernels.g), setup.view(), q.view(), out.data(), rows, n, k);
             finish();
-            char name[96]; snprintf(name, sizeof name, "w%da8%s g%d %s, %d rows %d x %d", kernels.bits, kernels.minimum ? " minimum" : "", kernels.g, form == 0 ? "rows1" : form == 1 ? "rows2" : "many", rows, n, k);
+            char name[96]; snprintf(name, sizeof name, "w%da8%s g%d %s, %d rows %d x %d", kernels.bits, kernels.minimum ? " minimum" : "", kernels.g, names[form], rows, n, k);
             compare_bits(name, out.read(), expected, n);
         }
     }
@@ -99,11 +103,11 @@ inline void check_integer(const IntegerKernels& kernels, int n, int k, const std
 
 // ---- W4A16 ----
 
-struct Bf16Kernels {
-    int g; void (*one)(Int4Layer, const U4*, float*, int, int, int); void (*two)(Int4Layer, const U4*, float*, int, int, int); void (*many)(Int4Layer, const U4*, float*, int, int, int);
-    void (*grouped)(const Int4Layer*, const U4* const*, float* const*, int, int, int);
-};
-#define BF16_KERNELS(G) {G, linear_w4a16_g##G##_rows1, linear_w4a16_g##G##_rows2, linear_w4a16_g##G##_many, linear_w4a16_g##G##_rows1_grouped}
+typedef void (*Bf16Kernel)(Int4Layer, const U4*, float*, int, int, int);
+struct Bf16Kernels { int g; Bf16Kernel any[2], t1[2], t2[2], many; void (*grouped[2])(const Int4Layer*, const U4* const*, float* const*, int, int, int); };
+#define BF16_KERNELS(G) \
+    {G, {linear_w4a16_g##G##_rows1_any, linear_w4a16_g##G##_rows2_any}, {linear_w4a16_g##G##_rows1_t1, linear_w4a16_g##G##_rows2_t1}, {linear_w4a16_g##G##_rows1_t2, linear_w4a16_g##G##_rows2_t2}, \
+     linear_w4a16_g##G##_many, {linear_w4a16_g##G##_rows1_t1_grouped, linear_w4a16_g##G##_rows1_t2_grouped}}
 static const Bf16Kernels bf16_kernels[] = {BF16_KERNELS(32), BF16_KERNELS(64), BF16_KERNELS(128)};
 
 /// Forms agree bit for bit with the first; the first is near the double reference, or equal to it where `simple` makes sums exact.
@@ -119,21 +123,22 @@ inline void check_bf16(const Bf16Kernels& kernels, int n, int k, const std::vect
         Buffer<U4> xb(size_t(padded_rows) * padded / 8);
         LAUNCH(rows_to_bf16, dim3((padded / 8 + 127) / 128, padded_rows), dim3(128), 0, device.data(), xb.data(), rows, k);
         std::vector<float> golden;
-        for (int form = 0; form < 5; form++) {
-            if (form < 2 && rows > 8 * (form + 1)) continue;
+        for (int form = 0; form < 6; form++) {
+            if (form < 3 && (rows > 16 || (form > 0 && k % 512))) continue;
             Buffer<float> out(size_t(rows) * n);
-            const char* names[] = {"rows1", "rows2", "many", "wgmma64", "wgmma128"};
-            if (form < 2) LAUNCH(form ? kernels.two : kernels.one, dim3(setup.layer.tiles()), dim3(few_threads(k)), few_shared(k, form + 1), layer, xb.data(), out.data(), rows, n, k);
-            else if (form == 2) LAUNCH(kernels.many, dim3((n + 127) / 128, (rows + MANY_BLOCK - 1) / MANY_BLOCK), dim3(256), many_bf16_shared(), layer, xb.data(), out.data(), rows, n, k);
+            const char* names[] = {"any", "t1", "t2", "many", "wgmma64", "wgmma128"};
+            int tiles = form == 2 ? 2 : 1, row_tiles = rows > 8 ? 2 : 1;
+            if (form < 3) LAUNCH((form == 0 ? kernels.any : form == 1 ? kernels.t1 : kernels.t2)[row_tiles - 1], dim3((setup.layer.tiles() + tiles - 1) / tiles), dim3(few_threads(k)), few_shared(k, row_tiles, tiles), layer, xb.data(), out.data(), rows, n, k);
+            else if (form == 3) LAUNCH(kernels.many, dim3((n + 127) / 128, (rows + MANY_BLOCK - 1) / MANY_BLOCK), dim3(256), many_bf16_shared(kernels.g), layer, xb.data(), out.data(), rows, n, k);
             else {
 #ifdef CUDA_SHIM
                 continue;
 #else
                 if (kernels.g != 128) continue;
-                int block = form == 3 ? 64 : 128;
+                int block = form == 4 ? 64 : 128;
                 Buffer<u32> xw(size_t(padded_rows) * padded / 2);
                 LAUNCH(rows_to_bf16_wgmma, dim3((padded / 8 + 127) / 128, padded_rows), dim3(128), 0, device.data(), xw.data(), rows, k, block);
-                LAUNCH(form == 3 ? linear_w4a16_g128_wgmma64 : linear_w4a16_g128_wgmma128, dim3((rows + block - 1) / block, (n + 127) / 128), dim3(256), form == 3 ? 8 * 8192 + 128 : 6 * 16384 + 128, layer, (const u8*)xw.data(), out.data(), rows, n, k);
+                LAUNCH(form == 4 ? linear_w4a16_g128_wgmma64 : linear_w4a16_g128_wgmma128, dim3((rows + block - 1) / block, (n + 127) / 128), dim3(256), form == 4 ? wgmma_shared_bytes<64, 7>() : wgmma_shared_bytes<128, 7>(), layer, (const u8*)xw.data(), out.data(), rows, n, k);
                 finish();
 #endif
             }
@@ -160,7 +165,7 @@ typedef void (*DecodeKernel)(const float*, const u16*, const u16*, const u32*, c
 struct DecodeKernels { int d, h, w; DecodeKernel whole; size_t shared; DecodeKernel split; void (*merge)(const float*, const int*, float*, DecodeShape); };
 #define DECODE(D, H, W) {D, H, W, decode_d##D##_h##H##_w##W, decode_shared_bytes<D, H, W>(), nullptr, nullptr}
 #define DECODE_SPLIT(D, H, W) {D, H, W, decode_d##D##_h##H##_w##W, decode_shared_bytes<D, H, W>(), decode_split_d##D##_h##H##_w##W, decode_merge_d##D##_h##H}
-static const DecodeKernels decode_kernels[] = {DECODE_SPLIT(128, 4, 4), DECODE(128, 4, 5), DECODE(128, 8, 4), DECODE_SPLIT(64, 3, 4)};
+static const DecodeKernels decode_kernels[] = {DECODE_SPLIT(128, 4, 4), DECODE(128, 4, 5), DECODE(128, 4, 6), DECODE(128, 8, 4), DECODE_SPLIT(64, 3, 4)};
 
 inline float host_exp(float x) {
     x = x < 89.0f ? x : 89.0f; x = x > -104.0f ? x : -104.0f;
