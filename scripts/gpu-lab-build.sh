@@ -12,7 +12,7 @@ fi
 toolkit=$(echo "$venv"/lib/python3*/site-packages/nvidia/cu13)
 options=(-std=c++17 -O3 -fmad=false -gencode=arch=compute_90a,code=sm_90a -cudart static -L"$toolkit/lib")
 mkdir -p "$folder"
-for program in lab mma_bits; do
+for program in lab mma_bits wgmma_rate; do
   "$toolkit/bin/nvcc" "${options[@]}" -diag-suppress 128,177 -Xcompiler -march=x86-64-v3,-ffp-contract=off,-fno-strict-aliasing \
     -Xptxas -v -o "$folder/$program" "kernels/cuda/lab/$program.cu" -lpthread 2>"$folder/$program.ptxas.txt" || { cat "$folder/$program.ptxas.txt" >&2; exit 1; }
 done

@@ -23,6 +23,7 @@ step() {
 nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.max.sm,clocks.mem,power.limit --format=csv,noheader | tee "$log"
 wants() { [ -z "${GPU_LAB_STEPS:-}" ] || [[ " $GPU_LAB_STEPS " == *" $1 "* ]]; }
 if wants bits; then step mma_bits 30 "$binaries/mma_bits" "$out/mma_bits.json" "$out/mma_samples.bin"; fi
+if wants rate; then TAIL=20 step wgmma_rate 20 "$binaries/wgmma_rate" "$out/wgmma_rate.jsonl"; fi
 if wants check; then TAIL=30 step check 60 "$binaries/lab" check; fi
 if wants bench; then step bench 90 "$binaries/lab" bench "$out/lab.jsonl"; fi
 if wants torch; then step torch 75 python3 "$binaries/torch_bench.py" "$out/torch.jsonl"; fi

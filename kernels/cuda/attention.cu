@@ -37,17 +37,23 @@ DEVICE void decode(const float* q, const u16* keys, const u16* values, const u32
     }
     const u32* table = tables + (size_t)sequence * shape.pages_max;
     // Pages are copied whole where they hold a token that is seen: what lies beyond the position in them is never used.
+    constexpr int PAGES = SEGMENT_TOKENS / PAGE_TOKENS;
+    auto holds = [&](int page) { return page * PAGE_TOKENS <= position && page * PAGE_TOKENS + PAGE_TOKENS > first; };
+    // Slots of the segment that is loaded next: looked up a round early, as nothing hides that latency later.
+    u32 slots[PAGES];
+    auto look_up = [&](int segment) {
+#pragma unroll
+        for (int p = 0; p < PAGES; p++) slots[p] = segment < end && holds(segment * PAGES + p) ? table[segment * PAGES + p] : 0;
+    };
     auto load = [&](int segment, const u16* from, u8* to, int row_bytes) {
         if (segment < end) {
             constexpr int ROWS = 32 / PIECES, COPIES = PAGE_TOKENS / ROWS; // rows that a warp copies at once
             const u16* lane_from = from + (size_t)kv_head * PAGE_TOKENS * D + lane * 8;
             u8* lane_to = to + lane / PIECES * row_bytes + lane % PIECES * 16;
-            int page0 = segment * (SEGMENT_TOKENS / PAGE_TOKENS);
 #pragma unroll
-            for (int p = 0; p < SEGMENT_TOKENS / PAGE_TOKENS; p++) {
-                int page = page0 + p;
-                if (page * PAGE_TOKENS <= position && page * PAGE_TOKENS + PAGE_TOKENS > first) {
-                    const u16* at = lane_from + (size_t)table[page] * (shape.kv_heads * PAGE_TOKENS * D);
+            for (int p = 0; p < PAGES; p++) {
+                if (holds(segment * PAGES + p)) {
+                    const u16* at = lane_from + (size_t)slots[p] * (shape.kv_heads * PAGE_TOKENS * D);
 #pragma unroll
                     for (int i = 0; i < COPIES; i++) cp_async16(lane_to + (p * PAGE_TOKENS + i * ROWS) * row_bytes, at + i * 256);
                 }
@@ -55,8 +61,10 @@ DEVICE void decode(const float* q, const u16* keys, const u16* values, const u32
         }
         cp_async_commit();
     };
+    look_up(begin + warp);
     load(begin + warp, keys, k_at, KROW);
     load(begin + warp, values, v_at, VROW);
+    look_up(begin + warp + W);
     for (int i = threadIdx.x; i < H * D; i += 32 * W) q_at[i] = q[((size_t)sequence * shape.kv_heads + kv_head) * H * D + i];
     __syncthreads();
     constexpr int ELEMENTS = (H * D + 32 * W - 1) / (32 * W);
@@ -139,6 +147,7 @@ DEVICE void decode(const float* q, const u16* keys, const u16* values, const u32
             }
             __syncwarp();
             load(segment + W, values, v_at, VROW);
+            look_up(segment + 2 * W);
         }
         if (SPLIT) {
             if (segment < end) {

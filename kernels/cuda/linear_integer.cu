@@ -9,47 +9,13 @@
 //   xq              [rows / 8][K / 64][lane] U4: row g, bytes of k = 8 t + (0..7) of the first 32, then of the second 32.
 //   xs, xa          [rows / 8][groups][8 rows] f32: scale, and sum of codes.
 // k may be permuted inside a group because a group's sum is an integer.
-#include "numerics.cuh"
-
-/// 1.5 * 2^23 as bits: an integer sum that starts here is, read as a float, 12582912 + sum (exact while |sum| < 2^22, so G <= 128).
-#define SUM_START 0x4b400000
-#define SUM_START_FLOAT 12582912.0f
-
-/// Codes of the int4 words times 16, as bytes: multiplying by 16 costs nothing, `group_sum` takes it back exactly.
-template <int BITS> DEVICE void weight_fragments(u32 (&a)[4], const U4& w, int half) {
-    if (BITS == 8) {
-        a[0] = w.x; a[1] = w.y; a[2] = w.z; a[3] = w.w;
-    } else {
-        u32 low = half ? w.z : w.x, high = half ? w.w : w.y;
-        a[0] = (low << 4) & 0xf0f0f0f0u; a[1] = (high << 4) & 0xf0f0f0f0u;
-        a[2] = low & 0xf0f0f0f0u; a[3] = high & 0xf0f0f0f0u;
-    }
-}
-template <int BITS, bool MINIMUM> DEVICE void multiply(int (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    if (BITS == 4 && MINIMUM) mma_u8(d, a, b0, b1);
-    else mma_s8(d, a, b0, b1);
-}
-/// f32(isum), exactly.
-template <int BITS> DEVICE float group_sum(int d) {
-    float f = float_of((u32)d);
-    return BITS == 4 ? fmaf(f, 0.0625f, -SUM_START_FLOAT / 16.0f) : f - SUM_START_FLOAT;
-}
-/// acc += isum * (s_a s_w) [+ asum * (s_a m_w)] for the 16 x 8 outputs of one group.
-template <int BITS, bool MINIMUM>
-DEVICE void add_group(float (&acc)[4], const int (&d)[4], const float (&s)[2], const float (&m)[2], F2 xs, F2 xa) {
-#pragma unroll
-    for (int q = 0; q < 4; q++) {
-        float sa = q & 1 ? xs.y : xs.x;
-        acc[q] = fmaf(group_sum<BITS>(d[q]), sa * s[q / 2], acc[q]);
-        if (MINIMUM) acc[q] = fmaf(q & 1 ? xa.y : xa.x, sa * m[q / 2], acc[q]);
-    }
-}
-DEVICE float half_of(const u32* words, int index) { return half_to_float((u16)(index & 1 ? words[index / 2] >> 16 : words[index / 2])); }
+#include "integer.cuh"
 
 // ---- rows as int8 in groups ----
 
-/// One warp for a row and a group. Grid: (ceil(groups / 8), padded rows), 256 threads; rows from `rows` on become zeros.
-template <int G> DEVICE void quantise(const float* x, u8* xq, float* xs, float* xa, int rows, int k) {
+/// One warp for a row and a group. Grid: (ceil(groups / 8), padded rows), 256 threads; rows from `rows` on become zeros. BLOCK 0: the layouts
+/// above. Else those of linear_integer_wgmma.cu for ctas of BLOCK rows.
+template <int G, int BLOCK> DEVICE void quantise(const float* x, u8* xq, float* xs, float* xa, int rows, int k) {
     int lane = threadIdx.x & 31, group = blockIdx.x * 8 + (threadIdx.x >> 5), row = blockIdx.y;
     int padded = (k + 63) / 64 * 64, groups = (k + G - 1) / G;
     if (group * G >= padded) return;
@@ -70,24 +36,21 @@ template <int G> DEVICE void quantise(const float* x, u8* xq, float* xs, float* 
         int code = zero ? 0 : __float2int_rn(v[i] * inverse);
         code = code > 127 ? 127 : code < -127 ? -127 : code;
         sum += code;
-        if (at < padded) xq[(((size_t)(row / 8) * (padded / 64) + at / 64) * 32 + (row % 8) * 4 + at % 32 / 8) * 16 + at % 64 / 32 * 8 + at % 8] = (u8)code;
+        if (BLOCK) {
+            int b = BLOCK ? BLOCK : 1;
+            if (at < padded) xq[((((size_t)(row / b) * (padded / 32) + at / 32) * 2 + at % 8 / 4) * (b / 8) + row % b / 8) * 128 + row % 8 * 16 + at % 32 / 8 * 4 + at % 4] = (u8)code;
+        } else if (at < padded) xq[(((size_t)(row / 8) * (padded / 64) + at / 64) * 32 + (row % 8) * 4 + at % 32 / 8) * 16 + at % 64 / 32 * 8 + at % 8] = (u8)code;
     }
     for (int o = 16; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
     if (lane == 0 && group < groups) {
-        size_t to = ((size_t)(row / 8) * groups + group) * 8 + row % 8;
+        constexpr int TILE = BLOCK ? BLOCK : 8;
+        size_t to = ((size_t)(row / TILE) * groups + group) * TILE + row % TILE;
         xs[to] = zero ? 0.0f : __fdiv_rn(amax, 127.0f);
         xa[to] = (float)sum;
     }
 }
 
 // ---- few rows: a warp takes 16 outputs of one slice at a time, weights go straight from memory to registers ----
-
-struct IntegerLayer {
-    const U4* weights; const u16* scales; const u16* minima; const float* bias; // bias may be null
-};
-struct QuantisedRows {
-    const U4* xq; const float* xs; const float* xa;
-};
 
 /// Cta: TILES x 16 outputs, all of K; warps share the slices; shared memory: [slices][8 RT rows][TILES x 16] f32. RT: row tiles of 8.
 /// FULL: K is a multiple of a slice. Lanes of rows that do not exist read the last one: a column of B reaches its own column of D only.
@@ -333,7 +296,8 @@ DEVICE void integer_many_rows(const IntegerLayer layer, const QuantisedRows x, f
 
 // ---- entries: linear_<bits><s symmetric, m with minimum>_g<G>_rows<8 RT>_t<TILES> where K is a multiple of 512, _any for any K ----
 #define QUANTISE(G) \
-    extern "C" __global__ void __launch_bounds__(256) quantise_g##G(const float* x, u8* xq, float* xs, float* xa, int rows, int k) { quantise<G>(x, xq, xs, xa, rows, k); }
+    extern "C" __global__ void __launch_bounds__(256) quantise_g##G(const float* x, u8* xq, float* xs, float* xa, int rows, int k) { quantise<G, 0>(x, xq, xs, xa, rows, k); }                          \
+    extern "C" __global__ void __launch_bounds__(256) quantise_g##G##_wgmma128(const float* x, u8* xq, float* xs, float* xa, int rows, int k) { quantise<G, 128>(x, xq, xs, xa, rows, k); }
 #define FEW_ROWS(KIND, BITS, MINIMUM, G, NAME, RT, TILES, FULL)                                                                            \
     extern "C" __global__ void __launch_bounds__(256, 2) KIND##_g##G##_rows##RT##_##NAME(IntegerLayer layer, QuantisedRows x, float* out, int rows, int n, int k) { \
         integer_few_rows<BITS, MINIMUM, G, RT, TILES, FULL>(layer, x, out, rows, n, k);                                                     \

@@ -27,10 +27,20 @@ struct IntegerSetup {
 };
 typedef void (*IntegerKernel)(IntegerLayer, QuantisedRows, float*, int, int, int);
 typedef void (*GroupedKernel)(const IntegerLayer*, const QuantisedRows*, float* const*, int, int, int);
-struct IntegerKernels { int bits; bool minimum; int g; IntegerKernel any[2], t1[2], t2[2], many; GroupedKernel grouped_any, grouped; void (*quantise)(const float*, u8*, float*, float*, int, int); };
+typedef void (*Quantise)(const float*, u8*, float*, float*, int, int);
+typedef void (*WgmmaInteger)(IntegerLayer, const u8*, const float*, float*, int, int, int);
+struct IntegerKernels { int bits; bool minimum; int g; IntegerKernel any[2], t1[2], t2[2], many; GroupedKernel grouped_any, grouped; Quantise quantise; WgmmaInteger wgmma; Quantise quantise_wgmma; };
+#ifdef CUDA_SHIM
+#define WGMMA(NAME) nullptr
+#else
+#define WGMMA(NAME) NAME
+#define linear_4m_g32_wgmma nullptr
+#define linear_4m_g64_wgmma nullptr
+#define linear_4m_g128_wgmma nullptr
+#endif
 #define INTEGER_KERNELS(NAME, BITS, MINIMUM, G) \
     {BITS, MINIMUM, G, {NAME##_g##G##_rows1_any, NAME##_g##G##_rows2_any}, {NAME##_g##G##_rows1_t1, NAME##_g##G##_rows2_t1}, {NAME##_g##G##_rows1_t2, NAME##_g##G##_rows2_t2}, \
-     NAME##_g##G##_many, NAME##_g##G##_rows1_any_grouped, NAME##_g##G##_rows1_t1_grouped, quantise_g##G}
+     NAME##_g##G##_many, NAME##_g##G##_rows1_any_grouped, NAME##_g##G##_rows1_t1_grouped, quantise_g##G, WGMMA(NAME##_g##G##_wgmma), quantise_g##G##_wgmma128}
 static const IntegerKernels integer_kernels[] = {
     INTEGER_KERNELS(linear_4s, 4, false, 32), INTEGER_KERNELS(linear_4m, 4, true, 32), INTEGER_KERNELS(linear_8s, 8, false, 32),
     INTEGER_KERNELS(linear_4s, 4, false, 64), INTEGER_KERNELS(linear_4m, 4, true, 64), INTEGER_KERNELS(linear_8s, 8, false, 64),
@@ -40,6 +50,11 @@ constexpr int MANY_BLOCK = 128; // rows of a cta of the many-row kernels: 16 RT
 inline size_t few_shared(int k, int row_tiles, int tiles) { return size_t((k + 511) / 512) * row_tiles * tiles * 512; }
 inline int few_threads(int k) { int slices = (k + 511) / 512; return 32 * (slices < 8 ? slices : 8); }
 inline size_t many_integer_shared(int bits, bool minimum, int g) { return integer_many_shared_bytes(bits, minimum, g, MANY_ROW_TILES, 4); }
+#ifdef CUDA_SHIM
+inline size_t wgmma_integer_shared(int) { return 0; }
+#else
+inline size_t wgmma_integer_shared(int g) { return g == 32 ? integer_wgmma_shared_bytes<128, 32, 8>() : g == 64 ? integer_wgmma_shared_bytes<128, 64, 8>() : integer_wgmma_shared_bytes<128, 128, 8>(); }
+#endif
 inline size_t many_bf16_shared(int g) { return bf16_many_shared_bytes<8, 4>(g); }
 
 /// Quantises on the device; rows padded to whole ctas.
@@ -87,13 +102,20 @@ inline void check_integer(const IntegerKernels& kernels, int n, int k, const std
     for (int rows : row_counts) {
         DeviceRows q(kernels, device, rows, k);
         std::vector<float> expected(want.begin(), want.begin() + size_t(rows) * n);
-        const char* names[] = {"any", "t1", "t2", "many"};
-        for (int form = 0; form < 4; form++) {
+        const char* names[] = {"any", "t1", "t2", "many", "wgmma"};
+        for (int form = 0; form < 5; form++) {
+            if (form == 4 && (!kernels.wgmma || k % 128)) continue;
             if (form < 3 && (rows > 16 || (form > 0 && k % 512))) continue;
             Buffer<float> out(size_t(rows) * n);
             int tiles = form == 2 ? 2 : 1, row_tiles = rows > 8 ? 2 : 1;
             if (form < 3) LAUNCH((form == 0 ? kernels.any : form == 1 ? kernels.t1 : kernels.t2)[row_tiles - 1], dim3((setup.layer.tiles() + tiles - 1) / tiles), dim3(few_threads(k)), few_shared(k, row_tiles, tiles), setup.view(), q.view(), out.data(), rows, n, k);
-            else LAUNCH(kernels.many, dim3((n + 127) / 128, (rows + MANY_BLOCK - 1) / MANY_BLOCK), dim3(256), many_integer_shared(kernels.bits, kernels.minimum, kernels.g), setup.view(), q.view(), out.data(), rows, n, k);
+            else if (form == 4) {
+                int blocks = (rows + 127) / 128;
+                Buffer<u8> xq(size_t(blocks) * 128 * k); Buffer<float> xs(size_t(blocks) * 128 * k / kernels.g), xa(size_t(blocks) * 128 * k / kernels.g);
+                LAUNCH(kernels.quantise_wgmma, dim3((k / kernels.g + 7) / 8, blocks * 128), dim3(256), 0, device.data(), xq.data(), xs.data(), xa.data(), rows, k);
+                LAUNCH(kernels.wgmma, dim3(blocks, (n + 127) / 128), dim3(256), wgmma_integer_shared(kernels.g), setup.view(), xq.data(), xs.data(), out.data(), rows, n, k);
+                finish();
+            } else LAUNCH(kernels.many, dim3((n + 127) / 128, (rows + MANY_BLOCK - 1) / MANY_BLOCK), dim3(256), many_integer_shared(kernels.bits, kernels.minimum, kernels.g), setup.view(), q.view(), out.data(), rows, n, k);
             finish();
             char name[96]; snprintf(name, sizeof name, "w%da8%s g%d %s, %d rows %d x %d", kernels.bits, kernels.minimum ? " minimum" : "", kernels.g, names[form], rows, n, k);
             compare_bits(name, out.read(), expected, n);
@@ -104,10 +126,10 @@ inline void check_integer(const IntegerKernels& kernels, int n, int k, const std
 // ---- W4A16 ----
 
 typedef void (*Bf16Kernel)(Int4Layer, const U4*, float*, int, int, int);
-struct Bf16Kernels { int g; Bf16Kernel any[2], t1[2], t2[2], many; void (*grouped[2])(const Int4Layer*, const U4* const*, float* const*, int, int, int); };
+struct Bf16Kernels { int g; Bf16Kernel any[2], t1[2], t2[2], many, more[4]; void (*grouped[2])(const Int4Layer*, const U4* const*, float* const*, int, int, int); };
 #define BF16_KERNELS(G) \
     {G, {linear_w4a16_g##G##_rows1_any, linear_w4a16_g##G##_rows2_any}, {linear_w4a16_g##G##_rows1_t1, linear_w4a16_g##G##_rows2_t1}, {linear_w4a16_g##G##_rows1_t2, linear_w4a16_g##G##_rows2_t2}, \
-     linear_w4a16_g##G##_many, {linear_w4a16_g##G##_rows1_t1_grouped, linear_w4a16_g##G##_rows1_t2_grouped}}
+     linear_w4a16_g##G##_many, {linear_w4a16_g##G##_rows4_t1, linear_w4a16_g##G##_rows4_t2, linear_w4a16_g##G##_rows8_t1, linear_w4a16_g##G##_rows8_t2}, {linear_w4a16_g##G##_rows1_t1_grouped, linear_w4a16_g##G##_rows1_t2_grouped}}
 static const Bf16Kernels bf16_kernels[] = {BF16_KERNELS(32), BF16_KERNELS(64), BF16_KERNELS(128)};
 
 /// Forms agree bit for bit with the first; the first is near the double reference, or equal to it where `simple` makes sums exact.
@@ -119,26 +141,31 @@ inline void check_bf16(const Bf16Kernels& kernels, int n, int k, const std::vect
     auto want = bf16_reference(setup.layer, x, most);
     Buffer<float> device(x);
     for (int rows : row_counts) {
-        int padded_rows = (rows + 127) / 128 * 128;
+        int padded_rows = (rows + 383) / 384 * 384;
         Buffer<U4> xb(size_t(padded_rows) * padded / 8);
         LAUNCH(rows_to_bf16, dim3((padded / 8 + 127) / 128, padded_rows), dim3(128), 0, device.data(), xb.data(), rows, k);
         std::vector<float> golden;
-        for (int form = 0; form < 6; form++) {
+        for (int form = 0; form < 12; form++) {
             if (form < 3 && (rows > 16 || (form > 0 && k % 512))) continue;
+            if (form > 6 && form < 11 && (rows > (form < 9 ? 32 : 64) || k % 512)) continue;
+            if (form == 11 && k > 8192) continue;
             Buffer<float> out(size_t(rows) * n);
-            const char* names[] = {"any", "t1", "t2", "many", "wgmma64", "wgmma128"};
+            const char* names[] = {"any", "t1", "t2", "many", "wgmma64", "wgmma128", "wgmma192", "32 rows t1", "32 rows t2", "64 rows t1", "64 rows t2", "wgmma64 split4"};
             int tiles = form == 2 ? 2 : 1, row_tiles = rows > 8 ? 2 : 1;
             if (form < 3) LAUNCH((form == 0 ? kernels.any : form == 1 ? kernels.t1 : kernels.t2)[row_tiles - 1], dim3((setup.layer.tiles() + tiles - 1) / tiles), dim3(few_threads(k)), few_shared(k, row_tiles, tiles), layer, xb.data(), out.data(), rows, n, k);
             else if (form == 3) LAUNCH(kernels.many, dim3((n + 127) / 128, (rows + MANY_BLOCK - 1) / MANY_BLOCK), dim3(256), many_bf16_shared(kernels.g), layer, xb.data(), out.data(), rows, n, k);
-            else {
+            else if (form > 6 && form < 11) {
+                int wide = form == 8 || form == 10 ? 2 : 1;
+                LAUNCH(kernels.more[form - 7], dim3((setup.layer.tiles() + wide - 1) / wide), dim3(few_threads(k)), few_shared(k, form < 9 ? 4 : 8, wide), layer, xb.data(), out.data(), rows, n, k);
+            } else {
 #ifdef CUDA_SHIM
                 continue;
 #else
                 if (kernels.g != 128) continue;
-                int block = form == 4 ? 64 : 128;
+                int block = form == 11 ? 64 : 64 * (form - 3), slices = (k + 511) / 512;
                 Buffer<u32> xw(size_t(padded_rows) * padded / 2);
                 LAUNCH(rows_to_bf16_wgmma, dim3((padded / 8 + 127) / 128, padded_rows), dim3(128), 0, device.data(), xw.data(), rows, k, block);
-                LAUNCH(form == 4 ? linear_w4a16_g128_wgmma64 : linear_w4a16_g128_wgmma128, dim3((rows + block - 1) / block, (n + 127) / 128), dim3(256), form == 4 ? wgmma_shared_bytes<64, 7>() : wgmma_shared_bytes<128, 7>(), layer, (const u8*)xw.data(), out.data(), rows, n, k);
+                LAUNCH(form == 4 ? linear_w4a16_g128_wgmma64 : form == 5 ? linear_w4a16_g128_wgmma128 : form == 6 ? linear_w4a16_g128_wgmma192 : linear_w4a16_g128_wgmma64_split4, dim3((rows + block - 1) / block, (n + 127) / 128, form == 11 ? 4 : 1), dim3(256), form == 4 ? wgmma_shared_bytes<64, 9, 1>(slices) : form == 5 ? wgmma_shared_bytes<128, 9, 1>(slices) : form == 6 ? wgmma_shared_bytes<192, 5, 1>(slices) : wgmma_shared_bytes<64, 9, 4>(slices), layer, (const u8*)xw.data(), out.data(), rows, n, k);
                 finish();
 #endif
             }

@@ -31,9 +31,15 @@ template <class T> struct Buffer {
     void poison() { CHECK(cudaMemset(memory, 0xff, count * sizeof(T))); }
 };
 inline cudaStream_t lab_stream = nullptr;
+/// Launch so that a kernel may start while the one before it ends (kernels that wait for it themselves).
+inline bool lab_overlap = false;
 template <class... P, class... A> void launch_on_card(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, A... arguments) {
     CHECK(cudaFuncSetAttribute((const void*)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
-    kernel<<<grid, block, shared, lab_stream>>>(static_cast<P>(arguments)...);
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization; attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid; config.blockDim = block; config.dynamicSmemBytes = shared; config.stream = lab_stream; config.attrs = &attribute; config.numAttrs = lab_overlap ? 1 : 0;
+    CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...));
     CHECK(cudaGetLastError());
 }
 #define LAUNCH(kernel, grid, block, shared, ...) launch_on_card(kernel, grid, block, shared, __VA_ARGS__)

@@ -1,6 +1,7 @@
 // The lab on a card: `lab check` (each kernel against the host's truth), `lab quick` (a few small ones, for compute-sanitizer),
 // `lab bench OUT.jsonl` (timings: a graph of launches that rotate over more data than the second cache holds; median of replays).
 #include "../linear_integer.cu"
+#include "../linear_integer_wgmma.cu"
 #include "../linear_bf16.cu"
 #include "../linear_bf16_wgmma.cu"
 #include "../attention.cu"
@@ -82,35 +83,48 @@ struct BenchLayer {
     double bytes(int rows, double activation_bytes) const { return double(n) * k * bits / 8 + scale_count * 2.0 + rows * (k * activation_bytes + n * 4.0); }
 };
 
-static void bench_few(bool wide) {
+static void bench_few() {
     struct Shape { int n, k; };
     std::vector<Shape> shapes = {{8192, 8192}, {4096, 4096}, {6144, 4096}, {28672, 4096}, {4096, 14336}};
+    auto& kernels = bf16_kernels[2];
     for (auto s : shapes) {
         auto x = normal_buffer(size_t(128) * s.k);
         Buffer<U4> xb(size_t(128) * s.k / 8);
         LAUNCH(rows_to_bf16, dim3((s.k / 8 + 127) / 128, 128), dim3(128), 0, x.data(), xb.data(), 128, s.k);
-        Buffer<float> out(size_t(16) * s.n);
-        {
-            BenchLayer layer(s.n, s.k, 128, 4);
-            for (int warps : {8, 4})
-                for (int rows : {1, 2, 4, 8, 16}) {
-                    if (warps == 4 && !(wide && (rows == 1 || rows == 16))) continue;
-                    int rt = rows > 8 ? 2 : 1;
-                    double us = time_us([&](int i) { LAUNCH(rt == 2 ? linear_w4a16_g128_rows2 : linear_w4a16_g128_rows1, dim3(s.n / 16), dim3(32 * warps), few_shared(s.k, rt), layer.int4(i), xb.data(), out.data(), rows, s.n, s.k); }, layer.copies, 15);
-                    emit("w4a16_g128", warps == 8 ? "few" : "few, 4 warps", rows, s.n, s.k, us, layer.bytes(rows, 2), 2.0 * rows * s.n * s.k);
-                }
-        }
+        Buffer<float> out(size_t(128) * s.n);
+        BenchLayer layer(s.n, s.k, 128, 4);
+        char what[60];
+        for (int overlap : {0, 1})
+            for (int rows : {1, 2, 4, 8, 16, 32, 64})
+                for (int tiles : {1, 2})
+                    for (int warps : {4, 8}) {
+                        if (s.n != 8192 && rows != 1 && rows != 16 && rows != 64) continue;
+                        if (warps == 4 && rows > 16) continue;
+                        int rt = (rows + 7) / 8;
+                        Bf16Kernel kernel = rt <= 2 ? (tiles == 1 ? kernels.t1 : kernels.t2)[rt - 1] : kernels.more[(rt == 8 ? 2 : 0) + tiles - 1];
+                        lab_overlap = overlap;
+                        double us = time_us([&](int i) { LAUNCH(kernel, dim3(s.n / 16 / tiles), dim3(32 * warps), few_shared(s.k, rt, tiles), layer.int4(i), xb.data(), out.data(), rows, s.n, s.k); }, layer.copies, 15);
+                        lab_overlap = false;
+                        snprintf(what, sizeof what, "few, %d tiles, %d warps%s", tiles, warps, overlap ? ", overlapped" : "");
+                        emit("w4a16_g128", what, rows, s.n, s.k, us, layer.bytes(rows, 2), 2.0 * rows * s.n * s.k);
+                    }
         for (auto& kernels : integer_kernels) {
-            if (kernels.g == 64 || (kernels.g == 128 && kernels.bits == 8) || (!wide && kernels.minimum)) continue;
+            if (kernels.g == 64 || (kernels.g == 128 && kernels.bits == 8)) continue;
             BenchLayer layer(s.n, s.k, kernels.g, kernels.bits);
             DeviceRows q(kernels, x, 16, s.k);
-            for (int rows : {1, 4, 8, 16}) {
-                if (rows == 4 && !wide) continue;
-                int rt = rows > 8 ? 2 : 1;
-                double us = time_us([&](int i) { LAUNCH(rt == 2 ? kernels.two : kernels.one, dim3(s.n / 16), dim3(few_threads(s.k)), few_shared(s.k, rt), layer.integer(i), q.view(), out.data(), rows, s.n, s.k); }, layer.copies, 15);
-                char name[40]; snprintf(name, sizeof name, "w%da8%s_g%d", kernels.bits, kernels.minimum ? "m" : "", kernels.g);
-                emit(name, "few", rows, s.n, s.k, us, layer.bytes(rows, 1) + (kernels.minimum ? layer.scale_count * 2.0 : 0), 2.0 * rows * s.n * s.k);
-            }
+            for (int overlap : {0, 1})
+                for (int tiles : {1, 2})
+                    for (int rows : {1, 8, 16}) {
+                        if (overlap && rows == 8) continue;
+                        if (s.n != 8192 && tiles == 2) continue;
+                        int rt = rows > 8 ? 2 : 1;
+                        lab_overlap = overlap;
+                        double us = time_us([&](int i) { LAUNCH((tiles == 1 ? kernels.t1 : kernels.t2)[rt - 1], dim3(s.n / 16 / tiles), dim3(few_threads(s.k)), few_shared(s.k, rt, tiles), layer.integer(i), q.view(), out.data(), rows, s.n, s.k); }, layer.copies, 15);
+                        lab_overlap = false;
+                        char name[40]; snprintf(name, sizeof name, "w%da8%s_g%d", kernels.bits, kernels.minimum ? "m" : "", kernels.g);
+                        snprintf(what, sizeof what, "few, %d tiles%s", tiles, overlap ? ", overlapped" : "");
+                        emit(name, what, rows, s.n, s.k, us, layer.bytes(rows, 1) + (kernels.minimum ? layer.scale_count * 2.0 : 0), 2.0 * rows * s.n * s.k);
+                    }
         }
     }
 }
@@ -127,10 +141,18 @@ static void bench_grouped() {
         for (int i = 0; i < blocks; i++) { layers.push_back(layer.int4(i)); rows.push_back(xb.data() + size_t(i) * k); }
         Buffer<Int4Layer> layers_device(layers); Buffer<const U4*> rows_device(rows);
         LAUNCH(rows_to_bf16, dim3((k / 8 + 127) / 128, 8 * blocks), dim3(128), 0, x.data(), xb.data(), 8 * blocks, k);
-        double us = time_us([&](int) { LAUNCH(linear_w4a16_g128_rows1_grouped, dim3(n / 16, blocks), dim3(256), few_shared(k, 1), layers_device.data(), rows_device.data(), outs_device.data(), 1, n, k); }, 1, 200);
-        emit("w4a16_g128", "grouped 64 x 1 row", 1, n, k, us, blocks * layer.bytes(1, 2), 2.0 * blocks * n * k);
-        us = time_us([&](int i) { LAUNCH(linear_w4a16_g128_rows1, dim3(n / 16), dim3(256), few_shared(k, 1), layer.int4(i), xb.data(), out.data(), 1, n, k); }, blocks, 10);
-        emit("w4a16_g128", "64 launches x 1 row, each", 1, n, k, us, layer.bytes(1, 2), 2.0 * n * k);
+        for (int tiles : {1, 2})
+            for (int warps : {4, 8}) {
+                double us = time_us([&](int) { LAUNCH(bf16_kernels[2].grouped[tiles - 1], dim3(n / 16 / tiles, blocks), dim3(32 * warps), few_shared(k, 1, tiles), layers_device.data(), rows_device.data(), outs_device.data(), 1, n, k); }, 1, 200);
+                char what[60]; snprintf(what, sizeof what, "grouped 64 x 1 row, %d tiles, %d warps", tiles, warps);
+                emit("w4a16_g128", what, 1, n, k, us, blocks * layer.bytes(1, 2), 2.0 * blocks * n * k);
+            }
+        for (int overlap : {0, 1}) {
+            lab_overlap = overlap;
+            double us = time_us([&](int i) { LAUNCH(linear_w4a16_g128_rows1_t1, dim3(n / 16), dim3(256), few_shared(k, 1, 1), layer.int4(i), xb.data(), out.data(), 1, n, k); }, blocks, 10);
+            lab_overlap = false;
+            emit("w4a16_g128", overlap ? "64 launches x 1 row, each, overlapped" : "64 launches x 1 row, each", 1, n, k, us, layer.bytes(1, 2), 2.0 * n * k);
+        }
     }
     {
         auto& kernels = integer_kernels[0];
@@ -139,7 +161,7 @@ static void bench_grouped() {
         std::vector<IntegerLayer> layers; std::vector<QuantisedRows> rows;
         for (int i = 0; i < blocks; i++) { layers.push_back(layer.integer(i)); rows.push_back({(const U4*)q.xq.data() + size_t(i) * k / 2, q.xs.data() + size_t(i) * k / 4, q.xa.data() + size_t(i) * k / 4}); }
         Buffer<IntegerLayer> layers_device(layers); Buffer<QuantisedRows> rows_device(rows);
-        double us = time_us([&](int) { LAUNCH(kernels.grouped, dim3(n / 16, blocks), dim3(256), few_shared(k, 1), layers_device.data(), rows_device.data(), outs_device.data(), 1, n, k); }, 1, 200);
+        double us = time_us([&](int) { LAUNCH(kernels.grouped, dim3(n / 16, blocks), dim3(256), few_shared(k, 1, 1), layers_device.data(), rows_device.data(), outs_device.data(), 1, n, k); }, 1, 200);
         emit("w4a8_g32", "grouped 64 x 1 row", 1, n, k, us, blocks * layer.bytes(1, 1), 2.0 * blocks * n * k);
     }
 }
@@ -147,25 +169,35 @@ static void bench_many() {
     struct Shape { int n, k; };
     std::vector<Shape> shapes = {{8192, 8192}, {4096, 4096}};
     for (auto s : shapes) {
-        const int most = 4096;
+        const int most = 4224;
         auto x = normal_buffer(size_t(most) * s.k);
         Buffer<float> out(size_t(most) * s.n);
         BenchLayer layer(s.n, s.k, 128, 4), layer32(s.n, s.k, 32, 4), layer8(s.n, s.k, 32, 8, 4);
-        Buffer<U4> xb(size_t(most) * s.k / 8), xw64(size_t(most) * s.k / 8), xw128(size_t(most) * s.k / 8);
+        Buffer<U4> xb(size_t(most) * s.k / 8), xw64(size_t(most) * s.k / 8), xw128(size_t(most) * s.k / 8), xw192(size_t(most) * s.k / 8);
         LAUNCH(rows_to_bf16, dim3((s.k / 8 + 127) / 128, most), dim3(128), 0, x.data(), xb.data(), most, s.k);
         LAUNCH(rows_to_bf16_wgmma, dim3((s.k / 8 + 127) / 128, most), dim3(128), 0, x.data(), (u32*)xw64.data(), most, s.k, 64);
         LAUNCH(rows_to_bf16_wgmma, dim3((s.k / 8 + 127) / 128, most), dim3(128), 0, x.data(), (u32*)xw128.data(), most, s.k, 128);
+        LAUNCH(rows_to_bf16_wgmma, dim3((s.k / 8 + 127) / 128, most), dim3(128), 0, x.data(), (u32*)xw192.data(), most, s.k, 192);
         DeviceRows q32(integer_kernels[0], x, most, s.k), q128(integer_kernels[6], x, most, s.k);
+        Buffer<u8> w32(size_t(most) * s.k), w128(size_t(most) * s.k); Buffer<float> w32s(size_t(most) * s.k / 32), w128s(size_t(most) * s.k / 128), sums(size_t(most) * s.k / 32);
+        LAUNCH(integer_kernels[0].quantise_wgmma, dim3(s.k / 32 / 8, most), dim3(256), 0, x.data(), w32.data(), w32s.data(), sums.data(), most, s.k);
+        LAUNCH(integer_kernels[6].quantise_wgmma, dim3((s.k / 128 + 7) / 8, most), dim3(256), 0, x.data(), w128.data(), w128s.data(), sums.data(), most, s.k);
         for (int rows : {16, 32, 64, 128, 256, 512, 1024, 2048, 4096}) {
             if (s.n == 4096 && rows != 64 && rows != 1024 && rows != 4096) continue;
             double work = 2.0 * rows * s.n * s.k, guess = std::max(20.0, work / 300e6);
-            dim3 grid((s.n + 127) / 128, (rows + 63) / 64);
-            emit("w4a16_g128", "mma.sync", rows, s.n, s.k, time_us([&](int i) { LAUNCH(linear_w4a16_g128_many, grid, dim3(256), many_bf16_shared(), layer.int4(i), xb.data(), out.data(), rows, s.n, s.k); }, layer.copies, guess), layer.bytes(rows, 2), work);
-            emit("w4a16_g128", "wgmma64", rows, s.n, s.k, time_us([&](int i) { LAUNCH(linear_w4a16_g128_wgmma64, dim3((rows + 63) / 64, s.n / 128), dim3(256), 8 * 8192 + 128, layer.int4(i), (const u8*)xw64.data(), out.data(), rows, s.n, s.k); }, layer.copies, guess), layer.bytes(rows, 2), work);
-            emit("w4a16_g128", "wgmma128", rows, s.n, s.k, time_us([&](int i) { LAUNCH(linear_w4a16_g128_wgmma128, dim3((rows + 127) / 128, s.n / 128), dim3(256), 6 * 16384 + 128, layer.int4(i), (const u8*)xw128.data(), out.data(), rows, s.n, s.k); }, layer.copies, guess), layer.bytes(rows, 2), work);
-            emit("w4a8_g32", "many", rows, s.n, s.k, time_us([&](int i) { LAUNCH(linear_4s_g32_many, grid, dim3(256), many_integer_shared(false, 32), layer32.integer(i), q32.view(), out.data(), rows, s.n, s.k); }, layer32.copies, guess), layer32.bytes(rows, 1), work);
-            emit("w4a8_g128", "many", rows, s.n, s.k, time_us([&](int i) { LAUNCH(linear_4s_g128_many, grid, dim3(256), many_integer_shared(false, 128), layer.integer(i), q128.view(), out.data(), rows, s.n, s.k); }, layer.copies, guess), layer.bytes(rows, 1), work);
-            emit("w8a8_g32", "many", rows, s.n, s.k, time_us([&](int i) { LAUNCH(linear_8s_g32_many, grid, dim3(256), many_integer_shared(false, 32), layer8.integer(i), q32.view(), out.data(), rows, s.n, s.k); }, layer8.copies, guess), layer8.bytes(rows, 1), work);
+            dim3 grid((s.n + 127) / 128, (rows + 127) / 128);
+            emit("w4a16_g128", "mma.sync", rows, s.n, s.k, time_us([&](int i) { LAUNCH(linear_w4a16_g128_many, grid, dim3(256), many_bf16_shared(128), layer.int4(i), xb.data(), out.data(), rows, s.n, s.k); }, layer.copies, guess), layer.bytes(rows, 2), work);
+            emit("w4a16_g128", "wgmma64", rows, s.n, s.k, time_us([&](int i) { LAUNCH(linear_w4a16_g128_wgmma64, dim3((rows + 63) / 64, s.n / 128), dim3(256), wgmma_shared_bytes<64, 9, 1>(s.k / 512), layer.int4(i), (const u8*)xw64.data(), out.data(), rows, s.n, s.k); }, layer.copies, guess), layer.bytes(rows, 2), work);
+            emit("w4a16_g128", "wgmma128", rows, s.n, s.k, time_us([&](int i) { LAUNCH(linear_w4a16_g128_wgmma128, dim3((rows + 127) / 128, s.n / 128), dim3(256), wgmma_shared_bytes<128, 9, 1>(s.k / 512), layer.int4(i), (const u8*)xw128.data(), out.data(), rows, s.n, s.k); }, layer.copies, guess), layer.bytes(rows, 2), work);
+            emit("w4a16_g128", "wgmma192", rows, s.n, s.k, time_us([&](int i) { LAUNCH(linear_w4a16_g128_wgmma192, dim3((rows + 191) / 192, s.n / 128), dim3(256), wgmma_shared_bytes<192, 5, 1>(s.k / 512), layer.int4(i), (const u8*)xw192.data(), out.data(), rows, s.n, s.k); }, layer.copies, guess), layer.bytes(rows, 2), work);
+            if (rows <= 256)
+                emit("w4a16_g128", "wgmma64, K over 4 ctas", rows, s.n, s.k, time_us([&](int i) { LAUNCH(linear_w4a16_g128_wgmma64_split4, dim3((rows + 63) / 64, s.n / 128, 4), dim3(256), wgmma_shared_bytes<64, 9, 4>(s.k / 512), layer.int4(i), (const u8*)xw64.data(), out.data(), rows, s.n, s.k); }, layer.copies, guess), layer.bytes(rows, 2), work);
+            emit("w4a8_g32", "wgmma", rows, s.n, s.k, time_us([&](int i) { LAUNCH(integer_kernels[0].wgmma, dim3((rows + 127) / 128, s.n / 128), dim3(256), wgmma_integer_shared(32), layer32.integer(i), w32.data(), w32s.data(), out.data(), rows, s.n, s.k); }, layer32.copies, guess), layer32.bytes(rows, 1), work);
+            emit("w4a8_g128", "wgmma", rows, s.n, s.k, time_us([&](int i) { LAUNCH(integer_kernels[6].wgmma, dim3((rows + 127) / 128, s.n / 128), dim3(256), wgmma_integer_shared(128), layer.integer(i), w128.data(), w128s.data(), out.data(), rows, s.n, s.k); }, layer.copies, guess), layer.bytes(rows, 1), work);
+            emit("w8a8_g32", "wgmma", rows, s.n, s.k, time_us([&](int i) { LAUNCH(integer_kernels[2].wgmma, dim3((rows + 127) / 128, s.n / 128), dim3(256), wgmma_integer_shared(32), layer8.integer(i), w32.data(), w32s.data(), out.data(), rows, s.n, s.k); }, layer8.copies, guess), layer8.bytes(rows, 1), work);
+            emit("w4a8_g32", "many", rows, s.n, s.k, time_us([&](int i) { LAUNCH(linear_4s_g32_many, grid, dim3(256), many_integer_shared(4, false, 32), layer32.integer(i), q32.view(), out.data(), rows, s.n, s.k); }, layer32.copies, guess), layer32.bytes(rows, 1), work);
+            emit("w4a8_g128", "many", rows, s.n, s.k, time_us([&](int i) { LAUNCH(linear_4s_g128_many, grid, dim3(256), many_integer_shared(4, false, 128), layer.integer(i), q128.view(), out.data(), rows, s.n, s.k); }, layer.copies, guess), layer.bytes(rows, 1), work);
+            emit("w8a8_g32", "many", rows, s.n, s.k, time_us([&](int i) { LAUNCH(linear_8s_g32_many, grid, dim3(256), many_integer_shared(8, false, 32), layer8.integer(i), q32.view(), out.data(), rows, s.n, s.k); }, layer8.copies, guess), layer8.bytes(rows, 1), work);
         }
     }
 }
@@ -237,7 +269,7 @@ static int check(bool quick) {
     for (auto& kernels : integer_kernels) {
         if (quick && !(kernels.g == 32 || (kernels.g == 128 && kernels.bits == 4))) continue;
         check_quantise(kernels, 9, quick ? 576 : 4096 + 64);
-        if (quick) { check_integer(kernels, 48, 576, {1, 11, 70}); continue; }
+        if (quick) { check_integer(kernels, 48, 576, {1, 11, 70}); check_integer(kernels, 48, 1024, {2}); continue; }
         check_integer(kernels, 1040, 4096, {1, 2, 8, 9, 16, 17, 64, 65, 200});
         check_integer(kernels, 200, 576, {1, 3, 16, 130});
         if (kernels.g == 32) check_integer(kernels, 512, 14336, {1, 16, 257});
@@ -249,8 +281,9 @@ static int check(bool quick) {
     }
     for (auto& kernels : bf16_kernels) {
         check_bf16(kernels, 48, 576, {1, 11, 70}, true);
+        check_bf16(kernels, 48, 1024, {2, 40}, true);
         if (quick) continue;
-        check_bf16(kernels, 1040, 4096, {1, 2, 7, 8, 9, 16, 17, 64, 65, 129, 300}, false);
+        check_bf16(kernels, 1040, 4096, {1, 2, 7, 8, 9, 16, 17, 32, 33, 64, 65, 129, 300}, false);
         check_bf16(kernels, 256, 14336, {1, 16, 200}, false);
         check_bf16(kernels, 200, 1088, {5, 140}, false);
     }
@@ -268,19 +301,22 @@ static void profile() {
     LAUNCH(rows_to_bf16, dim3((k / 8 + 127) / 128, rows), dim3(128), 0, x.data(), xb.data(), rows, k);
     LAUNCH(rows_to_bf16_wgmma, dim3((k / 8 + 127) / 128, rows), dim3(128), 0, x.data(), (u32*)xw.data(), rows, k, 128);
     DeviceRows q32(integer_kernels[0], x, rows, k);
-    LAUNCH(linear_w4a16_g128_rows1, dim3(n / 16), dim3(256), few_shared(k, 1), layer.int4(0), xb.data(), out.data(), 1, n, k);
-    LAUNCH(linear_w4a16_g128_rows2, dim3(n / 16), dim3(256), few_shared(k, 2), layer.int4(1), xb.data(), out.data(), 16, n, k);
-    LAUNCH(linear_4s_g32_rows1, dim3(n / 16), dim3(256), few_shared(k, 1), layer32.integer(0), q32.view(), out.data(), 1, n, k);
-    LAUNCH(linear_w4a16_g128_many, dim3(n / 128, rows / 64), dim3(256), many_bf16_shared(), layer.int4(0), xb.data(), out.data(), rows, n, k);
-    LAUNCH(linear_w4a16_g128_wgmma128, dim3(rows / 128, n / 128), dim3(256), 6 * 16384 + 128, layer.int4(0), (const u8*)xw.data(), out.data(), rows, n, k);
-    LAUNCH(linear_4s_g32_many, dim3(n / 128, rows / 64), dim3(256), many_integer_shared(false, 32), layer32.integer(0), q32.view(), out.data(), rows, n, k);
+    LAUNCH(linear_w4a16_g128_rows1_t2, dim3(n / 32), dim3(256), few_shared(k, 1, 2), layer.int4(0), xb.data(), out.data(), 1, n, k);
+    LAUNCH(linear_w4a16_g128_rows2_t2, dim3(n / 32), dim3(256), few_shared(k, 2, 2), layer.int4(1), xb.data(), out.data(), 16, n, k);
+    LAUNCH(linear_4s_g32_rows1_t1, dim3(n / 16), dim3(256), few_shared(k, 1, 1), layer32.integer(0), q32.view(), out.data(), 1, n, k);
+    LAUNCH(linear_w4a16_g128_many, dim3(n / 128, rows / 128), dim3(256), many_bf16_shared(128), layer.int4(0), xb.data(), out.data(), rows, n, k);
+    LAUNCH(linear_w4a16_g128_wgmma128, dim3(rows / 128, n / 128), dim3(256), wgmma_shared_bytes<128, 9, 1>(k / 512), layer.int4(0), (const u8*)xw.data(), out.data(), rows, n, k);
+    Buffer<u8> w32(size_t(rows) * k); Buffer<float> w32s(size_t(rows) * k / 32), sums(size_t(rows) * k / 32);
+    LAUNCH(integer_kernels[0].quantise_wgmma, dim3(k / 32 / 8, rows), dim3(256), 0, x.data(), w32.data(), w32s.data(), sums.data(), rows, k);
+    LAUNCH(linear_4s_g32_wgmma, dim3(rows / 128, n / 128), dim3(256), wgmma_integer_shared(32), layer32.integer(0), w32.data(), w32s.data(), out.data(), rows, n, k);
+    LAUNCH(linear_4s_g32_many, dim3(n / 128, rows / 128), dim3(256), many_integer_shared(4, false, 32), layer32.integer(0), q32.view(), out.data(), rows, n, k);
     const int batch = 32, context = 4096, slots = batch * context / 16;
     auto keys = random_bf16(size_t(slots) * 8 * 16 * 128), values = random_bf16(size_t(slots) * 8 * 16 * 128);
     auto q = normal_buffer(size_t(batch) * 32 * 128);
     std::vector<u32> tables; for (int i = 0; i < slots; i++) tables.push_back(u32(i * 7919ll % slots));
     Buffer<u32> tables_device(tables); Buffer<int> at(std::vector<int>(batch, context - 1));
     DecodeShape shape = {8, context / 16, 0, 0.0883883f, 0.0f, 4};
-    LAUNCH(decode_d128_h4_w4, dim3(8, batch), dim3(128), decode_kernels[0].shared, q.data(), keys.data(), values.data(), tables_device.data(), at.data(), out.data(), shape);
+    LAUNCH(decode_d128_h4_w6, dim3(8, batch), dim3(192), decode_kernels[2].shared, q.data(), keys.data(), values.data(), tables_device.data(), at.data(), out.data(), shape);
     finish();
 }
 
@@ -290,7 +326,7 @@ int main(int count, char** args) {
     if (mode == "profile") { profile(); return 0; }
     results = fopen(args[2], "w");
     double begin = seconds();
-    bench_ceilings(); bench_few(true); bench_grouped(); bench_decode(); bench_many();
+    bench_ceilings(); bench_few(); bench_grouped(); bench_decode(); bench_many();
     printf("bench: %.1f s\n", seconds() - begin);
     fclose(results);
     return 0;
