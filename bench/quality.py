@@ -29,7 +29,7 @@ def main(folder: Path) -> int:
     theirs_file = folder / "llama.json"
     theirs = json.loads(theirs_file.read_text()) if theirs_file.exists() else None
     print(f"Ashlar {ours['version']} at {ours['commit']}{', ' + theirs['peer'] if theirs else ''}; {ours['device']}; {ours['machine']}")
-    print(f"text {ours['text_blake3'][:12]}; keys and values {ours.get('kv_format', 'f32')}")
+    print(f"text {ours['text_blake3'][:12]}; keys and values {ours.get('kv_format', 'f32')}; bf16 weights from {ours.get('bf16_compute', 'f32')} activations")
     print(f"{f32['rows']} predictions in {ours['windows']} windows of {ours['window_tokens']} tokens; perplexity ± {f32['perplexity_standard_error']:.2f}")
     print("| form | MB | perplexity | ln of its ratio to f32, % | mean KL | median KL | KL, 99th percentile | same top, % |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")

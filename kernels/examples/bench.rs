@@ -1,20 +1,17 @@
-//! Prints the machine's ceilings and the linear layers' shares. Arguments: threads, instruction set (avx512, avx-vnni,
-//! avx2 or scalar), a format, `NxK`, rows; `-` stands for all.
+//! Prints the machine's ceilings and the linear layers' shares. Arguments: threads, instruction set (avx512-bf16, avx512, avx-vnni,
+//! avx2 or scalar), a format, `NxK`, rows, and what bf16 weights are computed from (f32 or bf16); `-` stands for all.
 
 use ashlar_kernels::bench::{BenchOptions, linear};
 use ashlar_kernels::cpu::{Cpu, CpuOptions, Isa, probe};
-use ashlar_kernels::ops::Ops;
+use ashlar_kernels::ops::{Bf16Compute, Ops};
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let argument = |index: usize| arguments.get(index).map(String::as_str).filter(|text| *text != "-");
-    let isa = argument(1).map(|name| match name {
-        "avx512" => Isa::Avx512Vnni,
-        "avx-vnni" => Isa::AvxVnni,
-        "avx2" => Isa::Avx2,
-        _ => Isa::Scalar,
-    });
-    let cpu = Cpu::new(CpuOptions { threads: argument(0).map_or(0, |text| text.parse().expect("a number of threads")), isa });
+    let isa = argument(1).map(|name| name.parse::<Isa>().expect("an instruction set"));
+    let bf16_compute = argument(5).map_or(Bf16Compute::F32, |name| name.parse().expect("f32 or bf16"));
+    let threads = argument(0).map_or(0, |text| text.parse().expect("a number of threads"));
+    let cpu = Cpu::new(CpuOptions { threads, isa, bf16_compute });
     let mut options = BenchOptions::default();
     if let Some(text) = argument(2) {
         options.dtypes = text.split(',').map(|name| name.parse().expect("a format")).collect();

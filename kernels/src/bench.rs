@@ -11,7 +11,7 @@ use std::time::Duration;
 use crate::cpu::probe::{Ceilings, best_seconds};
 use crate::cpu::{Buffer, Cpu, Linear};
 use crate::format::{Dtype, TensorView, quantise};
-use crate::ops::{Ops, PackError};
+use crate::ops::{Bf16Compute, Ops, PackError};
 
 /// What to measure.
 #[derive(Debug, Clone)]
@@ -103,7 +103,11 @@ impl Layer {
         let seconds = best_seconds(options.budget, || (0..calls).for_each(|_| rows.apply(cpu, layers.next()))) / calls as f64;
         let bytes_per_second = layer_bytes as f64 / seconds;
         let ops_per_second = (2 * row_count * inputs * outputs) as f64 / seconds;
-        let peak = if dtype.group().is_some() { ceilings.int8_ops_per_second } else { ceilings.f32_ops_per_second };
+        let peak = match dtype {
+            Dtype::Bf16 if cpu.bf16_compute() == Bf16Compute::Bf16 => ceilings.bf16_ops_per_second,
+            _ if dtype.group().is_some() => ceilings.int8_ops_per_second,
+            _ => ceilings.f32_ops_per_second,
+        };
         let share = if row_count == 1 { bytes_per_second / ceilings.read_bytes_per_second } else { ops_per_second / peak };
         Ok(Cell { dtype: *dtype, outputs, inputs, row_count, seconds, bytes_per_second, ops_per_second, share })
     }
@@ -163,12 +167,13 @@ impl fmt::Display for Cell {
 
 impl fmt::Display for Ceilings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { read_bytes_per_second, f32_ops_per_second, int8_ops_per_second } = self;
+        let Self { read_bytes_per_second, f32_ops_per_second, bf16_ops_per_second, int8_ops_per_second } = self;
         write!(
             f,
-            "read {:.1} GB/s, f32 fma {:.0} GFLOP/s, int8 dot {:.0} GOP/s",
+            "read {:.1} GB/s, f32 fma {:.0} GFLOP/s, bf16 pairs {:.0} GFLOP/s, int8 dot {:.0} GOP/s",
             read_bytes_per_second / 1e9,
             f32_ops_per_second / 1e9,
+            bf16_ops_per_second / 1e9,
             int8_ops_per_second / 1e9
         )
     }

@@ -15,12 +15,15 @@ mod lanes;
 mod linear;
 mod linear_float;
 mod linear_integer;
+mod linear_pairs;
 mod math;
 mod memory;
 mod norm;
 mod pack;
+mod pairs;
 mod pool;
 pub mod probe;
+mod rounded;
 mod scalar;
 mod scales;
 mod segments;
@@ -37,7 +40,9 @@ pub use kv::Kv;
 pub use pack::Linear;
 
 use crate::format::{CodeRow, TensorView};
-use crate::ops::{Activation, AttentionShape, Columns, KvFormat, KvPlace, KvShape, LinearRun, NormKind, Ops, PackError, Query};
+use crate::ops::{
+    Activation, AttentionShape, Bf16Compute, Columns, KvFormat, KvPlace, KvShape, LinearRun, NormKind, Ops, PackError, Query,
+};
 use crate::reference::concatenate;
 use attention::{Attend, Attention, TILE};
 use elementwise::{Gate, Map, MapElements, Rope};
@@ -51,17 +56,20 @@ use segments::{Merge, Parts};
 use tiles::Tiles;
 
 /// How the backend is set up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct CpuOptions {
     /// Threads that compute, the calling one included; 0 means one for each core that this process may use.
     pub threads: usize,
     /// Instruction set; the best that the machine has if `None`.
     pub isa: Option<Isa>,
+    /// What layers with bf16 weights are computed from.
+    pub bf16_compute: Bf16Compute,
 }
 
 /// The CPU as a device.
 pub struct Cpu {
     proven: Proven,
+    bf16_compute: Bf16Compute,
     pool: Pool,
     /// Activation memory that no call uses right now.
     scratch: Mutex<Vec<Scratch>>,
@@ -79,12 +87,17 @@ impl Cpu {
             threads => threads,
         };
         let proven = Proven::new(options.isa.unwrap_or_else(Isa::detect));
-        Self { proven, pool: Pool::new(threads), scratch: Mutex::new(Vec::new()) }
+        Self { proven, bf16_compute: options.bf16_compute, pool: Pool::new(threads), scratch: Mutex::new(Vec::new()) }
     }
 
     /// The instruction set in use.
     pub fn isa(&self) -> Isa {
         self.proven.isa()
+    }
+
+    /// What layers with bf16 weights are computed from.
+    pub fn bf16_compute(&self) -> Bf16Compute {
+        self.bf16_compute
     }
 
     /// Threads in use, the caller's included.
@@ -215,13 +228,15 @@ impl Ops for Cpu {
 
     fn describe(&self) -> String {
         let isa = match self.isa() {
+            Isa::Avx512Bf16 => "avx512-bf16",
             Isa::Avx512Vnni => "avx512-vnni",
             Isa::AvxVnni => "avx-vnni",
             Isa::Avx2 => "avx2",
             Isa::Scalar => "scalar",
         };
         let threads = self.threads();
-        format!("cpu, {isa}, {threads} thread{}", if threads == 1 { "" } else { "s" })
+        let products = if self.bf16_compute == Bf16Compute::Bf16 { ", bf16 products" } else { "" };
+        format!("cpu, {isa}, {threads} thread{}{products}", if threads == 1 { "" } else { "s" })
     }
 
     fn rest(&self) {
@@ -233,7 +248,7 @@ impl Ops for Cpu {
     }
 
     fn linear(&self, parts: &[TensorView<'_>]) -> Result<Linear, PackError> {
-        Linear::new(&self.pool, parts)
+        Linear::new(&self.pool, parts, self.bf16_compute)
     }
 
     fn vector(&self, parts: &[TensorView<'_>]) -> Result<Buffer, PackError> {

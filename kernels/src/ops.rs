@@ -146,6 +146,55 @@ impl KvFormat {
     }
 }
 
+/// What layers with bf16 weights are computed from (docs/numerics.md, rules 2 and 9). A device has one for all its layers: results
+/// differ between the two.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Bf16Compute {
+    /// The activations as they are: rule 2.
+    #[default]
+    F32,
+    /// Activations rounded to bf16, two products at a time: rule 9.
+    Bf16,
+}
+
+impl std::fmt::Display for Bf16Compute {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl std::str::FromStr for Bf16Compute {
+    type Err = UnknownBf16Compute;
+
+    fn from_str(text: &str) -> Result<Self, UnknownBf16Compute> {
+        [Self::F32, Self::Bf16].into_iter().find(|compute| compute.name() == text).ok_or_else(|| UnknownBf16Compute(text.to_owned()))
+    }
+}
+
+/// The text names no way to compute bf16 weights.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{0}` is none of f32, bf16")]
+pub struct UnknownBf16Compute(String);
+
+impl Bf16Compute {
+    /// As settings spell it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+        }
+    }
+
+    /// The numeric class of a CPU that computes so (docs/numerics.md), the same on every instruction set.
+    pub fn cpu_class(self) -> &'static str {
+        match self {
+            Self::F32 => "cpu-v1",
+            Self::Bf16 => "cpu-v1+bf16-dot",
+        }
+    }
+}
+
 /// What all KV pages of a device have in common.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PageLayout {

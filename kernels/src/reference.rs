@@ -12,14 +12,19 @@ use std::sync::Arc;
 pub use crate::table::Table;
 
 use crate::format::{CodeRow, TensorView, dequantise};
-use crate::ops::{Activation, AttentionShape, Columns, KvPlace, KvShape, LinearRun, NormKind, Ops, PackError, Query};
+use crate::ops::{Activation, AttentionShape, Bf16Compute, Columns, KvPlace, KvShape, LinearRun, NormKind, Ops, PackError, Query};
 pub use attention::Kv;
 pub(crate) use linear::check_parts;
+#[cfg(test)]
+pub(crate) use linear::round_to_bf16;
 pub use linear::{Activations, Linear, quantise_activations};
 
 /// The scalar backend.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Reference;
+pub struct Reference {
+    /// What layers with bf16 weights are computed from.
+    pub bf16_compute: Bf16Compute,
+}
 
 impl Ops for Reference {
     type Buffer = Vec<f32>;
@@ -37,7 +42,7 @@ impl Ops for Reference {
     }
 
     fn linear(&self, parts: &[TensorView<'_>]) -> Result<Linear, PackError> {
-        Linear::new(parts)
+        Linear::new(parts, self.bf16_compute)
     }
 
     fn vector(&self, parts: &[TensorView<'_>]) -> Result<Vec<f32>, PackError> {

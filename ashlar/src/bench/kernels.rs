@@ -11,7 +11,7 @@ use ashlar_kernels::bench::claims::ClaimOptions;
 use ashlar_kernels::bench::{self, BenchOptions};
 use ashlar_kernels::cpu::{Cpu, CpuOptions, Isa, probe};
 use ashlar_kernels::format::Dtype;
-use ashlar_kernels::ops::Ops;
+use ashlar_kernels::ops::{Bf16Compute, Ops};
 use serde_json::{Value, json};
 
 use crate::devices::check_isa;
@@ -29,9 +29,12 @@ pub(crate) struct KernelsArgs {
     /// Threads [default: all cores]
     #[arg(long, default_value_t = 0, hide_default_value = true)]
     threads: usize,
-    /// Instruction set: avx512, avx-vnni, avx2 or scalar [default: the best that the machine has]
+    /// Instruction set: avx512-bf16, avx512, avx-vnni, avx2 or scalar [default: the best that the machine has]
     #[arg(long)]
     isa: Option<Isa>,
+    /// What layers with bf16 weights are computed from: f32 or bf16
+    #[arg(long, default_value = "f32")]
+    bf16_compute: Bf16Compute,
     /// Formats of weights, comma-separated: f32, bf16, int8g32, int4g32, q8_0, q4_1 and so on
     #[arg(long = "dtypes", value_delimiter = ',')]
     dtypes: Vec<String>,
@@ -71,9 +74,9 @@ fn measure(args: &KernelsArgs) -> anyhow::Result<()> {
     check_isa("--isa", args.isa)?;
     if let (true, Some(path)) = (args.full, &args.json) {
         let isas: Vec<Isa> = Isa::ALL.into_iter().filter(|one| args.isa.map_or(one.available(), |isa| isa == *one)).collect();
-        return full::run(path, args.commit.as_deref(), args.threads, &isas);
+        return full::run(path, args.commit.as_deref(), args.threads, &isas, args.bf16_compute);
     }
-    let cpu = Cpu::new(CpuOptions { threads: args.threads, isa: args.isa });
+    let cpu = Cpu::new(CpuOptions { threads: args.threads, isa: args.isa, bf16_compute: args.bf16_compute });
     println!("{}", cpu.describe());
     let ceilings = probe::ceilings(&cpu, options.rotate_bytes).context("probe the machine")?;
     println!("{ceilings}");
@@ -118,6 +121,7 @@ fn write_json(
         "ceilings": {
             "read_bytes_per_second": ceilings.read_bytes_per_second,
             "f32_ops_per_second": ceilings.f32_ops_per_second,
+            "bf16_ops_per_second": ceilings.bf16_ops_per_second,
             "int8_ops_per_second": ceilings.int8_ops_per_second,
         },
         "rotate_bytes": rotate_bytes,

@@ -8,7 +8,7 @@ use anyhow::{Context, ensure};
 use ashlar_executor::model::alone::Alone;
 use ashlar_executor::model::quality::{Mean, Quality, Tally, Windows};
 use ashlar_kernels::cpu::{Cpu, CpuOptions};
-use ashlar_kernels::ops::{KvFormat, Ops};
+use ashlar_kernels::ops::{Bf16Compute, KvFormat, Ops};
 use ashlar_router::text::tokenizer::Tokenizer;
 use ashlar_zoo::inspect::Shown;
 use ashlar_zoo::model_id::ModelId;
@@ -49,6 +49,9 @@ pub(crate) struct QualityArgs {
     /// How the models hold keys and values: f32, bf16 or int8. The baseline has f32
     #[arg(long, default_value = "f32")]
     kv_format: KvFormat,
+    /// What the models' layers with bf16 weights are computed from: f32 or bf16. The baseline's are computed from f32
+    #[arg(long, default_value = "f32")]
+    bf16_compute: Bf16Compute,
     /// Threads [default: all cores]
     #[arg(long, default_value_t = 0, hide_default_value = true)]
     threads: usize,
@@ -83,13 +86,14 @@ pub(crate) async fn run(args: QualityArgs) -> anyhow::Result<()> {
     cut.truncate(args.tokens.map_or(usize::MAX, |tokens| tokens / args.window));
     ensure!(!cut.is_empty(), "the text has {} tokens: less than a window of {}", tokens.len(), args.window);
 
-    let ops = Arc::new(Cpu::new(CpuOptions { threads: args.threads, isa: None }));
+    let options = CpuOptions { threads: args.threads, isa: None, bf16_compute: Bf16Compute::F32 };
+    let (exact, ops) = (Arc::new(Cpu::new(options)), Arc::new(Cpu::new(CpuOptions { bf16_compute: args.bf16_compute, ..options })));
     let mut candidates = Vec::new();
     for id in std::iter::once(&args.baseline).chain(&args.models) {
         let shown = zoo.show(id).await?;
         ensure!(shown.chain.context_tokens as usize >= args.window, "{id} has a context of {} tokens", shown.chain.context_tokens);
-        let kv_format = if candidates.is_empty() { KvFormat::F32 } else { args.kv_format };
-        let model = Alone::load(Arc::clone(&ops), &zoo, shown.name.chain, windows.limits(PAGE_TOKENS, kv_format))
+        let (kv_format, ops) = if candidates.is_empty() { (KvFormat::F32, &exact) } else { (args.kv_format, &ops) };
+        let model = Alone::load(Arc::clone(ops), &zoo, shown.name.chain, windows.limits(PAGE_TOKENS, kv_format))
             .await
             .with_context(|| format!("load {id}"))?;
         let vocab_of_baseline = candidates.first().map_or(model.vocab(), |baseline: &Candidate| baseline.model.vocab());
@@ -158,6 +162,7 @@ fn measure(
         "begin_token": windows.begin,
         "baseline": args.baseline.to_string(),
         "kv_format": args.kv_format.name(),
+        "bf16_compute": args.bf16_compute.name(),
         "models": reported,
     });
     std::fs::write(path, serde_json::to_string_pretty(&report)? + "\n").with_context(|| format!("write {}", path.display()))

@@ -10,7 +10,7 @@ use ashlar_executor::model::alone::AloneLimits;
 use ashlar_executor::model::block::LoadedBlock;
 use ashlar_executor::model::steps::Steps;
 use ashlar_kernels::cpu::{Cpu, CpuOptions, Isa, probe};
-use ashlar_kernels::ops::{KvFormat, Ops};
+use ashlar_kernels::ops::{Bf16Compute, KvFormat, Ops};
 use ashlar_kernels::timed::Timed;
 use ashlar_zoo::model_id::ModelId;
 use ashlar_zoo::store::Zoo;
@@ -39,7 +39,7 @@ pub(crate) struct StepArgs {
     /// Threads [default: all cores]
     #[arg(long, default_value_t = 0, hide_default_value = true)]
     threads: usize,
-    /// Instruction set: avx512, avx-vnni, avx2 or scalar [default: the best that the machine has]
+    /// Instruction set: avx512-bf16, avx512, avx-vnni, avx2 or scalar [default: the best that the machine has]
     #[arg(long)]
     isa: Option<Isa>,
     /// Tokens that each sequence has before a decode step
@@ -48,6 +48,9 @@ pub(crate) struct StepArgs {
     /// How keys and values are held: f32, bf16 or int8
     #[arg(long, default_value = "f32")]
     kv_format: KvFormat,
+    /// What layers with bf16 weights are computed from: f32 or bf16
+    #[arg(long, default_value = "f32")]
+    bf16_compute: Bf16Compute,
     /// Sequences of a decode step, comma-separated
     #[arg(long, value_delimiter = ',', default_values_t = [1, 16, 32])]
     decode: Vec<usize>,
@@ -92,7 +95,7 @@ pub(crate) async fn run(args: StepArgs) -> anyhow::Result<()> {
     };
     let zoo = Zoo::open_dir(&root).await?;
     let name = zoo.read_model(&args.model).await?;
-    let ops = Arc::new(Timed::new(Cpu::new(CpuOptions { threads: args.threads, isa: args.isa })));
+    let ops = Arc::new(Timed::new(Cpu::new(CpuOptions { threads: args.threads, isa: args.isa, bf16_compute: args.bf16_compute })));
     let mut blocks = Vec::new();
     for digest in zoo.read_chain(name.chain).await?.blocks {
         let mapped = zoo.map_block(digest).await?;
@@ -130,6 +133,7 @@ fn measure(args: &StepArgs, ops: Arc<Timed<Cpu>>, blocks: Vec<LoadedBlock<Timed<
         "model": args.model.to_string(),
         "context": args.context,
         "kv_format": args.kv_format.to_string(),
+        "bf16_compute": args.bf16_compute.to_string(),
         "read_bytes_per_second": bandwidth,
         "weight_bytes_of_a_step": steps.read_bytes(),
         "cells": reported,

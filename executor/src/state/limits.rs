@@ -67,7 +67,7 @@ impl Limits {
         self.hidden_rows_max as usize + (self.boundary_bytes / page_bytes) as usize * self.page_tokens as usize
     }
 
-    /// The numeric class of an executor whose device gives the bits of `device_class` with f32 KV: tokens differ between KV
+    /// The numeric class of an executor whose device is of `device_class` with f32 KV: tokens differ between KV
     /// formats, so a sequence must not move from one to another (docs/numerics.md).
     pub fn numeric_class(&self, device_class: &str) -> String {
         match self.kv_format {
@@ -118,5 +118,6 @@ mod tests {
         let classes = [KvFormat::F32, KvFormat::Bf16, KvFormat::Int8]
             .map(|kv_format| Limits { kv_format, ..Limits::default() }.numeric_class("cpu-v1"));
         assert_eq!(classes, ["cpu-v1", "cpu-v1+kv-bf16", "cpu-v1+kv-int8"]);
+        assert_eq!(Limits::default().numeric_class("cpu-v1+bf16-dot"), "cpu-v1+bf16-dot");
     }
 }

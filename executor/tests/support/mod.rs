@@ -55,5 +55,5 @@ pub(crate) fn argmax(row: &[f32]) -> u32 {
 
 /// The CPU backend with two threads.
 pub(crate) fn cpu() -> ashlar_kernels::cpu::Cpu {
-    ashlar_kernels::cpu::Cpu::new(ashlar_kernels::cpu::CpuOptions { threads: 2, isa: None })
+    ashlar_kernels::cpu::Cpu::new(ashlar_kernels::cpu::CpuOptions { threads: 2, ..Default::default() })
 }

@@ -21,6 +21,11 @@ device = {{ .Values.executor.device | quote }}
 {{ $key }} = {{ int64 $value }}
 {{- end }}
 {{- end }}
+{{- range $key, $value := dict "isa" .Values.executor.isa "kv_format" .Values.executor.kvFormat "bf16_compute" .Values.executor.bf16Compute }}
+{{- with $value }}
+{{ $key }} = {{ . | quote }}
+{{- end }}
+{{- end }}
 
 [log]
 filter = {{ .Values.log.filter | quote }}

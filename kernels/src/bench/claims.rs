@@ -7,10 +7,10 @@ use std::time::Duration;
 use super::attention::{Decode, Pages};
 use super::paired::{Estimate, alternate};
 use super::{Rotation, Rows, random_layer};
-use crate::cpu::probe::{Reader, int8_pass};
-use crate::cpu::{Cpu, Linear};
+use crate::cpu::probe::{Reader, bf16_pass, int8_pass};
+use crate::cpu::{Cpu, CpuOptions, Linear};
 use crate::format::Dtype;
-use crate::ops::{Columns, KvFormat, LinearRun, Ops, PackError};
+use crate::ops::{Bf16Compute, Columns, KvFormat, LinearRun, Ops, PackError};
 
 /// How long to measure, and how much memory to rotate through.
 #[derive(Debug, Clone, Copy)]
@@ -46,7 +46,7 @@ pub enum Claim {
     },
     /// Attention of a step of sequences that share nothing, at least [`ATTEND_SHARE`] of the read bandwidth.
     Attend(Decode),
-    /// Many rows, at least [`ROWS_SHARE`] of the int8 peak.
+    /// Many rows, at least [`ROWS_SHARE`] of the int8 peak; bf16 weights from bf16 activations, at least [`BF16_ROWS_SHARE`] of the bf16 peak.
     Rows {
         /// Whose gate and up layer.
         shapes: Shapes,
@@ -97,6 +97,8 @@ pub const RUNS: usize = 16;
 pub const ATTEND_SHARE: f64 = 0.70;
 /// Share of the int8 peak of many rows.
 pub const ROWS_SHARE: f64 = 0.50;
+/// Share of the bf16 peak of many rows.
+pub const BF16_ROWS_SHARE: f64 = 0.65;
 /// Time a row at one row more, over the time a row before.
 pub const ROW_COST: f64 = 1.15;
 /// Time of the chosen instruction set over that of the next lower one.
@@ -119,6 +121,7 @@ pub fn all() -> Vec<Claim> {
     for shapes in [SMOLLM2, QWEN, LLAMA] {
         claims.push(Claim::Rows { shapes, dtype: formats[0], row_count: 512 });
     }
+    claims.extend([64, 512].map(|row_count| Claim::Rows { shapes: QWEN, dtype: Dtype::Bf16, row_count }));
     for dtype in formats {
         claims.extend([8, 64, 96].map(|row_count| Claim::OneMoreRow { dtype, row_count }));
         claims.extend([1, 64].map(|row_count| Claim::Dispatch { dtype, row_count }));
@@ -142,6 +145,7 @@ impl Claim {
             Self::Decode { .. } => Bound::AtLeast(DECODE_SHARE),
             Self::Runs { .. } => Bound::AtLeast(RUNS_SHARE),
             Self::Attend(_) => Bound::AtLeast(ATTEND_SHARE),
+            Self::Rows { dtype: Dtype::Bf16, .. } => Bound::AtLeast(BF16_ROWS_SHARE),
             Self::Rows { .. } => Bound::AtLeast(ROWS_SHARE),
             Self::OneMoreRow { .. } => Bound::AtMost(ROW_COST),
             Self::Dispatch { .. } => Bound::AtMost(DISPATCH_COST),
@@ -191,12 +195,15 @@ impl Claim {
             }
             Self::Rows { shapes, dtype, row_count } => {
                 let (outputs, inputs) = shapes.layers[2];
+                let from_bf16 = CpuOptions { threads: cpu.threads(), isa: Some(cpu.isa()), bf16_compute: Bf16Compute::Bf16 };
+                let own = (dtype == Dtype::Bf16).then(|| Cpu::new(from_bf16));
+                let (cpu, pass): (&Cpu, fn(&Cpu) -> f64) = own.as_ref().map_or((cpu, int8_pass), |own| (own, bf16_pass));
                 let layer = random_layer(cpu, dtype, outputs, inputs)?;
                 let mut rows = Rows::new(cpu, row_count, inputs, outputs)?;
                 let ops = (2 * row_count * inputs * outputs) as f64;
-                let peak_ops = int8_pass(cpu);
+                let peak_ops = pass(cpu);
                 let share = |call: f64, peak: f64| (ops / call) / (peak_ops / peak);
-                alternate(&mut || rows.apply(cpu, &layer), &mut || _ = int8_pass(cpu), &share)
+                alternate(&mut || rows.apply(cpu, &layer), &mut || _ = pass(cpu), &share)
             }
             Self::OneMoreRow { dtype, row_count } => {
                 let (outputs, inputs) = SMOLLM2.layers[2];
@@ -223,7 +230,10 @@ impl fmt::Display for Claim {
             Self::Attend(Decode { format, rows, tokens, .. }) => {
                 write!(f, "{format} attention, {rows} x {tokens} tokens, of read bandwidth")
             }
-            Self::Rows { shapes, dtype, row_count } => write!(f, "{dtype} {} gate+up, {row_count} rows, of int8 peak", shapes.name),
+            Self::Rows { shapes, dtype, row_count } => {
+                let peak = if *dtype == Dtype::Bf16 { "bf16" } else { "int8" };
+                write!(f, "{dtype} {} gate+up, {row_count} rows, of {peak} peak", shapes.name)
+            }
             Self::OneMoreRow { dtype, row_count } => write!(f, "{dtype} {row_count}+1 rows, time a row over {row_count}"),
             Self::Dispatch { dtype, row_count } => {
                 write!(f, "{dtype} {row_count} row{}, time over the next lower instruction set", if *row_count == 1 { "" } else { "s" })
@@ -290,7 +300,7 @@ impl Block {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cpu::{CpuOptions, Isa};
+    use crate::cpu::Isa;
 
     #[test]
     fn the_list_has_at_most_sixty_cells_and_no_claim_twice() {
@@ -312,7 +322,7 @@ mod tests {
 
     #[test]
     fn a_claim_of_each_kind_is_measured() {
-        let cpu = |isa| Cpu::new(CpuOptions { threads: 1, isa });
+        let cpu = |isa| Cpu::new(CpuOptions { threads: 1, isa, ..CpuOptions::default() });
         let (here, lower) = (cpu(None), cpu(Some(Isa::Scalar)));
         let options = ClaimOptions { rounds: 1, budget: Duration::from_micros(1), rotate_bytes: 1 << 20 };
         let dtype = Dtype::Int4 { group: 32 };
@@ -321,6 +331,7 @@ mod tests {
             Claim::Runs { dtype },
             Claim::Attend(Decode { heads: 2, kv_heads: 1, head_dim: 8, format: KvFormat::Int8, rows: 2, tokens: 17 }),
             Claim::Rows { shapes: SMOLLM2, dtype, row_count: 2 },
+            Claim::Rows { shapes: SMOLLM2, dtype: Dtype::Bf16, row_count: 2 },
             Claim::OneMoreRow { dtype, row_count: 1 },
             Claim::Dispatch { dtype, row_count: 1 },
         ];

@@ -93,6 +93,19 @@ impl<const VNNI: bool> Lanes for Avx2<VNNI> {
         both!(|x| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(x))))
     }
     #[inline(always)]
+    fn load_pairs(self, x: &[u32; 16]) -> ([__m256; 2], [__m256; 2]) {
+        // SAFETY: the reference covers both 32-byte loads. The token proves the instruction.
+        let x = unsafe { [_mm256_loadu_si256(x.as_ptr().cast()), _mm256_loadu_si256(x.as_ptr().add(8).cast())] };
+        (
+            both!(|x| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(x))),
+            both!(|x| _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(-0x1_0000)))),
+        )
+    }
+    #[inline(always)]
+    fn splat_pair(self, x: u32) -> ([__m256; 2], [__m256; 2]) {
+        (self.splat(f32::from_bits(x << 16)), self.splat(f32::from_bits(x & 0xffff_0000)))
+    }
+    #[inline(always)]
     fn load_i8(self, x: &[i8; 16]) -> [__m256; 2] {
         // SAFETY: the reference covers both 8-byte loads. The token proves the instruction.
         let x = unsafe { [_mm_loadl_epi64(x.as_ptr().cast()), _mm_loadl_epi64(x.as_ptr().add(8).cast())] };

@@ -4,6 +4,7 @@
 //! and never does: a group of 512 codes of 255 on a start of -128 * 512 * 127 stays within 2^25.
 
 use super::lanes::Lanes;
+use super::pairs::Pairs;
 use std::arch::x86_64::*;
 
 /// Proof that AVX-512 F, BW, DQ, VL and VNNI, AVX2, FMA and F16C are there.
@@ -72,6 +73,16 @@ impl Lanes for Avx512 {
     fn load_bf16(self, x: &[u16; 16]) -> __m512 {
         // SAFETY: the reference covers the 32 bytes. The token proves the instruction.
         unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(x.as_ptr().cast())))) }
+    }
+    #[inline(always)]
+    fn load_pairs(self, x: &[u32; 16]) -> (__m512, __m512) {
+        // SAFETY: the reference covers the 64 bytes. The token proves the instruction.
+        let x = unsafe { _mm512_loadu_si512(x.as_ptr().cast()) };
+        op!((_mm512_castsi512_ps(_mm512_slli_epi32::<16>(x)), _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(-0x1_0000)))))
+    }
+    #[inline(always)]
+    fn splat_pair(self, x: u32) -> (__m512, __m512) {
+        (self.splat(f32::from_bits(x << 16)), self.splat(f32::from_bits(x & 0xffff_0000)))
     }
     #[inline(always)]
     fn load_i8(self, x: &[i8; 16]) -> __m512 {
@@ -214,5 +225,47 @@ impl Lanes for Avx512 {
     #[inline(always)]
     fn dot_finish(self, acc: __m512i) -> __m512 {
         op!(_mm512_cvtepi32_ps(acc))
+    }
+}
+
+/// Proof that AVX-512 BF16 is there beside all that [`Avx512`] proves.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Avx512Bf16(Avx512);
+
+impl Avx512Bf16 {
+    /// # Safety
+    /// The features must be there.
+    #[inline(always)]
+    pub(super) unsafe fn new() -> Self {
+        // SAFETY: the caller's promise.
+        Self(unsafe { Avx512::new() })
+    }
+}
+
+/// `vdpbf16ps` is docs/numerics.md's rule 9: `pairs::selftest` asks it.
+impl Pairs for Avx512Bf16 {
+    type S = Avx512;
+    type Weights = __m512bh;
+    type Input = __m512bh;
+
+    const FLUSHES: bool = true;
+
+    #[inline(always)]
+    fn lanes(self) -> Avx512 {
+        self.0
+    }
+    #[inline(always)]
+    fn load(self, pairs: &[u32; 16]) -> __m512bh {
+        // SAFETY: the reference covers the 64 bytes; a __m512bh is any 64 bytes. The token proves the instruction.
+        unsafe { std::mem::transmute(_mm512_loadu_si512(pairs.as_ptr().cast())) }
+    }
+    #[inline(always)]
+    fn splat(self, pair: u32) -> __m512bh {
+        // SAFETY: a __m512bh is any 64 bytes. The token proves the instruction.
+        unsafe { std::mem::transmute(_mm512_set1_epi32(pair.cast_signed())) }
+    }
+    #[inline(always)]
+    fn dot(self, acc: __m512, weights: __m512bh, input: __m512bh) -> __m512 {
+        op!(_mm512_dpbf16_ps(acc, input, weights))
     }
 }

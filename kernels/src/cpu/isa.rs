@@ -1,13 +1,23 @@
 //! Instruction sets, and the one place that enters code compiled for them.
 
-use super::lanes::Lanes;
 #[cfg(target_arch = "x86_64")]
-use super::{avx2::Avx2, avx512::Avx512};
+use std::sync::OnceLock;
+
+use super::lanes::Lanes;
+use super::pairs::{Pairs, Widened};
+#[cfg(target_arch = "x86_64")]
+use super::{
+    avx2::Avx2,
+    avx512::{Avx512, Avx512Bf16},
+    pairs::selftest,
+};
 
 /// Instruction sets that the CPU backend has code for; all give the same bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Isa {
+    /// As [`Isa::Avx512Vnni`], with AVX-512 BF16: 32 bf16 products an instruction. Only where that gives the bits of docs/numerics.md.
+    Avx512Bf16,
     /// AVX-512 F, BW, DQ, VL with VNNI: 16 f32 or 64 int8 products an instruction. AVX-512 without VNNI runs as AVX2.
     Avx512Vnni,
     /// AVX2 with FMA, F16C and AVX-VNNI: 32 int8 products an instruction.
@@ -20,7 +30,7 @@ pub enum Isa {
 
 /// The text names no instruction set.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("`{0}` is none of avx512, avx-vnni, avx2, scalar")]
+#[error("`{0}` is none of avx512-bf16, avx512, avx-vnni, avx2, scalar")]
 pub struct UnknownIsa(String);
 
 impl std::str::FromStr for Isa {
@@ -33,11 +43,12 @@ impl std::str::FromStr for Isa {
 
 impl Isa {
     /// Best first.
-    pub const ALL: [Self; 4] = [Self::Avx512Vnni, Self::AvxVnni, Self::Avx2, Self::Scalar];
+    pub const ALL: [Self; 5] = [Self::Avx512Bf16, Self::Avx512Vnni, Self::AvxVnni, Self::Avx2, Self::Scalar];
 
     /// As settings spell it.
     pub fn name(self) -> &'static str {
         match self {
+            Self::Avx512Bf16 => "avx512-bf16",
             Self::Avx512Vnni => "avx512",
             Self::AvxVnni => "avx-vnni",
             Self::Avx2 => "avx2",
@@ -54,6 +65,8 @@ impl Isa {
     pub fn available(self) -> bool {
         match self {
             #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16 => Self::Avx512Vnni.available() && is_x86_feature_detected!("avx512bf16") && bf16_instruction_is_right(),
+            #[cfg(target_arch = "x86_64")]
             Self::Avx512Vnni => {
                 Self::Avx2.available()
                     && is_x86_feature_detected!("avx512f")
@@ -67,7 +80,7 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c"),
             #[cfg(not(target_arch = "x86_64"))]
-            Self::Avx512Vnni | Self::AvxVnni | Self::Avx2 => false,
+            Self::Avx512Bf16 | Self::Avx512Vnni | Self::AvxVnni | Self::Avx2 => false,
             Self::Scalar => true,
         }
     }
@@ -78,6 +91,39 @@ impl Isa {
 pub(super) trait Kernel {
     type Output;
     fn run<S: Lanes>(self, s: S) -> Self::Output;
+}
+
+/// Whether the processor's bf16 dot product has the bits that are promised; asked once, and told of if not. The processor has the
+/// instruction.
+#[cfg(target_arch = "x86_64")]
+fn bf16_instruction_is_right() -> bool {
+    static RIGHT: OnceLock<bool> = OnceLock::new();
+    *RIGHT.get_or_init(|| {
+        // SAFETY: who asks has found AVX-512 BF16 and all that `Avx512Vnni` needs.
+        let differ = unsafe { enter_avx512_bf16(selftest::Differing) };
+        if differ > 0 {
+            tracing::warn!(differ, "this processor's bf16 dot product gives other bits than docs/numerics.md promises: it is not used");
+        }
+        differ == 0
+    })
+}
+
+/// As [`Kernel`], for code over [`Pairs`].
+pub(super) trait PairKernel {
+    type Output;
+    fn run<P: Pairs>(self, p: P) -> Self::Output;
+}
+
+/// Code over pairs on an instruction set that has none.
+struct OnLanes<K>(K);
+
+impl<K: PairKernel> Kernel for OnLanes<K> {
+    type Output = K::Output;
+
+    #[inline(always)]
+    fn run<S: Lanes>(self, s: S) -> K::Output {
+        self.0.run(Widened(s))
+    }
 }
 
 /// An instruction set that this machine is known to run.
@@ -100,7 +146,7 @@ impl Proven {
         match self.0 {
             // SAFETY: a Proven exists only if `available` found every feature that `enter_avx512` enables.
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512Vnni => unsafe { enter_avx512(kernel) },
+            Isa::Avx512Bf16 | Isa::Avx512Vnni => unsafe { enter_avx512(kernel) },
             // SAFETY: as above, for `enter_avx_vnni`.
             #[cfg(target_arch = "x86_64")]
             Isa::AvxVnni => unsafe { enter_avx_vnni(kernel) },
@@ -110,6 +156,20 @@ impl Proven {
             _ => kernel.run(super::scalar::Scalar),
         }
     }
+
+    /// As [`Proven::run`]; AVX-VNNI has nothing for floats, so there is no code of its own for it.
+    #[inline]
+    pub(super) fn run_pairs<K: PairKernel>(self, kernel: K) -> K::Output {
+        match self.0 {
+            // SAFETY: a Proven exists only if `available` found every feature that `enter_avx512_bf16` enables.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Bf16 => unsafe { enter_avx512_bf16(kernel) },
+            // SAFETY: as above, for `enter_avx2`, without which AVX-VNNI is not available.
+            #[cfg(target_arch = "x86_64")]
+            Isa::AvxVnni => unsafe { enter_avx2(OnLanes(kernel)) },
+            _ => self.run(OnLanes(kernel)),
+        }
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -117,6 +177,13 @@ impl Proven {
 fn enter_avx512<K: Kernel>(kernel: K) -> K::Output {
     // SAFETY: this function's own features are what the token stands for.
     kernel.run(unsafe { Avx512::new() })
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")]
+fn enter_avx512_bf16<K: PairKernel>(kernel: K) -> K::Output {
+    // SAFETY: this function's own features are what the token stands for.
+    kernel.run(unsafe { Avx512Bf16::new() })
 }
 
 #[cfg(target_arch = "x86_64")]

@@ -30,6 +30,10 @@ pub(super) trait Lanes: Copy + Send + Sync + 'static {
     fn store(self, x: Self::F, out: &mut [f32; 16]);
     fn load_f16(self, x: &[u16; 16]) -> Self::F;
     fn load_bf16(self, x: &[u16; 16]) -> Self::F;
+    /// The lower, then the upper bf16 of 16 pairs.
+    fn load_pairs(self, x: &[u32; 16]) -> (Self::F, Self::F);
+    /// The lower, then the upper bf16 of one pair, for every lane.
+    fn splat_pair(self, x: u32) -> (Self::F, Self::F);
     fn load_i8(self, x: &[i8; 16]) -> Self::F;
 
     fn add(self, a: Self::F, b: Self::F) -> Self::F;

@@ -13,9 +13,11 @@ use super::isa::Kernel;
 use super::lanes::{Lanes, load_some, store_some};
 use super::linear_float::{Bf16, F16, F32, FloatTiles};
 use super::linear_integer::IntegerTiles;
+use super::linear_pairs::PairTiles;
 use super::math;
 use super::memory::Shared;
 use super::pack::{LANES, Linear, Part, Weights};
+use super::rounded::{ROUND_ROWS, RoundRows, Rounded};
 use super::segments::Attended;
 use super::{Buffer, Cpu};
 use crate::ops::{Activation, Columns, LinearRun};
@@ -137,6 +139,8 @@ impl<'a> Output<'a> {
 pub(super) struct Scratch {
     /// The rows, quantised for each way of grouping that the layers have.
     activations: Vec<Activations>,
+    /// The rows, rounded to bf16 for each length that the layers have.
+    rounded: Vec<Rounded>,
     spans: Vec<Span>,
     attended: Attended,
 }
@@ -189,10 +193,11 @@ impl Call<'_> {
         assert!(self.x.len() >= row_count * self.inputs.stride, "rows of inputs");
         let out = &mut out[..row_count * self.outputs.stride];
         cpu.with_scratch(|scratch| {
-            self.quantise(cpu, scratch);
+            self.quantise(cpu, &mut scratch.activations);
+            self.round(cpu, &mut scratch.rounded);
             self.cut(cpu.pool.threads(), &mut scratch.spans);
             let (spans, out) = (scratch.spans.as_slice(), Shared::new(out));
-            let running = Running { call: self, cpu, out, activations: &scratch.activations };
+            let running = Running { call: self, cpu, out, activations: &scratch.activations, rounded: &scratch.rounded };
             cpu.spread(spans.last().map_or(0, |span| span.end), work, &|unit| {
                 let index = spans.partition_point(|span| span.end <= unit);
                 let first = index.checked_sub(1).map_or(0, |before| spans[before].end);
@@ -217,9 +222,7 @@ impl Call<'_> {
     }
 
     /// Quantises the rows once for each distinct grouping among the layers' parts.
-    fn quantise(&self, cpu: &Cpu, scratch: &mut Scratch) {
-        let scratch = &mut scratch.activations;
-        let rows = self.runs[0].rows.start..self.runs[self.runs.len() - 1].rows.end;
+    fn quantise(&self, cpu: &Cpu, scratch: &mut Vec<Activations>) {
         let mut count = 0;
         for part in self.runs.iter().flat_map(|run| &run.linear.parts) {
             let Weights::Integer(weights) = &part.weights else { continue };
@@ -231,23 +234,14 @@ impl Call<'_> {
             }
             let activations = &mut scratch[count];
             count += 1;
-            activations.prepare(rows.end, weights).expect("memory for one batch's activations");
+            activations.prepare(self.rows_end(), weights).expect("memory for one batch's activations");
             let (groups, offset, stride) = (activations.groups, activations.offset, activations.stride);
             let codes = Shared::new(&mut activations.codes);
             let scales = Shared::new(&mut activations.scales);
             let sums = Shared::new(&mut activations.sums);
             let corrections = Shared::new(&mut activations.corrections);
             let (x, x_at) = (self.x, self.inputs);
-            let unit_count = |run: &LinearRun<'_, Linear, Buffer>| run.rows.len().div_ceil(QUANTISE_ROWS);
-            cpu.spread(self.runs.iter().map(unit_count).sum(), rows.len() * groups.inputs, &|unit| {
-                let (mut run, mut unit) = (0, unit);
-                while unit >= unit_count(&self.runs[run]) {
-                    unit -= unit_count(&self.runs[run]);
-                    run += 1;
-                }
-                let rows = &self.runs[run].rows;
-                let start = rows.start + unit * QUANTISE_ROWS;
-                let rows = start..(start + QUANTISE_ROWS).min(rows.end);
+            self.spread_rows::<QUANTISE_ROWS>(cpu, groups.inputs, |rows| {
                 cpu.proven.run(QuantiseRows { x, x_at, rows, groups, offset, stride, codes, scales, sums, corrections });
             });
         }
@@ -255,6 +249,53 @@ impl Call<'_> {
         for stale in &mut scratch[count..] {
             stale.groups.inputs = usize::MAX;
         }
+    }
+
+    /// Rounds the rows once for each distinct length among the layers that take them as bf16.
+    fn round(&self, cpu: &Cpu, scratch: &mut Vec<Rounded>) {
+        let mut count = 0;
+        for part in self.runs.iter().flat_map(|run| &run.linear.parts) {
+            let Weights::Pairs(weights) = &part.weights else { continue };
+            if scratch[..count].iter().any(|done| done.inputs == weights.inputs) {
+                continue;
+            }
+            if scratch.len() == count {
+                scratch.push(Rounded::empty());
+            }
+            let rounded = &mut scratch[count];
+            count += 1;
+            rounded.prepare(self.rows_end(), weights.inputs).expect("memory for one batch's activations");
+            let inputs = rounded.inputs;
+            let (pairs, exponents) = (Shared::new(&mut rounded.pairs), Shared::new(&mut rounded.exponents));
+            let (x, x_at) = (self.x, self.inputs);
+            self.spread_rows::<ROUND_ROWS>(cpu, inputs, |rows| {
+                cpu.proven.run(RoundRows { x, x_at, rows, inputs, pairs, exponents });
+            });
+        }
+        // As in `quantise`.
+        for stale in &mut scratch[count..] {
+            stale.inputs = usize::MAX;
+        }
+    }
+
+    fn rows_end(&self) -> usize {
+        self.runs.last().map_or(0, |run| run.rows.end)
+    }
+
+    /// Works on the rows of all runs, cut in blocks of ROWS from each run's first on; a row has so many inputs.
+    fn spread_rows<const ROWS: usize>(&self, cpu: &Cpu, inputs: usize, block: impl Fn(Range<usize>) + Sync) {
+        let block_count = |run: &LinearRun<'_, Linear, Buffer>| run.rows.len().div_ceil(ROWS);
+        let work = (self.rows_end() - self.runs[0].rows.start) * inputs;
+        cpu.spread(self.runs.iter().map(block_count).sum(), work, &|unit| {
+            let (mut run, mut unit) = (0, unit);
+            while unit >= block_count(&self.runs[run]) {
+                unit -= block_count(&self.runs[run]);
+                run += 1;
+            }
+            let rows = &self.runs[run].rows;
+            let start = rows.start + unit * ROWS;
+            block(start..(start + ROWS).min(rows.end));
+        });
     }
 }
 
@@ -264,6 +305,7 @@ struct Running<'a> {
     cpu: &'a Cpu,
     out: Shared<'a, f32>,
     activations: &'a [Activations],
+    rounded: &'a [Rounded],
 }
 
 impl Running<'_> {
@@ -320,6 +362,10 @@ impl Running<'_> {
             Weights::F32(weights) => proven.run(FloatTiles::<F32> { x, x_at, inputs, weights, first_row, rows, panels, places, output }),
             Weights::F16(weights) => proven.run(FloatTiles::<F16> { x, x_at, inputs, weights, first_row, rows, panels, places, output }),
             Weights::Bf16(weights) => proven.run(FloatTiles::<Bf16> { x, x_at, inputs, weights, first_row, rows, panels, places, output }),
+            Weights::Pairs(weights) => {
+                let x = self.rounded.iter().find(|x| x.inputs == inputs).expect("round has been here for every length");
+                proven.run_pairs(PairTiles { x, weights, first_row, rows, panels, places, output });
+            }
             Weights::Integer(weights) => {
                 let x = self.activations.iter().find(|x| x.suits(weights)).expect("quantise has been here for every grouping");
                 IntegerTiles { x, weights, first_row, rows, panels, places, output }.dispatch(proven);

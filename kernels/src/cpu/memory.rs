@@ -12,6 +12,7 @@ use crate::ops::PackError;
 pub(super) trait Element: Copy + Send + Sync + 'static {}
 impl Element for f32 {}
 impl Element for i32 {}
+impl Element for u32 {}
 impl Element for u16 {}
 impl Element for u8 {}
 impl Element for i8 {}

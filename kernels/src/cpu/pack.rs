@@ -4,6 +4,7 @@
 //! | weights | panel |
 //! | --- | --- |
 //! | f32, f16, bf16 | `[K][16]` elements as stored |
+//! | bf16 that meets bf16 | `[K/2][16][2]` elements; an odd K is padded with a zero |
 //! | codes of a byte | `[K'/4][16][4]` unsigned: code + offset |
 //! | codes of a nibble | `[K'/8][16][4]` bytes: low nibbles are the first four k of eight, high nibbles the next four |
 //! | codes of a bit | `[K'/8][2][16][4]` bits: code + offset is 0 or 2 |
@@ -16,9 +17,11 @@
 use half::f16;
 
 use super::memory::{Aligned, Element, Shared};
+use super::pairs::{flush, smallest_exponent};
 use super::pool::Pool;
+use crate::SLICE;
 use crate::format::{CodeRow, Dtype, TensorView};
-use crate::ops::PackError;
+use crate::ops::{Bf16Compute, PackError};
 use crate::reference::check_parts;
 
 /// Outputs of a panel.
@@ -42,12 +45,22 @@ pub(super) struct Part {
 }
 
 #[derive(Debug)]
-#[expect(clippy::large_enum_variant, reason = "there is one for each part of a layer")]
 pub(super) enum Weights {
     F32(Aligned<f32>),
     F16(Aligned<u16>),
     Bf16(Aligned<u16>),
+    Pairs(PairWeights),
     Integer(IntegerWeights),
+}
+
+/// bf16 weights for docs/numerics.md, rule 9; subnormal ones are zeros.
+#[derive(Debug)]
+pub(super) struct PairWeights {
+    pub(super) inputs: usize,
+    /// `[panels][K/2][16]`: an even k in the lower half.
+    pub(super) pairs: Aligned<u32>,
+    /// `[panels][slices]`: see [`smallest_exponent`].
+    pub(super) exponents: Aligned<u16>,
 }
 
 #[derive(Debug)]
@@ -146,6 +159,7 @@ impl Part {
         match &self.weights {
             Weights::F32(w) => w.bytes(),
             Weights::F16(w) | Weights::Bf16(w) => w.bytes(),
+            Weights::Pairs(w) => w.pairs.bytes() + w.exponents.bytes(),
             Weights::Integer(w) => w.codes.bytes() + w.scales.bytes() + w.minima.as_ref().map_or(0, Scales::bytes),
         }
     }
@@ -221,12 +235,12 @@ impl SharedScales<'_> {
 }
 
 impl Linear {
-    pub(super) fn new(pool: &Pool, views: &[TensorView<'_>]) -> Result<Self, PackError> {
+    pub(super) fn new(pool: &Pool, views: &[TensorView<'_>], bf16_compute: Bf16Compute) -> Result<Self, PackError> {
         let inputs = check_parts(views)?;
         let mut parts = Vec::with_capacity(views.len());
         let mut outputs = 0;
         for view in views {
-            parts.push(Part { first_output: outputs, outputs: view.rows, weights: pack(pool, view)? });
+            parts.push(Part { first_output: outputs, outputs: view.rows, weights: pack(pool, view, bf16_compute)? });
             outputs += view.rows;
         }
         Ok(Self { inputs, outputs, parts })
@@ -254,6 +268,11 @@ impl Linear {
                 Weights::F32(w) => Weights::F32(Aligned::from_slice(w)?),
                 Weights::F16(w) => Weights::F16(Aligned::from_slice(w)?),
                 Weights::Bf16(w) => Weights::Bf16(Aligned::from_slice(w)?),
+                Weights::Pairs(w) => Weights::Pairs(PairWeights {
+                    pairs: Aligned::from_slice(&w.pairs)?,
+                    exponents: Aligned::from_slice(&w.exponents)?,
+                    ..*w
+                }),
                 Weights::Integer(w) => Weights::Integer(IntegerWeights {
                     codes: Aligned::from_slice(&w.codes)?,
                     scales: w.scales.duplicate()?,
@@ -267,12 +286,13 @@ impl Linear {
     }
 }
 
-fn pack(pool: &Pool, view: &TensorView<'_>) -> Result<Weights, PackError> {
+fn pack(pool: &Pool, view: &TensorView<'_>, bf16_compute: Bf16Compute) -> Result<Weights, PackError> {
     Ok(match view.dtype {
         Dtype::F32 => Weights::F32(pack_elements(pool, view, |at| {
             f32::from_le_bytes([view.bytes[at * 4], view.bytes[at * 4 + 1], view.bytes[at * 4 + 2], view.bytes[at * 4 + 3]])
         })?),
         Dtype::F16 => Weights::F16(pack_elements(pool, view, |at| u16::from_le_bytes([view.bytes[at * 2], view.bytes[at * 2 + 1]]))?),
+        Dtype::Bf16 if bf16_compute == Bf16Compute::Bf16 => Weights::Pairs(pack_pairs(pool, view)?),
         Dtype::Bf16 => Weights::Bf16(pack_elements(pool, view, |at| u16::from_le_bytes([view.bytes[at * 2], view.bytes[at * 2 + 1]]))?),
         _ => Weights::Integer(pack_codes(pool, view)?),
     })
@@ -294,6 +314,35 @@ fn pack_elements<T: Element>(pool: &Pool, view: &TensorView<'_>, element: impl F
         }
     });
     Ok(out)
+}
+
+/// Transposes each 16 rows to `[K/2][16][2]`.
+fn pack_pairs(pool: &Pool, view: &TensorView<'_>) -> Result<PairWeights, PackError> {
+    let (inputs, panels, slices) = (view.cols, view.rows.div_ceil(LANES), view.cols.div_ceil(SLICE));
+    let panel_pairs = inputs.div_ceil(2) * LANES;
+    let mut pairs = Aligned::<u32>::new(panels * panel_pairs)?;
+    let mut exponents = Aligned::<u16>::new(panels * slices)?;
+    let (all_pairs, all_exponents) = (Shared::new(&mut pairs), Shared::new(&mut exponents));
+    pool.run(panels, &|panel| {
+        // SAFETY: each unit takes its own panel's pairs.
+        let pairs = unsafe { all_pairs.part(panel * panel_pairs..(panel + 1) * panel_pairs) };
+        // SAFETY: likewise its exponents.
+        let exponents = unsafe { all_exponents.part(panel * slices..(panel + 1) * slices) };
+        exponents.fill(u16::MAX);
+        let mut row = vec![0; inputs.next_multiple_of(2)];
+        for lane in 0..LANES.min(view.rows - panel * LANES) {
+            let (words, _) = view.bytes[(panel * LANES + lane) * inputs * 2..][..inputs * 2].as_chunks();
+            row.iter_mut().zip(words).for_each(|(out, word)| *out = flush(u16::from_le_bytes(*word)));
+            for (exponent, slice) in exponents.iter_mut().zip(row.chunks(SLICE)) {
+                *exponent = smallest_exponent(slice).min(*exponent);
+            }
+            let (row, _) = row.as_chunks::<2>();
+            for (out, [even, odd]) in pairs[lane..].iter_mut().step_by(LANES).zip(row) {
+                *out = u32::from(*even) | u32::from(*odd) << 16;
+            }
+        }
+    });
+    Ok(PairWeights { inputs, pairs, exponents })
 }
 
 fn pack_codes(pool: &Pool, view: &TensorView<'_>) -> Result<IntegerWeights, PackError> {

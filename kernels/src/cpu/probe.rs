@@ -1,13 +1,15 @@
 //! Ceilings of this machine, measured in the same minute as the kernels that are held against them: read bandwidth, and
-//! the register-only peaks of fma and of the int8 dot product.
+//! the register-only peaks of fma, of pairs of bf16 products and of the int8 dot product.
 
 use std::hint::black_box;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use super::Cpu;
-use super::isa::Kernel;
+use super::isa::{Kernel, PairKernel};
 use super::lanes::Lanes;
 use super::memory::Aligned;
+use super::pairs::Pairs;
 use crate::ops::PackError;
 
 /// What the machine can do with a backend's threads and instruction set.
@@ -17,15 +19,18 @@ pub struct Ceilings {
     pub read_bytes_per_second: f64,
     /// f32 multiplications and additions a second, from registers.
     pub f32_ops_per_second: f64,
+    /// bf16 multiplications and additions to f32 a second, from registers.
+    pub bf16_ops_per_second: f64,
     /// int8 multiplications and additions a second, from registers.
     pub int8_ops_per_second: f64,
 }
 
-/// Measures all three, each as the best of several runs. `probe_bytes` should be 4 times the last-level cache.
+/// Measures them all, each as the best of several runs. `probe_bytes` should be 4 times the last-level cache.
 pub fn ceilings(cpu: &Cpu, probe_bytes: usize) -> Result<Ceilings, PackError> {
     Ok(Ceilings {
         read_bytes_per_second: read_bandwidth(cpu, probe_bytes)?,
         f32_ops_per_second: f32_peak(cpu),
+        bf16_ops_per_second: bf16_peak(cpu),
         int8_ops_per_second: int8_peak(cpu),
     })
 }
@@ -75,6 +80,25 @@ pub fn f32_peak(cpu: &Cpu) -> f64 {
         })
     });
     (cpu.threads() * STEPS * ACCUMULATORS * 16 * 2) as f64 / seconds
+}
+
+/// bf16 multiplications and additions a second of all threads: by the dot product where there is one, else by fma.
+pub fn bf16_peak(cpu: &Cpu) -> f64 {
+    let mut ops = 0.0;
+    let seconds = best_seconds(BUDGET, || ops = bf16_pass(cpu));
+    ops / seconds
+}
+
+/// As [`int8_pass`], of pairs of bf16.
+pub(crate) fn bf16_pass(cpu: &Cpu) -> f64 {
+    let chains = AtomicUsize::new(0);
+    cpu.pool.run(cpu.threads(), &|_| {
+        // 1/2 and 1/2: the sums grow slowly and stay normal.
+        let (sum, count) = cpu.proven.run_pairs(PairDot { pair: black_box(0x3f00_3f00) });
+        black_box(sum);
+        chains.fetch_add(count, Ordering::Relaxed);
+    });
+    (chains.into_inner() * STEPS * 32 * 2) as f64
 }
 
 /// int8 multiplications and additions a second of all threads.
@@ -153,6 +177,40 @@ impl Kernel for Fma {
             total += s.halving_sum(sum);
         }
         total
+    }
+}
+
+struct PairDot {
+    pair: u32,
+}
+
+impl PairKernel for PairDot {
+    /// The sum, and how many chains there were.
+    type Output = (f32, usize);
+
+    #[inline(always)]
+    fn run<P: Pairs>(self, p: P) -> (f32, usize) {
+        // The instruction has a latency of six or seven cycles; half as many registers hold fewer chains, each of two additions.
+        if P::S::WIDE { self.chains::<P, 16>(p) } else { self.chains::<P, 5>(p) }
+    }
+}
+
+impl PairDot {
+    #[inline(always)]
+    fn chains<P: Pairs, const N: usize>(self, p: P) -> (f32, usize) {
+        let s = p.lanes();
+        let (weights, input) = (p.load(&[self.pair; 16]), p.splat(self.pair));
+        let mut acc = [s.splat(1.0); N];
+        for _ in 0..STEPS {
+            for i in 0..N {
+                acc[i] = p.dot(acc[i], weights, input);
+            }
+        }
+        let mut total = 0.0;
+        for sum in acc {
+            total += s.halving_sum(sum);
+        }
+        (total, N)
     }
 }
 

@@ -45,6 +45,14 @@ impl Lanes for Scalar {
         x.map(|bits| bf16::from_bits(bits).to_f32())
     }
     #[inline(always)]
+    fn load_pairs(self, x: &[u32; 16]) -> ([f32; 16], [f32; 16]) {
+        (x.map(|pair| f32::from_bits(pair << 16)), x.map(|pair| f32::from_bits(pair & 0xffff_0000)))
+    }
+    #[inline(always)]
+    fn splat_pair(self, x: u32) -> ([f32; 16], [f32; 16]) {
+        self.load_pairs(&[x; 16])
+    }
+    #[inline(always)]
     fn load_i8(self, x: &[i8; 16]) -> [f32; 16] {
         x.map(f32::from)
     }

@@ -1,8 +1,10 @@
-//! Linear layers: docs/numerics.md, rules 1 to 3.
+//! Linear layers: docs/numerics.md, rules 1 to 3 and 9.
+
+use half::bf16;
 
 use crate::SLICE;
-use crate::format::{CodeRow, TensorView, dequantise_row};
-use crate::ops::PackError;
+use crate::format::{CodeRow, Dtype, TensorView, dequantise_row};
+use crate::ops::{Bf16Compute, PackError};
 
 /// A linear layer `[N, K]`: each output row with its weights unpacked.
 #[derive(Debug)]
@@ -16,11 +18,16 @@ pub struct Linear {
 #[derive(Debug)]
 enum Row {
     Float(Vec<f32>),
-    Integer { group: usize, codes: CodeRow },
+    /// bf16 weights that meet bf16 activations, subnormal ones as zeros.
+    Pairs(Vec<f32>),
+    Integer {
+        group: usize,
+        codes: CodeRow,
+    },
 }
 
 impl Linear {
-    pub(super) fn new(parts: &[TensorView<'_>]) -> Result<Self, PackError> {
+    pub(super) fn new(parts: &[TensorView<'_>], bf16_compute: Bf16Compute) -> Result<Self, PackError> {
         let inputs = check_parts(parts)?;
         let mut rows = Vec::new();
         for part in parts {
@@ -32,7 +39,12 @@ impl Linear {
                 } else {
                     let mut weights = vec![0.0; inputs];
                     dequantise_row(part, row, &mut codes, &mut weights);
-                    Row::Float(weights)
+                    if part.dtype == Dtype::Bf16 && bf16_compute == Bf16Compute::Bf16 {
+                        weights.iter_mut().for_each(|w| *w = without_subnormal(*w));
+                        Row::Pairs(weights)
+                    } else {
+                        Row::Float(weights)
+                    }
                 });
             }
         }
@@ -56,9 +68,11 @@ impl Linear {
     /// One row: `out[N] = x[K] W^T + bias`.
     pub(super) fn row(&self, out: &mut [f32], x: &[f32], bias: Option<&[f32]>) {
         let mut quantised: Option<(usize, Activations)> = None;
+        let mut rounded: Option<Vec<f32>> = None;
         for (n, row) in self.rows.iter().enumerate() {
             let value = match row {
                 Row::Float(weights) => float_dot(x, weights),
+                Row::Pairs(weights) => pair_dot(rounded.get_or_insert_with(|| x.iter().map(|x| round_to_bf16(*x)).collect()), weights),
                 Row::Integer { group, codes } => {
                     if quantised.as_ref().is_none_or(|(g, _)| g != group) {
                         quantised = Some((*group, quantise_activations(x, *group)));
@@ -95,6 +109,40 @@ fn float_dot(x: &[f32], w: &[f32]) -> f32 {
         acc
     })
 }
+
+/// Rule 9.
+fn pair_dot(x: &[f32], w: &[f32]) -> f32 {
+    slices(x.len(), |range| {
+        let mut acc = 0.0f32;
+        for even in range.clone().step_by(2) {
+            let odd = even + 1;
+            let (x_odd, w_odd) = if odd < range.end { (x[odd], w[odd]) } else { (0.0, 0.0) };
+            acc = flushing_fma(x_odd, w_odd, acc);
+            acc = flushing_fma(x[even], w[even], acc);
+        }
+        acc
+    })
+}
+
+/// `a * b + c` rounded once, to 24 bits and an exponent of any size; what is then smaller than the smallest normal number becomes a zero of
+/// its sign. Which that is shows where all is scaled up: there the exponents do not end yet.
+fn flushing_fma(a: f32, b: f32, c: f32) -> f32 {
+    let sum = a.mul_add(b, c);
+    let is_tiny = (a * SCALE).mul_add(b, c * SCALE).abs() < f32::MIN_POSITIVE * SCALE;
+    if is_tiny { 0.0f32.copysign(sum) } else { sum }
+}
+
+/// An activation as rule 9 takes it: a subnormal number is a zero of its sign, others are rounded to bf16, ties to even.
+pub(crate) fn round_to_bf16(x: f32) -> f32 {
+    bf16::from_f32(without_subnormal(x)).to_f32()
+}
+
+fn without_subnormal(x: f32) -> f32 {
+    if x.is_subnormal() { 0.0f32.copysign(x) } else { x }
+}
+
+/// A sum that is small enough to matter does not overflow by it.
+const SCALE: f32 = (1u64 << 63) as f32;
 
 fn integer_dot(x: &Activations, w: &CodeRow, group: usize) -> f32 {
     slices(x.codes.len(), |range| {

@@ -1,9 +1,9 @@
 //! Linear layers of every format: equal bits over shapes, batches and fused parts.
 
 use super::values::{Random, Tensor};
-use super::{Case, assert_same, backends, check, download, upload};
+use super::{Case, assert_same, backends, backends_of, check, download, upload};
 use ashlar_kernels::format::Dtype;
-use ashlar_kernels::ops::{Activation, Ops, PackError};
+use ashlar_kernels::ops::{Activation, Bf16Compute, Ops, PackError};
 use ashlar_kernels::reference::Reference;
 use proptest::prelude::*;
 
@@ -21,6 +21,7 @@ pub(super) struct LinearCase {
     row_count: usize,
     parts: Vec<Tensor>,
     bias: Option<Vec<f32>>,
+    bf16_compute: Bf16Compute,
 }
 
 impl LinearCase {
@@ -42,11 +43,35 @@ impl LinearCase {
             .collect();
         let outputs = parts.iter().map(|part| part.rows).sum();
         let bias = (random.below(2) == 0).then(|| random.tame(outputs));
-        Self { op: Op::Apply, x: random.wild(row_count, cols), row_count, parts, bias }
+        Self { bias, ..Self::of(random.wild(row_count, cols), row_count, parts) }
+    }
+
+    pub(super) fn of(x: Vec<f32>, row_count: usize, parts: Vec<Tensor>) -> Self {
+        Self { op: Op::Apply, x, row_count, parts, bias: None, bf16_compute: Bf16Compute::F32 }
+    }
+
+    /// The same on devices that compute bf16 weights from bf16.
+    pub(super) fn paired(self) -> Self {
+        Self { bf16_compute: Bf16Compute::Bf16, ..self }
+    }
+
+    /// The layer added to what is there, then gated: equal bits for both.
+    pub(super) fn check_added_and_gated(mut self, random: &mut Random) {
+        self.op = Op::Add;
+        check(&self);
+        let up = random.tensor(self.parts[0].dtype, self.parts[0].rows, self.inputs());
+        self.parts.push(up);
+        self.bias = self.bias.map(|bias| [bias.clone(), bias].concat());
+        self.op = Op::Gate(random.pick(&[Activation::Silu, Activation::GeluTanh, Activation::Gelu, Activation::Relu]));
+        check(&self);
     }
 }
 
 impl Case for LinearCase {
+    fn bf16_compute(&self) -> Bf16Compute {
+        self.bf16_compute
+    }
+
     fn run<O: Ops>(&self, ops: &O) -> Vec<f32> {
         let views: Vec<_> = self.parts.iter().map(Tensor::view).collect();
         let linear = ops.linear(&views).unwrap();
@@ -71,7 +96,7 @@ impl Case for LinearCase {
 }
 
 /// Equal bits on all backends, and row r alone equals row r of the batch.
-fn check_rows(case: &LinearCase, random: &mut Random) {
+pub(super) fn check_rows(case: &LinearCase, random: &mut Random) {
     let batch = check(case);
     if case.row_count < 2 {
         return;
@@ -79,7 +104,7 @@ fn check_rows(case: &LinearCase, random: &mut Random) {
     let (inputs, outputs) = (case.inputs(), case.outputs());
     let row = random.below(case.row_count);
     let views: Vec<_> = case.parts.iter().map(Tensor::view).collect();
-    for cpu in backends() {
+    for cpu in backends_of(case.bf16_compute) {
         let linear = cpu.linear(&views).unwrap();
         let bias = case.bias.as_ref().map(|bias| cpu.vector_f32(bias).unwrap());
         let x = upload(cpu, &case.x[row * inputs..][..inputs]);
@@ -177,14 +202,7 @@ proptest! {
         let dtype = random.pick(&[Dtype::F32, Dtype::Bf16, Dtype::Int8 { group: 32 }, Dtype::Int4 { group: 64 }, Dtype::Q4_1]);
         let (row_count, cols) = (rows(&mut random), random.pick(&[32, 96, 544, 2080]));
         let rows_max = (1_500_000 / (row_count * cols)).clamp(4, 150);
-        let mut case = LinearCase::random(&mut random, &[dtype], row_count, cols, rows_max);
-        case.op = Op::Add;
-        check(&case);
-        let up = random.tensor(dtype, case.parts[0].rows, cols);
-        case.parts.push(up);
-        case.bias = case.bias.map(|bias| [bias.clone(), bias].concat());
-        case.op = Op::Gate(random.pick(&[Activation::Silu, Activation::GeluTanh, Activation::Gelu, Activation::Relu]));
-        check(&case);
+        LinearCase::random(&mut random, &[dtype], row_count, cols, rows_max).check_added_and_gated(&mut random);
     }
 }
 
@@ -238,7 +256,7 @@ fn extreme_codes_meet_extreme_activations() {
                 for second in [1.0, -1.0] {
                     let x = (0..cols).map(|k| sign * if k % 2 == 0 { 1.0 } else { second }).collect();
                     let parts = vec![Tensor { bytes: weights.bytes.clone(), ..weights }];
-                    check(&LinearCase { op: Op::Apply, x, row_count: 1, parts, bias: None });
+                    check(&LinearCase::of(x, 1, parts));
                 }
             }
         }
@@ -250,7 +268,7 @@ fn one_bit_layers_are_sums_and_differences() {
     // Scale 2, bits 1 0 1: 2 * (3 - 5 + 7), up to the rounding of the activations, which 127 is the largest of.
     let scale = half::f16::from_f32(2.0).to_le_bytes();
     let parts = vec![Tensor { dtype: Dtype::Int1 { group: 128 }, rows: 1, cols: 3, bytes: vec![0b101, scale[0], scale[1]] }];
-    assert_eq!(check(&LinearCase { op: Op::Apply, x: vec![3.0, -127.0, 7.0], row_count: 1, parts, bias: None }), [274.0]);
+    assert_eq!(check(&LinearCase::of(vec![3.0, -127.0, 7.0], 1, parts)), [274.0]);
 }
 
 #[test]
@@ -268,7 +286,7 @@ fn many_outputs_are_spread_over_units() {
     let mut random = Random(6);
     for dtype in [Dtype::F32, Dtype::Bf16, Dtype::Int8 { group: 64 }, Dtype::Int1 { group: 128 }, Dtype::Q4_0, Dtype::Q4K] {
         let parts = vec![random.tensor(dtype, 3000, 256), random.tensor(dtype, 17, 256)];
-        check(&LinearCase { op: Op::Apply, x: random.tame(256), row_count: 1, parts, bias: None });
+        check(&LinearCase::of(random.tame(256), 1, parts));
     }
 }
 
@@ -277,7 +295,7 @@ fn no_rows_give_no_output() {
     let mut random = Random(7);
     for dtype in [Dtype::F32, Dtype::Q8_0] {
         let parts = vec![random.tensor(dtype, 5, 64)];
-        assert!(check(&LinearCase { op: Op::Apply, x: vec![], row_count: 0, parts, bias: None }).is_empty());
+        assert!(check(&LinearCase::of(vec![], 0, parts)).is_empty());
     }
 }
 
@@ -295,7 +313,9 @@ fn layers_that_cannot_be_are_refused() {
     short.bytes = &short.bytes[1..];
     let mut odd = random.tensor(Dtype::Q8_0, 1, 32);
     odd.cols = 31;
-    for refused in [refuse(&Reference, &[a.view(), b.view()]), refuse(&backends()[0], &[a.view(), b.view()]), refuse(&backends()[0], &[])] {
+    for refused in
+        [refuse(&Reference::default(), &[a.view(), b.view()]), refuse(&backends()[0], &[a.view(), b.view()]), refuse(&backends()[0], &[])]
+    {
         assert!(matches!(refused, PackError::Parts(_)), "{refused}");
     }
     assert!(matches!(refuse(&backends()[0], &[short]), PackError::Length { .. }));

@@ -1,11 +1,11 @@
 //! Several layers in one call: equal bits over runs of different layers, formats and ranks, and those of each run alone.
 
 use ashlar_kernels::format::Dtype;
-use ashlar_kernels::ops::{Columns, LinearRun, Ops};
+use ashlar_kernels::ops::{Bf16Compute, Columns, LinearRun, Ops};
 use proptest::prelude::*;
 
 use super::values::{Random, Tensor};
-use super::{Case, assert_same, backends, check, download, upload};
+use super::{Case, assert_same, backends, backends_of, check, download, upload};
 
 /// A layer and how many rows go through it; `skip` rows before them belong to nobody.
 struct Run {
@@ -22,6 +22,7 @@ struct RunsCase {
     outputs: Columns,
     runs: Vec<Run>,
     add: bool,
+    bf16_compute: Bf16Compute,
 }
 
 impl RunsCase {
@@ -44,7 +45,7 @@ impl RunsCase {
         let inputs = columns(random, runs.iter().map(|run| run.parts[0].cols).max().unwrap());
         let outputs = columns(random, runs.iter().map(Run::outputs).max().unwrap());
         let (x, out) = (random.wild(rows, inputs.stride), random.wild(rows, outputs.stride));
-        Self { x, inputs, out, outputs, runs, add: random.below(2) == 0 }
+        Self { x, inputs, out, outputs, runs, add: random.below(2) == 0, bf16_compute: random.pick(&[Bf16Compute::F32, Bf16Compute::Bf16]) }
     }
 
     /// Rows of each run.
@@ -71,6 +72,10 @@ impl Run {
 }
 
 impl Case for RunsCase {
+    fn bf16_compute(&self) -> Bf16Compute {
+        self.bf16_compute
+    }
+
     fn run<O: Ops>(&self, ops: &O) -> Vec<f32> {
         let (x, mut out) = (upload(ops, &self.x), upload(ops, &self.out));
         let layers: Vec<_> = self.runs.iter().map(|run| run.load(ops)).collect();
@@ -88,7 +93,7 @@ impl Case for RunsCase {
 /// Each run alone, dense, gives the bits that it has among the others; what belongs to no run stays.
 fn check_alone(case: &RunsCase, got: &[f32]) {
     let mut expected = case.out.clone();
-    let cpu = &backends()[0];
+    let cpu = &backends_of(case.bf16_compute)[0];
     for (run, rows) in case.runs.iter().zip(case.rows()) {
         let (linear, bias) = run.load(cpu);
         let (inputs, outputs) = (run.parts[0].cols, run.outputs());
@@ -135,7 +140,15 @@ proptest! {
 #[test]
 fn no_runs_change_nothing() {
     let dense = Columns::dense(3);
-    let case = RunsCase { x: vec![1.0; 3], inputs: dense, out: vec![2.0; 3], outputs: dense, runs: Vec::new(), add: true };
+    let case = RunsCase {
+        x: vec![1.0; 3],
+        inputs: dense,
+        out: vec![2.0; 3],
+        outputs: dense,
+        runs: Vec::new(),
+        add: true,
+        bf16_compute: Bf16Compute::F32,
+    };
     assert_eq!(check(&case), [2.0; 3]);
 }
 

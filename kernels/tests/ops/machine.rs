@@ -16,7 +16,7 @@ use super::{Case, assert_same, backends, download, upload};
 fn more_threads_than_cores_change_no_bit() {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     for isa in [Isa::detect(), Isa::Scalar] {
-        let [alone, crowded] = [1, 3 * cores].map(|threads| Cpu::new(CpuOptions { threads, isa: Some(isa) }));
+        let [alone, crowded] = [1, 3 * cores].map(|threads| Cpu::new(CpuOptions { threads, isa: Some(isa), ..CpuOptions::default() }));
         assert_eq!(crowded.threads(), 3 * cores);
         let mut random = Random(12);
         for dtype in [Dtype::F32, Dtype::Bf16, Dtype::Int8 { group: 32 }, Dtype::Int4 { group: 32 }, Dtype::Q4K] {
@@ -76,9 +76,9 @@ fn bytes_may_lie_at_any_address() {
     for dtype in dtypes.into_iter().chain(ours) {
         let tensor = random.tensor(dtype, 37, 512);
         let x = random.tame(3 * 512);
-        let expected = values_at(&Reference, &tensor, 0, &x, 3);
+        let expected = values_at(&Reference::default(), &tensor, 0, &x, 3);
         for remainder in [0, 1, 3, 63] {
-            let odd = values_at(&Reference, &tensor, remainder, &x, 3);
+            let odd = values_at(&Reference::default(), &tensor, remainder, &x, 3);
             for (expected, odd) in expected.iter().zip(&odd) {
                 assert_same(&format!("reference, {dtype} at {remainder}"), expected, odd);
             }

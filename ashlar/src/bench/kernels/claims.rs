@@ -8,8 +8,10 @@ use serde_json::{Value, json};
 
 /// Prints each claim as it is measured, and gives back what the JSON holds.
 pub(super) fn check(cpu: &Cpu, options: &ClaimOptions) -> anyhow::Result<(Vec<Value>, anyhow::Result<()>)> {
-    let lower = Isa::ALL.into_iter().skip_while(|isa| *isa != cpu.isa()).skip(1).find(|isa| isa.available());
-    let lower = lower.map(|isa| Cpu::new(CpuOptions { threads: cpu.threads(), isa: Some(isa) }));
+    // The integer layers, for which the choice is held against another, have the same code with and without bf16.
+    let same = |isa: Isa| isa == Isa::Avx512Vnni && cpu.isa() == Isa::Avx512Bf16;
+    let lower = Isa::ALL.into_iter().skip_while(|isa| *isa != cpu.isa()).skip(1).find(|isa| isa.available() && !same(*isa));
+    let lower = lower.map(|isa| Cpu::new(CpuOptions { threads: cpu.threads(), isa: Some(isa), bf16_compute: cpu.bf16_compute() }));
     if lower.is_none() {
         println!("no instruction set is lower than this one: nothing to hold the choice against");
     }

@@ -10,7 +10,7 @@ use ashlar_kernels::bench::claims::{LLAMA, QWEN, SMOLLM2};
 use ashlar_kernels::bench::{BenchOptions, Cell, Layer};
 use ashlar_kernels::cpu::{Cpu, CpuOptions, Isa, probe};
 use ashlar_kernels::format::Dtype;
-use ashlar_kernels::ops::Ops;
+use ashlar_kernels::ops::{Bf16Compute, Ops};
 use serde::{Deserialize, Serialize};
 
 /// Time of one cell.
@@ -47,6 +47,7 @@ struct Measured {
     inputs: usize,
     read_bytes_per_second: f64,
     f32_ops_per_second: f64,
+    bf16_ops_per_second: f64,
     int8_ops_per_second: f64,
     cells: Vec<MeasuredCell>,
 }
@@ -65,8 +66,8 @@ impl Measured {
 }
 
 /// Measures what the report at `path` does not have yet.
-pub(super) fn run(path: &Path, commit: Option<&str>, threads: usize, isas: &[Isa]) -> anyhow::Result<()> {
-    let cpus: Vec<Cpu> = isas.iter().map(|isa| Cpu::new(CpuOptions { threads, isa: Some(*isa) })).collect();
+pub(super) fn run(path: &Path, commit: Option<&str>, threads: usize, isas: &[Isa], bf16_compute: Bf16Compute) -> anyhow::Result<()> {
+    let cpus: Vec<Cpu> = isas.iter().map(|isa| Cpu::new(CpuOptions { threads, isa: Some(*isa), bf16_compute })).collect();
     let origin = Origin {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         commit: commit.map(str::to_owned),
@@ -105,6 +106,7 @@ pub(super) fn run(path: &Path, commit: Option<&str>, threads: usize, isas: &[Isa
                     inputs,
                     read_bytes_per_second: ceilings.read_bytes_per_second,
                     f32_ops_per_second: ceilings.f32_ops_per_second,
+                    bf16_ops_per_second: ceilings.bf16_ops_per_second,
                     int8_ops_per_second: ceilings.int8_ops_per_second,
                     cells,
                 });
@@ -163,6 +165,7 @@ mod tests {
             inputs: 3,
             read_bytes_per_second: 1.0,
             f32_ops_per_second: 2.0,
+            bf16_ops_per_second: 4.0,
             int8_ops_per_second: 3.0,
             cells: vec![MeasuredCell { row_count: 1, seconds: 0.5, share: 0.25 }],
         });

@@ -16,7 +16,7 @@ fn tokens(count: usize, factor: usize) -> Vec<u32> {
 
 #[test]
 fn mixed_batch_gives_what_each_sequence_gives_alone() {
-    let ops = Arc::new(Reference);
+    let ops = Arc::new(Reference::default());
     let (first, second) = (tokens(20, 7), tokens(11, 3));
     let mut alone = Alone::new(Arc::clone(&ops), Memory::default().chain(&*ops), LIMITS).unwrap();
     let first_rows = alone.feed(&first, 32, first.len());
@@ -61,7 +61,7 @@ fn mixed_batch_gives_what_each_sequence_gives_alone() {
 
 #[test]
 fn run_without_logit_rows_gives_none() {
-    let ops = Arc::new(Reference);
+    let ops = Arc::new(Reference::default());
     let blocks = Memory::default().chain(&*ops);
     let mut forward = Forward::new(Arc::clone(&ops), 4, 2).unwrap();
     blocks.iter().for_each(|block| forward.reserve(block).unwrap());

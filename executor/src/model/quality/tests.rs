@@ -116,8 +116,8 @@ fn int8_costs_a_little_and_the_same_weights_nothing() {
 /// The test chain, its matrices stored as `dtype`.
 fn tiny(dtype: Option<Dtype>) -> Alone<Reference> {
     let mut memory = Memory::default();
-    let blocks = memory.chain_as(&Reference, dtype);
-    Alone::new(Arc::new(Reference), blocks, WINDOWS.limits(4, KvFormat::F32)).expect("memory")
+    let blocks = memory.chain_as(&Reference::default(), dtype);
+    Alone::new(Arc::new(Reference::default()), blocks, WINDOWS.limits(4, KvFormat::F32)).expect("memory")
 }
 
 fn row(len: usize) -> impl Strategy<Value = Vec<f32>> {
