@@ -8,6 +8,7 @@ mod attention;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod blend;
 mod elementwise;
 mod isa;
 mod kv;
@@ -26,6 +27,7 @@ pub mod probe;
 mod rounded;
 mod scalar;
 mod scales;
+mod scores;
 mod segments;
 mod tiles;
 
@@ -143,13 +145,18 @@ impl Cpu {
         let rows_max = if threads == 1 { TILE } else { (queries.len() * kv_heads).div_ceil(units_wanted) };
         let tiles = Tiles::new(queries, attention.tables, shape.kv.page_tokens, shape.window, rows_max.clamp(1, TILE / heads_count));
         let parts_count = group.div_ceil(heads_count);
-        let stretches = tiles.count() * kv_heads * parts_count;
+        // Rows that share nothing take all heads of a page, which lie one after another, before the next page.
+        let whole_rows = tiles.count() == queries.len() && tiles.count() >= units_wanted && shape.heads <= TILE;
+        let stretches = if whole_rows { tiles.count() } else { tiles.count() * kv_heads * parts_count };
         // What a tile's rows see together.
         let seen_by =
             |rows: &[u32]| union(rows.iter().map(|&row| attention::segments(attention::seen(queries[row as usize], shape.window))));
         // The last rows of a chunk have most to read, so they come first.
         let stretch = |stretch: usize| {
             let (tile, part) = (tiles.count() - 1 - stretch % tiles.count(), stretch / tiles.count());
+            if whole_rows {
+                return (tiles.rows(tile), 0, 0..shape.heads);
+            }
             let (kv_head, part) = (part / parts_count, part % parts_count);
             let first_head = kv_head * group + part * heads_count;
             (tiles.rows(tile), kv_head, first_head..(first_head + heads_count).min((kv_head + 1) * group))

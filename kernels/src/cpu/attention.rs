@@ -10,11 +10,12 @@
 use std::marker::PhantomData;
 use std::ops::Range;
 
+use super::blend::{Step, blend_all};
 use super::isa::Kernel;
 use super::kv::{Kv, Piece, Stored};
-use super::lanes::{Lanes, load_some, store_some};
-use super::math;
+use super::lanes::Lanes;
 use super::memory::Shared;
+use super::scores::{products, weigh};
 use super::segments::{Parts, Running, divide, merge};
 use crate::ops::{AttentionShape, PIECE_TOKENS, Query, SEGMENT_TOKENS};
 
@@ -34,7 +35,8 @@ pub(super) struct Attention<'a> {
     pub(super) tables: &'a [u32],
 }
 
-/// Query heads `heads` (all of one kv head) of the rows in `rows`, at most [`TILE`] together. `T` is what the pages hold.
+/// Query heads `heads` (of one kv head, or all heads of some) of the rows in `rows`, at most [`TILE`] together. `T` is what the
+/// pages hold.
 pub(super) struct Attend<'a, T> {
     pub(super) attention: &'a Attention<'a>,
     pub(super) rows: &'a [u32],
@@ -55,30 +57,60 @@ impl<T: Stored> Kernel for Attend<'_, T> {
     fn run<S: Lanes>(self, s: S) {
         assert!(self.rows.len() * self.heads.len() <= TILE, "{} rows of {} heads", self.rows.len(), self.heads.len());
         assert_eq!(self.attention.kv.shape.format, T::FORMAT, "pages hold what is read");
-        let mut running = [Running::NONE; TILE];
-        let walkers = self.rows.len() * self.heads.len();
-        if self.parts.is_none() {
-            (0..walkers).for_each(|w| self.out(w).fill(0.0));
-        }
-        for segment in self.segments.clone() {
-            let ahead = if segment + 1 < self.segments.end {
-                self.keys(self.rows[0], segment + 1, self.kv_head())
-            } else if let Some((row, kv_head, segment)) = self.next {
-                self.keys(row, segment, kv_head)
-            } else {
-                [&[] as &[_]; PIECES]
-            };
-            let mut row = 0;
-            while row < self.rows.len() {
-                row = self.segment(s, segment, row, &ahead, &mut running);
+        let count = self.rows.len() * self.heads.len();
+        let mut walkers = [Walker { place: 0, q: 0, seen: (0, 0), running: Running::NONE }; TILE];
+        for (of_row, &row) in walkers.chunks_mut(self.heads.len()).zip(self.rows) {
+            let seen = seen(self.attention.queries[row as usize], self.attention.shape.window);
+            for (walker, head) in of_row.iter_mut().zip(self.heads.clone()) {
+                walker.place = row as usize * self.attention.shape.heads + head;
+                walker.q = row as usize * self.attention.shape.qkv_width() + head * self.attention.shape.kv.head_dim;
+                walker.seen = (seen.start, seen.end);
             }
         }
         if self.parts.is_none() {
-            for (w, running) in running[..walkers].iter().enumerate() {
-                divide(s, self.out(w), running.sum);
+            walkers[..count].iter().for_each(|walker| self.out(walker).fill(0.0));
+        }
+        let group = self.attention.shape.heads / self.attention.shape.kv.kv_heads;
+        let kv_heads = self.heads.start / group..self.heads.end.div_ceil(group);
+        for segment in self.segments.clone() {
+            let at = self.at(segment);
+            // The heads of a page lie one after another.
+            for kv_head in kv_heads.clone() {
+                let ahead = if kv_head + 1 < kv_heads.end {
+                    self.keys(self.rows[0], segment, kv_head + 1)
+                } else if segment + 1 < self.segments.end {
+                    self.keys(self.rows[0], segment + 1, kv_heads.start)
+                } else if let Some((row, kv_head, segment)) = self.next {
+                    self.keys(row, segment, kv_head)
+                } else {
+                    [&[] as &[_]; PIECES]
+                };
+                let heads = (kv_head * group).max(self.heads.start)..((kv_head + 1) * group).min(self.heads.end);
+                let heads = heads.start - self.heads.start..heads.end - self.heads.start;
+                let mut row = 0;
+                while row < self.rows.len() {
+                    row = self.segment(s, segment, &at, kv_head, heads.clone(), row, &ahead, &mut walkers);
+                }
+            }
+        }
+        if self.parts.is_none() {
+            for walker in &walkers[..count] {
+                divide(s, self.out(walker), walker.running.sum);
             }
         }
     }
+}
+
+/// A row of the tile with one of its heads.
+#[derive(Clone, Copy)]
+struct Walker {
+    /// Its number among all rows and heads of the call.
+    place: usize,
+    /// Where its q begins.
+    q: usize,
+    /// The first position that it sees, and the first after those.
+    seen: (usize, usize),
+    running: Running,
 }
 
 /// Positions that a query sees.
@@ -96,65 +128,58 @@ pub(super) fn segments(seen: Range<usize>) -> Range<usize> {
 
 /// The part of `range` in `count` tokens from `base` on, counted from there; empty as `0..0`.
 #[inline(always)]
-fn within(range: &Range<usize>, base: usize, count: usize) -> Range<usize> {
+pub(super) fn within(range: &Range<usize>, base: usize, count: usize) -> Range<usize> {
     let (start, end) = (range.start.saturating_sub(base), range.end.saturating_sub(base).min(count));
     if start < end { start..end } else { 0..0 }
 }
 
 impl<'a, T: Stored> Attend<'a, T> {
-    /// Number of walker `w`, row `w / heads` of the tile and head `w % heads`, among all rows and heads of the call.
-    #[inline(always)]
-    fn place(&self, w: usize) -> usize {
-        let (row, head) = (self.rows[w / self.heads.len()] as usize, self.heads.start + w % self.heads.len());
-        row * self.attention.shape.heads + head
-    }
-
     /// Output of a walker.
     #[inline(always)]
-    fn out(&self, w: usize) -> &'a mut [f32] {
+    fn out(&self, walker: &Walker) -> &'a mut [f32] {
         let d = self.attention.shape.kv.head_dim;
-        let start = self.place(w) * d;
         // SAFETY: tiles have disjoint (row, head)s, a tile is one thread's, and it takes an output for one use at a time:
         // in `run`, or in `group`, whose walkers differ.
-        unsafe { self.attention.out.part(start..start + d) }
+        unsafe { self.attention.out.part(walker.place * d..(walker.place + 1) * d) }
     }
 
-    /// q of walker `w`.
+    /// Where the pieces of a segment are, in any table.
     #[inline(always)]
-    fn q(&self, w: usize) -> &'a [f32] {
-        let d = self.attention.shape.kv.head_dim;
-        let (row, head) = (self.rows[w / self.heads.len()] as usize, self.heads.start + w % self.heads.len());
-        &self.attention.qkv[row * self.attention.shape.qkv_width() + head * d..][..d]
+    fn at(&self, segment: usize) -> [At; PIECES] {
+        let page_tokens = self.attention.shape.kv.page_tokens;
+        let token = segment * SEGMENT_TOKENS;
+        let mut next = At { page: token / page_tokens, piece: token % page_tokens / PIECE_TOKENS };
+        let mut at = [next; PIECES];
+        for at in &mut at {
+            *at = next;
+            next.piece += 1;
+            if next.piece * PIECE_TOKENS == page_tokens {
+                next = At { page: next.page + 1, piece: 0 };
+            }
+        }
+        at
     }
 
+    /// The slots of a segment's pieces, as far as a row that sees `seen` does; else [`UNSEEN`].
     #[inline(always)]
-    fn kv_head(&self) -> usize {
-        self.heads.start / (self.attention.shape.heads / self.attention.shape.kv.kv_heads)
-    }
-
-    /// The pages of a segment's pieces, as far as a row sees them.
-    #[inline(always)]
-    fn slots(&self, row: u32, segment: usize) -> [Option<u32>; PIECES] {
-        let query = self.attention.queries[row as usize];
-        let seen = within(&seen(query, self.attention.shape.window), segment * SEGMENT_TOKENS, SEGMENT_TOKENS);
-        let mut slots = [None; PIECES];
+    fn slots(&self, table_start: u32, seen: (usize, usize), segment: usize, at: &[At; PIECES]) -> [u32; PIECES] {
+        let mut slots = [UNSEEN; PIECES];
         for b in 0..PIECES {
-            if !within(&seen, b * PIECE_TOKENS, PIECE_TOKENS).is_empty() {
-                let token = segment * SEGMENT_TOKENS + b * PIECE_TOKENS;
-                slots[b] = Some(self.attention.tables[query.table_start as usize + token / self.attention.shape.kv.page_tokens]);
+            let token = segment * SEGMENT_TOKENS + b * PIECE_TOKENS;
+            if token < seen.1 && token + PIECE_TOKENS > seen.0 {
+                slots[b] = self.attention.tables[table_start as usize + at[b].page];
             }
         }
         slots
     }
 
-    /// Pieces of a segment in these pages.
+    /// Pieces of a segment in these slots.
     #[inline(always)]
-    fn pieces(&self, slots: [Option<u32>; PIECES], segment: usize, kv_head: usize) -> [Piece<'a, T>; PIECES] {
+    fn pieces(&self, slots: [u32; PIECES], at: &[At; PIECES], kv_head: usize) -> [Piece<'a, T>; PIECES] {
         let mut pieces = [Piece::NONE; PIECES];
         for b in 0..PIECES {
-            if let Some(slot) = slots[b] {
-                let token = segment * SEGMENT_TOKENS + b * PIECE_TOKENS;
-                pieces[b] = self.attention.kv.piece::<T>(slot, kv_head, token % self.attention.shape.kv.page_tokens / PIECE_TOKENS);
+            if slots[b] != UNSEEN {
+                pieces[b] = self.attention.kv.piece::<T>(slots[b], kv_head, at[b].piece);
             }
         }
         pieces
@@ -163,34 +188,47 @@ impl<'a, T: Stored> Attend<'a, T> {
     /// The keys of a segment as far as a row sees it, to be asked for.
     #[inline(always)]
     fn keys(&self, row: u32, segment: usize, kv_head: usize) -> Ahead<'a, T> {
-        let pieces = self.pieces(self.slots(row, segment), segment, kv_head);
+        let (query, at) = (self.attention.queries[row as usize], self.at(segment));
+        let seen = seen(query, self.attention.shape.window);
+        let pieces = self.pieces(self.slots(query.table_start, (seen.start, seen.end), segment, &at), &at, kv_head);
         [pieces[0].keys, pieces[1].keys, pieces[2].keys, pieces[3].keys]
     }
 
-    /// Takes one segment into the rows from `row` on, as far as they agree in its pages. Returns the first row beyond.
+    /// Takes one segment of a kv head into `heads` (counted from the tile's first) of the rows from `row` on, as far as they agree
+    /// in its pages. Returns the first row beyond.
     #[inline(always)]
-    fn segment<S: Lanes>(&self, s: S, segment: usize, row: usize, ahead: &Ahead<'a, T>, running: &mut [Running; TILE]) -> usize {
-        let heads = self.heads.len();
-        let mut slots = [None; PIECES];
-        let mut walkers = [0; TILE];
+    fn segment<S: Lanes>(
+        &self,
+        s: S,
+        segment: usize,
+        at: &[At; PIECES],
+        kv_head: usize,
+        heads: Range<usize>,
+        row: usize,
+        ahead: &Ahead<'a, T>,
+        walkers: &mut [Walker; TILE],
+    ) -> usize {
+        let mut slots = [UNSEEN; PIECES];
+        let mut seeing = [0; TILE];
         let (mut count, mut end) = (0, row);
         while end < self.rows.len() {
-            let own = self.slots(self.rows[end], segment);
+            let table_start = self.attention.queries[self.rows[end] as usize].table_start;
+            let own = self.slots(table_start, walkers[end * self.heads.len()].seen, segment, at);
             let mut agrees = true;
             for b in 0..PIECES {
-                agrees &= own[b].is_none() || slots[b].is_none() || own[b] == slots[b];
+                agrees &= own[b] == UNSEEN || slots[b] == UNSEEN || own[b] == slots[b];
             }
             if !agrees {
                 break;
             }
             let mut sees = false;
             for b in 0..PIECES {
-                sees |= own[b].is_some();
-                slots[b] = own[b].or(slots[b]);
+                sees |= own[b] != UNSEEN;
+                slots[b] = if own[b] == UNSEEN { slots[b] } else { own[b] };
             }
             if sees {
-                for h in 0..heads {
-                    walkers[count] = end * heads + h;
+                for head in heads.clone() {
+                    seeing[count] = end * self.heads.len() + head;
                     count += 1;
                 }
             }
@@ -199,42 +237,74 @@ impl<'a, T: Stored> Attend<'a, T> {
         if count == 0 {
             return end;
         }
-        let pieces = self.pieces(slots, segment, self.kv_head());
+        let pieces = self.pieces(slots, at, kv_head);
         // Whoever comes first asks for what is read next: the processor's own prefetchers stop at each 4 KiB.
         let mut ahead = Some(ahead);
-        let (fours, rest) = walkers[..count].as_chunks::<4>();
-        for four in fours {
-            self.group::<S, 4>(s, segment, *four, &pieces, ahead.take(), running);
+        let mut left = &seeing[..count];
+        while left.len() >= 4 {
+            left = self.first::<S, 4>(s, segment, left, &pieces, ahead.take(), walkers);
         }
-        match *rest {
-            [a, b, c] => self.group::<S, 3>(s, segment, [a, b, c], &pieces, ahead, running),
-            [a, b] => self.group::<S, 2>(s, segment, [a, b], &pieces, ahead, running),
-            [a] => self.group::<S, 1>(s, segment, [a], &pieces, ahead, running),
+        match left.len() {
+            3 => left = self.first::<S, 3>(s, segment, left, &pieces, ahead, walkers),
+            2 => left = self.first::<S, 2>(s, segment, left, &pieces, ahead, walkers),
+            1 => left = self.first::<S, 1>(s, segment, left, &pieces, ahead, walkers),
             _ => {}
         }
+        debug_assert!(left.is_empty(), "all walkers have been taken");
         end
     }
 
-    /// Takes one segment's pieces into the outputs of G walkers.
+    /// Takes one segment's pieces into the outputs of the first G of these walkers; the others.
+    #[inline(always)]
+    fn first<'t, S: Lanes, const G: usize>(
+        &self,
+        s: S,
+        segment: usize,
+        of_tile: &'t [usize],
+        pieces: &[Piece<'a, T>; PIECES],
+        ahead: Option<&Ahead<'a, T>>,
+        walkers: &mut [Walker; TILE],
+    ) -> &'t [usize] {
+        let (first, left) = of_tile.split_first_chunk::<G>().expect("there are as many");
+        self.group(s, segment, first, pieces, ahead, walkers);
+        left
+    }
+
+    /// As [`Attend::first`], of exactly G walkers.
     #[inline(always)]
     fn group<S: Lanes, const G: usize>(
         &self,
         s: S,
         segment: usize,
-        walkers: [usize; G],
+        of_tile: &[usize; G],
         pieces: &[Piece<'a, T>; PIECES],
         ahead: Option<&Ahead<'a, T>>,
-        running: &mut [Running; TILE],
+        walkers: &mut [Walker; TILE],
     ) {
         let d = self.attention.shape.kv.head_dim;
         let mut q = [&self.attention.qkv[..0]; G];
+        let mut step = Step { weights: [[0.0; SEGMENT_TOKENS]; G], seen: [const { 0..0 }; G] };
         for g in 0..G {
-            q[g] = self.q(walkers[g]);
+            let walker = &walkers[of_tile[g]];
+            q[g] = &self.attention.qkv[walker.q..walker.q + d];
+            step.seen[g] = within(&(walker.seen.0..walker.seen.1), segment * SEGMENT_TOKENS, SEGMENT_TOKENS);
         }
         let mut scores = [[s.splat(0.0); PIECES]; G];
-        let whole = pieces.iter().all(|piece| !piece.keys.is_empty());
-        if S::WIDE && whole {
-            scores = products::<S, T, G, PIECES>(s, q, pieces, ahead.is_some());
+        let (mut count, mut some) = (0, pieces[0]);
+        for piece in pieces {
+            if !piece.keys.is_empty() {
+                (count, some) = (count + 1, *piece);
+            }
+        }
+        if S::WIDE && count > 1 {
+            // Fewer than all have too few chains of sums to be faster alone: where a piece is not there another is taken, for nothing.
+            let mut together = *pieces;
+            for piece in &mut together {
+                if piece.keys.is_empty() {
+                    *piece = some;
+                }
+            }
+            scores = products::<S, T, G, PIECES>(s, q, &together, ahead.is_some());
         } else {
             for b in 0..PIECES {
                 if !pieces[b].keys.is_empty() {
@@ -245,276 +315,47 @@ impl<'a, T: Stored> Attend<'a, T> {
                 }
             }
         }
+        let of_segment = weigh(s, self.attention.shape, scores, pieces, &step.seen, &mut step.weights);
 
-        let mut step = Step { weights: [[0.0; SEGMENT_TOKENS]; G], seen: [const { 0..0 }; G] };
-        let mut of_segment = [Running::NONE; G];
-        for g in 0..G {
-            let row = self.rows[walkers[g] / self.heads.len()] as usize;
-            let seen = seen(self.attention.queries[row], self.attention.shape.window);
-            step.seen[g] = within(&seen, segment * SEGMENT_TOKENS, SEGMENT_TOKENS);
-            of_segment[g] = self.weigh(s, scores[g], pieces, step.seen[g].clone(), &mut step.weights[g]);
-        }
-
+        let mut out = [const { [].as_mut_slice() }; G];
+        let mut factors = [[0.0, 1.0]; G];
         if let Some(parts) = self.parts {
-            let mut out = [const { [].as_mut_slice() }; G];
             for g in 0..G {
                 // SAFETY: tiles have disjoint (row, head)s, walkers of a group differ, and one thread takes a segment of a tile.
-                let (values, rest) = unsafe { parts.part(d, self.place(walkers[g]), segment) };
+                let (values, rest) = unsafe { parts.part(d, walkers[of_tile[g]].place, segment) };
                 values.fill(0.0);
                 (rest[0], rest[1]) = (of_segment[g].max, of_segment[g].sum);
                 out[g] = values;
             }
-            blend_all::<S, T, G>(s, out, &step, [[0.0, 1.0]; G], pieces, ahead);
         } else {
             let mut own = [Running::NONE; G];
             for g in 0..G {
-                own[g] = running[walkers[g]];
+                own[g] = walkers[of_tile[g]].running;
+                out[g] = self.out(&walkers[of_tile[g]]);
             }
-            let factors = merge(s, own.each_mut(), of_segment);
-            let mut out = [const { [].as_mut_slice() }; G];
+            factors = merge(s, own.each_mut(), of_segment);
             for g in 0..G {
-                running[walkers[g]] = own[g];
-                out[g] = self.out(walkers[g]);
+                walkers[of_tile[g]].running = own[g];
             }
-            blend_all::<S, T, G>(s, out, &step, factors, pieces, ahead);
         }
-    }
-
-    /// The softmax of a segment's scores: weights of one walker, their maximum and sum.
-    #[inline(always)]
-    fn weigh<S: Lanes>(
-        &self,
-        s: S,
-        mut scores: [S::F; PIECES],
-        pieces: &[Piece<'a, T>; PIECES],
-        seen: Range<usize>,
-        weights: &mut [f32; SEGMENT_TOKENS],
-    ) -> Running {
-        let lowest = s.splat(f32::NEG_INFINITY);
-        let mut top = lowest;
-        for b in 0..PIECES {
-            if let Some((of_keys, _)) = pieces[b].scales {
-                scores[b] = s.mul(scores[b], s.load(of_keys));
-            }
-            scores[b] = s.mul(scores[b], s.splat(self.attention.shape.scale));
-            if let Some(cap) = self.attention.shape.softcap {
-                scores[b] = math::softcap(s, scores[b], cap);
-            }
-            let seen = within(&seen, b * PIECE_TOKENS, PIECE_TOKENS);
-            scores[b] = s.select(s.range_mask(seen.start, seen.end), scores[b], lowest);
-            top = s.max(scores[b], top);
-        }
-        let max = s.max_lane(top);
-        let mut sum = s.splat(0.0);
-        let (chunks, _) = weights.as_chunks_mut::<PIECE_TOKENS>();
-        for b in 0..PIECES {
-            let seen = within(&seen, b * PIECE_TOKENS, PIECE_TOKENS);
-            if seen.is_empty() {
-                continue;
-            }
-            // What is masked goes through exp as 0: a result that underflows takes the processor a hundred cycles and more.
-            let mask = s.range_mask(seen.start, seen.end);
-            let below = s.select(mask, s.sub(scores[b], s.splat(max)), s.splat(0.0));
-            let mut weights = s.select(mask, math::exp(s, below), s.splat(0.0));
-            sum = s.add(sum, weights);
-            if let Some((_, of_values)) = pieces[b].scales {
-                weights = s.mul(weights, s.load(of_values));
-            }
-            s.store(weights, &mut chunks[b]);
-        }
-        Running { max, sum: s.halving_sum(sum) }
+        blend_all::<S, T, G>(s, out, &step, factors, pieces, ahead);
     }
 }
 
-/// What one segment brings to the outputs of G walkers: `weights[t] * values[t]` over the seen t.
-struct Step<const G: usize> {
-    weights: [[f32; SEGMENT_TOKENS]; G],
-    /// Within the segment.
-    seen: [Range<usize>; G],
-}
-
-/// `sum_d q[g][d] * k[d][16]` for G walkers and B pieces. Asks for the pieces' values meanwhile, if it `fetches`.
-#[inline(always)]
-fn products<S: Lanes, T: Stored, const G: usize, const B: usize>(
-    s: S,
-    q: [&[f32]; G],
-    pieces: &[Piece<'_, T>; B],
-    fetches: bool,
-) -> [[S::F; B]; G] {
-    let d = q[0].len();
-    let mut keys = [pieces[0].keys; B];
-    for b in 0..B {
-        keys[b] = &pieces[b].keys[..d];
-    }
-    for g in 0..G {
-        assert_eq!(q[g].len(), d, "heads are of one size");
-    }
-    let mut acc = [[s.splat(0.0); B]; G];
-    for i in 0..d {
-        let mut k = [s.splat(0.0); B];
-        for b in 0..B {
-            // SAFETY: i < d, the length of every piece's keys (sliced above).
-            k[b] = T::load(s, unsafe { keys[b].get_unchecked(i) });
-            if fetches && begins_line::<T>(i * 16) {
-                // There are as many values as keys.
-                s.prefetch_far(pieces[b].values.as_ptr().wrapping_add(i * 16).cast());
-            }
-        }
-        for g in 0..G {
-            // SAFETY: i < d, the length of every head (asserted above).
-            let q = s.splat(unsafe { *q[g].get_unchecked(i) });
-            for b in 0..B {
-                acc[g][b] = s.fma(q, k[b], acc[g][b]);
-            }
-        }
-    }
-    acc
-}
-
-/// Whether an element is the first of its cache line.
-#[inline(always)]
-fn begins_line<T>(element: usize) -> bool {
-    (element * size_of::<T>()).is_multiple_of(64)
-}
-
-/// Takes a segment into G outputs: `out = out * factors[0] + blend * factors[1]`. Asks meanwhile for the keys `ahead`.
-#[inline(always)]
-fn blend_all<S: Lanes, T: Stored, const G: usize>(
-    s: S,
-    mut out: [&mut [f32]; G],
-    step: &Step<G>,
-    factors: [[f32; 2]; G],
-    pieces: &[Piece<'_, T>; PIECES],
-    ahead: Option<&Ahead<'_, T>>,
-) {
-    let d = out[0].len();
-    let mut column = 0;
-    if S::WIDE {
-        while column + 64 <= d {
-            blend::<S, T, G, 4>(s, &mut out, column, step, &factors, pieces, ahead);
-            column += 64;
-        }
-    }
-    while column + 16 <= d {
-        blend::<S, T, G, 1>(s, &mut out, column, step, &factors, pieces, ahead);
-        column += 16;
-    }
-    if column < d {
-        blend_rest::<S, T, G>(s, &mut out, column, step, &factors, pieces);
-    }
-}
-
-/// As [`blend_all`], for C times 16 columns.
-#[inline(always)]
-fn blend<S: Lanes, T: Stored, const G: usize, const C: usize>(
-    s: S,
-    out: &mut [&mut [f32]; G],
-    column: usize,
-    step: &Step<G>,
-    factors: &[[f32; 2]; G],
-    pieces: &[Piece<'_, T>; PIECES],
-    ahead: Option<&Ahead<'_, T>>,
-) {
-    let d = out[0].len();
-    let (mut any, mut all) = (step.seen[0].clone(), step.seen[0].clone());
-    for seen in &step.seen[1..] {
-        any = any.start.min(seen.start)..any.end.max(seen.end);
-        all = all.start.max(seen.start)..all.end.min(seen.end);
-    }
-    if all.is_empty() {
-        all = any.end..any.end;
-    }
-    let mut acc = [[s.splat(0.0); C]; G];
-    for (b, piece) in pieces.iter().enumerate() {
-        let base = b * PIECE_TOKENS;
-        let keys = ahead.map_or(&[] as &[_], |ahead| ahead[b]);
-        // At the edges of a chunk or window walkers see different tokens; adding 0 would turn -0 into +0.
-        for t in within(&(any.start..all.start), base, PIECE_TOKENS) {
-            blend_seen::<S, T, G, C>(s, &mut acc, step, base + t, piece.values, t * d + column);
-        }
-        for t in within(&all, base, PIECE_TOKENS) {
-            if !keys.is_empty() {
-                for c in 0..C {
-                    let element = t * d + column + c * 16;
-                    if begins_line::<T>(element) {
-                        s.prefetch_far(keys.as_ptr().cast::<T>().wrapping_add(element).cast());
-                    }
-                }
-            }
-            let (chunks, _) = piece.values[t * d + column..][..C * 16].as_chunks::<16>();
-            let mut v = [s.splat(0.0); C];
-            for c in 0..C {
-                v[c] = T::load(s, &chunks[c]);
-            }
-            for g in 0..G {
-                let weight = s.splat(step.weights[g][base + t]);
-                for c in 0..C {
-                    acc[g][c] = s.fma(weight, v[c], acc[g][c]);
-                }
-            }
-        }
-        for t in within(&(all.end..any.end), base, PIECE_TOKENS) {
-            blend_seen::<S, T, G, C>(s, &mut acc, step, base + t, piece.values, t * d + column);
-        }
-    }
-    for g in 0..G {
-        let (old, new) = (s.splat(factors[g][0]), s.splat(factors[g][1]));
-        let (chunks, _) = out[g][column..][..C * 16].as_chunks_mut::<16>();
-        for c in 0..C {
-            let merged = s.fma(acc[g][c], new, s.mul(s.load(&chunks[c]), old));
-            s.store(merged, &mut chunks[c]);
-        }
-    }
-}
-
-/// One token, for those walkers that see it; its values begin `at` those of its piece.
-#[inline(always)]
-fn blend_seen<S: Lanes, T: Stored, const G: usize, const C: usize>(
-    s: S,
-    acc: &mut [[S::F; C]; G],
-    step: &Step<G>,
-    token: usize,
-    values: &[T],
-    at: usize,
-) {
-    for g in 0..G {
-        if step.seen[g].contains(&token) {
-            let (chunks, _) = values[at..][..C * 16].as_chunks::<16>();
-            let weight = s.splat(step.weights[g][token]);
-            for c in 0..C {
-                acc[g][c] = s.fma(weight, T::load(s, &chunks[c]), acc[g][c]);
-            }
-        }
-    }
-}
-
-/// As [`blend`] for the fewer than 16 columns at the end of a head.
-#[inline(always)]
-fn blend_rest<S: Lanes, T: Stored, const G: usize>(
-    s: S,
-    out: &mut [&mut [f32]; G],
-    column: usize,
-    step: &Step<G>,
-    factors: &[[f32; 2]; G],
-    pieces: &[Piece<'_, T>; PIECES],
-) {
-    for g in 0..G {
-        let d = out[g].len();
-        let mut acc = s.splat(0.0);
-        for t in step.seen[g].clone() {
-            let values = &pieces[t / PIECE_TOKENS].values[t % PIECE_TOKENS * d..][..d];
-            let mut padded = [T::ZERO; 16];
-            padded[..d - column].copy_from_slice(&values[column..]);
-            acc = s.fma(s.splat(step.weights[g][t]), T::load(s, &padded), acc);
-        }
-        let [old, new] = factors[g];
-        let merged = s.fma(acc, s.splat(new), s.mul(load_some(s, &out[g][column..]), s.splat(old)));
-        store_some(s, merged, &mut out[g][column..]);
-    }
+/// A piece in a sequence's pages.
+#[derive(Clone, Copy)]
+struct At {
+    /// Index in the page table.
+    page: usize,
+    /// Within the page.
+    piece: usize,
 }
 
 /// Keys of the pieces of a segment that will be read; empty where there are none.
-type Ahead<'a, T> = [&'a [[T; PIECE_TOKENS]]; PIECES];
+pub(super) type Ahead<'a, T> = [&'a [[T; PIECE_TOKENS]]; PIECES];
 
 /// Pieces of a segment: their chains of fma are independent.
-const PIECES: usize = SEGMENT_TOKENS / PIECE_TOKENS;
+pub(super) const PIECES: usize = SEGMENT_TOKENS / PIECE_TOKENS;
+
+/// No slot: the row does not see the piece.
+const UNSEEN: u32 = u32::MAX;

@@ -190,7 +190,7 @@ impl Write<'_> {
     fn write<S: Lanes, T: Stored>(&self, s: S) {
         let KvShape { kv_heads, head_dim: d, page_tokens, .. } = self.pages.shape;
         let width = self.shape.qkv_width();
-        // A key's elements lie a cache line apart: they are collected here, and their lines asked for meanwhile.
+        // A key's elements lie a cache line apart: they are collected here.
         let mut memory = [T::ZERO; HEAD_MAX];
         let mut long = Vec::new();
         let stored = if d <= HEAD_MAX {
@@ -199,6 +199,19 @@ impl Write<'_> {
             long.resize(d, T::ZERO);
             &mut long[..]
         };
+        let line = PIECE_TOKENS * size_of::<T>();
+        let key_at = |row: usize, kv_head: usize| {
+            let (slot, offset) = (self.places[row].slot, self.places[row].offset as usize);
+            self.pages.head_start(slot, kv_head) + (offset / PIECE_TOKENS * PIECE_TOKENS * d + offset % PIECE_TOKENS) * size_of::<T>()
+        };
+        let fetch = |key: usize| {
+            for i in 0..d {
+                s.prefetch_write(self.pages.data.address(key + i * line));
+            }
+        };
+        if let Some(row) = self.rows.clone().next() {
+            fetch(key_at(row, 0));
+        }
         for row in self.rows.clone() {
             let place = self.places[row];
             let offset = place.offset as usize;
@@ -207,10 +220,12 @@ impl Write<'_> {
             for kv_head in 0..kv_heads {
                 let start = self.pages.head_start(place.slot, kv_head);
                 let elements = page_tokens * d;
-                let key = start + (offset / PIECE_TOKENS * PIECE_TOKENS * d + offset % PIECE_TOKENS) * size_of::<T>();
-                let line = PIECE_TOKENS * size_of::<T>();
-                for i in 0..d {
-                    s.prefetch_write(self.pages.data.address(key + i * line));
+                let key = key_at(row, kv_head);
+                // The next one's lines are asked for before this one's are written.
+                if kv_head + 1 < kv_heads {
+                    fetch(key_at(row, kv_head + 1));
+                } else if row + 1 < self.rows.end {
+                    fetch(key_at(row + 1, 0));
                 }
                 let key_scale = T::store(s, &keys[kv_head * d..][..d], stored);
                 for (i, element) in stored.iter().enumerate() {

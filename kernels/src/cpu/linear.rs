@@ -5,17 +5,18 @@
 //! (docs/numerics.md), so units, tiles and threads are free to be whatever is fast. One row is limited by the bytes of
 //! the weights; many rows by multiply-add throughput, with a tile's weights of one pass and 96 rows staying in L2.
 
-use std::mem::MaybeUninit;
+use std::cell::Cell;
 use std::ops::Range;
 
 use super::activations::{Activations, QUANTISE_ROWS, QuantiseRows};
+use super::elementwise::{Map, MapElements};
 use super::isa::Kernel;
 use super::lanes::{Lanes, load_some, store_some};
 use super::linear_float::{Bf16, F16, F32, FloatTiles};
 use super::linear_integer::IntegerTiles;
 use super::linear_pairs::PairTiles;
 use super::math;
-use super::memory::Shared;
+use super::memory::{Aligned, Shared};
 use super::pack::{LANES, Linear, Part, Weights};
 use super::rounded::{ROUND_ROWS, RoundRows, Rounded};
 use super::segments::Attended;
@@ -62,20 +63,22 @@ impl Panels {
 
 /// What tiles do with finished sums.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) enum Onto {
+pub(super) enum Onto<'a> {
     /// `out = sums`; the sums of an earlier pass over K may lie there.
     Nothing,
     /// `out += sums`, of a whole row in one pass.
     Sum,
     /// `out *= sums`, of a whole row in one pass.
     Product,
+    /// `out = factors * sums`, of a whole row in one pass; factors are `[rows][stride]` of the unit, from its first panel on.
+    ProductOf { factors: &'a [f32], stride: usize, first_row: usize, first_place: usize },
 }
 
 /// Where tiles put their sums.
 #[derive(Clone, Copy)]
 pub(super) struct Output<'a> {
     pub(super) values: Shared<'a, f32>,
-    pub(super) onto: Onto,
+    pub(super) onto: Onto<'a>,
     /// Elements of a row.
     pub(super) stride: usize,
     /// The row that lies at the start of `values`.
@@ -120,6 +123,10 @@ impl<'a> Output<'a> {
             Onto::Nothing => {}
             Onto::Sum => value = s.add(load_some(s, out), value),
             Onto::Product => value = s.mul(load_some(s, out), value),
+            Onto::ProductOf { factors, stride, first_row, first_place } => {
+                let from = (row - first_row) * stride + (place - first_place) * LANES;
+                value = s.mul(load_some(s, &factors[from..][..LANES]), value);
+            }
         }
         store_some(s, value, out);
     }
@@ -323,6 +330,21 @@ impl Running<'_> {
         let (last, onto) = match finish {
             Finish::Store => (part, Onto::Nothing),
             Finish::Add => (part, Onto::Sum),
+            Finish::Gate(activation) if one_pass && panels.streams == 1 => {
+                // Between the two, a unit's gates lie close together: columns of many rows share few sets of the first cache.
+                let [gate, up] = run.linear.parts.as_slice() else { unreachable!("checked in apply") };
+                let (stride, first_row) = (panels.count * LANES, rows.start);
+                return with_sums(rows.len() * stride, |gates| {
+                    let values = Shared::new(gates);
+                    let (onto, bias_of_gate) = (Onto::Nothing, bias(gate));
+                    let output = Output { values, onto, stride, first_row, column: 0, columns: stride, bias: bias_of_gate };
+                    self.tiles(run, gate, rows.clone(), panels, panels.packed(), output);
+                    let range = 0..rows.len() * stride;
+                    self.cpu.proven.run(MapElements { map: Map::Activate(activation), x: values, range });
+                    let onto = Onto::ProductOf { factors: gates, stride, first_row, first_place: panels.first };
+                    self.tiles(run, up, rows, panels, panels, Output { onto, ..direct(Onto::Nothing, bias(up)) });
+                });
+            }
             Finish::Gate(activation) => {
                 let [gate, up] = run.linear.parts.as_slice() else { unreachable!("checked in apply") };
                 self.tiles(run, gate, rows.clone(), panels, panels, direct(Onto::Nothing, bias(gate)));
@@ -335,12 +357,13 @@ impl Running<'_> {
             return self.tiles(run, last, rows, panels, panels, direct(onto, bias(last)));
         }
         let stride = panels.count * panels.streams * LANES;
-        let mut memory = Sums([const { MaybeUninit::uninit() }; SUMS]);
-        let sums = memory.zeroed(rows.len() * stride);
-        let values = Shared::new(sums);
-        let output = Output { values, onto: Onto::Nothing, stride, first_row: rows.start, column: 0, columns: stride, bias: bias(last) };
-        self.tiles(run, last, rows.clone(), panels, panels.packed(), output);
-        self.finish(FinishUnit { out: direct(onto, None), rows, panels, stage: Stage::Join { sums, stride } });
+        with_sums(rows.len() * stride, |sums| {
+            let values = Shared::new(sums);
+            let (first_row, bias) = (rows.start, bias(last));
+            let output = Output { values, onto: Onto::Nothing, stride, first_row, column: 0, columns: stride, bias };
+            self.tiles(run, last, rows.clone(), panels, panels.packed(), output);
+            self.finish(FinishUnit { out: direct(onto, None), rows, panels, stage: Stage::Join { sums, stride } });
+        });
     }
 
     fn finish(&self, unit: FinishUnit<'_>) {
@@ -374,17 +397,14 @@ impl Running<'_> {
     }
 }
 
-/// Sums of a unit on their way to the output.
-#[repr(align(64))]
-struct Sums([MaybeUninit<f32>; SUMS]);
-
-impl Sums {
-    fn zeroed(&mut self, len: usize) -> &mut [f32] {
-        let values = &mut self.0[..len];
-        values.fill(MaybeUninit::new(0.0));
-        // SAFETY: all of them were just written.
-        unsafe { values.assume_init_mut() }
+/// Memory of this thread for the sums of a unit, of any value.
+fn with_sums(len: usize, call: impl FnOnce(&mut [f32])) {
+    thread_local! {
+        static MEMORY: Cell<Option<Aligned<f32>>> = const { Cell::new(None) };
     }
+    let mut memory = MEMORY.take().unwrap_or_else(|| Aligned::new(SUMS).expect("memory for one unit's sums"));
+    call(&mut memory[..len]);
+    MEMORY.set(Some(memory));
 }
 
 /// What is done to a unit's outputs between or after its tiles.

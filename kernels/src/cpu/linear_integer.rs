@@ -311,9 +311,13 @@ impl<B: CodeFormat, W: ScaleTable, const MINIMUM: bool> Tiles<'_, B, W, MINIMUM>
             }
         }
 
-        // Several rows go through the panels once for each tile: the first one asks for the next panels meanwhile.
-        let next_bytes = if R == 1 { PREFETCH_BYTES } else { C * row_steps * B::CHUNKS * size_of::<B::Chunk>() };
-        let fetches = R == 1 || row == self.unit.first_row;
+        // A unit goes through its panels once for each tile: all of its tiles together ask for the next panels, each for every `tiles`th
+        // line, as the memory would hold up one that asked for them alone.
+        let unit_rows = &self.unit.rows;
+        let (tile, tiles) = ((row - unit_rows.start) / R, (unit_rows.len() / R).max(1));
+        let fetches = R > 1 && unit_rows.start == self.unit.first_row;
+        let panel_bytes = C * row_steps * B::CHUNKS * size_of::<B::Chunk>();
+        let group_bytes = group_steps * B::CHUNKS * size_of::<B::Chunk>();
         let mut acc = [[s.splat(0.0); C]; R];
         assert!(slice.end <= groups.count, "a slice within the row");
         for g in slice.clone() {
@@ -325,13 +329,23 @@ impl<B: CodeFormat, W: ScaleTable, const MINIMUM: bool> Tiles<'_, B, W, MINIMUM>
                     dot[r][c] = start;
                 }
             }
+            if fetches {
+                for c in 0..C {
+                    let next = codes[c].as_ptr().cast::<u8>().wrapping_add(panel_bytes + g * group_bytes);
+                    let mut line = tile;
+                    while line * 64 < group_bytes {
+                        s.prefetch_far(next.wrapping_add(line * 64));
+                        line += tiles;
+                    }
+                }
+            }
             for step in g * group_steps..((g + 1) * group_steps).min(row_steps) {
                 let mut loaded = [[s.load_codes(&[0; 64]); 2]; C];
                 for c in 0..C {
-                    if fetches {
+                    if R == 1 {
                         for chunk in 0..B::CHUNKS {
                             let ahead = codes[c].as_ptr().wrapping_add(step * B::CHUNKS + chunk);
-                            s.prefetch(ahead.cast::<u8>().wrapping_add(next_bytes));
+                            s.prefetch(ahead.cast::<u8>().wrapping_add(PREFETCH_BYTES));
                         }
                     }
                     // SAFETY: step < row_steps, and a panel's codes are row_steps * CHUNKS.

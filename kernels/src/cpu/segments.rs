@@ -118,13 +118,15 @@ impl Running {
 /// Merges a segment into each of G rows and heads; the factors of what was there and of the segment.
 #[inline(always)]
 pub(super) fn merge<S: Lanes, const G: usize>(s: S, running: [&mut Running; G], segments: [Running; G]) -> [[f32; 2]; G] {
-    let mut lanes = [0.0; 16];
+    // In registers: a load of what was just stored element by element would wait for all the stores.
+    let mut exponents = s.splat(0.0);
     for g in 0..G {
         let (old, new) = (running[g].max, segments[g].max);
-        lanes[g] = if new > old { old - new } else { new - old };
+        let below = if new > old { old - new } else { new - old };
+        exponents = s.select(s.range_mask(g, g + 1), s.splat(below), exponents);
     }
     // One of the two factors is exp(0), which is exactly 1.
-    let exponents = s.load(&lanes);
+    let mut lanes = [0.0; 16];
     s.store(math::exp(s, exponents), &mut lanes);
     let mut factors = [[1.0; 2]; G];
     for (g, running) in running.into_iter().enumerate() {

@@ -136,6 +136,27 @@ impl Sharing {
         Self { shape, slot_count, stored, qkv, queries, tables }
     }
 
+    /// Many sequences of a row each that share no page, as in a decode step.
+    fn apart(random: &mut Random) -> Self {
+        let shape = random_shape(random);
+        let (row_count, page_count) = (random.pick(&[8, 30]), 5);
+        let slot_count = row_count * page_count;
+        let mut tables: Vec<u32> = (0..slot_count as u32).collect();
+        for i in (1..tables.len()).rev() {
+            tables.swap(i, random.below(i + 1));
+        }
+        let mut queries = Vec::new();
+        for row in 0..row_count {
+            let (table_start, position) = (row * page_count, random.below(page_count * shape.kv.page_tokens));
+            let behind = shape.window.map_or(0, |window| (position + 1).saturating_sub(window as usize));
+            tables[table_start..][..behind / shape.kv.page_tokens].fill(u32::MAX);
+            queries.push(Query { table_start: table_start as u32, position: position as u32 });
+        }
+        let mut rows = |count: usize| random.tame(count * shape.qkv_width()).to_vec();
+        let (stored, qkv) = (rows(slot_count * shape.kv.page_tokens), rows(queries.len()));
+        Self { shape, slot_count, stored, qkv, queries, tables }
+    }
+
     fn filled<O: Ops>(&self, ops: &O) -> O::Kv {
         let mut kv = ops.kv(self.shape.kv, self.slot_count).unwrap();
         let page_tokens = self.shape.kv.page_tokens as u32;
@@ -217,6 +238,13 @@ proptest! {
         for cpu in backends() {
             assert_same(&cpu.describe(), &chunk.run(cpu), &chunk.one_by_one(cpu));
         }
+    }
+}
+
+#[test]
+fn rows_that_share_nothing_have_the_reference_bits() {
+    for seed in 0..12 {
+        check(&Sharing::apart(&mut Random(seed)));
     }
 }
 
