@@ -185,8 +185,8 @@ async fn a_prompt_that_another_model_has_seen_is_computed_from_the_fork() {
     let prompt: Vec<u32> = (0..200).map(|t| (t * 37) % 2000).collect();
     let request =
         |number, model| admission(&family, number, model, prompt.clone(), v1::Sampling { logprobs: true, ..v1::Sampling::default() });
-    let cold = start(&family, Limits { prefix_cache: false, ..limits() }, CpuOptions { threads: 1, isa: None }).await;
-    let warm = start(&family, Limits { chunk_tokens_max: 64, ..limits() }, CpuOptions { threads: 2, isa: None }).await;
+    let cold = start(&family, Limits { prefix_cache: false, ..limits() }, CpuOptions { threads: 1, ..CpuOptions::default() }).await;
+    let warm = start(&family, Limits { chunk_tokens_max: 64, ..limits() }, CpuOptions { threads: 2, ..CpuOptions::default() }).await;
     let mut cached = Vec::new();
     for (number, model) in [(0, 0), (1, 1), (2, 0), (3, 1)] {
         let mut events = warm.run(request(number, model));
