@@ -14,7 +14,7 @@ use ashlar_wire::id::SequenceKey;
 
 pub use self::output::Output;
 use super::Now;
-use super::batch::{BatchId, Sample, SampledToken, SequenceId};
+use super::batch::{Batch, BatchId, Sample, SampledToken, SequenceId};
 use super::clock::{Clock, InFlight, Micros};
 use super::cost::CostCurve;
 use super::counters::{Counters, Gauges};
@@ -70,6 +70,8 @@ pub struct Engine {
     /// Memory of the planner that is used again; empty between plans.
     pub(crate) taken: Entries,
     pub(crate) chosen: Vec<Chosen>,
+    /// Batches that came back.
+    pub(crate) spare: Vec<Batch>,
 }
 
 impl Engine {
@@ -99,6 +101,7 @@ impl Engine {
             block_counts: (0, 0),
             taken: Entries::default(),
             chosen: Vec::new(),
+            spare: Vec::new(),
         }
     }
 
@@ -293,6 +296,13 @@ impl Engine {
         over.flat_map(|leaving| leaving.handles).for_each(|handle| self.pages.release(handle));
         if self.recut_after.is_some_and(|after| after <= done) {
             self.recut();
+        }
+    }
+
+    /// Takes a batch back whose work is done, to use its memory again. Nothing depends on it.
+    pub fn recycle(&mut self, batch: Batch) {
+        if self.spare.len() < self.limits.batches_in_flight_max as usize {
+            self.spare.push(batch);
         }
     }
 

@@ -153,18 +153,9 @@ impl Engine {
     }
 
     fn batch(&mut self, segment: SegmentIndex, chosen: &[Chosen]) -> Batch {
-        let mut batch = Batch {
-            id: self.next_batch_id(),
-            segment,
-            blocks: std::sync::Arc::clone(&self.segments[segment.0 as usize].blocks),
-            span_count: 0,
-            rows: Vec::with_capacity(chosen.len()),
-            row_count: 0,
-            tokens: Vec::new(),
-            slots: Vec::with_capacity(chosen.len()),
-            tables: Vec::new(),
-            table_slots: Vec::new(),
-        };
+        let blocks = std::sync::Arc::clone(&self.segments[segment.0 as usize].blocks);
+        let mut batch = Batch::reuse(self.spare.pop(), self.next_batch_id(), segment, blocks);
+        batch.rows.reserve(chosen.len());
         let rows = chosen.iter().map(|chosen| chosen.count).sum();
         let predicted = self.costs[segment.0 as usize].predict(rows).unwrap_or(0.0) as Micros;
         self.clock.busy_until = self.clock.start() + predicted;

@@ -173,6 +173,7 @@ impl Node {
             sent.push(Sent::Rows(self.keys[&sequence], start, rows));
         }
         self.engine.handle_batch_done(Now::from_micros(self.now_us), Duration::from_micros(elapsed_us), samples);
+        self.engine.recycle(batch);
         self.engine.check_integrity().expect("integrity after a batch");
         true
     }
