@@ -106,6 +106,14 @@ pub struct ExecutorConfig {
     pub step_tokens_max: u32,
     /// Rows of one sequence in one batch; 0: as `step_tokens_max`.
     pub chunk_tokens_max: u32,
+    /// Milliseconds wanted between two tokens of a sequence: prompts are computed in the slack; 0: no target.
+    pub gap_ms: u32,
+    /// Milliseconds wanted from admission to the first token; 0: no target.
+    pub ttft_ms: u32,
+    /// Milliseconds that one batch may be expected to take; 0: any.
+    pub batch_ms_max: u32,
+    /// Milliseconds that a ready row lets others go first, at most.
+    pub row_wait_ms: u32,
     /// Batches that the device has at one time: one that it computes, the others next.
     pub batches_in_flight_max: u32,
     /// Sequences that hold pages at one time.
@@ -138,6 +146,10 @@ impl Default for ExecutorConfig {
             bf16_compute: Bf16Compute::default(),
             step_tokens_max: 0,
             chunk_tokens_max: 0,
+            gap_ms: limits.gap_ms,
+            ttft_ms: limits.ttft_ms,
+            batch_ms_max: limits.batch_ms_max,
+            row_wait_ms: limits.row_wait_ms,
             batches_in_flight_max: limits.batches_in_flight_max,
             sequences_max: limits.sequences_max,
             waiting_max: limits.waiting_max,
@@ -177,6 +189,10 @@ impl ExecutorConfig {
             kv_format: self.kv_format,
             step_tokens_max,
             chunk_tokens_max,
+            gap_ms: self.gap_ms,
+            ttft_ms: self.ttft_ms,
+            batch_ms_max: self.batch_ms_max,
+            row_wait_ms: self.row_wait_ms,
             batches_in_flight_max: self.batches_in_flight_max,
             sequences_max: self.sequences_max,
             waiting_max: self.waiting_max,

@@ -8,6 +8,8 @@
 mod advance;
 pub mod batch;
 mod boundary;
+mod clock;
+pub mod cost;
 pub mod counters;
 pub mod engine;
 mod integrity;

@@ -43,6 +43,8 @@ pub struct LinkRows {
 
 /// A batch's results.
 pub struct BatchDone {
+    /// The batch, to use its memory again.
+    pub batch: Batch,
     /// Tokens sampled.
     pub samples: Vec<Sample>,
     /// Rows for links.
@@ -175,7 +177,7 @@ impl<B: Ops> Device<B> {
                     #[expect(clippy::disallowed_methods, reason = "the device thread measures its own steps")]
                     let began = std::time::Instant::now();
                     let (samples, link_rows) = self.run(&batch, &link_rows);
-                    reply(Reply::Done(BatchDone { samples, link_rows, elapsed: began.elapsed() }));
+                    reply(Reply::Done(BatchDone { batch, samples, link_rows, elapsed: began.elapsed() }));
                 }
             }
         }

@@ -247,7 +247,8 @@ impl<B: Ops> Driver<B> {
                         let _ = downstream.frames.send(attachment.frame(Frame::Hidden(hidden)));
                     }
                 }
-                self.engine.handle_batch_done(done.samples);
+                self.engine.handle_batch_done(now, done.elapsed, done.samples);
+                self.engine.recycle(done.batch);
             }
             Event::Device(DeviceReply(Reply::LoadFailed(block, error))) => {
                 // The budget is checked before a block is sent here, so this is a defect of the budget.

@@ -38,6 +38,7 @@ impl Engine {
         };
         let kept_from = self.limits.hidden_rows_max;
         let keeps_in = step > 0 && !sequence.steps[step - 1].boundary.is_empty();
+        let mut samples_token = false;
         let output = if !is_last && (keeps_in || !sequence.steps[step].boundary.is_empty()) {
             let outputs_from = batch.slots.len() as u32;
             for row in 0..count {
@@ -68,13 +69,16 @@ impl Engine {
                 (true, true) => {
                     let samples = end == sequence.tokens.len() as u32 + sequence.promised_tokens;
                     sequence.promised_tokens += u32::from(samples);
+                    samples_token = samples;
                     RowOutput::Sample(samples.then_some(end))
                 }
                 (true, false) => RowOutput::Sample((end >= sequence.base_tokens).then_some(end)),
             }
         };
+        let keeps_out = !sequence.steps[step].boundary.is_empty();
         let state = &mut sequence.steps[step];
         state.computed = end;
+        let fills_page = end / page_tokens > state.published;
         sequence.last_batch = batch.id;
         let pages = end.div_ceil(page_tokens);
         if at.attention_count > 0 && pages > state.told {
@@ -87,19 +91,27 @@ impl Engine {
             batch.tables.push(TableUpdate { sequence: id, attention_from, attention_count, page: state.told, slots });
             state.told = pages;
         }
+        let has_more = sequence.ready_count(step, self.limits.link_rows_max) > 0;
         let span = &mut self.spans[sequence.span.0 as usize];
         batch.span_count += usize::from(span.last_batch != batch.id);
         span.last_batch = batch.id;
         batch.row_count += count;
         batch.rows.push(Rows { sequence: id, start, count, attention_from: at.attention_from, input, output });
-        if end / page_tokens > self.sequences[id].steps[step].published {
+        if fills_page {
             self.publish(id, step);
         }
-        self.publish_boundary(id, step);
+        if samples_token {
+            self.token_planned(id, batch.id);
+        }
+        if keeps_out {
+            self.publish_boundary(id, step);
+        }
         if keeps_in {
             self.release_boundary(id, step - 1);
         }
-        self.enqueue(id, step);
+        if has_more {
+            self.enqueue(id, step);
+        }
         self.enqueue(id, if is_last { 0 } else { step + 1 });
     }
 

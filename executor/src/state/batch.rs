@@ -115,6 +115,30 @@ pub struct Batch {
 }
 
 impl Batch {
+    /// An empty batch, in the memory of a spare one if there is any.
+    pub(crate) fn reuse(spare: Option<Self>, id: BatchId, segment: SegmentIndex, blocks: Arc<[BlockIndex]>) -> Self {
+        fn emptied<T>(mut values: Vec<T>) -> Vec<T> {
+            values.clear();
+            values
+        }
+        let Some(spare) = spare else {
+            let (rows, tokens, slots, tables, table_slots) = (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());
+            return Self { id, segment, blocks, span_count: 0, rows, row_count: 0, tokens, slots, tables, table_slots };
+        };
+        Self {
+            id,
+            segment,
+            blocks,
+            span_count: 0,
+            rows: emptied(spare.rows),
+            row_count: 0,
+            tokens: emptied(spare.tokens),
+            slots: emptied(spare.slots),
+            tables: emptied(spare.tables),
+            table_slots: emptied(spare.table_slots),
+        }
+    }
+
     /// Those of `slots` in a range.
     pub fn slots_in(&self, range: &Range<u32>) -> &[u32] {
         &self.slots[range.start as usize..range.end as usize]

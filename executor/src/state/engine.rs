@@ -7,13 +7,16 @@
 mod output;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Duration;
 
 use ashlar_wire::code::{Code, Retry};
 use ashlar_wire::id::SequenceKey;
 
 pub use self::output::Output;
 use super::Now;
-use super::batch::{BatchId, Sample, SampledToken, SequenceId};
+use super::batch::{Batch, BatchId, Sample, SampledToken, SequenceId};
+use super::clock::{Clock, InFlight, Micros};
+use super::cost::CostCurve;
 use super::counters::{Counters, Gauges};
 use super::limits::Limits;
 use super::pages::{HandleIndex, LineageIndex, PagePool, TokenHash};
@@ -52,7 +55,10 @@ pub struct Engine {
     pub(crate) hidden_free: Vec<u32>,
     pub(crate) outputs: VecDeque<Output>,
     /// Batches that the device has, oldest first.
-    pub(crate) in_flight: VecDeque<BatchId>,
+    pub(crate) in_flight: VecDeque<InFlight>,
+    pub(crate) clock: Clock,
+    /// What each segment costs.
+    pub(crate) costs: Vec<CostCurve>,
     /// Pages of sequences that are gone or gave way while batches with rows of them were in flight.
     pub(crate) leaving: Vec<Leaving>,
     /// Whether a sequence that runs could not get its pages when the latest step was planned: nobody is started before it.
@@ -64,6 +70,8 @@ pub struct Engine {
     /// Memory of the planner that is used again; empty between plans.
     pub(crate) taken: Entries,
     pub(crate) chosen: Vec<Chosen>,
+    /// Batches that came back.
+    pub(crate) spare: Vec<Batch>,
 }
 
 impl Engine {
@@ -84,6 +92,8 @@ impl Engine {
             ready: Ready::default(),
             outputs: VecDeque::new(),
             in_flight: VecDeque::new(),
+            clock: Clock::default(),
+            costs: Vec::new(),
             leaving: Vec::new(),
             pages_short: false,
             next_batch: 0,
@@ -91,6 +101,7 @@ impl Engine {
             block_counts: (0, 0),
             taken: Entries::default(),
             chosen: Vec::new(),
+            spare: Vec::new(),
         }
     }
 
@@ -121,6 +132,7 @@ impl Engine {
 
     /// Admits a sequence. A refusal comes back at once and nothing is kept.
     pub fn handle_admit(&mut self, now: Now, admit: Admit) -> Result<SequenceId, (Code, String, Retry)> {
+        self.tell_time(now);
         if !self.span(admit.span).hosted {
             return Err((Code::UnknownSpan, "the executor no longer holds this span".to_owned(), Retry::Elsewhere));
         }
@@ -147,6 +159,7 @@ impl Engine {
         if self.waiting.len() >= self.limits.waiting_max as usize {
             return Err((Code::TooManyRequests, format!("{} sequences wait already", self.waiting.len()), Retry::Elsewhere));
         }
+        let (due, token_at) = (self.first_token_due(), self.clock.now);
         let span = &mut self.spans[admit.span.0 as usize];
         span.sequence_count += 1;
         let path = std::sync::Arc::clone(&span.path);
@@ -163,6 +176,10 @@ impl Engine {
             domain: admit.domain,
             admitted_at: now,
             status: Status::Waiting,
+            due,
+            is_decoding: false,
+            sampled_in: BatchId(0),
+            token_at,
             started: false,
             promised_tokens: 0,
             last_batch: BatchId(0),
@@ -251,9 +268,14 @@ impl Engine {
         }
     }
 
-    /// The device finished the oldest batch in flight.
-    pub fn handle_batch_done(&mut self, samples: Vec<Sample>) {
-        let done = self.in_flight.pop_front().expect("a batch was done that was never handed out");
+    /// The device finished the oldest batch in flight, which took it `elapsed`.
+    pub fn handle_batch_done(&mut self, now: Now, elapsed: Duration, samples: Vec<Sample>) {
+        self.tell_time(now);
+        let InFlight { id: done, segment, rows, .. } = self.in_flight.pop_front().expect("a batch was done that was never handed out");
+        if rows > 0 {
+            self.costs[segment.0 as usize].observe(rows, elapsed);
+        }
+        self.clock.busy_until = self.clock.now + self.in_flight.iter().map(|batch| batch.predicted).sum::<Micros>();
         for Sample { sequence: id, position, token } in samples {
             // It may have ended while the batch was in flight.
             let Some(sequence) = self.sequences.get_mut(id) else { continue };
@@ -264,7 +286,10 @@ impl Engine {
                     sequence.promised_tokens -= 1;
                     self.take_token(id, token);
                 }
-                Ok(token) => self.outputs.push_back(Output::SendToken { sequence: id, position, token }),
+                Ok(token) => {
+                    self.token_came(id);
+                    self.outputs.push_back(Output::SendToken { sequence: id, position, token });
+                }
             }
         }
         let over = self.leaving.extract_if(.., |leaving| leaving.last_batch <= done);
@@ -274,9 +299,16 @@ impl Engine {
         }
     }
 
+    /// Takes a batch back whose work is done, to use its memory again. Nothing depends on it.
+    pub fn recycle(&mut self, batch: Batch) {
+        if self.spare.len() < self.limits.batches_in_flight_max as usize {
+            self.spare.push(batch);
+        }
+    }
+
     /// Whether a batch is still on the device.
     fn is_in_flight(&self, batch: BatchId) -> bool {
-        self.in_flight.front().is_some_and(|oldest| *oldest <= batch)
+        self.in_flight.front().is_some_and(|oldest| oldest.id <= batch)
     }
 
     /// The next thing to do, or None until the next event.
@@ -317,12 +349,14 @@ impl Engine {
 
     /// Puts a step of a sequence into its segment's ready queue if it has rows ready and is not there yet.
     pub(crate) fn enqueue(&mut self, id: SequenceId, step: usize) {
+        let turn = self.turn_due();
         let sequence = &mut self.sequences[id];
         if sequence.status != Status::Running || sequence.steps[step].queued || sequence.ready_count(step, self.limits.link_rows_max) == 0 {
             return;
         }
         sequence.steps[step].queued = true;
-        let entry = Entry { priority: sequence.priority, sequence: id, step: std::cmp::Reverse(step as u32) };
+        let due = sequence.due.map_or(turn, |due| due.min(turn));
+        let entry = Entry { priority: sequence.priority, sequence: id, step: std::cmp::Reverse(step as u32), due };
         self.ready.push(sequence.path.steps[step].segment, entry, sequence.decodes(step));
     }
 
@@ -338,9 +372,10 @@ impl Engine {
         }
         if let Some(reason) = self.sequences[id].end_reason() {
             self.finish(id, reason);
-        } else {
-            self.enqueue(id, 0);
+            return;
         }
+        self.token_came(id);
+        self.enqueue(id, 0);
     }
 
     fn finish(&mut self, id: SequenceId, reason: Reason) {
@@ -370,6 +405,7 @@ impl Engine {
     /// may still write to the pages, so those wait for the last of them. Hidden rows (and boundary pages) need not: who gets one writes
     /// it before reading it, in a batch that is planned later and so runs later.
     pub(crate) fn release_all(&mut self, id: SequenceId) {
+        self.stop_decoding(id);
         let is_in_flight = self.is_in_flight(self.sequences[id].last_batch);
         let sequence = &mut self.sequences[id];
         let most = sequence.steps.iter().map(|step| step.handles.len()).max().unwrap_or(0);

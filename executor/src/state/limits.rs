@@ -17,6 +17,15 @@ pub struct Limits {
     pub chunk_tokens_max: u32,
     /// How keys and values are stored; part of the numeric class.
     pub kv_format: KvFormat,
+    /// Milliseconds between two tokens of a sequence that are wanted; prompts are computed in the slack. 0: no target, and prompts are
+    /// bounded by `step_tokens_max` alone.
+    pub gap_ms: u32,
+    /// Milliseconds from admission to the first token that are wanted; 0: no target.
+    pub ttft_ms: u32,
+    /// Milliseconds that one batch may be expected to take; chunks of prompts are cut to it. 0: any.
+    pub batch_ms_max: u32,
+    /// Milliseconds that a ready row lets others go first, at most.
+    pub row_wait_ms: u32,
     /// Batches handed to the device and not done. From 2 on the device finds the next one waiting whenever it ends one.
     pub batches_in_flight_max: u32,
     /// Sequences that hold pages at one time.
@@ -43,6 +52,10 @@ impl Default for Limits {
             kv_format: KvFormat::F32,
             step_tokens_max: 256,
             chunk_tokens_max: 256,
+            gap_ms: 0,
+            ttft_ms: 0,
+            batch_ms_max: 0,
+            row_wait_ms: 200,
             batches_in_flight_max: 2,
             sequences_max: 64,
             waiting_max: 1024,

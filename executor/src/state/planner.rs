@@ -3,10 +3,11 @@
 
 use super::Now;
 use super::batch::{Batch, SequenceId};
+use super::clock::{InFlight, Micros, TILE_ROWS};
 use super::engine::{Engine, Output};
 use super::ready::{Entries, Entry};
 use super::segments::SegmentIndex;
-use super::sequence::Status;
+use super::sequence::{Sequence, Status};
 
 /// Rows of one sequence that run in the batch that is being planned.
 #[derive(Debug, Clone, Copy)]
@@ -20,11 +21,19 @@ pub(crate) struct Chosen {
 struct Room {
     rows: u32,
     hidden_rows: u32,
+    /// Rows that it has, and may have for the time that a batch may take.
+    row_count: u32,
+    rows_in_time: u32,
+    /// Microseconds that chunks of prompts may still add; None: any.
+    chunk_micros: Option<f64>,
+    /// Chunks that it has.
+    chunk_count: u32,
 }
 
 impl Engine {
     /// Admits what fits, then hands out at most one batch: of the first segment, in order of choice, that can run.
     pub(crate) fn plan_step(&mut self, now: Now) {
+        self.tell_time(now);
         // Pages that come back are first for those that run and lack them.
         if !std::mem::take(&mut self.pages_short) || self.ready.is_empty() {
             self.start_waiting(now);
@@ -32,7 +41,8 @@ impl Engine {
         while !self.ready.is_empty() {
             self.ready.begin_plan();
             let mut taken = std::mem::take(&mut self.taken);
-            while let Some(segment) = self.ready.take_next(&mut taken) {
+            let urgent = self.clock.start() + self.pass_micros() as Micros;
+            while let Some(segment) = self.ready.take_next(urgent, &mut taken) {
                 let is_planned = self.plan_segment(segment, &mut taken);
                 if is_planned {
                     self.taken = taken;
@@ -54,7 +64,20 @@ impl Engine {
     /// Hands out a batch of one segment from its ready rows, and puts back what it does not take; false if none of them can run.
     fn plan_segment(&mut self, segment: SegmentIndex, taken: &mut Entries) -> bool {
         let mut chosen = std::mem::take(&mut self.chosen);
-        let mut room = Room { rows: self.limits.step_tokens_max, hidden_rows: self.hidden_free.len() as u32 };
+        let rows = self.limits.step_tokens_max;
+        let curve = &self.costs[segment.0 as usize];
+        let mut room = Room {
+            rows,
+            hidden_rows: self.hidden_free.len() as u32,
+            row_count: 0,
+            rows_in_time: match self.limits.batch_ms_max {
+                0 => rows,
+                most if taken.chunks.is_empty() => most.max(rows),
+                most => curve.rows_within(f64::from(most) * 1e3, rows),
+            },
+            chunk_micros: if taken.chunks.is_empty() { None } else { self.chunk_budget() },
+            chunk_count: 0,
+        };
         for (entries, decodes) in [(&mut taken.decodes, true), (&mut taken.chunks, false)] {
             entries.sort_unstable();
             for entry in entries.drain(..) {
@@ -68,7 +91,6 @@ impl Engine {
             let batch = self.batch(segment, &chosen);
             self.counters.batch_count += 1;
             self.counters.row_count += u64::from(batch.row_count);
-            self.in_flight.push_back(batch.id);
             self.outputs.push_back(Output::RunBatch(batch));
         }
         chosen.clear();
@@ -89,9 +111,15 @@ impl Engine {
         if keeps_hidden && !comes_from_slots {
             count = count.min(room.hidden_rows);
         }
+        if !decodes {
+            count = self.bound_chunk(sequence, step, count, room);
+        }
         // A chain may cross a segment twice; a batch takes a sequence once. Its deeper entry came right before.
         let is_twice = chosen.last().is_some_and(|last| last.sequence == entry.sequence);
-        if count == 0 || is_twice || !self.reserve_pages(entry.sequence, step, count) {
+        // Mostly the pages that it has will do.
+        let state = &sequence.steps[step];
+        let has_pages = state.computed + count <= state.handles.len() as u32 * self.limits.page_tokens;
+        if count == 0 || is_twice || !(has_pages || self.reserve_pages(entry.sequence, step, count)) {
             self.ready.push(segment, entry, decodes);
             return;
         }
@@ -101,23 +129,37 @@ impl Engine {
             (true, true) | (false, false) => {}
         }
         room.rows -= count;
+        room.row_count += count;
         self.sequences[entry.sequence].steps[step].queued = false;
         chosen.push(Chosen { sequence: entry.sequence, step, count });
     }
 
+    /// Bounds a chunk of a prompt by time: that of the batch, and where it enters the chain by what it adds for those that decode. The
+    /// first chunk of a batch is at least a tile, so that prompts advance under any load.
+    fn bound_chunk(&self, sequence: &Sequence, step: usize, most: u32, room: &mut Room) -> u32 {
+        let floor = if room.chunk_count == 0 { TILE_ROWS } else { 0 };
+        let in_time = room.rows_in_time.saturating_sub(room.row_count).max(floor);
+        let mut count = most.min(in_time);
+        if count < most && count > TILE_ROWS {
+            count = (room.row_count + count) / TILE_ROWS * TILE_ROWS - room.row_count;
+        }
+        if let (0, Some(budget)) = (step, room.chunk_micros.as_mut()) {
+            let price;
+            (count, price) = self.chunk_within(sequence, step, room.row_count, count, *budget, floor);
+            *budget = (*budget - price).max(0.0);
+        }
+        room.chunk_count += u32::from(count > 0);
+        count
+    }
+
     fn batch(&mut self, segment: SegmentIndex, chosen: &[Chosen]) -> Batch {
-        let mut batch = Batch {
-            id: self.next_batch_id(),
-            segment,
-            blocks: std::sync::Arc::clone(&self.segments[segment.0 as usize].blocks),
-            span_count: 0,
-            rows: Vec::with_capacity(chosen.len()),
-            row_count: 0,
-            tokens: Vec::new(),
-            slots: Vec::with_capacity(chosen.len()),
-            tables: Vec::new(),
-            table_slots: Vec::new(),
-        };
+        let blocks = std::sync::Arc::clone(&self.segments[segment.0 as usize].blocks);
+        let mut batch = Batch::reuse(self.spare.pop(), self.next_batch_id(), segment, blocks);
+        batch.rows.reserve(chosen.len());
+        let rows = chosen.iter().map(|chosen| chosen.count).sum();
+        let predicted = self.costs[segment.0 as usize].predict(rows).unwrap_or(0.0) as Micros;
+        self.clock.busy_until = self.clock.start() + predicted;
+        self.in_flight.push_back(InFlight { id: batch.id, segment, rows, predicted });
         for chosen in chosen {
             self.advance(chosen, &mut batch);
         }
@@ -126,7 +168,7 @@ impl Engine {
 
     /// Sequences that hold pages and could start over: chains that are whole here.
     fn preemptible(&self) -> impl Iterator<Item = (i32, SequenceId)> + '_ {
-        let holds = |s: &&super::sequence::Sequence| s.status == Status::Running && s.steps.iter().any(|step| !step.handles.is_empty());
+        let holds = |s: &&Sequence| s.status == Status::Running && s.steps.iter().any(|step| !step.handles.is_empty());
         self.sequences.iter().filter(holds).filter(|s| s.path.is_whole()).map(|s| (s.priority, s.id))
     }
 

@@ -4,6 +4,7 @@
 use std::cmp::Reverse;
 
 use super::batch::SequenceId;
+use super::clock::Micros;
 use super::segments::SegmentIndex;
 
 /// A step of a sequence with rows ready. They run in this order: by priority, by arrival, and of one sequence the deeper step first.
@@ -12,6 +13,8 @@ pub(crate) struct Entry {
     pub(crate) priority: i32,
     pub(crate) sequence: SequenceId,
     pub(crate) step: Reverse<u32>,
+    /// When it should run.
+    pub(crate) due: Micros,
 }
 
 /// Entries by kind.
@@ -32,29 +35,55 @@ struct Queue {
     entries: Entries,
     /// Deepest place of the segment in a path.
     depth: usize,
-    /// Turn in which the queue got its first entry.
+    /// Number of the family: segments that a chain crosses both are of one.
+    family: usize,
+    /// Turn in which the queue got its first entry, and the earliest time at which one should run.
     since: u64,
+    due: Micros,
     /// The latest plan that tried this segment.
     tried_in: u64,
+}
+
+impl Queue {
+    /// Whether this queue of a family is to be tried before another one.
+    fn goes_before(&self, other: &Self, urgent: Micros) -> bool {
+        match (self.due <= urgent, other.due <= urgent) {
+            (true, true) if self.due != other.due => self.due < other.due,
+            (true, false) => true,
+            (false, true) => false,
+            _ if self.depth != other.depth => self.depth > other.depth,
+            _ => self.since < other.since,
+        }
+    }
+}
+
+/// Segments that chains tie together.
+#[derive(Debug, Default)]
+struct Family {
+    /// Those with entries.
+    segments: Vec<SegmentIndex>,
+    /// The earliest time at which one of its entries should run, and the turn of that one's queue.
+    first: (Micros, u64),
 }
 
 /// The ready queues of all segments.
 #[derive(Debug, Default)]
 pub(crate) struct Ready {
     queues: Vec<Queue>,
-    /// Segments with entries, by depth.
-    by_depth: Vec<Vec<SegmentIndex>>,
+    families: Vec<Family>,
+    /// Whether the present plan has tried a segment.
+    has_tried: bool,
     turn: u64,
     plan: u64,
 }
 
 impl Ready {
-    /// Empties all queues; from now on segment i has depth `depths[i]`.
-    pub(crate) fn reset(&mut self, depths: &[usize]) {
+    /// Empties all queues; from now on segment i has depth and family `places[i]`.
+    pub(crate) fn reset(&mut self, places: &[(usize, usize)]) {
         self.queues.clear();
-        self.queues.extend(depths.iter().map(|depth| Queue { depth: *depth, ..Queue::default() }));
-        self.by_depth.clear();
-        self.by_depth.resize_with(depths.iter().max().map_or(0, |deepest| deepest + 1), Vec::new);
+        self.queues.extend(places.iter().map(|(depth, family)| Queue { depth: *depth, family: *family, ..Queue::default() }));
+        self.families.clear();
+        self.families.resize_with(places.iter().map(|(_, family)| family + 1).max().unwrap_or(0), Family::default);
     }
 
     /// Adds an entry.
@@ -62,8 +91,17 @@ impl Ready {
         let queue = &mut self.queues[segment.0 as usize];
         if queue.entries.is_empty() {
             self.turn += 1;
-            queue.since = self.turn;
-            self.by_depth[queue.depth].push(segment);
+            (queue.since, queue.due) = (self.turn, entry.due);
+            let family = &mut self.families[queue.family];
+            family.first = if family.segments.is_empty() { (entry.due, queue.since) } else { family.first };
+            family.segments.push(segment);
+        }
+        if entry.due < queue.due {
+            queue.due = entry.due;
+        }
+        let family = &mut self.families[queue.family];
+        if entry.due < family.first.0 {
+            family.first = (entry.due, queue.since);
         }
         if decodes { queue.entries.decodes.push(entry) } else { queue.entries.chunks.push(entry) }
     }
@@ -78,33 +116,57 @@ impl Ready {
         queue.entries.decodes.retain(others);
         queue.entries.chunks.retain(others);
         if queue.entries.is_empty() {
-            self.by_depth[queue.depth].retain(|known| *known != segment);
+            self.families[queue.family].segments.retain(|known| *known != segment);
         }
     }
 
     /// Whether nobody is ready.
     pub(crate) fn is_empty(&self) -> bool {
-        self.by_depth.iter().all(Vec::is_empty)
+        self.families.iter().all(|family| family.segments.is_empty())
     }
 
     /// Begins a plan: every segment may be tried once.
     pub(crate) fn begin_plan(&mut self) {
         self.plan += 1;
+        self.has_tried = false;
     }
 
-    /// Moves the entries of the next segment to try into `taken` (empty before): the deepest first, so that sequences that were parted
-    /// drain to the head and meet again at the shared start; of equal depth the one that has waited longest.
-    pub(crate) fn take_next(&mut self, taken: &mut Entries) -> Option<SegmentIndex> {
+    /// Moves the entries of the next segment to try into `taken` (empty before). Of unrelated families the one with the row that should run
+    /// first. Within a family the deepest segment, so that sequences that were parted drain to the head and meet again at the shared
+    /// start; but a segment with a row that should run before `urgent` comes first, the earliest of them. Ties: who has waited longest.
+    pub(crate) fn take_next(&mut self, urgent: Micros, taken: &mut Entries) -> Option<SegmentIndex> {
         let (queues, plan) = (&self.queues, self.plan);
-        let (depth, place) = self.by_depth.iter().enumerate().rev().find_map(|(depth, segments)| {
-            let untried = segments.iter().enumerate().filter(|(_, segment)| queues[segment.0 as usize].tried_in != plan);
-            untried.min_by_key(|(_, segment)| queues[segment.0 as usize].since).map(|(place, _)| (depth, place))
-        })?;
-        let segment = self.by_depth[depth].swap_remove(place);
+        let is_tried = |segment: &SegmentIndex| queues[segment.0 as usize].tried_in == plan;
+        let mut chosen: Option<(usize, (Micros, u64))> = None;
+        for (number, family) in self.families.iter().enumerate().filter(|(_, family)| !family.segments.is_empty()) {
+            let is_over = self.has_tried && family.segments.iter().all(is_tried);
+            if !is_over && chosen.is_none_or(|(_, first)| family.first < first) {
+                chosen = Some((number, family.first));
+            }
+        }
+        let family = &mut self.families[chosen?.0];
+        let mut best: Option<(usize, &Queue)> = None;
+        for (place, segment) in family.segments.iter().enumerate().filter(|(_, segment)| !is_tried(segment)) {
+            let queue = &queues[segment.0 as usize];
+            if best.is_none_or(|(_, best)| queue.goes_before(best, urgent)) {
+                best = Some((place, queue));
+            }
+        }
+        let (place, _) = best?;
+        let segment = family.segments.swap_remove(place);
+        let rest = family.segments.iter().map(|segment| (queues[segment.0 as usize].due, queues[segment.0 as usize].since));
+        family.first = rest.min().unwrap_or_default();
         let queue = &mut self.queues[segment.0 as usize];
         queue.tried_in = plan;
+        self.has_tried = true;
         std::mem::swap(&mut queue.entries, taken);
         Some(segment)
+    }
+
+    /// The earliest time at which a decode that is ready should have run; for tests.
+    #[cfg(test)]
+    pub(crate) fn earliest_decode(&self) -> Option<Micros> {
+        self.queues.iter().flat_map(|queue| &queue.entries.decodes).map(|entry| entry.due).min()
     }
 
     /// Whether an entry is there; for checks.

@@ -286,6 +286,10 @@ impl Engine {
             name.unwrap_or_else(|| {
                 let unused = self.segments.iter().position(|known| known.span_count == 0);
                 let place = unused.unwrap_or(self.segments.len());
+                // Other blocks, other costs.
+                self.costs.resize_with(self.costs.len().max(place + 1), Default::default);
+                self.costs[place] = Default::default();
+                self.in_flight.iter_mut().filter(|batch| batch.segment.0 as usize == place).for_each(|batch| batch.rows = 0);
                 if place == self.segments.len() {
                     self.segments.push(segment)
                 } else {
@@ -299,14 +303,17 @@ impl Engine {
 
     /// Puts sequences on the paths of their spans, and fills the ready queues of the new segments.
     fn follow_paths(&mut self) {
-        let mut depths = vec![0; self.segments.len()];
+        let mut places: Vec<(usize, usize)> = (0..self.segments.len()).map(|segment| (0, segment)).collect();
         for span in self.spans.iter().filter(|span| span.hosted) {
+            let family = places[span.path.steps[0].segment.0 as usize].1;
             for (depth, step) in span.path.steps.iter().enumerate() {
-                let known = &mut depths[step.segment.0 as usize];
-                *known = depth.max(*known);
+                let place = &mut places[step.segment.0 as usize];
+                place.0 = depth.max(place.0);
+                let other = place.1;
+                places.iter_mut().filter(|place| place.1 == other).for_each(|place| place.1 = family);
             }
         }
-        self.ready.reset(&depths);
+        self.ready.reset(&places);
         let ids: Vec<SequenceId> = self.sequences.iter().map(|sequence| sequence.id).collect();
         for id in ids {
             let sequence = &mut self.sequences[id];
@@ -315,6 +322,7 @@ impl Engine {
             sequence.steps.iter_mut().for_each(|step| step.queued = false);
             (0..sequence.path.steps.len()).for_each(|step| self.enqueue(id, step));
         }
+        self.count_decoding();
     }
 
     /// Shares pages among the hosted blocks, and counts blocks.

@@ -7,6 +7,7 @@ use ashlar_wire::id::SequenceKey;
 
 use super::Now;
 use super::batch::{BatchId, SequenceId};
+use super::clock::Micros;
 use super::pages::{HandleIndex, StretchIndex, TokenHash};
 use super::segments::SegmentIndex;
 
@@ -127,6 +128,12 @@ pub(crate) struct Sequence {
     pub(crate) domain: TokenHash,
     pub(crate) admitted_at: Now,
     pub(crate) status: Status,
+    /// When its next token is due that no batch samples yet; None without a target.
+    pub(crate) due: Option<Micros>,
+    /// Whether a token of it was sampled, or is being, since it last started; the latest batch that samples one; when the latest came.
+    pub(crate) is_decoding: bool,
+    pub(crate) sampled_in: BatchId,
+    pub(crate) token_at: Micros,
     /// Whether `Started` was emitted.
     pub(crate) started: bool,
     /// Tokens of it that batches in flight sample: they follow `tokens` and are known to the device only. Zero where another

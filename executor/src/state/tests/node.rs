@@ -1,6 +1,7 @@
 //! One engine with its device. Integrity is checked after every event.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Duration;
 
 use ashlar_wire::id::{RouterId, SequenceKey};
 
@@ -47,7 +48,7 @@ pub(super) struct Node {
     pub(super) device: ModelDevice,
     pub(super) inbox: BTreeMap<SequenceId, Vec<u64>>,
     /// Batches handed out and not run, with the rows that came over links for them.
-    pub(super) in_flight: VecDeque<(Batch, BTreeMap<SequenceId, Vec<u64>>)>,
+    pub(super) in_flight: VecDeque<(Batch, BTreeMap<SequenceId, Vec<u64>>, u64)>,
     pub(super) tokens: BTreeMap<u64, Vec<u32>>,
     pub(super) cached_tokens: BTreeMap<u64, u32>,
     pub(super) finished: BTreeMap<u64, (Reason, u32)>,
@@ -59,6 +60,16 @@ pub(super) struct Node {
     /// Sequences that failed.
     pub(super) failed: BTreeSet<u64>,
     pub(super) now_us: u64,
+    /// Microseconds that the device takes for a batch; where None, a step is 100 of them.
+    pub(super) cost_us: Option<fn(&Batch) -> u64>,
+    /// When the device is done with what it has run.
+    pub(super) device_free_us: u64,
+    /// When each token was emitted, by sequence.
+    pub(super) emitted_us: BTreeMap<u64, Vec<u64>>,
+    /// The longest that a batch took.
+    pub(super) batch_us_most: u64,
+    /// The longest that a decode was ready past its time.
+    pub(super) late_us_most: u64,
 }
 
 /// What leaves a node for its neighbour.
@@ -85,6 +96,11 @@ impl Node {
             pictures: Vec::new(),
             failed: BTreeSet::new(),
             now_us: 0,
+            cost_us: None,
+            device_free_us: 0,
+            emitted_us: BTreeMap::new(),
+            batch_us_most: 0,
+            late_us_most: 0,
         }
     }
 
@@ -98,7 +114,7 @@ impl Node {
     /// Carries out outputs until nothing is left, then runs the oldest batch in flight: all others were planned before anything
     /// was known of it. Returns whether a batch ran.
     pub(super) fn step(&mut self, sent: &mut Vec<Sent>) -> bool {
-        self.now_us += 100;
+        self.now_us += if self.cost_us.is_none() { 100 } else { 0 };
         while let Some(output) = self.engine.poll_output(Now::from_micros(self.now_us)) {
             match output {
                 Output::RunBatch(batch) => {
@@ -116,7 +132,7 @@ impl Node {
                     let rows: Vec<String> =
                         batch.rows.iter().map(|rows| format!("{}: {}", self.keys[&rows.sequence], rows.count)).collect();
                     self.pictures.push(format!("[{}] {}", blocks.join(" "), rows.join(", ")));
-                    self.in_flight.push_back((batch, link_rows));
+                    self.in_flight.push_back((batch, link_rows, self.now_us));
                     assert!(self.in_flight.len() <= self.engine.limits.batches_in_flight_max as usize);
                     self.in_flight_most = self.in_flight_most.max(self.in_flight.len());
                     self.engine.check_integrity().expect("integrity with a batch in flight");
@@ -125,6 +141,7 @@ impl Node {
                     let tokens = self.tokens.entry(self.keys[&sequence]).or_default();
                     assert_eq!(tokens.len(), index as usize, "no token is lost or repeated");
                     tokens.push(token.token);
+                    self.emitted_us.entry(self.keys[&sequence]).or_default().push(self.now_us);
                 }
                 Output::EmitFinished { sequence, reason } => {
                     let key = self.keys[&sequence];
@@ -141,12 +158,22 @@ impl Node {
                 }
             }
         }
-        let Some((batch, link_rows)) = self.in_flight.pop_front() else { return false };
+        if let Some(due) = self.engine.ready.earliest_decode() {
+            self.late_us_most = self.late_us_most.max(self.now_us.saturating_sub(due));
+        }
+        let Some((batch, link_rows, handed_us)) = self.in_flight.pop_front() else { return false };
+        let elapsed_us = self.cost_us.map_or(100, |cost| cost(&batch));
+        if self.cost_us.is_some() {
+            self.device_free_us = self.device_free_us.max(handed_us) + elapsed_us;
+            self.now_us = self.now_us.max(self.device_free_us);
+            self.batch_us_most = self.batch_us_most.max(elapsed_us);
+        }
         let (samples, links) = self.device.run(&batch, &link_rows);
         for (sequence, start, rows) in links {
             sent.push(Sent::Rows(self.keys[&sequence], start, rows));
         }
-        self.engine.handle_batch_done(samples);
+        self.engine.handle_batch_done(Now::from_micros(self.now_us), Duration::from_micros(elapsed_us), samples);
+        self.engine.recycle(batch);
         self.engine.check_integrity().expect("integrity after a batch");
         true
     }

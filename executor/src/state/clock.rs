@@ -1,0 +1,169 @@
+//! Time in plans: when each row is due, what is under way costs, and how much of a prompt may ride along without making anybody late.
+//! Without targets (`gap_ms` 0) there is no such budget, and rows take turns.
+
+use super::Now;
+use super::batch::{BatchId, SequenceId};
+use super::cost::largest;
+use super::engine::Engine;
+use super::segments::SegmentIndex;
+use super::sequence::Sequence;
+
+/// Rows of a batch are kept to multiples of it where a chunk is cut short: the GEMMs' tile.
+pub(crate) const TILE_ROWS: u32 = 8;
+/// Share of the slack that prompts may take.
+const MARGIN: f64 = 0.8;
+/// Batches after which the cost of a pass is summed again though nobody came or went.
+const PASS_BATCHES: u64 = 64;
+
+/// Time since the executor started, in microseconds.
+pub(crate) type Micros = u64;
+
+/// A batch that the device has.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct InFlight {
+    pub(crate) id: BatchId,
+    pub(crate) segment: SegmentIndex,
+    /// Rows that it has; 0 where the number of its segment is another one's by now, and nothing is to be learned.
+    pub(crate) rows: u32,
+    /// Time that it is expected to take.
+    pub(crate) predicted: Micros,
+}
+
+/// What the engine knows of time.
+#[derive(Debug, Default)]
+pub(crate) struct Clock {
+    /// The latest time that it was told.
+    pub(crate) now: Micros,
+    /// When the device is expected to have done all that it has.
+    pub(crate) busy_until: Micros,
+    /// For each segment: sequences that decode and cross it.
+    pub(crate) decoding: Vec<u32>,
+    /// Time of a pass: each decoding sequence advances by one token. In microseconds, and when it was summed.
+    pass_micros: f64,
+    summed_at: Option<BatchId>,
+}
+
+impl Clock {
+    /// When a batch that is planned now would begin.
+    pub(crate) fn start(&self) -> Micros {
+        self.now.max(self.busy_until)
+    }
+}
+
+impl Engine {
+    /// Takes the time from an event.
+    pub(crate) fn tell_time(&mut self, now: Now) {
+        self.clock.now = self.clock.now.max(now.as_micros() as Micros);
+    }
+
+    /// The time by which a row that becomes ready now has had to wait for others long enough.
+    pub(crate) fn turn_due(&self) -> Micros {
+        self.clock.now + Micros::from(self.limits.row_wait_ms) * 1000
+    }
+
+    /// The time by which the first token of a sequence that is admitted now is due.
+    pub(crate) fn first_token_due(&self) -> Option<Micros> {
+        (self.limits.ttft_ms > 0).then(|| self.clock.now + Micros::from(self.limits.ttft_ms) * 1000)
+    }
+
+    fn gap(&self) -> Micros {
+        Micros::from(self.limits.gap_ms) * 1000
+    }
+
+    /// A token of a sequence came: the next one is due a gap later, unless one is under way already.
+    pub(crate) fn token_came(&mut self, id: SequenceId) {
+        let (now, gap) = (self.clock.now, self.gap());
+        let sequence = &mut self.sequences[id];
+        sequence.token_at = now;
+        if sequence.is_decoding && sequence.promised_tokens == 0 {
+            sequence.due = (gap > 0).then_some(now + gap);
+        }
+    }
+
+    /// A batch that is being planned samples a token of a sequence: it will be there when the device has done all that it has.
+    pub(crate) fn token_planned(&mut self, id: SequenceId, batch: BatchId) {
+        let (at, gap) = (self.clock.busy_until, self.gap());
+        let sequence = &mut self.sequences[id];
+        sequence.due = (gap > 0).then_some(at + gap);
+        sequence.sampled_in = batch;
+        if !std::mem::replace(&mut sequence.is_decoding, true) {
+            sequence.path.steps.iter().for_each(|step| self.clock.decoding[step.segment.0 as usize] += 1);
+            self.clock.summed_at = None;
+        }
+    }
+
+    /// A sequence no longer decodes: it has ended, or gave way.
+    pub(crate) fn stop_decoding(&mut self, id: SequenceId) {
+        let sequence = &mut self.sequences[id];
+        if std::mem::take(&mut sequence.is_decoding) {
+            sequence.path.steps.iter().for_each(|step| self.clock.decoding[step.segment.0 as usize] -= 1);
+            self.clock.summed_at = None;
+        }
+    }
+
+    /// Counts decoding sequences anew under a new cut.
+    pub(crate) fn count_decoding(&mut self) {
+        self.clock.decoding.clear();
+        self.clock.decoding.resize(self.segments.len(), 0);
+        self.costs.resize_with(self.segments.len(), Default::default);
+        for sequence in self.sequences.iter().filter(|sequence| sequence.is_decoding) {
+            sequence.path.steps.iter().for_each(|step| self.clock.decoding[step.segment.0 as usize] += 1);
+        }
+        self.clock.summed_at = None;
+    }
+
+    /// Microseconds of a pass, as they are known.
+    pub(crate) fn pass_micros(&mut self) -> f64 {
+        let latest = self.latest_batch();
+        if self.clock.summed_at.is_none_or(|at| latest.0 >= at.0 + PASS_BATCHES) {
+            let cost = |(segment, count): (usize, &u32)| self.costs[segment].predict(*count).unwrap_or(0.0);
+            self.clock.pass_micros = self.clock.decoding.iter().enumerate().filter(|(_, count)| **count > 0).map(cost).sum();
+            self.clock.summed_at = Some(latest);
+        }
+        self.clock.pass_micros
+    }
+
+    /// Microseconds that chunks of prompts may add before somebody's next token is late: the slack of the tightest sequence, less a pass
+    /// of all that decode. Where a pass alone takes the whole gap, chunks may take as long as a pass. None: no target, or nobody decodes.
+    pub(crate) fn chunk_budget(&mut self) -> Option<f64> {
+        if self.limits.gap_ms == 0 {
+            return None;
+        }
+        // A token under way comes when its batch ends, as far as that is known by now.
+        let coming = |sampled_in: BatchId| {
+            let before = self.in_flight.iter().take_while(|batch| batch.id <= sampled_in);
+            let predicted: Micros = before.map(|batch| batch.predicted).sum();
+            self.clock.busy_until.saturating_sub(self.in_flight.iter().map(|batch| batch.predicted).sum()) + predicted
+        };
+        let is_coming = |sequence: &Sequence| self.in_flight.front().is_some_and(|oldest| oldest.id <= sequence.sampled_in);
+        let latest = |sequence: &Sequence| if is_coming(sequence) { coming(sequence.sampled_in) } else { sequence.token_at };
+        let tightest = self.sequences.iter().filter(|sequence| sequence.is_decoding).map(latest).min()? + self.gap();
+        let slack = tightest.saturating_sub(self.clock.start()) as f64;
+        let pass = self.pass_micros();
+        Some(((slack - pass) * MARGIN).max(pass))
+    }
+
+    /// Microseconds that `count` tokens add in every segment that they have still to cross, on top of the rows that are there anyway:
+    /// `rows` in this segment, and those that decode in the deeper ones.
+    pub(crate) fn chunk_price(&self, sequence: &Sequence, step: usize, rows: u32, count: u32) -> f64 {
+        let price = |(i, at): (usize, &super::sequence::PathStep)| {
+            let segment = at.segment.0 as usize;
+            let there = if i == step { rows } else { self.clock.decoding[segment] };
+            let cost = |rows| self.costs[segment].predict(rows).unwrap_or(0.0);
+            cost(there + count) - cost(there)
+        };
+        sequence.path.steps.iter().enumerate().skip(step).map(price).sum()
+    }
+
+    /// The most tokens of a prompt, up to `most`, whose price is within `budget`, keeping the rows of the batch to whole tiles; at least
+    /// `floor`. With their price.
+    pub(crate) fn chunk_within(&self, sequence: &Sequence, step: usize, rows: u32, most: u32, budget: f64, floor: u32) -> (u32, f64) {
+        let price = |count| self.chunk_price(sequence, step, rows, count);
+        let mut count = largest(most, |count| price(count) <= budget);
+        if count < most {
+            count = ((rows + count) / TILE_ROWS * TILE_ROWS).saturating_sub(rows);
+        }
+        count = count.max(floor.min(most));
+        (count, price(count))
+    }
+}
