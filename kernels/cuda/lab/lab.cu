@@ -225,12 +225,12 @@ static void bench_decode() {
                 char name[40]; snprintf(name, sizeof name, "whole, %d warps", kernels.w);
                 emit("decode_d128_h4", name, batch, context, kv_heads, us, bytes, work);
                 if (!kernels.split) continue;
-                for (int each : {4, 8, 16}) {
+                for (int each : {4, 8, 16, 32}) {
                     if (each > segments) continue;
                     shape.segments_each = each;
                     us = time_us([&](int i) {
                         LAUNCH(kernels.split, dim3(kv_heads, batch, (segments + each - 1) / each), dim3(32 * kernels.w), kernels.shared, q.data(), keys.data(), values.data(), tables_device.data() + size_t(i) * slots, at.data(), partial.data(), shape);
-                        LAUNCH(kernels.merge, dim3(kv_heads, batch), dim3(d), 0, partial.data(), at.data(), out.data(), shape);
+                        LAUNCH(kernels.merge, dim3(kv_heads * h, batch), dim3(d), 0, partial.data(), at.data(), out.data(), shape);
                     }, copies, bytes / 2e6 + 10);
                     snprintf(name, sizeof name, "splits of %d segments", each);
                     emit("decode_d128_h4", name, batch, context, kv_heads, us, bytes, work);
