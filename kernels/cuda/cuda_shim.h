@@ -81,16 +81,16 @@ inline void catch_faults() {
     struct sigaction action{}; action.sa_sigaction = on_fault; action.sa_flags = SA_SIGINFO | SA_ONSTACK;
     sigaction(SIGSEGV, &action, nullptr); sigaction(SIGBUS, &action, nullptr);
 }
-/// Memory that ends at a page which cannot be touched; the page before it is as closed. Filled with `poison`.
+/// Memory that ends at pages which cannot be touched, a mebibyte of them; those before it are as closed. Filled with `poison`.
 struct Guarded {
     u8* base = nullptr; size_t mapped = 0; u8* data = nullptr; size_t size = 0;
     Guarded() = default;
     Guarded(size_t bytes, int poison) : size(bytes) {
-        size_t room = (bytes + 4095) / 4096 * 4096; mapped = room + 8192;
-        base = (u8*)mmap(nullptr, mapped, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (room) mprotect(base + 4096, room, PROT_READ | PROT_WRITE);
-        memset(base + 4096, poison, room);
-        data = base + 4096 + room - (bytes + 15) / 16 * 16;
+        size_t room = (bytes + 4095) / 4096 * 4096, closed = 1 << 20; mapped = room + 2 * closed;
+        base = (u8*)mmap(nullptr, mapped, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (room) mprotect(base + closed, room, PROT_READ | PROT_WRITE);
+        memset(base + closed, poison, room);
+        data = base + closed + room - (bytes + 15) / 16 * 16;
     }
     Guarded(const Guarded&) = delete;
     Guarded(Guarded&& o) noexcept { *this = static_cast<Guarded&&>(o); }
