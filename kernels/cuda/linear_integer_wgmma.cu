@@ -41,7 +41,7 @@ template <int BITS, int G, int B, int STAGES> DEVICE void many_rows_integer(cons
     int own = tile0 + warp, tile = own < tiles ? own : tiles - 1;
     const U4* w = layer.weights + (size_t)tile * steps * LOADS * 32 + lane;
     const u16* scales = layer.scales + ((size_t)tile * slices * 16 + g) * (SLICE / G);
-    u32 none = (u32)rows >> 31; // 0: bytes must pass through an instruction before wgmma reads them, or it may read registers that a load has not yet filled
+    u32 none = (u32)rows >> 31; // 0. Without it int8 tiles were wrong now and then; why is a guess (docs/kernels-cuda.md, Lost)
     U4 ring[LOOK][LOADS];
     u16 ring_scale[LOOK][2][GS];
     auto load_next = [&](U4 (&next)[LOADS], u16 (&next_scale)[2][GS], int step) {
