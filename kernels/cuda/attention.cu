@@ -193,23 +193,31 @@ DEVICE void decode(const float* q, const u16* keys, const u16* values, const u32
     }
 }
 
-/// Merges what splits left, in order. Grid (kv heads, sequences), D threads, all H heads in turn.
+/// Merges what splits left, in order. Grid (heads, sequences), D threads. Eight segments' loads are under way before their sums.
 template <int D, int H> DEVICE void merge(const float* partial, const int* positions, float* out, DecodeShape shape) {
-    int kv_head = blockIdx.x, sequence = blockIdx.y, position = positions[sequence];
-    int first = shape.window ? (position + 1 > shape.window ? position + 1 - shape.window : 0) : 0;
-    for (int h = 0; h < H; h++) {
-        float m = float_of(0xff800000), l = 0.0f, o = 0.0f;
-        for (int segment = first / SEGMENT_TOKENS; segment <= position / SEGMENT_TOKENS; segment++) {
-            const float* from = partial + (((size_t)(sequence * shape.kv_heads + kv_head) * ((shape.pages_max + 3) / 4) + segment) * H + h) * (D + 2);
-            float m_s = from[D], l_s = from[D + 1], o_s = from[threadIdx.x];
-            bool newer = m_s > m;
-            float factor = exp_exact(newer ? m - m_s : m_s - m), a = newer ? factor : 1.0f, b = newer ? 1.0f : factor;
-            l = l * a + l_s * b;
-            o = fmaf(o_s, b, o * a);
-            m = newer ? m_s : m;
+    constexpr int AHEAD = 8, STRIDE = H * (D + 2);
+    int head = blockIdx.x, sequence = blockIdx.y, position = positions[sequence];
+    int first = shape.window ? (position + 1 > shape.window ? position + 1 - shape.window : 0) : 0, end = position / SEGMENT_TOKENS + 1;
+    const float* from = partial + (size_t)(sequence * shape.kv_heads + head / H) * ((shape.pages_max + 3) / 4) * STRIDE + head % H * (D + 2);
+    float m = float_of(0xff800000), l = 0.0f, o = 0.0f;
+    for (int segment = first / SEGMENT_TOKENS; segment < end; segment += AHEAD) {
+        float m_s[AHEAD], l_s[AHEAD], o_s[AHEAD];
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            const float* at = from + (size_t)(segment + i < end ? segment + i : segment) * STRIDE;
+            m_s[i] = at[D]; l_s[i] = at[D + 1]; o_s[i] = at[threadIdx.x];
         }
-        out[(((size_t)sequence * shape.kv_heads + kv_head) * H + h) * D + threadIdx.x] = __fdiv_rn(o, l);
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            if (segment + i >= end) break;
+            bool newer = m_s[i] > m;
+            float factor = exp_exact(newer ? m - m_s[i] : m_s[i] - m), a = newer ? factor : 1.0f, b = newer ? 1.0f : factor;
+            l = l * a + l_s[i] * b;
+            o = fmaf(o_s[i], b, o * a);
+            m = newer ? m_s[i] : m;
+        }
     }
+    out[((size_t)sequence * gridDim.x + head) * D + threadIdx.x] = __fdiv_rn(o, l);
 }
 
 #define ENTRIES(D, H, W)                                                                                                                     \

@@ -1,6 +1,6 @@
 // Runs a .cu kernel on the CPU: one fiber for each CUDA thread, one cta after another. Tests only; x86-64 Linux.
-// What it is strict about: copies of cp.async land at their wait, as late as the hardware may do them; shared memory is poisoned
-// before each cta; warps and lanes run in an order drawn from a seed, each as far as it can, so that a missing barrier shows;
+// What it is strict about: copies of cp.async land at their wait, as late as the hardware may do them, or with order 1 at once, as early;
+// shared memory is poisoned before each cta; warps and lanes run in an order drawn from a seed, each as far as it can, so that a missing barrier shows;
 // buffers end at a page that cannot be touched, so that a wrong index stops the program; lanes that part at a barrier stop it too.
 // What it cannot see: races within a warp between its syncs, bank conflicts, the memory model.
 #pragma once
@@ -13,6 +13,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 #include <vector>
+#include "tensor_core.h"
 
 typedef uint8_t u8;
 typedef int8_t i8;
@@ -80,16 +81,16 @@ inline void catch_faults() {
     struct sigaction action{}; action.sa_sigaction = on_fault; action.sa_flags = SA_SIGINFO | SA_ONSTACK;
     sigaction(SIGSEGV, &action, nullptr); sigaction(SIGBUS, &action, nullptr);
 }
-/// Memory that ends at a page which cannot be touched; the page before it is as closed. Filled with `poison`.
+/// Memory that ends at pages which cannot be touched, a mebibyte of them; those before it are as closed. Filled with `poison`.
 struct Guarded {
     u8* base = nullptr; size_t mapped = 0; u8* data = nullptr; size_t size = 0;
     Guarded() = default;
     Guarded(size_t bytes, int poison) : size(bytes) {
-        size_t room = (bytes + 4095) / 4096 * 4096; mapped = room + 8192;
-        base = (u8*)mmap(nullptr, mapped, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (room) mprotect(base + 4096, room, PROT_READ | PROT_WRITE);
-        memset(base + 4096, poison, room);
-        data = base + 4096 + room - (bytes + 15) / 16 * 16;
+        size_t room = (bytes + 4095) / 4096 * 4096, closed = 1 << 20; mapped = room + 2 * closed;
+        base = (u8*)mmap(nullptr, mapped, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (room) mprotect(base + closed, room, PROT_READ | PROT_WRITE);
+        memset(base + closed, poison, room);
+        data = base + closed + room - (bytes + 15) / 16 * 16;
     }
     Guarded(const Guarded&) = delete;
     Guarded(Guarded&& o) noexcept { *this = static_cast<Guarded&&>(o); }
@@ -183,7 +184,7 @@ inline u64 evict_first() { return 0; }
 inline U4 load_stream(const U4* p, u64) { return *p; }
 inline U4 load_shared_by_many(const U4* p) { return *p; }
 inline auto& shim_copies() { auto& c = shim::current->copies; if (c.empty()) c.emplace_back(); return c; }
-inline void cp_async16(void* s, const void* g) { if ((uintptr_t(s) | uintptr_t(g)) & 15) shim::fail("cp.async that is not aligned"); shim_copies().back().push_back({s, g}); }
+inline void cp_async16(void* s, const void* g) { if ((uintptr_t(s) | uintptr_t(g)) & 15) shim::fail("cp.async that is not aligned"); if (shim::order_seed == 1) memcpy(s, g, 16); else shim_copies().back().push_back({s, g}); }
 inline void cp_async_commit() { shim_copies().emplace_back(); }
 template <int N> void cp_async_wait() { auto& c = shim_copies(); while (c.size() > N + 1) { for (auto& x : c[0]) memcpy(x.to, x.from, 16); c.erase(c.begin()); } }
 inline void ldmatrix_x4(u32 (&r)[4], const void* p) {
@@ -207,8 +208,6 @@ template <bool UNSIGNED> void shim_mma_8bit(int (&d)[4], const u32 (&a)[4], u32 
 }
 inline void mma_s8(int (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) { shim_mma_8bit<false>(d, a, b0, b1); }
 inline void mma_u8(int (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) { shim_mma_8bit<true>(d, a, b0, b1); }
-/// One output of the tensor core: `sum of a[k] b[k] + c`.
-inline float tensor_core_dot(const float* a, const float* b, float c) { double s = 0; for (int k = 0; k < 16; k++) s += double(a[k]) * b[k]; return float(s + c); }
 inline void mma_bf16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     auto& w = shim::warp(); unsigned l = shim::lane(); u32* m = w.a[l];
     for (int i = 0; i < 4; i++) m[i] = a[i];
@@ -219,7 +218,7 @@ inline void mma_bf16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
             x[k] = bf16_value(w.a[(row % 8) * 4 + k % 8 / 2][row / 8 + k / 8 * 2] >> (k % 2 * 16) & 0xffff);
             y[k] = bf16_value(w.a[col * 4 + k % 8 / 2][4 + k / 8] >> (k % 2 * 16) & 0xffff);
         }
-        d[q] = tensor_core_dot(x, y, d[q]);
+        d[q] = tensor_core_dot16(x, y, d[q]);
     }
     shim::sync_warp();
 }

@@ -89,19 +89,17 @@ template <int G, int RT, int TILES, bool FULL> DEVICE void bf16_few_rows(const I
             words[i] += warps * 16 * WORDS;
         }
         float acc[TILES][RT][4] = {}, d[TILES][RT][4];
-        constexpr int BUFFERS = RT <= 4 ? 2 : 1; // rows' operands: the next while these are used, where registers are enough
-        U4 b[BUFFERS][RT][2];
+        U4 b[2][RT][2]; // rows' operands: the next while these are used
         auto load_rows = [&](int c) {
 #pragma unroll
-            for (int rt = 0; rt < RT; rt++) { b[c % BUFFERS][rt][0] = load_shared_by_many(x[rt] + c * 64); b[c % BUFFERS][rt][1] = load_shared_by_many(x[rt] + c * 64 + 32); }
+            for (int rt = 0; rt < RT; rt++) { b[c % 2][rt][0] = load_shared_by_many(x[rt] + c * 64); b[c % 2][rt][1] = load_shared_by_many(x[rt] + c * 64 + 32); }
         };
-        if (BUFFERS == 2) load_rows(0);
+        load_rows(0);
 #pragma unroll
         for (int c = 0; c < CHUNKS; c++) {
             int at = slice * SLICE + c * 64;
             if (!FULL && at >= padded) break;
-            if (BUFFERS == 1) load_rows(c);
-            else if (c + 1 < CHUNKS && (FULL || at + 64 < padded)) load_rows(c + 1);
+            if (c + 1 < CHUNKS && (FULL || at + 64 < padded)) load_rows(c + 1);
 #pragma unroll
             for (int i = 0; i < TILES; i++) {
                 U4 v = ring[c % DEPTH][i];
@@ -122,8 +120,8 @@ template <int G, int RT, int TILES, bool FULL> DEVICE void bf16_few_rows(const I
 #pragma unroll
                     for (int rt = 0; rt < RT; rt++) {
                         if (first) d[i][rt][0] = d[i][rt][1] = d[i][rt][2] = d[i][rt][3] = 0.0f;
-                        mma_bf16(d[i][rt], a0, b[c % BUFFERS][rt][half].x, b[c % BUFFERS][rt][half].y);
-                        mma_bf16(d[i][rt], a1, b[c % BUFFERS][rt][half].z, b[c % BUFFERS][rt][half].w);
+                        mma_bf16(d[i][rt], a0, b[c % 2][rt][half].x, b[c % 2][rt][half].y);
+                        mma_bf16(d[i][rt], a1, b[c % 2][rt][half].z, b[c % 2][rt][half].w);
                         if (last)
 #pragma unroll
                             for (int q = 0; q < 4; q++) acc[i][rt][q] = fmaf(d[i][rt][q], scale_of(scale[i][q / 2], step / STEPS), acc[i][rt][q]);
@@ -258,7 +256,7 @@ template <int G, int RT, int STAGES> DEVICE void bf16_many_rows(const Int4Layer 
 #define ENTRIES(G)                                                                                                                         \
     FEW_ROWS(G, any, 1, 1, false) FEW_ROWS(G, any, 2, 1, false) GROUPED(G, any, 1, false)                                                  \
     FEW_ROWS(G, t1, 1, 1, true) FEW_ROWS(G, t1, 2, 1, true) FEW_ROWS(G, t2, 1, 2, true) FEW_ROWS(G, t2, 2, 2, true)                        \
-    FEW_ROWS(G, t2, 4, 2, true) FEW_ROWS(G, t1, 4, 1, true) FEW_ROWS(G, t1, 8, 1, true) FEW_ROWS(G, t2, 8, 2, true)                       \
+    FEW_ROWS(G, t2, 4, 2, true)                                                                                                            \
     GROUPED(G, t1, 1, true) GROUPED(G, t2, 2, true)                                                                                        \
     extern "C" __global__ void __launch_bounds__(256, 1) linear_w4a16_g##G##_many(Int4Layer layer, const U4* xb, float* out, int rows, int n, int k) { \
         bf16_many_rows<G, 8, 4>(layer, xb, out, rows, n, k);                                                                                \

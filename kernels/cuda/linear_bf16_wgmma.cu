@@ -13,22 +13,17 @@ DEVICE void code_fragments(u32 (&a)[4][4], const U4& v) {
     }
 }
 
-/// Groups of 128. Cta: 2 warpgroups of 64 outputs each, B rows. Weights go from memory to registers, asked for AHEAD steps of
-/// 64 k before their use. Shared memory: STAGES of rows [4 steps of 16 k][2][B / 8][128 bytes], sums [slots][B / 2][256] f32, barriers.
-/// SPLIT: a cluster of so many ctas shares the slices of K (blockIdx.z), each keeps the sums of its slices, then each adds up a part of the
-/// outputs over all slices in ascending order. With one cta, whole slices are added up as they end, in one slot.
-template <int B, int STAGES, int SPLIT> constexpr int wgmma_shared_bytes(int slices) { return STAGES * B * 128 + (SPLIT > 1 ? (slices + SPLIT - 1) / SPLIT : 1) * B * 512 + 16 * STAGES; }
-template <int B, int STAGES, int SPLIT> DEVICE void many_rows(const Int4Layer layer, const u8* xw, float* out, int rows, int n, int k) {
-    constexpr int STEP_BYTES = B * 32, STAGE_BYTES = 4 * STEP_BYTES, R = B / 2, AHEAD = B > 128 ? 2 : 4, PER_SLICE = SLICE / 64;
+/// Groups of 128. Cta: 2 warpgroups of 64 outputs each, B rows. Weights go from memory to registers, asked for AHEAD steps of 64 k before their
+/// use. Shared memory: STAGES of rows [4 steps of 16 k][2][B / 8][128 bytes], sums of whole slices [B / 2][256] f32, barriers.
+template <int B, int STAGES> constexpr int wgmma_shared_bytes() { return STAGES * B * 128 + B * 512 + 16 * STAGES; }
+template <int B, int STAGES> DEVICE void many_rows(const Int4Layer layer, const u8* xw, float* out, int rows, int n, int k) {
+    constexpr int STEP_BYTES = B * 32, STAGE_BYTES = 4 * STEP_BYTES, R = B / 2, AHEAD = 4, PER_SLICE = SLICE / 64;
     DYNAMIC_SHARED(u8, stages);
-    int all_steps = (k + 63) / 64, slices = (k + SLICE - 1) / SLICE, per = (slices + SPLIT - 1) / SPLIT, tiles = (n + 15) / 16;
+    int steps = (k + 63) / 64, slices = (k + SLICE - 1) / SLICE, tiles = (n + 15) / 16;
     float* totals = (float*)(stages + STAGES * STAGE_BYTES) + threadIdx.x;
-    u64* full = (u64*)(stages + STAGES * STAGE_BYTES + (SPLIT > 1 ? per : 1) * B * 512);
+    u64* full = (u64*)(stages + STAGES * STAGE_BYTES + B * 512);
     u64* empty = full + STAGES;
     int lane = threadIdx.x & 31, warp = __shfl_sync(~0u, (int)(threadIdx.x >> 5), 0), g = lane / 4, t = lane % 4;
-    int first_step = SPLIT > 1 ? (int)blockIdx.z * per * PER_SLICE : 0, end_step = SPLIT > 1 ? first_step + per * PER_SLICE : all_steps;
-    if (end_step > all_steps) end_step = all_steps;
-    int steps = end_step > first_step ? end_step - first_step : 0;
     // Ctas that run together share rows and weights: up to 16 blocks of rows side by side.
     int linear = blockIdx.y * gridDim.x + blockIdx.x, in_panel = linear % (16 * gridDim.y), panel = linear / (16 * gridDim.y);
     int wide = (int)gridDim.x - panel * 16 < 16 ? (int)gridDim.x - panel * 16 : 16;
@@ -39,7 +34,7 @@ template <int B, int STAGES, int SPLIT> DEVICE void many_rows(const Int4Layer la
     }
     __syncthreads();
     // A ninth warp that copies would leave 168 registers a thread instead of 255: thread 0 copies, a pair of steps after a stage was last read.
-    const u8* x = xw + ((size_t)row_block * all_steps + first_step) * STAGE_BYTES;
+    const u8* x = xw + (size_t)row_block * steps * STAGE_BYTES;
     auto fetch = [&](int step) {
         barrier_expect(full + step % STAGES, STAGE_BYTES);
         bulk_copy(stages + step % STAGES * STAGE_BYTES, x + (size_t)step * STAGE_BYTES, STAGE_BYTES, full + step % STAGES);
@@ -47,8 +42,8 @@ template <int B, int STAGES, int SPLIT> DEVICE void many_rows(const Int4Layer la
     if (threadIdx.x == 0)
         for (int step = 0; step < STAGES && step < steps; step++) fetch(step);
     int own = tile0 + warp, tile = own < tiles ? own : tiles - 1;
-    const U4* w = layer.weights + ((size_t)tile * all_steps + first_step) * 32 + lane;
-    const U2* scale_words = (const U2*)layer.scales + ((size_t)tile * slices + first_step / PER_SLICE) * 16 + g;
+    const U4* w = layer.weights + (size_t)tile * steps * 32 + lane;
+    const U2* scale_words = (const U2*)layer.scales + (size_t)tile * slices * 16 + g;
     U4 next[AHEAD];
     U2 scale[2], next_scale[2];
 #pragma unroll
@@ -58,98 +53,95 @@ template <int B, int STAGES, int SPLIT> DEVICE void many_rows(const Int4Layer la
     float d[R], acc[R];
 #pragma unroll
     for (int i = 0; i < R; i++) acc[i] = 0.0f;
-    auto fragments = [&](u32 (&to)[4][4], U4& from, int step) {
-        code_fragments(to, from);
-        from = load_ahead(w + (size_t)(step + AHEAD < steps ? step + AHEAD : step) * 32);
-    };
-    auto issue = [&](const u32 (&from)[4][4], int step, int keep) {
-        barrier_wait(full + step % STAGES, step / STAGES & 1);
-        wgmma_fence();
-#pragma unroll
-        for (int i = 0; i < 4; i++) wgmma_bf16<B>(d, from[i], wgmma_matrix(stages + step % STAGES * STAGE_BYTES + i * STEP_BYTES, B / 8 * 128, 128), keep | (i > 0));
-        wgmma_commit();
-    };
-    auto release = [&](int step) { if (lane == 0) barrier_arrive(empty + step % STAGES); };
-    if (steps > 0) fragments(a[0], next[0], 0);
-    for (int slice_step = 0; slice_step < steps; slice_step += PER_SLICE) {
+    static_assert(PER_SLICE % STAGES == 0 || STAGES % PER_SLICE == 0, "stages are named at compile time");
+    u64 base = wgmma_matrix(stages, B / 8 * 128, 128);
+    // A slice of 8 steps, two by two. SURE: all steps and those that are asked for ahead exist, so nothing is checked.
+    auto slice_of = [&](int slice_step, auto sure) {
+        constexpr bool SURE = decltype(sure)::value;
         scale[0] = next_scale[0]; scale[1] = next_scale[1];
-        if (slice_step + PER_SLICE < steps) { scale_words += 16; next_scale[0] = load_ahead(scale_words); next_scale[1] = load_ahead(scale_words + 8); }
+        if (SURE || slice_step + PER_SLICE < steps) { scale_words += 16; next_scale[0] = load_ahead(scale_words); next_scale[1] = load_ahead(scale_words + 8); }
+        u32 turn = slice_step / STAGES; // how often the first stage of this slice was filled before
+        auto fragments = [&](u32 (&to)[4][4], U4& from, int step) {
+            code_fragments(to, from);
+            if (SURE || step + AHEAD < steps) from = load_ahead(w + (size_t)(step + AHEAD) * 32);
+        };
+        auto issue = [&](const u32 (&from)[4][4], int in_slice, int keep) {
+            barrier_wait(full + in_slice % STAGES, (turn + in_slice / STAGES) & 1);
+            wgmma_fence();
+#pragma unroll
+            for (int i = 0; i < 4; i++) wgmma_bf16<B>(d, from[i], base + (in_slice % STAGES * STAGE_BYTES + i * STEP_BYTES) / 16, keep | (i > 0));
+            wgmma_commit();
+        };
 #pragma unroll
         for (int pair = 0; pair < PER_SLICE / 2; pair++) {
             int step = slice_step + pair * 2;
-            if (step >= steps) break;
-            bool second = step + 1 < steps;
+            if (!SURE && step >= steps) break;
+            bool second = SURE || step + 1 < steps;
             u32 bits0 = pair < 2 ? scale[0].x : scale[0].y, bits1 = pair < 2 ? scale[1].x : scale[1].y;
             float s0 = half_to_float((u16)(pair % 2 ? bits0 >> 16 : bits0)), s1 = half_to_float((u16)(pair % 2 ? bits1 >> 16 : bits1));
-            issue(a[0], step, 0);
-            if (threadIdx.x == 0)
-                for (int old = step < 2 ? 0 : step - 2; old < step; old++)
-                    if (old + STAGES < steps) { barrier_wait(empty + old % STAGES, old / STAGES & 1); fetch(old + STAGES); }
+            issue(a[0], pair * 2, 0);
+            if (threadIdx.x == 0) {
+#pragma unroll
+                for (int back = 2; back > 0; back--) {
+                    int old = step - back, in_slice = (pair * 2 - back + PER_SLICE) % PER_SLICE; // old % PER_SLICE
+                    if (old >= 0 && old + STAGES < steps) {
+                        barrier_wait(empty + in_slice % STAGES, (u32)(old / STAGES) & 1);
+                        barrier_expect(full + in_slice % STAGES, STAGE_BYTES);
+                        bulk_copy(stages + in_slice % STAGES * STAGE_BYTES, x + (size_t)(old + STAGES) * STAGE_BYTES, STAGE_BYTES, full + in_slice % STAGES);
+                    }
+                }
+            }
             __syncwarp();
             if (second) {
                 fragments(a[1], next[(pair * 2 + 1) % AHEAD], step + 1);
-                issue(a[1], step + 1, 1);
+                issue(a[1], pair * 2 + 1, 1);
                 wgmma_wait<1>();
 #pragma unroll
                 for (int i = 0; i < 4; i++) wgmma_keep(a[0][i]);
-                release(step);
-                if (step + 2 < steps) fragments(a[0], next[(pair * 2 + 2) % AHEAD], step + 2);
+                if (lane == 0) barrier_arrive(empty + pair * 2 % STAGES);
+                if (SURE || step + 2 < steps) fragments(a[0], next[(pair * 2 + 2) % AHEAD], step + 2);
                 wgmma_wait<0>();
-                release(step + 1);
+                if (lane == 0) barrier_arrive(empty + (pair * 2 + 1) % STAGES);
+#pragma unroll
+                for (int i = 0; i < 4; i++) wgmma_keep(a[1][i]);
             } else {
                 wgmma_wait<0>();
-                release(step);
+                if (lane == 0) barrier_arrive(empty + pair * 2 % STAGES);
             }
-#pragma unroll
-            for (int i = 0; i < 4; i++) wgmma_keep(a[1][i]);
 #pragma unroll
             for (int i = 0; i < R; i++) wgmma_settle(d[i]);
 #pragma unroll
             for (int i = 0; i < R; i++) acc[i] = fmaf(d[i], i & 2 ? s1 : s0, acc[i]);
         }
-        if (SPLIT > 1) {
-            float* slot = totals + slice_step / PER_SLICE * R * 256;
-#pragma unroll
-            for (int i = 0; i < R; i++) { slot[i * 256] = acc[i]; acc[i] = 0.0f; }
-        } else if (slice_step + PER_SLICE < steps) {
+        if (SURE || slice_step + PER_SLICE < steps) {
 #pragma unroll
             for (int i = 0; i < R; i++) { totals[i * 256] = slice_step ? totals[i * 256] + acc[i] : acc[i]; acc[i] = 0.0f; }
         }
+    };
+    struct Yes { enum { value = 1 }; };
+    struct No { enum { value = 0 }; };
+    if (steps > 0) {
+        code_fragments(a[0], next[0]);
+        if (AHEAD < steps) next[0] = load_ahead(w + (size_t)AHEAD * 32);
     }
-    if (SPLIT > 1) {
-        cluster_sync();
-        int rank = (int)cluster_rank();
-#pragma unroll 4
-        for (int i = rank * (R / SPLIT); i < (rank + 1) * (R / SPLIT); i++) {
-            float total = 0.0f;
-            for (int s0 = 0; s0 < slices; s0 += 8) { // eight loads under way, then added in order
-                float v[8];
-#pragma unroll
-                for (int j = 0; j < 8; j++) { int s = s0 + j < slices ? s0 + j : s0; v[j] = load_from_cta(totals + (s % per * R + i) * 256, s / per); }
-#pragma unroll
-                for (int j = 0; j < 8; j++) if (s0 + j < slices) total = s0 + j ? total + v[j] : v[j];
-            }
-            int row = row_block * B + i / 4 * 8 + t * 2 + (i & 1), output = own * 16 + g + (i & 2) * 4;
-            if (row < rows && output < n) out[(size_t)row * n + output] = layer.bias ? total + layer.bias[output] : total;
-        }
-        cluster_sync();
-    } else {
+    int slice_step = 0;
+#pragma unroll 1
+    for (; slice_step + PER_SLICE + AHEAD <= steps; slice_step += PER_SLICE) slice_of(slice_step, Yes());
+#pragma unroll 1
+    for (; slice_step < steps; slice_step += PER_SLICE) slice_of(slice_step, No());
 #pragma unroll
     for (int i = 0; i < R; i++) {
         int row = row_block * B + i / 4 * 8 + t * 2 + (i & 1), output = own * 16 + g + (i & 2) * 4;
         float total = slices > 1 ? totals[i * 256] + acc[i] : acc[i];
         if (row < rows && output < n) out[(size_t)row * n + output] = layer.bias ? total + layer.bias[output] : total;
     }
-    }
 }
 
-// Grid: (ceil(rows / B), ceil(n / 128), SPLIT), 256 threads.
-#define ENTRY(NAME, B, STAGES, SPLIT)                                                                                                     \
-    extern "C" __global__ void __launch_bounds__(256, 1) __cluster_dims__(1, 1, SPLIT) linear_w4a16_g128_##NAME(Int4Layer layer, const u8* xw, float* out, int rows, int n, int k) { \
-        many_rows<B, STAGES, SPLIT>(layer, xw, out, rows, n, k);                                                                            \
+// Grid: (ceil(rows / B), ceil(n / 128)), 256 threads.
+#define ENTRY(NAME, B, STAGES)                                                                                                     \
+    extern "C" __global__ void __launch_bounds__(256, 1) linear_w4a16_g128_##NAME(Int4Layer layer, const u8* xw, float* out, int rows, int n, int k) { \
+        many_rows<B, STAGES>(layer, xw, out, rows, n, k);                                                                            \
     }
-ENTRY(wgmma64, 64, 9, 1)
-ENTRY(wgmma64_split4, 64, 9, 4)
-ENTRY(wgmma128, 128, 9, 1)
-ENTRY(wgmma192, 192, 5, 1)
+ENTRY(wgmma64, 64, 8)
+ENTRY(wgmma128, 128, 8)
 #undef ENTRY

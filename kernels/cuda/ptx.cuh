@@ -107,29 +107,20 @@ DEVICE void barrier_init(u64* b, u32 count) { asm volatile("mbarrier.init.shared
 DEVICE void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster; fence.proxy.async;" ::: "memory"); }
 DEVICE void barrier_expect(u64* b, u32 bytes) { asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(b)), "r"(bytes) : "memory"); }
 DEVICE void barrier_arrive(u64* b) { asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(b)) : "memory"); }
+DEVICE u32 barrier_try(u64* b, u32 parity) {
+    u32 done;
+    asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}" : "=r"(done) : "r"(shared_address(b)), "r"(parity) : "memory");
+    return done;
+}
 /// Waits for the phase of `parity` to end. A barrier that never ends is our mistake: the kernel traps rather than hangs.
 DEVICE void barrier_wait(u64* b, u32 parity) {
-    u32 done = 0;
-    for (int tries = 0; !done; tries++) {
-        asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}" : "=r"(done) : "r"(shared_address(b)), "r"(parity) : "memory");
+    if (barrier_try(b, parity)) return;
+    for (int tries = 0; !barrier_try(b, parity); tries++)
         if (tries > 1 << 22) asm volatile("trap;");
-    }
 }
 /// Copies contiguous bytes (a multiple of 16) and completes on `b`.
 DEVICE void bulk_copy(void* shared, const void* global, u32 bytes, u64* b) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(shared)), "l"(global), "r"(bytes), "r"(shared_address(b)) : "memory");
-}
-/// Registers of a warpgroup, taken from those that another gives up.
-template <int N> DEVICE void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
-template <int N> DEVICE void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
-/// Ctas of a cluster: all wait for all; shared memory of another.
-DEVICE void cluster_sync() { asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-DEVICE u32 cluster_rank() { u32 r; asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r)); return r; }
-DEVICE float load_from_cta(const float* own, u32 rank) {
-    u32 address; float v;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(own)), "r"(rank));
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(address) : "memory");
-    return v;
 }
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }

@@ -95,13 +95,14 @@ static void bench_few() {
         BenchLayer layer(s.n, s.k, 128, 4);
         char what[60];
         for (int overlap : {0, 1})
-            for (int rows : {1, 2, 4, 8, 16, 32, 64})
+            for (int rows : {1, 2, 4, 8, 16, 32})
                 for (int tiles : {1, 2})
                     for (int warps : {4, 8}) {
-                        if (s.n != 8192 && rows != 1 && rows != 16 && rows != 64) continue;
+                        if (s.n != 8192 && rows != 1 && rows != 16) continue;
+                        if (rows > 16 && tiles == 1) continue;
                         if (warps == 4 && rows > 16) continue;
                         int rt = (rows + 7) / 8;
-                        Bf16Kernel kernel = rt <= 2 ? (tiles == 1 ? kernels.t1 : kernels.t2)[rt - 1] : kernels.more[(rt == 8 ? 2 : 0) + tiles - 1];
+                        Bf16Kernel kernel = rt <= 2 ? (tiles == 1 ? kernels.t1 : kernels.t2)[rt - 1] : kernels.rows32;
                         lab_overlap = overlap;
                         double us = time_us([&](int i) { LAUNCH(kernel, dim3(s.n / 16 / tiles), dim3(32 * warps), few_shared(s.k, rt, tiles), layer.int4(i), xb.data(), out.data(), rows, s.n, s.k); }, layer.copies, 15);
                         lab_overlap = false;
@@ -173,11 +174,10 @@ static void bench_many() {
         auto x = normal_buffer(size_t(most) * s.k);
         Buffer<float> out(size_t(most) * s.n);
         BenchLayer layer(s.n, s.k, 128, 4), layer32(s.n, s.k, 32, 4), layer8(s.n, s.k, 32, 8, 4);
-        Buffer<U4> xb(size_t(most) * s.k / 8), xw64(size_t(most) * s.k / 8), xw128(size_t(most) * s.k / 8), xw192(size_t(most) * s.k / 8);
+        Buffer<U4> xb(size_t(most) * s.k / 8), xw64(size_t(most) * s.k / 8), xw128(size_t(most) * s.k / 8);
         LAUNCH(rows_to_bf16, dim3((s.k / 8 + 127) / 128, most), dim3(128), 0, x.data(), xb.data(), most, s.k);
         LAUNCH(rows_to_bf16_wgmma, dim3((s.k / 8 + 127) / 128, most), dim3(128), 0, x.data(), (u32*)xw64.data(), most, s.k, 64);
         LAUNCH(rows_to_bf16_wgmma, dim3((s.k / 8 + 127) / 128, most), dim3(128), 0, x.data(), (u32*)xw128.data(), most, s.k, 128);
-        LAUNCH(rows_to_bf16_wgmma, dim3((s.k / 8 + 127) / 128, most), dim3(128), 0, x.data(), (u32*)xw192.data(), most, s.k, 192);
         DeviceRows q32(integer_kernels[0], x, most, s.k), q128(integer_kernels[6], x, most, s.k);
         Buffer<u8> w32(size_t(most) * s.k), w128(size_t(most) * s.k); Buffer<float> w32s(size_t(most) * s.k / 32), w128s(size_t(most) * s.k / 128), sums(size_t(most) * s.k / 32);
         LAUNCH(integer_kernels[0].quantise_wgmma, dim3(s.k / 32 / 8, most), dim3(256), 0, x.data(), w32.data(), w32s.data(), sums.data(), most, s.k);
@@ -187,11 +187,8 @@ static void bench_many() {
             double work = 2.0 * rows * s.n * s.k, guess = std::max(20.0, work / 300e6);
             dim3 grid((s.n + 127) / 128, (rows + 127) / 128);
             emit("w4a16_g128", "mma.sync", rows, s.n, s.k, time_us([&](int i) { LAUNCH(linear_w4a16_g128_many, grid, dim3(256), many_bf16_shared(128), layer.int4(i), xb.data(), out.data(), rows, s.n, s.k); }, layer.copies, guess), layer.bytes(rows, 2), work);
-            emit("w4a16_g128", "wgmma64", rows, s.n, s.k, time_us([&](int i) { LAUNCH(linear_w4a16_g128_wgmma64, dim3((rows + 63) / 64, s.n / 128), dim3(256), wgmma_shared_bytes<64, 9, 1>(s.k / 512), layer.int4(i), (const u8*)xw64.data(), out.data(), rows, s.n, s.k); }, layer.copies, guess), layer.bytes(rows, 2), work);
-            emit("w4a16_g128", "wgmma128", rows, s.n, s.k, time_us([&](int i) { LAUNCH(linear_w4a16_g128_wgmma128, dim3((rows + 127) / 128, s.n / 128), dim3(256), wgmma_shared_bytes<128, 9, 1>(s.k / 512), layer.int4(i), (const u8*)xw128.data(), out.data(), rows, s.n, s.k); }, layer.copies, guess), layer.bytes(rows, 2), work);
-            emit("w4a16_g128", "wgmma192", rows, s.n, s.k, time_us([&](int i) { LAUNCH(linear_w4a16_g128_wgmma192, dim3((rows + 191) / 192, s.n / 128), dim3(256), wgmma_shared_bytes<192, 5, 1>(s.k / 512), layer.int4(i), (const u8*)xw192.data(), out.data(), rows, s.n, s.k); }, layer.copies, guess), layer.bytes(rows, 2), work);
-            if (rows <= 256)
-                emit("w4a16_g128", "wgmma64, K over 4 ctas", rows, s.n, s.k, time_us([&](int i) { LAUNCH(linear_w4a16_g128_wgmma64_split4, dim3((rows + 63) / 64, s.n / 128, 4), dim3(256), wgmma_shared_bytes<64, 9, 4>(s.k / 512), layer.int4(i), (const u8*)xw64.data(), out.data(), rows, s.n, s.k); }, layer.copies, guess), layer.bytes(rows, 2), work);
+            emit("w4a16_g128", "wgmma64", rows, s.n, s.k, time_us([&](int i) { LAUNCH(linear_w4a16_g128_wgmma64, dim3((rows + 63) / 64, s.n / 128), dim3(256), wgmma_shared_bytes<64, 8>(), layer.int4(i), (const u8*)xw64.data(), out.data(), rows, s.n, s.k); }, layer.copies, guess), layer.bytes(rows, 2), work);
+            emit("w4a16_g128", "wgmma128", rows, s.n, s.k, time_us([&](int i) { LAUNCH(linear_w4a16_g128_wgmma128, dim3((rows + 127) / 128, s.n / 128), dim3(256), wgmma_shared_bytes<128, 8>(), layer.int4(i), (const u8*)xw128.data(), out.data(), rows, s.n, s.k); }, layer.copies, guess), layer.bytes(rows, 2), work);
             emit("w4a8_g32", "wgmma", rows, s.n, s.k, time_us([&](int i) { LAUNCH(integer_kernels[0].wgmma, dim3((rows + 127) / 128, s.n / 128), dim3(256), wgmma_integer_shared(32), layer32.integer(i), w32.data(), w32s.data(), out.data(), rows, s.n, s.k); }, layer32.copies, guess), layer32.bytes(rows, 1), work);
             emit("w4a8_g128", "wgmma", rows, s.n, s.k, time_us([&](int i) { LAUNCH(integer_kernels[6].wgmma, dim3((rows + 127) / 128, s.n / 128), dim3(256), wgmma_integer_shared(128), layer.integer(i), w128.data(), w128s.data(), out.data(), rows, s.n, s.k); }, layer.copies, guess), layer.bytes(rows, 1), work);
             emit("w8a8_g32", "wgmma", rows, s.n, s.k, time_us([&](int i) { LAUNCH(integer_kernels[2].wgmma, dim3((rows + 127) / 128, s.n / 128), dim3(256), wgmma_integer_shared(32), layer8.integer(i), w32.data(), w32s.data(), out.data(), rows, s.n, s.k); }, layer8.copies, guess), layer8.bytes(rows, 1), work);
@@ -225,12 +222,12 @@ static void bench_decode() {
                 char name[40]; snprintf(name, sizeof name, "whole, %d warps", kernels.w);
                 emit("decode_d128_h4", name, batch, context, kv_heads, us, bytes, work);
                 if (!kernels.split) continue;
-                for (int each : {4, 8, 16}) {
+                for (int each : {4, 8, 16, 32}) {
                     if (each > segments) continue;
                     shape.segments_each = each;
                     us = time_us([&](int i) {
                         LAUNCH(kernels.split, dim3(kv_heads, batch, (segments + each - 1) / each), dim3(32 * kernels.w), kernels.shared, q.data(), keys.data(), values.data(), tables_device.data() + size_t(i) * slots, at.data(), partial.data(), shape);
-                        LAUNCH(kernels.merge, dim3(kv_heads, batch), dim3(d), 0, partial.data(), at.data(), out.data(), shape);
+                        LAUNCH(kernels.merge, dim3(kv_heads * h, batch), dim3(d), 0, partial.data(), at.data(), out.data(), shape);
                     }, copies, bytes / 2e6 + 10);
                     snprintf(name, sizeof name, "splits of %d segments", each);
                     emit("decode_d128_h4", name, batch, context, kv_heads, us, bytes, work);
@@ -305,7 +302,7 @@ static void profile() {
     LAUNCH(linear_w4a16_g128_rows2_t2, dim3(n / 32), dim3(256), few_shared(k, 2, 2), layer.int4(1), xb.data(), out.data(), 16, n, k);
     LAUNCH(linear_4s_g32_rows1_t1, dim3(n / 16), dim3(256), few_shared(k, 1, 1), layer32.integer(0), q32.view(), out.data(), 1, n, k);
     LAUNCH(linear_w4a16_g128_many, dim3(n / 128, rows / 128), dim3(256), many_bf16_shared(128), layer.int4(0), xb.data(), out.data(), rows, n, k);
-    LAUNCH(linear_w4a16_g128_wgmma128, dim3(rows / 128, n / 128), dim3(256), wgmma_shared_bytes<128, 9, 1>(k / 512), layer.int4(0), (const u8*)xw.data(), out.data(), rows, n, k);
+    LAUNCH(linear_w4a16_g128_wgmma128, dim3(rows / 128, n / 128), dim3(256), wgmma_shared_bytes<128, 8>(), layer.int4(0), (const u8*)xw.data(), out.data(), rows, n, k);
     Buffer<u8> w32(size_t(rows) * k); Buffer<float> w32s(size_t(rows) * k / 32), sums(size_t(rows) * k / 32);
     LAUNCH(integer_kernels[0].quantise_wgmma, dim3(k / 32 / 8, rows), dim3(256), 0, x.data(), w32.data(), w32s.data(), sums.data(), rows, k);
     LAUNCH(linear_4s_g32_wgmma, dim3(rows / 128, n / 128), dim3(256), wgmma_integer_shared(32), layer32.integer(0), w32.data(), w32s.data(), out.data(), rows, n, k);

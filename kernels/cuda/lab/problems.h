@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <thread>
 #include <vector>
+#include "../tensor_core.h"
 
 struct Random {
     uint64_t s;
@@ -134,6 +135,31 @@ inline std::vector<double> bf16_reference(const Layer& l, const std::vector<floa
                 total += sum * half_value(l.scale[size_t(n) * l.groups() + group]);
             }
             out[size_t(row) * l.n + n] = total;
+        }
+    });
+    return out;
+}
+/// The W4A16 path to the last bit: the order that linear_bf16.cu states, on the tensor core's own arithmetic.
+inline std::vector<float> bf16_class_reference(const Layer& l, const std::vector<float>& x, int rows) {
+    std::vector<float> out(size_t(rows) * l.n);
+    in_parallel(rows, [&](int row) {
+        int padded = l.padded(); std::vector<float> v(padded), w(padded);
+        // Position p of product q of 32 k: lane t's k = 8 t + q + {0, 2, 4, 6}.
+        auto at = [](int p) { int block = p / 32, q = p / 16 % 2, i = p % 16; return block * 32 + 8 * (i % 8 / 2) + q + 2 * (i % 2) + 4 * (i / 8); };
+        for (int p = 0; p < padded; p++) v[p] = at(p) < l.k ? round_bf16(x[size_t(row) * l.k + at(p)]) : 0.0f;
+        for (int n = 0; n < l.n; n++) {
+            for (int p = 0; p < padded; p++) w[p] = float(l.code(n, at(p)));
+            float total = 0;
+            for (int s = 0; s < padded; s += 512) {
+                float acc = 0;
+                for (int group = s; group < std::min(padded, s + 512); group += l.g) {
+                    float sum = 0;
+                    for (int p = group; p < std::min(padded, group + l.g); p += 16) sum = tensor_core_dot16(&w[p], &v[p], sum);
+                    acc = fmaf(sum, group / l.g < l.groups() ? half_value(l.scale[size_t(n) * l.groups() + group / l.g]) : 0.0f, acc);
+                }
+                total = s == 0 ? acc : total + acc;
+            }
+            out[size_t(row) * l.n + n] = total + l.bias[n];
         }
     });
     return out;
