@@ -205,6 +205,17 @@ impl ExecutorConfig {
         limits.check().map_err(|sentence| anyhow::anyhow!("use section [executor]: {sentence}"))?;
         Ok(limits)
     }
+
+    /// Checks that the memory asked for is there, before anything listens.
+    ///
+    /// # Errors
+    /// The key that asks for more than the machine has available.
+    pub fn check_memory(&self, available_bytes: u64) -> anyhow::Result<()> {
+        for (key, bytes) in [("kv_bytes", self.kv_bytes), ("boundary_bytes", self.boundary_bytes)] {
+            ensure!(bytes <= available_bytes, "use executor.{key} = {bytes}: this machine has {available_bytes} bytes available");
+        }
+        Ok(())
+    }
 }
 
 impl Config {
@@ -518,6 +529,10 @@ mod tests {
             ("executor.isa=sse9", "executor.isa = `sse9`: expected auto, avx512-bf16, avx512, avx-vnni, avx2 or scalar"),
             ("executor.kv_bytes=5", "executor.kv_bytes = 5: expected 0 (chosen at start) or at least 65536"),
             ("executor.page_tokens=5", "page_tokens must be a positive multiple of 16"),
+            ("executor.page_tokens=1600000000", "page_tokens must be at most 4096"),
+            ("executor.step_tokens_max=4294967295", "step_tokens_max must be at most 65536"),
+            ("executor.batches_in_flight_max=1000000000", "batches_in_flight_max must be 1 to 16"),
+            ("executor.waiting_max=0", "waiting_max must be at least 1"),
             ("executor.device=gpu", "executor.device = `gpu`: expected auto or cpu"),
             ("executor.listen=here", "executor.listen = `here`: expected HOST:PORT"),
             ("router.listen=here", "router.listen = `here`: expected IP:PORT"),
@@ -526,6 +541,16 @@ mod tests {
         ] {
             let error = load(&[], &[pair]).unwrap_err().to_string();
             assert!(error.contains(expected), "{pair}: {error}");
+        }
+    }
+
+    #[test]
+    fn memory_that_the_machine_lacks_is_told_before_anything_starts() {
+        for key in ["kv_bytes", "boundary_bytes"] {
+            let config = load(&[], &[&format!("executor.{key}=107374182400")]).unwrap();
+            assert!(config.executor.check_memory(1 << 37).is_ok());
+            let error = config.executor.check_memory(1 << 30).unwrap_err().to_string();
+            assert_eq!(error, format!("use executor.{key} = 107374182400: this machine has 1073741824 bytes available"));
         }
     }
 

@@ -125,6 +125,7 @@ async fn start_executor(config: &Config, zoo: Zoo, registry: Arc<dyn Registry>, 
     let ops = Arc::new(Cpu::new(CpuOptions { threads, isa, bf16_compute: settings.bf16_compute }));
     let device = ops.describe();
     let available = available_bytes();
+    settings.check_memory(available)?;
     let limits = settings.limits(available, threads)?;
     let memory_bytes = if settings.memory_bytes > 0 { settings.memory_bytes } else { available / 10 * 7 };
     let id = ExecutorId(if settings.id.is_empty() { ExecutorId::from_bits(random_bits()).0 } else { settings.id.clone() });

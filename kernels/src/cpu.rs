@@ -234,14 +234,7 @@ impl Ops for Cpu {
     type Kv = Kv;
 
     fn describe(&self) -> String {
-        let isa = match self.isa() {
-            Isa::Avx512Bf16 => "avx512-bf16",
-            Isa::Avx512Vnni => "avx512-vnni",
-            Isa::AvxVnni => "avx-vnni",
-            Isa::Avx2 => "avx2",
-            Isa::Scalar => "scalar",
-        };
-        let threads = self.threads();
+        let (isa, threads) = (self.isa().name(), self.threads());
         let products = if self.bf16_compute == Bf16Compute::Bf16 { ", bf16 products" } else { "" };
         format!("cpu, {isa}, {threads} thread{}{products}", if threads == 1 { "" } else { "s" })
     }

@@ -20,6 +20,8 @@ use crate::devices::check_isa;
 const BYTES_MAX: usize = 16 << 30;
 /// Rows of a batch.
 const ROWS_MAX: usize = 1 << 16;
+/// What formats are called.
+const DTYPES_EXPECTED: &str = "expected f32, f16, bf16, int8g32 or int4g32 (and other groups; int8mg32 with minima), int1g128, or a GGUF format as q8_0";
 /// Threads.
 pub(super) const THREADS_MAX: usize = 1024;
 
@@ -133,7 +135,7 @@ fn write_json(
 fn options(args: &KernelsArgs) -> anyhow::Result<BenchOptions> {
     let mut options = BenchOptions::default();
     if !args.dtypes.is_empty() {
-        let dtype = |name: &String| name.parse::<Dtype>().with_context(|| format!("`{name}` is no format of weights"));
+        let dtype = |name: &String| name.parse::<Dtype>().ok().with_context(|| format!("use --dtypes {name}: {DTYPES_EXPECTED}"));
         options.dtypes = args.dtypes.iter().map(dtype).collect::<anyhow::Result<_>>()?;
     }
     if !args.shapes.is_empty() {

@@ -93,9 +93,12 @@ impl Limits {
     pub fn check(&self) -> Result<(), String> {
         let rules = [
             (self.page_tokens > 0 && self.page_tokens.is_multiple_of(16), "page_tokens must be a positive multiple of 16"),
+            (self.page_tokens <= PAGE_TOKENS_MAX, "page_tokens must be at most 4096"),
+            (self.step_tokens_max <= STEP_TOKENS_MAX, "step_tokens_max must be at most 65536"),
             (self.chunk_tokens_max >= 1, "chunk_tokens_max must be at least 1"),
             (self.chunk_tokens_max <= self.step_tokens_max, "chunk_tokens_max must not exceed step_tokens_max"),
-            (self.batches_in_flight_max >= 1, "batches_in_flight_max must be at least 1"),
+            ((1..=BATCHES_IN_FLIGHT_MAX).contains(&self.batches_in_flight_max), "batches_in_flight_max must be 1 to 16"),
+            (self.waiting_max >= 1, "waiting_max must be at least 1: a sequence waits until the next step is planned"),
             (self.sequences_max >= 1, "sequences_max must be at least 1"),
             (
                 self.sequences_max <= self.step_tokens_max,
@@ -114,6 +117,13 @@ impl Limits {
         }
     }
 }
+
+/// Longer pages only waste memory: a sequence's last one is half empty on average.
+const PAGE_TOKENS_MAX: u32 = 4096;
+/// A step beyond this holds everybody up for seconds, and its buffers alone take gigabytes.
+const STEP_TOKENS_MAX: u32 = 1 << 16;
+/// The device is busy with two; what is planned past an unknown end is computed in vain.
+const BATCHES_IN_FLIGHT_MAX: u32 = 16;
 
 #[cfg(test)]
 mod tests {
