@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, bail};
-use ashlar_registry::record::{self, TenantRecord};
+use ashlar_registry::record::{self, Limits, TenantRecord};
 use ashlar_registry::{Registry, Swap, key};
 use ashlar_router::state::tenants::{KeyHash, PUBLIC, new_key};
 use ashlar_wire::id::TenantName;
@@ -28,6 +28,9 @@ pub enum TenantCommand {
         /// Requests that it may have in flight; 0: no limit
         #[arg(long)]
         requests_max: Option<u32>,
+        /// Its share of the service while others wait, in proportion to theirs; 0: 1, as without
+        #[arg(long)]
+        weight: Option<u32>,
         /// A model of another tenant that it may use too (repeatable)
         #[arg(long = "model", value_name = "TENANT/MODEL")]
         models: Vec<ModelId>,
@@ -62,7 +65,10 @@ pub async fn run(command: TenantCommand, registry: Arc<dyn Registry>) -> anyhow:
             std::io::stdin().read_line(&mut key).context("read the key")?;
             hash(&key)?
         }
-        TenantCommand::Add { name, requests_max, models } => add(&*registry, &parse(&name)?, requests_max, &models).await?,
+        TenantCommand::Add { name, requests_max, weight, models } => {
+            let limits = Limits { requests_max, weight };
+            add(&*registry, &parse(&name)?, &limits, &models).await?
+        }
         TenantCommand::Key { name } => make_key(&*registry, &parse(&name)?).await?,
         TenantCommand::List => list(&*registry).await?,
         TenantCommand::Revoke { name, key } => revoke(&*registry, &parse(&name)?, key.as_deref()).await?,
@@ -89,11 +95,14 @@ fn hash(key: &str) -> anyhow::Result<String> {
     Ok(format!("{}\n", KeyHash::of(key)))
 }
 
-async fn add(registry: &dyn Registry, name: &TenantName, requests_max: Option<u32>, models: &[ModelId]) -> anyhow::Result<String> {
+async fn add(registry: &dyn Registry, name: &TenantName, limits: &Limits, models: &[ModelId]) -> anyhow::Result<String> {
     let models: Vec<String> = models.iter().map(ModelId::to_string).collect();
     let existed = change(registry, name, true, |record| {
-        if let Some(most) = requests_max {
+        if let Some(most) = limits.requests_max {
             record.limits.requests_max = (most > 0).then_some(most);
+        }
+        if let Some(weight) = limits.weight {
+            record.limits.weight = (weight > 0).then_some(weight);
         }
         record.models.extend(models.iter().cloned());
         record.models.sort();
@@ -123,8 +132,9 @@ async fn list(registry: &dyn Registry) -> anyhow::Result<String> {
         let record: TenantRecord = record::parse(&entry)?;
         let name = entry.key.strip_prefix(key::TENANTS).unwrap_or(&entry.key);
         let limit = record.limits.requests_max.map(|most| format!("  at most {most} requests")).unwrap_or_default();
+        let weight = record.limits.weight.map(|weight| format!("  weight {weight}")).unwrap_or_default();
         let models: String = record.models.iter().map(|model| format!("  {model}")).collect();
-        text += &format!("{name}  {}{limit}{models}\n", keys(record.keys.len()));
+        text += &format!("{name}  {}{limit}{weight}{models}\n", keys(record.keys.len()));
         for key in &record.keys {
             text += &format!("    {}\n", key.hash.get(..SHOWN_DIGITS).unwrap_or(&key.hash));
         }
@@ -198,7 +208,7 @@ mod tests {
         let acme = parse("acme").unwrap();
         assert_eq!(list(&registry).await.unwrap(), "no tenants yet: ashlar tenant add NAME\n");
         assert!(make_key(&registry, &acme).await.unwrap_err().to_string().contains("tenant add acme"));
-        add(&registry, &acme, Some(4), &["blue/m".parse().unwrap()]).await.unwrap();
+        add(&registry, &acme, &Limits { requests_max: Some(4), weight: None }, &["blue/m".parse().unwrap()]).await.unwrap();
         let key = make_key(&registry, &acme).await.unwrap();
         assert!(key.starts_with("ask_") && key.ends_with('\n'));
         let stored = registry.get("tenants/acme").await.unwrap().unwrap().value;
@@ -212,7 +222,7 @@ mod tests {
     async fn one_key_or_all_are_revoked() {
         let registry = Embedded::in_memory();
         let acme = parse("acme").unwrap();
-        add(&registry, &acme, None, &[]).await.unwrap();
+        add(&registry, &acme, &Limits::default(), &[]).await.unwrap();
         let mut hashes = Vec::new();
         for _ in 0..3 {
             hashes.push(KeyHash::of(make_key(&registry, &acme).await.unwrap().trim()).to_string());

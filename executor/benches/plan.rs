@@ -74,6 +74,8 @@ fn pass_cost(sequence_count: u32, passes: u32) -> Cost {
             generated_tokens_max: 1 << 20,
             stop_tokens: Vec::new(),
             priority: 0,
+            tenant: format!("ten_{}", number % 8),
+            weight: 1,
             domain: [7; 32],
         };
         engine.handle_admit(Duration::ZERO, admit).expect("admitted");

@@ -23,6 +23,7 @@ pub mod sequence;
 mod slab;
 mod span;
 mod start;
+mod tenants;
 #[cfg(test)]
 mod tests;
 

@@ -126,6 +126,9 @@ pub struct Limits {
     /// Requests at one time.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub requests_max: Option<u32>,
+    /// Its share of the service while others wait, in proportion to theirs; absent: 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub weight: Option<u32>,
 }
 
 /// Reads the record that an entry holds.

@@ -21,7 +21,8 @@ const BYTES_MAX: usize = 16 << 30;
 /// Rows of a batch.
 const ROWS_MAX: usize = 1 << 16;
 /// What formats are called.
-const DTYPES_EXPECTED: &str = "expected f32, f16, bf16, int8g32 or int4g32 (and other groups; int8mg32 with minima), int1g128, or a GGUF format as q8_0";
+const DTYPES_EXPECTED: &str =
+    "expected f32, f16, bf16, int8g32 or int4g32 (and other groups; int8mg32 with minima), int1g128, or a GGUF format as q8_0";
 /// Threads.
 pub(super) const THREADS_MAX: usize = 1024;
 

@@ -360,6 +360,8 @@ impl<B: Ops> Driver<B> {
             generated_tokens_max: admission.generated_tokens_max,
             stop_tokens: admission.stop_tokens.clone(),
             priority: admission.priority,
+            tenant: admission.tenant.clone(),
+            weight: admission.tenant_weight,
             domain: *domain.finalize().as_bytes(),
         };
         let samples = hosted.host.ends_with_head;

@@ -17,8 +17,16 @@ impl Engine {
         let start = sequence.steps[step].computed;
         let end = start + count;
         let slots_from = batch.slots.len() as u32;
+        let kept_from = self.limits.hidden_rows_max;
         let input = if step > 0 {
-            batch.slots.extend(sequence.steps[step - 1].hidden.drain(..count as usize));
+            let from = &mut sequence.steps[step - 1];
+            batch.slots.extend(from.hidden.drain(..count as usize));
+            if !from.boundary.is_empty() {
+                let kept = batch.slots[slots_from as usize..].iter().filter(|slot| **slot >= kept_from).count() as u32;
+                let found = from.found.min(count);
+                from.found -= found;
+                self.hidden_owed -= kept - found;
+            }
             RowInput::Hidden(slots_from..slots_from + count)
         } else if !path.begins_with_embed {
             self.outputs.push_back(Output::SendConsumed { sequence: id, position: end });
@@ -36,7 +44,6 @@ impl Engine {
                 }
             }
         };
-        let kept_from = self.limits.hidden_rows_max;
         let keeps_in = step > 0 && !sequence.steps[step - 1].boundary.is_empty();
         let mut samples_token = false;
         let output = if !is_last && (keeps_in || !sequence.steps[step].boundary.is_empty()) {
@@ -46,6 +53,7 @@ impl Engine {
                 let slot = match sequence.steps[step].boundary_slot(start + row, page_tokens) {
                     Some(kept) => {
                         self.hidden_free.extend(input);
+                        self.hidden_owed += 1;
                         kept
                     }
                     None => input.or_else(|| self.hidden_free.pop()).expect("the planner counted them"),

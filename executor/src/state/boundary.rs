@@ -9,6 +9,11 @@ use super::planner::Chosen;
 use super::sequence::{BoundaryPage, StepState};
 
 impl StepState {
+    /// Its hidden rows that lie in boundary pages: in slots from `kept_from` on.
+    pub(crate) fn kept_rows(&self, kept_from: u32) -> u32 {
+        self.hidden.iter().filter(|slot| **slot >= kept_from).count() as u32
+    }
+
     /// Where the hidden row of a token is kept for others, if it is.
     pub(crate) fn boundary_slot(&self, token: u32, page_tokens: u32) -> Option<u32> {
         let page = token / page_tokens;

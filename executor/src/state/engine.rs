@@ -27,6 +27,7 @@ use super::sequence::{Admit, Reason, Sequence, SpanIndex, Status, StepState};
 use super::slab::Sequences;
 pub use super::span::HostSpan;
 use super::span::Span;
+use super::tenants::{OUTPUT_WEIGHT, Tenants};
 
 /// Handles that come back when a batch is done.
 #[derive(Debug)]
@@ -49,10 +50,12 @@ pub struct Engine {
     pub(crate) pages: PagePool,
     pub(crate) sequences: Sequences,
     by_key: BTreeMap<SequenceKey, SequenceId>,
-    /// Waiting sequences: priority, then arrival.
-    pub(crate) waiting: BTreeSet<(i32, SequenceId)>,
+    /// Who waits, and whose turn it is.
+    pub(crate) tenants: Tenants,
     pub(crate) ready: Ready,
     pub(crate) hidden_free: Vec<u32>,
+    /// Of these, slots owed to rows that lie in boundary pages meanwhile: whoever has entered a chain can always go on.
+    pub(crate) hidden_owed: u32,
     pub(crate) outputs: VecDeque<Output>,
     /// Batches that the device has, oldest first.
     pub(crate) in_flight: VecDeque<InFlight>,
@@ -81,6 +84,7 @@ impl Engine {
         Self {
             hidden_free: (0..limits.hidden_rows_max).rev().collect(),
             pages: PagePool::new(limits.kv_bytes, limits.boundary_bytes),
+            hidden_owed: 0,
             limits,
             spans: Vec::new(),
             segments: Vec::new(),
@@ -88,7 +92,7 @@ impl Engine {
             lineages: BTreeMap::new(),
             sequences: Sequences::default(),
             by_key: BTreeMap::new(),
-            waiting: BTreeSet::new(),
+            tenants: Tenants::default(),
             ready: Ready::default(),
             outputs: VecDeque::new(),
             in_flight: VecDeque::new(),
@@ -156,9 +160,10 @@ impl Engine {
                 return Err((Code::NeverFits, message, Retry::Elsewhere));
             }
         }
-        if self.waiting.len() >= self.limits.waiting_max as usize {
-            return Err((Code::TooManyRequests, format!("{} sequences wait already", self.waiting.len()), Retry::Elsewhere));
+        if self.tenants.waiting_count() >= self.limits.waiting_max as usize {
+            return Err((Code::TooManyRequests, format!("{} sequences wait already", self.tenants.waiting_count()), Retry::Elsewhere));
         }
+        let tenant = self.tenants.named(&admit.tenant, admit.weight);
         let (due, token_at) = (self.first_token_due(), self.clock.now);
         let span = &mut self.spans[admit.span.0 as usize];
         span.sequence_count += 1;
@@ -170,6 +175,9 @@ impl Engine {
             epoch: admit.epoch,
             span: admit.span,
             priority: admit.priority,
+            tenant,
+            gave_way: false,
+            rank: 0,
             stop_tokens: admit.stop_tokens,
             prompt_tokens: admit.prompt_tokens,
             generated_tokens_max: admit.generated_tokens_max,
@@ -194,7 +202,7 @@ impl Engine {
             cached_tokens: 0,
         });
         self.by_key.insert(key, id);
-        self.waiting.insert((priority, id));
+        self.tenants.add_waiting(tenant, priority, id);
         // A resumed sequence may already have all it asked for.
         if let Some(reason) = self.sequences[id].end_reason() {
             self.finish(id, reason);
@@ -329,8 +337,8 @@ impl Engine {
         let (used_pages, cached_pages, free_pages) = self.pages.counts();
         let (used_boundaries, cached_boundaries, _) = self.pages.boundary_counts();
         Gauges {
-            running_count: self.sequences.len() - self.waiting.len(),
-            waiting_count: self.waiting.len(),
+            running_count: self.sequences.len() - self.tenants.waiting_count(),
+            waiting_count: self.tenants.waiting_count(),
             used_pages,
             cached_pages,
             free_pages,
@@ -356,7 +364,7 @@ impl Engine {
         }
         sequence.steps[step].queued = true;
         let due = sequence.due.map_or(turn, |due| due.min(turn));
-        let entry = Entry { priority: sequence.priority, sequence: id, step: std::cmp::Reverse(step as u32), due };
+        let entry = Entry { priority: sequence.priority, rank: sequence.rank, sequence: id, step: std::cmp::Reverse(step as u32), due };
         self.ready.push(sequence.path.steps[step].segment, entry, sequence.decodes(step));
     }
 
@@ -365,6 +373,7 @@ impl Engine {
         let index = sequence.generated_tokens();
         sequence.tokens.push(token.token);
         self.counters.generated_tokens += 1;
+        self.tenants.charge(sequence.tenant, 1, OUTPUT_WEIGHT);
         self.outputs.push_back(Output::EmitToken { sequence: id, index, token });
         if (sequence.tokens.len() as u32).is_multiple_of(self.limits.page_tokens) {
             let steps = sequence.steps.len();
@@ -397,7 +406,10 @@ impl Engine {
         self.release_all(id);
         let sequence = self.sequences.remove(id);
         self.spans[sequence.span.0 as usize].sequence_count -= 1;
-        self.waiting.remove(&(sequence.priority, id));
+        match sequence.status {
+            Status::Waiting => self.tenants.remove_waiting(sequence.tenant, sequence.priority, id),
+            Status::Running => self.tenants.count_running(sequence.tenant, false),
+        }
         self.by_key.remove(&sequence.key);
     }
 
@@ -421,6 +433,8 @@ impl Engine {
         }
         for (i, step) in sequence.steps.iter_mut().enumerate() {
             let kept_from = self.limits.hidden_rows_max;
+            self.hidden_owed -= step.kept_rows(kept_from) - step.found;
+            step.found = 0;
             self.hidden_free.extend(step.hidden.drain(..).filter(|slot| *slot < kept_from));
             step.boundary.drain(..).rev().for_each(|kept| self.pages.release(kept.handle));
             if step.queued {

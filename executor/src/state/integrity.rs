@@ -26,6 +26,11 @@ impl Engine {
         if hidden_count + self.hidden_free.len() != self.limits.hidden_rows_max as usize {
             return Err(format!("{hidden_count} hidden rows kept, {} free, of {}", self.hidden_free.len(), self.limits.hidden_rows_max));
         }
+        let kept_from = self.limits.hidden_rows_max;
+        let owed: u32 = steps().map(|step| step.kept_rows(kept_from) - step.found).sum();
+        if owed != self.hidden_owed || (self.hidden_free.len() as u32) < owed {
+            return Err(format!("{} hidden rows are owed, {owed} should be, {} are free", self.hidden_owed, self.hidden_free.len()));
+        }
         if queued_count != self.ready.entry_count() {
             return Err(format!("{queued_count} steps are queued, queues have {}", self.ready.entry_count()));
         }
@@ -35,6 +40,7 @@ impl Engine {
                 return Err(format!("span {s} counts {} sequences, {count} run through it", span.sequence_count));
             }
         }
+        self.tenants.check(self.sequences.iter().map(|sequence| (sequence.tenant, sequence.status == Status::Running)))?;
         self.pages.check(&held)
     }
 

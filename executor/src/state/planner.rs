@@ -68,7 +68,7 @@ impl Engine {
         let curve = &self.costs[segment.0 as usize];
         let mut room = Room {
             rows,
-            hidden_rows: self.hidden_free.len() as u32,
+            hidden_rows: self.hidden_free.len() as u32 - self.hidden_owed,
             row_count: 0,
             rows_in_time: match self.limits.batch_ms_max {
                 0 => rows,
@@ -106,13 +106,21 @@ impl Engine {
         let Some(sequence) = self.sequences.get(entry.sequence).filter(|sequence| sequence.steps[step].queued) else { return };
         let keeps_hidden = step + 1 < sequence.steps.len();
         let mut count = sequence.ready_count(step, link_rows_max).min(room.rows).min(self.limits.chunk_tokens_max);
-        // Rows that come out of slots that change hands stay in them; others need new ones.
-        let comes_from_slots = step > 0 && sequence.steps[step - 1].boundary.is_empty();
-        if keeps_hidden && !comes_from_slots {
+        // Rows that have a slot that changes hands (or are owed one) go on in it; those that enter, by a token or out of the cache, need one.
+        let found = if step > 0 { sequence.steps[step - 1].found } else { 0 };
+        let enters = step == 0 || found > 0;
+        if found > 0 {
+            count = count.min(found);
+        }
+        if keeps_hidden && enters {
             count = count.min(room.hidden_rows);
         }
+        // Who enters behind rows that have not entered deeper down would hold the slots that those wait for.
+        if enters && sequence.steps[step..].iter().any(|deeper| deeper.found > 0) {
+            count = 0;
+        }
         if !decodes {
-            count = self.bound_chunk(sequence, step, count, room);
+            count = if count > 0 { self.bound_chunk(sequence, step, count, room) } else { 0 };
         }
         // A chain may cross a segment twice; a batch takes a sequence once. Its deeper entry came right before.
         let is_twice = chosen.last().is_some_and(|last| last.sequence == entry.sequence);
@@ -120,13 +128,14 @@ impl Engine {
         let state = &sequence.steps[step];
         let has_pages = state.computed + count <= state.handles.len() as u32 * self.limits.page_tokens;
         if count == 0 || is_twice || !(has_pages || self.reserve_pages(entry.sequence, step, count)) {
-            self.ready.push(segment, entry, decodes);
+            // It had its turn.
+            self.ready.push(segment, Entry { due: entry.due.max(self.turn_due()), ..entry }, decodes);
             return;
         }
-        match (comes_from_slots, keeps_hidden) {
-            (false, true) => room.hidden_rows -= count,
-            (true, false) => room.hidden_rows += count,
-            (true, true) | (false, false) => {}
+        match (enters, keeps_hidden) {
+            (true, true) => room.hidden_rows -= count,
+            (false, false) => room.hidden_rows += count,
+            (false, true) | (true, false) => {}
         }
         room.rows -= count;
         room.row_count += count;
@@ -167,7 +176,7 @@ impl Engine {
     }
 
     /// Sequences that hold pages and could start over: chains that are whole here.
-    fn preemptible(&self) -> impl Iterator<Item = (i32, SequenceId)> + '_ {
+    pub(crate) fn preemptible(&self) -> impl Iterator<Item = (i32, SequenceId)> + '_ {
         let holds = |s: &&Sequence| s.status == Status::Running && s.steps.iter().any(|step| !step.handles.is_empty());
         self.sequences.iter().filter(holds).filter(|s| s.path.is_whole()).map(|s| (s.priority, s.id))
     }
@@ -207,11 +216,13 @@ impl Engine {
     }
 
     /// Takes a sequence's pages away; it waits, and resumes by computing again what is not cached.
-    fn preempt(&mut self, id: SequenceId) {
+    pub(crate) fn preempt(&mut self, id: SequenceId) {
         self.release_all(id);
         let sequence = &mut self.sequences[id];
         sequence.status = Status::Waiting;
-        self.waiting.insert((sequence.priority, id));
+        // In this order: a tenant whose only sequence gives way has not been away.
+        self.tenants.add_waiting(sequence.tenant, sequence.priority, id);
+        self.tenants.count_running(sequence.tenant, false);
         self.counters.preemption_count += 1;
     }
 }

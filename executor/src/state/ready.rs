@@ -7,10 +7,12 @@ use super::batch::SequenceId;
 use super::clock::Micros;
 use super::segments::SegmentIndex;
 
-/// A step of a sequence with rows ready. They run in this order: by priority, by arrival, and of one sequence the deeper step first.
+/// A step of a sequence with rows ready. They run in this order: by priority, by the service that the tenant had had at the start, by
+/// arrival, and of one sequence the deeper step first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Entry {
     pub(crate) priority: i32,
+    pub(crate) rank: u64,
     pub(crate) sequence: SequenceId,
     pub(crate) step: Reverse<u32>,
     /// When it should run.

@@ -209,7 +209,8 @@ impl Engine {
                         _ => Vec::new(),
                     };
                     let (hidden, boundary) = (std::mem::take(&mut state.hidden), std::mem::take(&mut state.boundary));
-                    let lower = StepState { handles, hidden, boundary, ..state.clone() };
+                    let found = std::mem::take(&mut state.found);
+                    let lower = StepState { handles, hidden, found, boundary, ..state.clone() };
                     sequence.steps.insert(step + 1, lower);
                 }
             }
@@ -240,7 +241,7 @@ impl Engine {
                 for sequence in self.sequences.iter_mut().filter(|sequence| sequence.span.0 as usize == i) {
                     let lower_state = sequence.steps.remove(step);
                     let state = &mut sequence.steps[step - 1];
-                    state.hidden = lower_state.hidden;
+                    (state.hidden, state.found) = (lower_state.hidden, lower_state.found);
                     // The rows of these were read already: nothing is hidden between steps that are joined.
                     let passed = std::mem::replace(&mut state.boundary, lower_state.boundary);
                     passed.into_iter().rev().for_each(|kept| self.pages.release(kept.handle));

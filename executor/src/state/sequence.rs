@@ -10,6 +10,7 @@ use super::batch::{BatchId, SequenceId};
 use super::clock::Micros;
 use super::pages::{HandleIndex, StretchIndex, TokenHash};
 use super::segments::SegmentIndex;
+use super::tenants::TenantIndex;
 
 /// A hosted span, by its place in the engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -43,6 +44,10 @@ pub struct Admit {
     pub stop_tokens: Vec<u32>,
     /// Lower runs first.
     pub priority: i32,
+    /// Whose it is, and what share of the service that tenant has among others; 0 is 1.
+    pub tenant: String,
+    /// See `tenant`.
+    pub weight: u32,
     /// Pages are shared within one domain (with the numeric class and KV format already mixed in).
     pub domain: TokenHash,
 }
@@ -107,6 +112,8 @@ pub(crate) struct StepState {
     pub(crate) told: u32,
     /// Slots of hidden rows that this step has computed and the next has not, oldest first. Some may be of `boundary`.
     pub(crate) hidden: VecDeque<u32>,
+    /// How many of `hidden`, from the front, it found in the cache: they have no slot yet that changes hands, and need one to go on.
+    pub(crate) found: u32,
     /// Boundary pages that it holds, by page: of its prompt, until the next step has passed that.
     pub(crate) boundary: Vec<BoundaryPage>,
     /// Whether it is in the ready queue of its segment.
@@ -122,6 +129,11 @@ pub(crate) struct Sequence {
     pub(crate) epoch: u32,
     pub(crate) span: SpanIndex,
     pub(crate) priority: i32,
+    pub(crate) tenant: TenantIndex,
+    /// Whether it gave way to another tenant once: it does not again, so that claims end.
+    pub(crate) gave_way: bool,
+    /// Service that its tenant had had when it first started: of two prompts the one with less goes first.
+    pub(crate) rank: u64,
     pub(crate) stop_tokens: Vec<u32>,
     pub(crate) prompt_tokens: u32,
     pub(crate) generated_tokens_max: u32,

@@ -3,6 +3,7 @@
 mod any;
 mod boundary;
 mod device;
+mod fairness;
 mod flight;
 mod links;
 mod node;

@@ -200,7 +200,8 @@ impl Backend for Dispatch {
             return Err(ApiError::new(Code::TooManyRequests, message));
         };
         let cache_domain = state.tenants.cache_domain(&sequence.tenant);
-        let mut running = Running::new(self.shared.clone(), sequence, cache_domain, place);
+        let weight = state.tenants.weight(&sequence.tenant);
+        let mut running = Running::new(self.shared.clone(), sequence, cache_domain, weight, place);
         running.open_first().await?;
         let events = futures::stream::unfold(running, |mut running| async move {
             let event = running.next().await?;

@@ -171,6 +171,11 @@ impl Tenants {
         self.records.get(tenant)?.limits.requests_max
     }
 
+    /// A tenant's share of the service among others.
+    pub fn weight(&self, tenant: &TenantName) -> u32 {
+        self.records.get(tenant).and_then(|record| record.limits.weight).unwrap_or(1)
+    }
+
     /// The domain within which a tenant's KV pages are shared: never with another tenant, and not to be guessed from its name.
     pub fn cache_domain(&self, tenant: &TenantName) -> [u8; 32] {
         let mut hasher = blake3::Hasher::new_keyed(&self.secret);

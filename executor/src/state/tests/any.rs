@@ -17,13 +17,13 @@ proptest! {
     fn any_mix_gives_each_sequence_its_own_tokens(
         requests in proptest::collection::vec((0usize..4, 1usize..60, 1u32..14, 0u32..3, 0i32..2, 0usize..4), 1..10),
         step in 4u32..40, chunk in 1u32..20, spare_pages in 0u64..60, prefix_cache: bool,
-        boundary_pages in 0u64..9, in_flight in proptest::sample::select(vec![1u32, 2, 4]), stop in proptest::option::of(0u32..97), cancel in proptest::option::of(0u64..10),
+        boundary_pages in 0u64..9, in_flight in proptest::sample::select(vec![1u32, 2, 4]), gap_ms in 0u32..3, batch_ms_max in 0u32..2, stop in proptest::option::of(0u32..97), cancel in proptest::option::of(0u64..10),
     ) {
         let family = family();
         let chunk = chunk.min(step);
         // The largest sequence (74 tokens, 5 pages) on the widest chain's share must fit.
         let boundary_bytes = boundary_pages * BOUNDARY_BYTES;
-        let mut node = Node::new(Limits { prefix_cache, boundary_bytes, batches_in_flight_max: in_flight, ..limits(18 + spare_pages, step, chunk) });
+        let mut node = Node::new(Limits { gap_ms, batch_ms_max, row_wait_ms: 1, prefix_cache, boundary_bytes, batches_in_flight_max: in_flight, ..limits(18 + spare_pages, step, chunk) });
         let spans: Vec<SpanIndex> = family.iter().map(|blocks| node.engine.handle_host(host(blocks, 0, blocks.len()))).collect();
         let mut sent = Vec::new();
         let mut expected = BTreeMap::new();
@@ -35,7 +35,8 @@ proptest! {
             }
             expected.insert(number as u64, tokens);
             let admit = admit(number as u64, spans[*model], &prompt, *count, *priority);
-            node.admit(Admit { stop_tokens: stop.into_iter().collect(), ..admit });
+            let tenant = format!("ten_{}", number % 3);
+            node.admit(Admit { stop_tokens: stop.into_iter().collect(), tenant, ..admit });
             for _ in 0..*steps {
                 node.step(&mut sent);
             }

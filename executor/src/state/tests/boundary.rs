@@ -155,3 +155,29 @@ fn a_sibling_without_attention_of_its_own_skips_the_prefix_altogether() {
     assert_eq!(node.tokens[&2], oracle(&second, &prompt, 4));
     assert_eq!((node.finished[&2].1, node.engine.counters().cross_model_hit_tokens), (96, 96));
 }
+
+#[test]
+fn more_hidden_rows_than_there_are_slots_wait_at_a_fork_without_a_deadlock() {
+    let family = family();
+    for (pages, chunk, prefix_cache, flight) in [(18, 4, false, 4), (18, 1, true, 2), (18, 4, true, 2), (60, 3, true, 4)] {
+        // Sixteen slots change hands; prompts are longer.
+        let limits = Limits {
+            boundary_bytes: BOUNDARY_BYTES,
+            batches_in_flight_max: flight,
+            prefix_cache,
+            row_wait_ms: 1,
+            ..limits(pages, 4, chunk)
+        };
+        let mut node = Node::new(limits);
+        let spans: Vec<SpanIndex> = family.iter().map(|blocks| node.engine.handle_host(host(blocks, 0, blocks.len()))).collect();
+        let requests = [(2usize, 34, 10, 0), (0, 19, 1, 1), (0, 14, 3, 0), (0, 36, 6, 0), (1, 32, 1, 1), (1, 36, 11, 0), (1, 47, 11, 0)];
+        for (number, (model, length, count, priority)) in requests.iter().enumerate() {
+            let tenant = format!("ten_{}", number % 3);
+            node.admit(Admit { tenant, ..admit(number as u64, spans[*model], &prompt(*length), *count, *priority) });
+        }
+        node.run_dry();
+        for (number, (model, length, count, _)) in requests.iter().enumerate() {
+            assert_eq!(node.tokens[&(number as u64)], oracle(&family[*model], &prompt(*length), *count as usize), "sequence {number}");
+        }
+    }
+}

@@ -22,6 +22,8 @@ pub(super) fn admit(number: u64, span: SpanIndex, prompt: &[u32], count: u32, pr
         generated_tokens_max: count,
         stop_tokens: Vec::new(),
         priority,
+        tenant: "ten_test".to_owned(),
+        weight: 1,
         domain: [7; 32],
     }
 }
@@ -70,6 +72,8 @@ pub(super) struct Node {
     pub(super) batch_us_most: u64,
     /// The longest that a decode was ready past its time.
     pub(super) late_us_most: u64,
+    /// When each sequence started.
+    pub(super) started_us: BTreeMap<u64, u64>,
 }
 
 /// What leaves a node for its neighbour.
@@ -101,6 +105,7 @@ impl Node {
             emitted_us: BTreeMap::new(),
             batch_us_most: 0,
             late_us_most: 0,
+            started_us: BTreeMap::new(),
         }
     }
 
@@ -155,6 +160,7 @@ impl Node {
                 Output::Release(sequence) => sent.push(Sent::Released(self.keys[&sequence])),
                 Output::EmitStarted { sequence, cached_tokens, .. } => {
                     self.cached_tokens.insert(self.keys[&sequence], cached_tokens);
+                    self.started_us.insert(self.keys[&sequence], self.now_us);
                 }
             }
         }
@@ -180,7 +186,7 @@ impl Node {
 
     pub(super) fn run_dry(&mut self) {
         let mut sent = Vec::new();
-        for _ in 0..100_000 {
+        for _ in 0..20_000 {
             if !self.step(&mut sent) && self.engine.sequences.is_empty() {
                 assert_eq!(self.engine.gauges().used_pages, 0);
                 assert!(self.failed.is_empty(), "failed: {:?}", self.failed);

@@ -4,10 +4,10 @@ use super::device::host;
 use super::node::{Node, admit, limits};
 use crate::state::batch::Batch;
 use crate::state::limits::Limits;
-use crate::state::sequence::SpanIndex;
+use crate::state::sequence::{Admit, SpanIndex};
 
 /// A device that reads weights for 20 ms and takes 0.4 ms for each row above eight.
-fn one_model_us(batch: &Batch) -> u64 {
+pub(super) fn one_model_us(batch: &Batch) -> u64 {
     20_000 + 400 * u64::from(batch.row_count.saturating_sub(8))
 }
 
@@ -21,16 +21,21 @@ fn gaps(node: &Node, number: u64) -> Vec<u64> {
     node.emitted_us[&number].windows(2).map(|pair| pair[1] - pair[0]).collect()
 }
 
-fn percentile(mut values: Vec<u64>, share: f64) -> u64 {
+pub(super) fn percentile(mut values: Vec<u64>, share: f64) -> u64 {
     values.sort_unstable();
     values[((values.len() - 1) as f64 * share) as usize]
 }
 
 /// Runs a node, admitting `(at_us, sequence)` as their times come, to the end.
-fn run(node: &mut Node, mut arrivals: Vec<(u64, crate::state::sequence::Admit)>) {
+fn run(node: &mut Node, arrivals: Vec<(u64, Admit)>) {
+    run_until(node, arrivals, |_| false);
+}
+
+/// The same, but stops when `is_over`.
+pub(super) fn run_until(node: &mut Node, mut arrivals: Vec<(u64, Admit)>, is_over: impl Fn(&Node) -> bool) {
     arrivals.reverse();
     let mut sent = Vec::new();
-    loop {
+    while !is_over(node) {
         while arrivals.last().is_some_and(|(at, _)| *at <= node.now_us) {
             let (_, admit) = arrivals.pop().expect("there is one");
             node.admit(admit);

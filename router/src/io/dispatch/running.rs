@@ -29,6 +29,7 @@ pub(super) struct Running {
     sequence: NewSequence,
     path: ChainPath,
     cache_domain: [u8; 32],
+    tenant_weight: u32,
     number: u64,
     /// Of the next attempt.
     epoch: u32,
@@ -63,7 +64,7 @@ enum Step {
 }
 
 impl Running {
-    pub(super) fn new(shared: Arc<Shared>, sequence: NewSequence, cache_domain: [u8; 32], place: Place) -> Self {
+    pub(super) fn new(shared: Arc<Shared>, sequence: NewSequence, cache_domain: [u8; 32], tenant_weight: u32, place: Place) -> Self {
         let number = shared.sequences_drawn.fetch_add(1, Ordering::Relaxed) + 1;
         let deadline = shared.options.deadline.map(|limit| (Instant::now() + limit, unix_ms(SystemTime::now() + limit)));
         Self {
@@ -71,6 +72,7 @@ impl Running {
             shared,
             sequence,
             cache_domain,
+            tenant_weight,
             number,
             epoch: 0,
             numeric_class: None,
@@ -308,6 +310,7 @@ impl Running {
             stop_tokens: sequence.stop_tokens.clone(),
             sampling: Some(sequence.sampling.clone()),
             traceparent: self.traceparent(),
+            tenant_weight: self.tenant_weight,
         }
     }
 
