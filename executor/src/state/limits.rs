@@ -108,7 +108,7 @@ impl Limits {
                 (self.sequences_max as usize).saturating_add(self.waiting_max as usize) <= SequenceId::PLACES_MAX,
                 "sequences_max and waiting_max must not exceed 1048576 together",
             ),
-            (self.hidden_rows_max >= 2 * self.step_tokens_max, "hidden_rows_max must be at least twice step_tokens_max"),
+            (self.hidden_rows_max >= self.step_tokens_max.saturating_mul(2), "hidden_rows_max must be at least twice step_tokens_max"),
             (self.link_rows_max >= self.chunk_tokens_max, "link_rows_max must be at least chunk_tokens_max"),
         ];
         match rules.iter().find(|(holds, _)| !holds) {
