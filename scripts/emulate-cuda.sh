@@ -4,6 +4,7 @@
 # faults in copies of the sources and expects each to be found.
 set -euo pipefail
 source "$(dirname "$0")/lib.sh"
+command -v g++ >/dev/null || need_packages g++
 folder=$ROOT/target/emulate-cuda
 mkdir -p "$folder"
 if [ "${1:-}" = --planted ]; then shift; kernels/cuda/emulate/planted.sh "$folder/planted"; fi

@@ -86,6 +86,12 @@ tests() {
 
 doctests() { cargo test --doc --workspace --locked; }
 
+# The sources of the CUDA kernels, on the CPU and in one order of warps; scripts/emulate-cuda.sh alone takes three.
+cuda() {
+  if ! grep -qw avx2 /proc/cpuinfo; then echo "the emulation needs AVX2: left out"; return; fi
+  scripts/emulate-cuda.sh 0
+}
+
 chart() { python -m pytest -q -p no:cacheprovider helm/tests; }
 
 end_to_end() { ASHLAR_BIN=$target/debug/ashlar python -m pytest -q -p no:cacheprovider tests/e2e; }
@@ -100,6 +106,7 @@ stage deny deny
 stage_or_stop build build
 stage tests tests
 stage doctests doctests
+stage cuda cuda
 stage chart chart
 stage e2e end_to_end
 summary

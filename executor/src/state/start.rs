@@ -61,9 +61,8 @@ impl Engine {
         }
     }
 
-    /// Has the latest sequence of the tenant that is most above its share give way, for a tenant below its own; never one of higher priority,
-    /// and none twice.
-    /// Whether one did, and its pages are back already.
+    /// Has the latest sequence of the tenant that is most above its share give way, for a tenant below its own; never one of higher
+    /// priority, and none twice. True if one did whose pages are back already.
     fn claim(&mut self, tenant: TenantIndex, priority: i32) -> bool {
         let places = self.limits.sequences_max;
         // What gave way before comes back first.
