@@ -56,10 +56,6 @@ impl<const VNNI: bool> Lanes for Avx2<VNNI> {
         op!(_mm_prefetch::<_MM_HINT_T0>(address.cast()))
     }
     #[inline(always)]
-    fn prefetch_far(self, address: *const u8) {
-        op!(_mm_prefetch::<_MM_HINT_T1>(address.cast()))
-    }
-    #[inline(always)]
     fn prefetch_write(self, address: *const u8) {
         op!(_mm_prefetch::<_MM_HINT_ET0>(address.cast()))
     }

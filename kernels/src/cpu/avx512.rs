@@ -43,10 +43,6 @@ impl Lanes for Avx512 {
         op!(_mm_prefetch::<_MM_HINT_T0>(address.cast()))
     }
     #[inline(always)]
-    fn prefetch_far(self, address: *const u8) {
-        op!(_mm_prefetch::<_MM_HINT_T1>(address.cast()))
-    }
-    #[inline(always)]
     fn prefetch_write(self, address: *const u8) {
         op!(_mm_prefetch::<_MM_HINT_ET0>(address.cast()))
     }

@@ -21,8 +21,6 @@ pub(super) trait Lanes: Copy + Send + Sync + 'static {
 
     /// A hint that the cache line at `address` will be read; any address will do.
     fn prefetch(self, address: *const u8);
-    /// As [`Lanes::prefetch`], into the second cache.
-    fn prefetch_far(self, address: *const u8);
     /// A hint that the cache line at `address` will be written; any address will do.
     fn prefetch_write(self, address: *const u8);
     fn splat(self, x: f32) -> Self::F;

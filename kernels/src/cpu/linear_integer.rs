@@ -334,8 +334,14 @@ impl<B: CodeFormat, W: ScaleTable, const MINIMUM: bool> Tiles<'_, B, W, MINIMUM>
                     let next = codes[c].as_ptr().cast::<u8>().wrapping_add(panel_bytes + g * group_bytes);
                     let mut line = tile;
                     while line * 64 < group_bytes {
-                        s.prefetch_far(next.wrapping_add(line * 64));
+                        s.prefetch(next.wrapping_add(line * 64));
                         line += tiles;
+                    }
+                    if tile == 0 {
+                        s.prefetch(weight_scales[c].address(C * groups.count + g));
+                        if MINIMUM {
+                            s.prefetch(weight_minima[c].address(C * groups.count + g));
+                        }
                     }
                 }
             }

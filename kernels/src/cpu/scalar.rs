@@ -21,8 +21,6 @@ impl Lanes for Scalar {
     #[inline(always)]
     fn prefetch(self, _address: *const u8) {}
     #[inline(always)]
-    fn prefetch_far(self, _address: *const u8) {}
-    #[inline(always)]
     fn prefetch_write(self, _address: *const u8) {}
     #[inline(always)]
     fn splat(self, x: f32) -> [f32; 16] {

@@ -13,6 +13,9 @@ pub(super) trait ScaleTable: Copy {
     /// # Safety
     /// The table is one of [`ScaleTable::panel`], and `g < groups`.
     unsafe fn load<S: Lanes>(self, s: S, g: usize) -> S::F;
+
+    /// Where those of group `g` of a panel further on would begin; a hint, nothing is read.
+    fn address(self, g: usize) -> *const u8;
 }
 
 /// `[panels][groups]` f16.
@@ -35,6 +38,11 @@ impl ScaleTable for HalfScales<'_> {
     unsafe fn load<S: Lanes>(self, s: S, g: usize) -> S::F {
         // SAFETY: g < groups, which is the length that `panel` took.
         s.load_f16(unsafe { self.0.get_unchecked(g) })
+    }
+
+    #[inline(always)]
+    fn address(self, g: usize) -> *const u8 {
+        self.0.as_ptr().wrapping_add(g).cast()
     }
 }
 
@@ -67,5 +75,10 @@ impl<const BLOCK: usize> ScaleTable for TwoLevelScales<'_, BLOCK> {
         // SAFETY: g < groups and g / BLOCK < groups / BLOCK (groups is a multiple), the lengths that `panel` took.
         let (sub, factor) = unsafe { (self.subs.get_unchecked(g), self.supers.get_unchecked(g / BLOCK)) };
         s.mul(s.load_f16(factor), s.load_i8(sub))
+    }
+
+    #[inline(always)]
+    fn address(self, g: usize) -> *const u8 {
+        self.subs.as_ptr().wrapping_add(g).cast()
     }
 }
