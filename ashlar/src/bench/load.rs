@@ -12,6 +12,7 @@ use anyhow::{Context, bail, ensure};
 use serde_json::{Map, Value, json};
 use tokio::time::Instant;
 
+use crate::bench::args::report_file;
 use crate::bench::drive::{self, IN_FLIGHT_MAX, Job};
 use crate::bench::process::{self, ProcessUse};
 use crate::bench::prompts::Prompts;
@@ -22,6 +23,7 @@ use crate::bench::schedule::{
     WeightedModel,
 };
 use crate::client::Client;
+use crate::output;
 
 /// Requests when neither a count nor a duration is given.
 const REQUESTS_DEFAULT: usize = 100;
@@ -105,7 +107,7 @@ pub(crate) struct LoadArgs {
     #[arg(long, value_name = "HASH")]
     pub(crate) expect_outputs: Option<String>,
     /// Write the report as JSON
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = report_file())]
     pub(crate) json: Option<PathBuf>,
     /// Commit of the server, for the report
     #[arg(long)]
@@ -118,11 +120,12 @@ pub(crate) struct LoadArgs {
 /// Runs the load, prints the report, and fails if nothing was answered or the texts are not those expected.
 pub(crate) async fn run(args: LoadArgs) -> anyhow::Result<()> {
     let report = measure(&args).await?;
-    print!("{report}");
+    // First the file: whoever pipes the table to `head` wants that whole.
     if let Some(path) = &args.json {
         let text = serde_json::to_string_pretty(&report)? + "\n";
         std::fs::write(path, text).with_context(|| format!("write {}", path.display()))?;
     }
+    output::text(&report)?;
     if report.all.answered_count() == 0 {
         bail!("no request was answered");
     }
