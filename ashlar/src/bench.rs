@@ -11,6 +11,7 @@ mod quality;
 mod report;
 mod request;
 mod schedule;
+mod stalls;
 mod stats;
 mod step;
 #[cfg(test)]
@@ -29,6 +30,8 @@ pub(crate) struct BenchArgs {
 enum Command {
     /// A server under load: latencies, tokens a second, what it costs. Any OpenAI-compatible one, so that servers can be compared
     Load(Box<load::LoadArgs>),
+    /// What long prompts do to streams that decode: the longest gap, tokens a second with and without them. Any such server too
+    Stalls(Box<stalls::StallsArgs>),
     /// This machine: read bandwidth and peak of arithmetic, and the share of them that linear layers get. Needs no model
     Kernels(kernels::KernelsArgs),
     /// A model of the zoo on this machine: tokens a second of whole steps, without a server, and which ops take the time
@@ -41,6 +44,7 @@ enum Command {
 pub(crate) async fn run(args: BenchArgs) -> anyhow::Result<()> {
     match args.command {
         Command::Load(args) => Box::pin(load::run(*args)).await.context("measure the server"),
+        Command::Stalls(args) => Box::pin(stalls::run(*args)).await.context("measure stalls"),
         Command::Kernels(args) => kernels::run(args).await.context("measure the kernels"),
         Command::Step(args) => Box::pin(step::run(args)).await.context("measure steps"),
         Command::Quality(args) => Box::pin(quality::run(args)).await.context("measure the quality"),

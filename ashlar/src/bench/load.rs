@@ -215,10 +215,7 @@ pub(crate) async fn job(args: &LoadArgs) -> anyhow::Result<(Arc<Job>, ScheduleSp
     ensure!((0.0..=2.0).contains(&args.temperature), "--temperature must be from 0 to 2");
     ensure!(args.models.len() <= MODELS_MAX, "at most {MODELS_MAX} models can be named");
     let requests_max = args.requests.unwrap_or(if duration.is_some() { REQUESTS_MAX } else { REQUESTS_DEFAULT });
-    let extra = match &args.extra {
-        None => Map::new(),
-        Some(text) => serde_json::from_str(text).context("--extra must be a JSON object")?,
-    };
+    let extra = extra_fields(args.extra.as_deref())?;
     let prompts = match &args.prompts {
         None => Prompts::Generated { seed: args.seed },
         Some(path) => Prompts::read(path, args.endpoint)?,
@@ -290,7 +287,13 @@ fn bounded_seconds(name: &str, seconds: f64) -> anyhow::Result<Duration> {
     Ok(Duration::from_secs_f64(seconds))
 }
 
-fn notes(notes: &[String]) -> anyhow::Result<BTreeMap<String, String>> {
+/// Further fields of a body, as `--extra` has them.
+pub(crate) fn extra_fields(extra: Option<&str>) -> anyhow::Result<Map<String, Value>> {
+    extra.map_or(Ok(Map::new()), |text| serde_json::from_str(text).context("--extra must be a JSON object"))
+}
+
+/// What `--note` says, for a report.
+pub(crate) fn notes(notes: &[String]) -> anyhow::Result<BTreeMap<String, String>> {
     let pair = |note: &String| note.split_once('=').map(|(key, value)| (key.to_owned(), value.to_owned()));
     notes.iter().map(|note| pair(note).with_context(|| format!("--note takes KEY=VALUE, got `{note}`"))).collect()
 }
