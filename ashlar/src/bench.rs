@@ -30,7 +30,8 @@ pub(crate) struct BenchArgs {
 enum Command {
     /// A server under load: latencies, tokens a second, what it costs. Any OpenAI-compatible one, so that servers can be compared
     Load(Box<load::LoadArgs>),
-    /// What long prompts do to streams that decode: the longest gap, tokens a second with and without them. Any such server too
+    /// What long prompts do to streams that decode: the longest gap, tokens a second with and without them. Any
+    /// OpenAI-compatible server
     Stalls(Box<stalls::StallsArgs>),
     /// This machine: read bandwidth and peak of arithmetic, and the share of them that linear layers get. Needs no model
     Kernels(kernels::KernelsArgs),

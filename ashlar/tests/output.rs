@@ -37,7 +37,13 @@ fn help_of_bench_says_where_to_begin() {
     let output = run(&["bench", "--help"], Stdio::piped());
     let help = String::from_utf8_lossy(&output.stdout).split_whitespace().collect::<Vec<_>>().join(" ");
     assert!(output.status.success() && help.contains("Begin with `ashlar bench load`"), "{help}");
-    for command in ["load A server under load", "kernels This machine", "step A model of the zoo", "quality Stored forms"] {
+    for command in [
+        "load A server under load",
+        "stalls What long prompts do",
+        "kernels This machine",
+        "step A model of the zoo",
+        "quality Stored forms",
+    ] {
         assert!(help.contains(command), "{command}: {help}");
     }
 }

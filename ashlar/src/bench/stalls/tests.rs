@@ -45,7 +45,7 @@ async fn a_run_has_all_phases_and_is_summed_up() {
     let alone = stalls.alone_ttft_ms.expect("times");
     assert!(alone.count == 2 && alone.p50.0 >= 79.0 && stalls.long_ttft_ms.expect("times").p50.0 >= 79.0, "{report}");
     assert!(stalls.alone_share >= 0.26, "80 of 300 ms: {report}");
-    assert!(stalls.undisturbed_tokens_per_second > 0.0 && stalls.undisturbed_tokens_per_second <= 620.0, "{report}");
+    assert!(stalls.undisturbed_tokens_per_second > 0.0 && stalls.rate_kept.is_some(), "{report}");
     assert!(stalls.gaps_at_prefill_ms.expect("gaps").count > 0 && stalls.longest_gap_ms.0 >= 4.0, "{report}");
     let asked = server.asked();
     let long = asked.iter().filter(|asked| prompt_words(asked) == 50).count();
@@ -70,14 +70,14 @@ async fn a_server_that_stops_for_prompts_is_told_from_one_that_does_not() {
     let server = StandIn::start(|asked: &Asked| match fair(asked) {
         Script::Stream(mut pieces) if asked.body["max_tokens"] == 100 => {
             pieces.iter_mut().for_each(|(pause_ms, _)| *pause_ms = 30);
-            pieces[30].0 = 700;
+            pieces[30].0 = 1000;
             Script::Stream(pieces)
         }
         script => script,
     })
     .await;
     let stalls = measure(&args(&server, SHORT)).await.expect("a run").stalls;
-    assert!(stalls.longest_gap_ms.0 >= 650.0, "{stalls}");
+    assert!(stalls.longest_gap_ms.0 >= 600.0, "{stalls}");
 }
 
 #[tokio::test]
