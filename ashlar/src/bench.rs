@@ -1,6 +1,7 @@
 //! `ashlar bench`: load against any OpenAI-compatible endpoint, and the kernels against the ceilings of the machine. Start at
 //! `bench/load.rs`: a schedule is drawn from a seed, driven, and summed up in a report.
 
+mod args;
 mod drive;
 mod kernels;
 mod load;
@@ -10,6 +11,7 @@ mod quality;
 mod report;
 mod request;
 mod schedule;
+mod stalls;
 mod stats;
 mod step;
 #[cfg(test)]
@@ -17,7 +19,7 @@ mod tests;
 
 use anyhow::Context;
 
-/// Measures a server or the kernels.
+/// Measures a server, a model or the kernels; what its help says stands in `main.rs`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct BenchArgs {
     #[command(subcommand)]
@@ -26,13 +28,16 @@ pub(crate) struct BenchArgs {
 
 #[derive(Debug, clap::Subcommand)]
 enum Command {
-    /// Drive an OpenAI-compatible endpoint and print latencies, tokens per second and the server's cost.
+    /// A server under load: latencies, tokens a second, what it costs. Any OpenAI-compatible one, so that servers can be compared
     Load(Box<load::LoadArgs>),
-    /// Measure this machine's ceilings and the linear layers against them.
+    /// What long prompts do to streams that decode: the longest gap, tokens a second with and without them. Any
+    /// OpenAI-compatible server
+    Stalls(Box<stalls::StallsArgs>),
+    /// This machine: read bandwidth and peak of arithmetic, and the share of them that linear layers get. Needs no model
     Kernels(kernels::KernelsArgs),
-    /// Measure whole steps of a model of the zoo, without engine and server.
+    /// A model of the zoo on this machine: tokens a second of whole steps, without a server, and which ops take the time
     Step(step::StepArgs),
-    /// Measure what the stored forms of a model cost: perplexity, and divergence from a baseline.
+    /// Stored forms of a model (int8, int4 and so on): what each costs in perplexity, and how far it is from a baseline
     Quality(quality::QualityArgs),
 }
 
@@ -40,6 +45,7 @@ enum Command {
 pub(crate) async fn run(args: BenchArgs) -> anyhow::Result<()> {
     match args.command {
         Command::Load(args) => Box::pin(load::run(*args)).await.context("measure the server"),
+        Command::Stalls(args) => Box::pin(stalls::run(*args)).await.context("measure stalls"),
         Command::Kernels(args) => kernels::run(args).await.context("measure the kernels"),
         Command::Step(args) => Box::pin(step::run(args)).await.context("measure steps"),
         Command::Quality(args) => Box::pin(quality::run(args)).await.context("measure the quality"),

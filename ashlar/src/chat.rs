@@ -12,6 +12,7 @@ use tokio::sync::mpsc;
 
 use crate::chat::conversation::{Conversation, Ended, Settings};
 use crate::client::Client;
+use crate::output;
 
 /// Bytes of a prompt that is piped in, and of a line that is typed.
 const PROMPT_BYTES_MAX: u64 = 4 << 20;
@@ -110,18 +111,16 @@ struct Output {
 
 impl Write for Output {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        let mut stdout = std::io::stdout().lock();
         if self.to_terminal {
-            stdout.write_all(harmless(&String::from_utf8_lossy(bytes)).as_bytes())?;
+            output::text(harmless(&String::from_utf8_lossy(bytes)))?;
         } else {
-            stdout.write_all(bytes)?;
+            output::bytes(bytes)?;
         }
-        stdout.flush()?;
         Ok(bytes.len())
     }
 
     fn flush(&mut self) -> std::io::Result<()> {
-        std::io::stdout().flush()
+        Ok(()) // nothing is kept back
     }
 }
 

@@ -4,16 +4,21 @@ use anyhow::bail;
 use ashlar_kernels::cpu::{Cpu, CpuOptions, Isa};
 use ashlar_kernels::ops::Ops;
 
+use crate::output::{self, OutputError};
+
 /// Prints the devices that this build can drive.
-pub fn print() {
+///
+/// # Errors
+/// When they cannot be printed.
+pub fn print() -> Result<(), OutputError> {
     let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let cpu = Cpu::new(CpuOptions { threads, ..CpuOptions::default() });
-    println!("cpu    {}", cpu.describe());
+    output::line(format_args!("cpu    {}", cpu.describe()))?;
     for isa in Isa::ALL {
         let state = if isa.available() { "available" } else { "not on this processor" };
-        println!("       {}: {state}", isa.name());
+        output::line(format_args!("       {}: {state}", isa.name()))?;
     }
-    println!("cuda   this build has no CUDA device");
+    output::line("cuda   this build has no CUDA device")
 }
 
 /// Whether this machine runs the instruction set that `setting` asks for; `None` asks for none.

@@ -2,6 +2,7 @@
 //! library should.
 
 #![allow(unreachable_pub, reason = "a binary: pub marks what other modules use")]
+#![deny(clippy::print_stdout)] // it panics where nobody reads: see output.rs
 
 mod bench;
 mod chat;
@@ -10,6 +11,7 @@ mod config;
 mod devices;
 mod health;
 mod logging;
+mod output;
 mod process;
 mod server;
 mod tenant;
@@ -46,7 +48,10 @@ enum Command {
     },
     /// Talk to a model in the terminal
     Chat(chat::ChatArgs),
-    /// Measure: load on an OpenAI-compatible endpoint, or the kernels
+    /// Measure a server, this machine or a model
+    ///
+    /// Begin with `ashlar bench load` beside a running server: it asks the server's only model a hundred times and prints how fast it is.
+    /// To see what this machine could do at best, `ashlar bench kernels`; what a model of the zoo makes of that, `ashlar bench step`.
     Bench(bench::BenchArgs),
     /// Which devices there are, and why one is not used
     Devices,
@@ -68,6 +73,7 @@ fn main() -> std::process::ExitCode {
     };
     match outcome {
         Ok(()) => std::process::ExitCode::SUCCESS,
+        Err(error) if output::reader_is_gone(&error) => std::process::ExitCode::from(output::READER_GONE_STATUS),
         Err(error) => {
             eprintln!("error: failed to {error:#}");
             std::process::ExitCode::FAILURE
@@ -88,9 +94,6 @@ async fn run(command: Command) -> anyhow::Result<()> {
         }
         Command::Chat(args) => chat::run(args).await,
         Command::Bench(args) => bench::run(args).await,
-        Command::Devices => {
-            devices::print();
-            Ok(())
-        }
+        Command::Devices => Ok(devices::print()?),
     }
 }

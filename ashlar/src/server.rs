@@ -32,7 +32,7 @@ use tokio_stream::StreamExt;
 use crate::config::{Config, ConfigArgs};
 use crate::devices::{check_isa, isa_warning};
 use crate::process::{available_bytes, random_bits, stop_signal};
-use crate::{health, logging};
+use crate::{health, logging, output};
 
 /// How long a record outlives its process.
 const LEASE: Duration = Duration::from_secs(5);
@@ -60,7 +60,7 @@ pub async fn run(role: Role, args: ConfigArgs) -> anyhow::Result<()> {
     };
     let config = args.load_for(listener)?;
     if args.print_config {
-        print!("{}", toml::to_string(&config).context("print the configuration")?);
+        output::text(toml::to_string(&config).context("print the configuration")?)?;
         return Ok(());
     }
     let _guard = logging::start(&config.log, name)?;

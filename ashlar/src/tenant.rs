@@ -1,7 +1,6 @@
 //! `ashlar tenant`: who may call. It changes the registry's tenant records by compare-and-swap, so that it may run beside a server
 //! and beside itself. A key is printed once, to standard output, and only its hash is kept.
 
-use std::io::Write;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -12,6 +11,8 @@ use ashlar_router::state::tenants::{KeyHash, PUBLIC, new_key};
 use ashlar_wire::id::TenantName;
 use ashlar_zoo::model_id::ModelId;
 use clap::Subcommand;
+
+use crate::output;
 
 /// Digits of a hash that name a key to people.
 const SHOWN_DIGITS: usize = 12;
@@ -73,7 +74,7 @@ pub async fn run(command: TenantCommand, registry: Arc<dyn Registry>) -> anyhow:
         TenantCommand::List => list(&*registry).await?,
         TenantCommand::Revoke { name, key } => revoke(&*registry, &parse(&name)?, key.as_deref()).await?,
     };
-    std::io::stdout().write_all(text.as_bytes()).context("write to standard output")
+    Ok(output::text(text)?)
 }
 
 fn parse(name: &str) -> anyhow::Result<TenantName> {

@@ -16,6 +16,7 @@ use ashlar_zoo::verify;
 use clap::{Args, Subcommand};
 
 use crate::config::{ZooConfig, zoo_of_environment};
+use crate::output::{self, OutputError};
 
 /// Arguments of `ashlar zoo`.
 #[derive(Debug, Args)]
@@ -146,7 +147,7 @@ pub(crate) async fn run(args: ZooArgs) -> anyhow::Result<()> {
         }
         ZooCommand::Verify => {
             let report = verify::verify(&zoo, &*progress::for_terminal()).await.context("verify the zoo")?;
-            print!("{}", table::verify(&report));
+            output::text(table::verify(&report))?;
             match report.damage.len() {
                 0 => Ok(()),
                 count => bail!("verify the zoo: {count} of its objects are damaged or missing"),
@@ -154,16 +155,14 @@ pub(crate) async fn run(args: ZooArgs) -> anyhow::Result<()> {
         }
         ZooCommand::Rm { model } => {
             zoo.remove_model(&model).await.with_context(|| format!("remove {model}"))?;
-            println!(
-                "removed the name {model}; `zoo gc` frees what no other model uses, once it is {} minutes old (--grace SECONDS)",
-                GRACE_DEFAULT.as_secs() / 60
-            );
-            Ok(())
+            let minutes = GRACE_DEFAULT.as_secs() / 60;
+            Ok(output::line(format_args!(
+                "removed the name {model}; `zoo gc` frees what no other model uses, once it is {minutes} minutes old (--grace SECONDS)"
+            ))?)
         }
         ZooCommand::Gc { grace, dry_run } => {
             let report = gc::collect(&zoo, Duration::from_secs(grace), dry_run).await.context("collect garbage")?;
-            print!("{}", table::gc(&report, dry_run));
-            Ok(())
+            Ok(output::text(table::gc(&report, dry_run))?)
         }
     }
 }
@@ -174,8 +173,7 @@ async fn add(zoo: &Zoo, path: &std::path::Path, naming: &Naming, source: Option<
     }
     let options = AddOptions { model: naming.name.clone(), recipe: naming.dtype, parent: naming.parent.clone(), source };
     let report = ingest::add(zoo, path, &options, &*progress::for_terminal()).await.with_context(|| format!("add {}", path.display()))?;
-    print_added(&report);
-    Ok(())
+    Ok(print_added(&report)?)
 }
 
 async fn pull(
@@ -195,20 +193,15 @@ async fn pull(
     Ok(())
 }
 
-fn print_added(report: &AddReport) {
-    println!("{report}");
+fn print_added(report: &AddReport) -> Result<(), OutputError> {
+    output::line(report)?;
     for note in &report.notes {
-        println!("note: {note}");
+        output::line(format_args!("note: {note}"))?;
     }
     let verb = if report.replaced.is_some() { "now points to" } else { "is" };
-    println!("{} {verb} chain {} ({})", report.model, report.chain.short(), report.architecture);
+    output::line(format_args!("{} {verb} chain {} ({})", report.model, report.chain.short(), report.architecture))
 }
 
 fn print<T: serde::Serialize>(json: bool, value: &T, table: impl FnOnce() -> String) -> anyhow::Result<()> {
-    if json {
-        println!("{}", serde_json::to_string_pretty(value)?);
-    } else {
-        print!("{}", table());
-    }
-    Ok(())
+    Ok(if json { output::line(serde_json::to_string_pretty(value)?) } else { output::text(table()) }?)
 }

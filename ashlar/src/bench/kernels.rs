@@ -14,23 +14,25 @@ use ashlar_kernels::format::Dtype;
 use ashlar_kernels::ops::{Bf16Compute, Ops};
 use serde_json::{Value, json};
 
+use crate::bench::args::{report_file, threads, whole};
 use crate::devices::check_isa;
+use crate::output;
 
 /// Bytes of a layer or of the memory that one-row cells rotate through.
 const BYTES_MAX: usize = 16 << 30;
 /// Rows of a batch.
 const ROWS_MAX: usize = 1 << 16;
-/// What formats are called.
-const DTYPES_EXPECTED: &str =
-    "expected f32, f16, bf16, int8g32 or int4g32 (and other groups; int8mg32 with minima), int1g128, or a GGUF format as q8_0";
-/// Threads.
-pub(super) const THREADS_MAX: usize = 1024;
+/// What `BenchOptions::default()` measures, as it is typed.
+const DTYPES_DEFAULT: &str = "f32,bf16,int8g32,int4g32,q8_0,q4_1";
+const SHAPES_DEFAULT: &str = "576x576,1536x576,576x1536,49152x576";
+const ROWS_DEFAULT: &str = "1,64,512";
+const ROTATE_MIB_DEFAULT: &str = "1024";
 
 /// Measures the kernels.
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct KernelsArgs {
     /// Threads [default: all cores]
-    #[arg(long, default_value_t = 0, hide_default_value = true)]
+    #[arg(long, default_value = "0", hide_default_value = true, allow_negative_numbers = true, value_parser = threads)]
     threads: usize,
     /// Instruction set: avx512-bf16, avx512, avx-vnni, avx2 or scalar [default: the best that the machine has]
     #[arg(long)]
@@ -38,14 +40,14 @@ pub(crate) struct KernelsArgs {
     /// What layers with bf16 weights are computed from: f32 or bf16
     #[arg(long, default_value = "f32")]
     bf16_compute: Bf16Compute,
-    /// Formats of weights, comma-separated: f32, bf16, int8g32, int4g32, q8_0, q4_1 and so on
-    #[arg(long = "dtypes", value_delimiter = ',')]
-    dtypes: Vec<String>,
-    /// Shapes, comma-separated: outputs x inputs, as in 576x1536
-    #[arg(long = "shapes", value_delimiter = ',', value_parser = shape)]
+    /// Formats of weights, comma-separated: f32, f16, bf16, int8g32 and so on
+    #[arg(long, value_name = "FORMATS", value_delimiter = ',', default_value = DTYPES_DEFAULT, value_parser = dtype)]
+    dtypes: Vec<Dtype>,
+    /// Shapes, comma-separated: outputs x inputs. Those of SmolLM2-135M where none are given
+    #[arg(long, value_delimiter = ',', default_value = SHAPES_DEFAULT, value_parser = shape)]
     shapes: Vec<(usize, usize)>,
     /// Rows of a batch, comma-separated
-    #[arg(long = "rows", value_delimiter = ',')]
+    #[arg(long = "rows", value_name = "ROWS", value_delimiter = ',', default_value = ROWS_DEFAULT, allow_negative_numbers = true, value_parser = whole(1, ROWS_MAX))]
     row_counts: Vec<usize>,
     /// Check what the project claims of its kernels, and fail if something does not hold: shares of the read bandwidth and of the
     /// int8 peak, each measured in turns with it, what one row more costs, the choice of instruction set. Some minutes, on an
@@ -56,10 +58,10 @@ pub(crate) struct KernelsArgs {
     #[arg(long, requires = "json", conflicts_with_all = ["dtypes", "shapes", "row_counts", "rotate_mib"])]
     full: bool,
     /// MiB that one-row cells rotate through: at least 4 times the last cache
-    #[arg(long)]
-    rotate_mib: Option<usize>,
+    #[arg(long, value_name = "MIB", default_value = ROTATE_MIB_DEFAULT, allow_negative_numbers = true, value_parser = whole(1, BYTES_MAX >> 20))]
+    rotate_mib: usize,
     /// Write the table as JSON
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = report_file())]
     json: Option<PathBuf>,
     /// Commit, for the JSON
     #[arg(long)]
@@ -73,16 +75,15 @@ pub(crate) async fn run(args: KernelsArgs) -> anyhow::Result<()> {
 
 fn measure(args: &KernelsArgs) -> anyhow::Result<()> {
     let options = options(args)?;
-    ensure!(args.threads <= THREADS_MAX, "--threads must be at most {THREADS_MAX}");
     check_isa("--isa", args.isa)?;
     if let (true, Some(path)) = (args.full, &args.json) {
         let isas: Vec<Isa> = Isa::ALL.into_iter().filter(|one| args.isa.map_or(one.available(), |isa| isa == *one)).collect();
         return full::run(path, args.commit.as_deref(), args.threads, &isas, args.bf16_compute);
     }
     let cpu = Cpu::new(CpuOptions { threads: args.threads, isa: args.isa, bf16_compute: args.bf16_compute });
-    println!("{}", cpu.describe());
+    output::line(cpu.describe())?;
     let ceilings = probe::ceilings(&cpu, options.rotate_bytes).context("probe the machine")?;
-    println!("{ceilings}");
+    output::line(ceilings)?;
     if args.check {
         let claim_options = ClaimOptions { rotate_bytes: options.rotate_bytes, ..ClaimOptions::default() };
         let (claims, verdict) = claims::check(&cpu, &claim_options)?;
@@ -90,20 +91,28 @@ fn measure(args: &KernelsArgs) -> anyhow::Result<()> {
         return verdict;
     }
     let mut cells = Vec::new();
-    bench::linear(&cpu, &ceilings, &options, |cell| {
-        println!("{cell}");
-        cells.push(json!({
-            "dtype": cell.dtype.to_string(),
-            "outputs": cell.outputs,
-            "inputs": cell.inputs,
-            "row_count": cell.row_count,
-            "seconds": cell.seconds,
-            "bytes_per_second": cell.bytes_per_second,
-            "ops_per_second": cell.ops_per_second,
-            "share": cell.share,
-        }));
-    })
-    .context("pack a layer")?;
+    for (shape, dtype) in options.shapes.iter().flat_map(|shape| options.dtypes.iter().map(move |dtype| (*shape, *dtype))) {
+        let layer = BenchOptions { dtypes: vec![dtype], shapes: vec![shape], ..options.clone() };
+        let mut printed = Ok(());
+        bench::linear(&cpu, &ceilings, &layer, |cell| {
+            if printed.is_ok() {
+                printed = output::line(cell);
+            }
+            cells.push(json!({
+                "dtype": cell.dtype.to_string(),
+                "outputs": cell.outputs,
+                "inputs": cell.inputs,
+                "row_count": cell.row_count,
+                "seconds": cell.seconds,
+                "bytes_per_second": cell.bytes_per_second,
+                "ops_per_second": cell.ops_per_second,
+                "share": cell.share,
+            }));
+        })
+        .context("pack a layer")?;
+        // Nobody reads on: the layers that are left are not worth their time.
+        printed?;
+    }
     write_json(args, &cpu, &ceilings, options.rotate_bytes, "cells", cells)
 }
 
@@ -133,24 +142,30 @@ fn write_json(
     std::fs::write(path, serde_json::to_string_pretty(&report)? + "\n").with_context(|| format!("write {}", path.display()))
 }
 
+/// What is measured, if every format can have every shape.
 fn options(args: &KernelsArgs) -> anyhow::Result<BenchOptions> {
-    let mut options = BenchOptions::default();
-    if !args.dtypes.is_empty() {
-        let dtype = |name: &String| name.parse::<Dtype>().ok().with_context(|| format!("use --dtypes {name}: {DTYPES_EXPECTED}"));
-        options.dtypes = args.dtypes.iter().map(dtype).collect::<anyhow::Result<_>>()?;
+    for (outputs, inputs) in &args.shapes {
+        for dtype in &args.dtypes {
+            ensure!(
+                dtype.bytes(*outputs, *inputs).is_some(),
+                "use --shapes {outputs}x{inputs} with {dtype}: its rows are whole blocks of {} inputs (--dtypes chooses formats)",
+                dtype.block_columns()
+            );
+        }
     }
-    if !args.shapes.is_empty() {
-        options.shapes.clone_from(&args.shapes);
-    }
-    if !args.row_counts.is_empty() {
-        ensure!(args.row_counts.iter().all(|rows| (1..=ROWS_MAX).contains(rows)), "--rows must be from 1 to {ROWS_MAX}");
-        options.row_counts.clone_from(&args.row_counts);
-    }
-    if let Some(mib) = args.rotate_mib {
-        ensure!((1..=BYTES_MAX >> 20).contains(&mib), "--rotate-mib must be from 1 to {}", BYTES_MAX >> 20);
-        options.rotate_bytes = mib << 20;
-    }
-    Ok(options)
+    Ok(BenchOptions {
+        dtypes: args.dtypes.clone(),
+        shapes: args.shapes.clone(),
+        row_counts: args.row_counts.clone(),
+        rotate_bytes: args.rotate_mib << 20,
+        ..BenchOptions::default()
+    })
+}
+
+fn dtype(name: &str) -> Result<Dtype, &'static str> {
+    name.parse().map_err(
+        |_| "expected f32, f16, bf16, int8g32 or int4g32 (and other groups; int8mg32 with minima), int1g128, or a GGUF format as q8_0",
+    )
 }
 
 fn shape(text: &str) -> Result<(usize, usize), String> {
@@ -165,14 +180,4 @@ fn shape(text: &str) -> Result<(usize, usize), String> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn shapes_are_read_and_bounded() {
-        assert_eq!(shape("576x1536"), Ok((576, 1536)));
-        for bad in ["576", "x", "0x5", "99999999x99999999", "18446744073709551615x2"] {
-            assert!(shape(bad).is_err(), "{bad}");
-        }
-    }
-}
+mod tests;

@@ -12,6 +12,7 @@ use anyhow::{Context, bail, ensure};
 use serde_json::{Map, Value, json};
 use tokio::time::Instant;
 
+use crate::bench::args::report_file;
 use crate::bench::drive::{self, IN_FLIGHT_MAX, Job};
 use crate::bench::process::{self, ProcessUse};
 use crate::bench::prompts::Prompts;
@@ -22,6 +23,7 @@ use crate::bench::schedule::{
     WeightedModel,
 };
 use crate::client::Client;
+use crate::output;
 
 /// Requests when neither a count nor a duration is given.
 const REQUESTS_DEFAULT: usize = 100;
@@ -105,7 +107,7 @@ pub(crate) struct LoadArgs {
     #[arg(long, value_name = "HASH")]
     pub(crate) expect_outputs: Option<String>,
     /// Write the report as JSON
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = report_file())]
     pub(crate) json: Option<PathBuf>,
     /// Commit of the server, for the report
     #[arg(long)]
@@ -118,11 +120,12 @@ pub(crate) struct LoadArgs {
 /// Runs the load, prints the report, and fails if nothing was answered or the texts are not those expected.
 pub(crate) async fn run(args: LoadArgs) -> anyhow::Result<()> {
     let report = measure(&args).await?;
-    print!("{report}");
+    // First the file: whoever pipes the table to `head` wants that whole.
     if let Some(path) = &args.json {
         let text = serde_json::to_string_pretty(&report)? + "\n";
         std::fs::write(path, text).with_context(|| format!("write {}", path.display()))?;
     }
+    output::text(&report)?;
     if report.all.answered_count() == 0 {
         bail!("no request was answered");
     }
@@ -212,10 +215,7 @@ pub(crate) async fn job(args: &LoadArgs) -> anyhow::Result<(Arc<Job>, ScheduleSp
     ensure!((0.0..=2.0).contains(&args.temperature), "--temperature must be from 0 to 2");
     ensure!(args.models.len() <= MODELS_MAX, "at most {MODELS_MAX} models can be named");
     let requests_max = args.requests.unwrap_or(if duration.is_some() { REQUESTS_MAX } else { REQUESTS_DEFAULT });
-    let extra = match &args.extra {
-        None => Map::new(),
-        Some(text) => serde_json::from_str(text).context("--extra must be a JSON object")?,
-    };
+    let extra = extra_fields(args.extra.as_deref())?;
     let prompts = match &args.prompts {
         None => Prompts::Generated { seed: args.seed },
         Some(path) => Prompts::read(path, args.endpoint)?,
@@ -287,7 +287,13 @@ fn bounded_seconds(name: &str, seconds: f64) -> anyhow::Result<Duration> {
     Ok(Duration::from_secs_f64(seconds))
 }
 
-fn notes(notes: &[String]) -> anyhow::Result<BTreeMap<String, String>> {
+/// Further fields of a body, as `--extra` has them.
+pub(crate) fn extra_fields(extra: Option<&str>) -> anyhow::Result<Map<String, Value>> {
+    extra.map_or(Ok(Map::new()), |text| serde_json::from_str(text).context("--extra must be a JSON object"))
+}
+
+/// What `--note` says, for a report.
+pub(crate) fn notes(notes: &[String]) -> anyhow::Result<BTreeMap<String, String>> {
     let pair = |note: &String| note.split_once('=').map(|(key, value)| (key.to_owned(), value.to_owned()));
     notes.iter().map(|note| pair(note).with_context(|| format!("--note takes KEY=VALUE, got `{note}`"))).collect()
 }

@@ -15,8 +15,9 @@ use ashlar_zoo::model_id::ModelId;
 use ashlar_zoo::store::Zoo;
 use serde_json::{Value, json};
 
-use super::kernels::THREADS_MAX;
+use super::args::{report_file, threads};
 use crate::config::{ZooConfig, zoo_of_environment};
+use crate::output;
 
 /// Tokens of a window: logits of half of them are held for two models at a time.
 const WINDOW_TOKENS_MAX: usize = 8192;
@@ -53,10 +54,10 @@ pub(crate) struct QualityArgs {
     #[arg(long, default_value = "f32")]
     bf16_compute: Bf16Compute,
     /// Threads [default: all cores]
-    #[arg(long, default_value_t = 0, hide_default_value = true)]
+    #[arg(long, default_value = "0", hide_default_value = true, allow_negative_numbers = true, value_parser = threads)]
     threads: usize,
     /// Write the table as JSON
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = report_file())]
     json: Option<PathBuf>,
     /// Commit, for the JSON
     #[arg(long)]
@@ -73,7 +74,6 @@ struct Candidate {
 /// Loads the models and measures window by window. It keeps all cores busy, so it runs outside the async threads.
 pub(crate) async fn run(args: QualityArgs) -> anyhow::Result<()> {
     ensure!((4..=WINDOW_TOKENS_MAX).contains(&args.window), "--window must be from 4 to {WINDOW_TOKENS_MAX}");
-    ensure!(args.threads <= THREADS_MAX, "--threads must be at most {THREADS_MAX}");
     let root = match &args.zoo {
         Some(root) => root.clone(),
         None => zoo_of_environment()?.unwrap_or_else(|| ZooConfig::default().root),
@@ -130,7 +130,8 @@ fn measure(
     cut: &[Vec<u32>],
     text_hash: &str,
 ) -> anyhow::Result<()> {
-    println!("{} windows of {} tokens of {}, {}", cut.len(), windows.window_tokens, args.text.display(), ops.describe());
+    let (count, tokens) = (cut.len(), windows.window_tokens);
+    output::line(format_args!("{count} windows of {tokens} tokens of {}, {}", args.text.display(), ops.describe()))?;
     for window in cut {
         let (baseline, others) = candidates.split_first_mut().expect("a baseline");
         let rows = windows.logits(&mut baseline.model, window);
@@ -140,14 +141,14 @@ fn measure(
         }
     }
     let width = candidates.iter().map(|candidate| candidate.shown.model.len()).max().unwrap_or(0).max(5);
-    println!(
+    output::line(format_args!(
         "{:<width$}  {:>8}  {:<14}  {:>18}  {:>22}  {:>9}  {:>9}  {:>9}  {:>8}",
         "model", "MB", "matrices", "perplexity", "ln of ratio", "mean KL", "median KL", "99% KL", "same top"
-    );
+    ))?;
     let mut reported = Vec::new();
     for candidate in &candidates {
         let quality = candidate.tally.sum_up().expect("a row of each window");
-        println!("{:<width$}  {}", candidate.shown.model, line(&candidate.shown, &quality));
+        output::line(format_args!("{:<width$}  {}", candidate.shown.model, line(&candidate.shown, &quality)))?;
         reported.push(report(&candidate.shown, &quality));
     }
     let Some(path) = &args.json else { return Ok(()) };

@@ -124,24 +124,18 @@ pub(crate) async fn ask(client: &Client, endpoint: Endpoint, body: Bytes, intend
 }
 
 async fn read(client: &Client, endpoint: Endpoint, body: Bytes, intended: Instant) -> Result<Answer, Failure> {
-    let mut stream = client.stream(endpoint.path(), body).await?;
     let mut hasher = blake3::Hasher::new();
     let (mut first, mut last): (Option<Instant>, Option<Instant>) = (None, None);
     let mut gaps_ms = Vec::new();
-    let mut usage = None;
-    while let Some(chunk) = stream.next().await? {
-        usage = chunk.usage.or(usage);
-        if chunk.text.is_empty() {
-            continue;
-        }
-        let now = Instant::now();
-        hasher.update(chunk.text.as_bytes());
+    let usage = follow(client, endpoint, body, |now, text| {
+        hasher.update(text.as_bytes());
         if let Some(last) = last {
             gaps_ms.push((now - last).as_secs_f32() * 1e3);
         }
         first = first.or(Some(now));
         last = Some(now);
-    }
+    })
+    .await?;
     let (Some(first), Some(last)) = (first, last) else { return Err(Failure::Empty) };
     Ok(Answer {
         ttft_ms: milliseconds(first - intended),
@@ -151,6 +145,24 @@ async fn read(client: &Client, endpoint: Endpoint, body: Bytes, intended: Instan
         usage,
         text_hash: hasher.finalize(),
     })
+}
+
+/// Sends a request and hands over each chunk with text as it comes; gives the server's count when the stream has ended properly.
+pub(crate) async fn follow(
+    client: &Client,
+    endpoint: Endpoint,
+    body: Bytes,
+    mut on_text: impl FnMut(Instant, &str),
+) -> Result<Option<Usage>, Failure> {
+    let mut stream = client.stream(endpoint.path(), body).await?;
+    let mut usage = None;
+    while let Some(chunk) = stream.next().await? {
+        usage = chunk.usage.or(usage);
+        if !chunk.text.is_empty() {
+            on_text(Instant::now(), &chunk.text);
+        }
+    }
+    Ok(usage)
 }
 
 /// A duration as a report has it.

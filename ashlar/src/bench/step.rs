@@ -16,12 +16,15 @@ use ashlar_zoo::model_id::ModelId;
 use ashlar_zoo::store::Zoo;
 use serde_json::json;
 
-use super::kernels::THREADS_MAX;
+use super::args::{report_file, threads, whole};
 use crate::config::{ZooConfig, zoo_of_environment};
 use crate::devices::check_isa;
+use crate::output;
 
 /// Rows of a step at most.
 const ROWS_MAX: usize = 8192;
+/// Tokens before a decode step.
+const CONTEXT_MAX: usize = 1 << 20;
 /// Bytes that the bandwidth probe reads.
 const PROBE_BYTES: usize = 1 << 30;
 /// Tokens of a KV page, as the executor has by default.
@@ -37,13 +40,13 @@ pub(crate) struct StepArgs {
     #[arg(long)]
     model: ModelId,
     /// Threads [default: all cores]
-    #[arg(long, default_value_t = 0, hide_default_value = true)]
+    #[arg(long, default_value = "0", hide_default_value = true, allow_negative_numbers = true, value_parser = threads)]
     threads: usize,
     /// Instruction set: avx512-bf16, avx512, avx-vnni, avx2 or scalar [default: the best that the machine has]
     #[arg(long)]
     isa: Option<Isa>,
     /// Tokens that each sequence has before a decode step
-    #[arg(long, default_value_t = 128)]
+    #[arg(long, default_value = "128", allow_negative_numbers = true, value_parser = whole(0, CONTEXT_MAX))]
     context: usize,
     /// How keys and values are held: f32, bf16 or int8
     #[arg(long, default_value = "f32")]
@@ -52,10 +55,10 @@ pub(crate) struct StepArgs {
     #[arg(long, default_value = "f32")]
     bf16_compute: Bf16Compute,
     /// Sequences of a decode step, comma-separated
-    #[arg(long, value_delimiter = ',', default_values_t = [1, 16, 32])]
+    #[arg(long, value_name = "SEQUENCES", value_delimiter = ',', default_value = "1,16,32", allow_negative_numbers = true, value_parser = whole(1, ROWS_MAX))]
     decode: Vec<usize>,
     /// Tokens of a prompt computed in one step, comma-separated
-    #[arg(long, value_delimiter = ',', default_values_t = [128, 512])]
+    #[arg(long, value_name = "TOKENS", value_delimiter = ',', default_value = "128,512", allow_negative_numbers = true, value_parser = whole(1, ROWS_MAX))]
     prefill: Vec<usize>,
     /// Seconds for each cell
     #[arg(long, default_value_t = 2.0)]
@@ -64,7 +67,7 @@ pub(crate) struct StepArgs {
     #[arg(long)]
     ops: bool,
     /// Write the table as JSON
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = report_file())]
     json: Option<PathBuf>,
     /// Commit, for the JSON
     #[arg(long)]
@@ -82,12 +85,7 @@ enum Cell {
 
 /// Loads the model and measures cell by cell. It keeps all cores busy, so it runs outside the async threads.
 pub(crate) async fn run(args: StepArgs) -> anyhow::Result<()> {
-    for (name, values) in [("--decode", &args.decode), ("--prefill", &args.prefill)] {
-        ensure!(values.iter().all(|rows| (1..=ROWS_MAX).contains(rows)), "{name} must be from 1 to {ROWS_MAX}");
-    }
     ensure!((0.05..=600.0).contains(&args.seconds), "--seconds must be from 0.05 to 600");
-    ensure!(args.context <= 1 << 20, "--context must be at most {}", 1 << 20);
-    ensure!(args.threads <= THREADS_MAX, "--threads must be at most {THREADS_MAX}");
     check_isa("--isa", args.isa)?;
     let root = match &args.zoo {
         Some(root) => root.clone(),
@@ -105,7 +103,7 @@ pub(crate) async fn run(args: StepArgs) -> anyhow::Result<()> {
 }
 
 fn measure(args: &StepArgs, ops: Arc<Timed<Cpu>>, blocks: Vec<LoadedBlock<Timed<Cpu>>>) -> anyhow::Result<()> {
-    println!("{}, {}", args.model, ops.describe());
+    output::line(format_args!("{}, {}", args.model, ops.describe()))?;
     let cells: Vec<Cell> = args.decode.iter().map(|n| Cell::Decode(*n)).chain(args.prefill.iter().map(|n| Cell::Prefill(*n))).collect();
     let rows_max = args.decode.iter().chain(&args.prefill).max().copied().unwrap_or(1);
     let tokens_max = args.prefill.iter().max().copied().unwrap_or(1).max(args.context + 1);
@@ -113,16 +111,17 @@ fn measure(args: &StepArgs, ops: Arc<Timed<Cpu>>, blocks: Vec<LoadedBlock<Timed<
     let sequences = args.decode.iter().max().copied().unwrap_or(1);
     let mut steps = Steps::new(Arc::clone(&ops), blocks, limits, sequences).context("make room for the sequences")?;
     let bandwidth = probe::read_bandwidth(ops.inner(), PROBE_BYTES).context("probe the machine")?;
-    println!(
+    output::line(format_args!(
         "read bandwidth {:.1} GB/s; a decode step reads {:.1} MB of weights, so {:.0} steps/s at most",
         bandwidth / 1e9,
         steps.read_bytes() as f64 / 1e6,
         bandwidth / steps.read_bytes() as f64
-    );
-    println!("{:>16}  {:>9}  {:>9}  {:>9}  {:>12}  {:>8}", "step", "best ms", "median ms", "tokens/s", "of bandwidth", "barriers");
+    ))?;
+    let [step, best, median, rate, share, barriers] = ["step", "best ms", "median ms", "tokens/s", "of bandwidth", "barriers"];
+    output::line(format_args!("{step:>16}  {best:>9}  {median:>9}  {rate:>9}  {share:>12}  {barriers:>8}"))?;
     let mut reported = Vec::new();
     for cell in cells {
-        reported.push(measure_cell(args, &ops, &mut steps, bandwidth, cell));
+        reported.push(measure_cell(args, &ops, &mut steps, bandwidth, cell)?);
     }
     let Some(path) = &args.json else { return Ok(()) };
     let report = json!({
@@ -142,7 +141,13 @@ fn measure(args: &StepArgs, ops: Arc<Timed<Cpu>>, blocks: Vec<LoadedBlock<Timed<
 }
 
 #[expect(clippy::disallowed_methods, reason = "a measurement reads the real clock")]
-fn measure_cell(args: &StepArgs, ops: &Timed<Cpu>, steps: &mut Steps<Timed<Cpu>>, bandwidth: f64, cell: Cell) -> serde_json::Value {
+fn measure_cell(
+    args: &StepArgs,
+    ops: &Timed<Cpu>,
+    steps: &mut Steps<Timed<Cpu>>,
+    bandwidth: f64,
+    cell: Cell,
+) -> anyhow::Result<serde_json::Value> {
     let (name, tokens) = match cell {
         Cell::Decode(sequences) => (format!("decode {sequences}"), sequences),
         Cell::Prefill(rows) => (format!("prefill {rows}"), rows),
@@ -166,24 +171,24 @@ fn measure_cell(args: &StepArgs, ops: &Timed<Cpu>, steps: &mut Steps<Timed<Cpu>>
     let barriers = (ops.inner().barriers() - barriers_before) as f64 / times.len() as f64;
     let share = steps.read_bytes() as f64 / bandwidth / median;
     let of_bandwidth = if matches!(cell, Cell::Decode(1)) { format!("{:.0}%", share * 100.0) } else { "-".to_owned() };
-    println!(
+    output::line(format_args!(
         "{name:>16}  {:>9.3}  {:>9.3}  {:>9.0}  {of_bandwidth:>12}  {barriers:>8.0}",
         best * 1e3,
         median * 1e3,
         tokens as f64 / median
-    );
+    ))?;
     let total: Duration = times.iter().sum();
     let mut of_ops: Vec<_> = ops.take().into_iter().collect();
     of_ops.sort_by_key(|(_, op)| std::cmp::Reverse(op.time));
     if args.ops {
         for (name, op) in &of_ops {
-            println!(
+            output::line(format_args!(
                 "{:>32}  {:>5.1}%  {:>9.1} us a step  {:>4} calls",
                 name,
                 op.time.as_secs_f64() / total.as_secs_f64() * 100.0,
                 op.time.as_secs_f64() * 1e6 / times.len() as f64,
                 op.calls / times.len() as u64
-            );
+            ))?;
         }
     }
     let of_ops: serde_json::Map<String, serde_json::Value> = of_ops
@@ -193,7 +198,7 @@ fn measure_cell(args: &StepArgs, ops: &Timed<Cpu>, steps: &mut Steps<Timed<Cpu>>
             (name.to_owned(), json!({ "seconds": seconds, "calls": op.calls / times.len() as u64 }))
         })
         .collect();
-    json!({
+    Ok(json!({
         "step": name,
         "tokens": tokens,
         "best_seconds": best,
@@ -201,5 +206,5 @@ fn measure_cell(args: &StepArgs, ops: &Timed<Cpu>, steps: &mut Steps<Timed<Cpu>>
         "share_of_bandwidth": share,
         "barriers": barriers,
         "ops": of_ops,
-    })
+    }))
 }

@@ -6,6 +6,8 @@ use ashlar_kernels::bench::paired::Estimate;
 use ashlar_kernels::cpu::{Cpu, CpuOptions, Isa};
 use serde_json::{Value, json};
 
+use crate::output;
+
 /// Prints each claim as it is measured, and gives back what the JSON holds.
 pub(super) fn check(cpu: &Cpu, options: &ClaimOptions) -> anyhow::Result<(Vec<Value>, anyhow::Result<()>)> {
     // The integer layers, for which the choice is held against another, have the same code with and without bf16.
@@ -13,7 +15,7 @@ pub(super) fn check(cpu: &Cpu, options: &ClaimOptions) -> anyhow::Result<(Vec<Va
     let lower = Isa::ALL.into_iter().skip_while(|isa| *isa != cpu.isa()).skip(1).find(|isa| isa.available() && !same(*isa));
     let lower = lower.map(|isa| Cpu::new(CpuOptions { threads: cpu.threads(), isa: Some(isa), bf16_compute: cpu.bf16_compute() }));
     if lower.is_none() {
-        println!("no instruction set is lower than this one: nothing to hold the choice against");
+        output::line("no instruction set is lower than this one: nothing to hold the choice against")?;
     }
     let (mut reported, mut failed) = (Vec::new(), Vec::new());
     for claim in claims::all() {
@@ -24,11 +26,11 @@ pub(super) fn check(cpu: &Cpu, options: &ClaimOptions) -> anyhow::Result<(Vec<Va
         let mut seen = measure()?;
         let mut tries = 1;
         if !claim.bound().holds(&seen) {
-            println!("{}", line("again", &claim, &seen));
+            output::line(line("again", &claim, &seen))?;
             (seen, tries) = (measure()?, 2);
         }
         let holds = claim.bound().holds(&seen);
-        println!("{}", line(if holds { "ok" } else { "FAILS" }, &claim, &seen));
+        output::line(line(if holds { "ok" } else { "FAILS" }, &claim, &seen))?;
         if !holds {
             failed.push(claim.to_string());
         }
@@ -41,7 +43,7 @@ pub(super) fn check(cpu: &Cpu, options: &ClaimOptions) -> anyhow::Result<(Vec<Va
             "tries": tries,
         }));
     }
-    println!("{} of {} claims hold", reported.len() - failed.len(), reported.len());
+    output::line(format_args!("{} of {} claims hold", reported.len() - failed.len(), reported.len()))?;
     Ok((reported, verdict(&failed)))
 }
 

@@ -13,6 +13,8 @@ use ashlar_kernels::format::Dtype;
 use ashlar_kernels::ops::{Bf16Compute, Ops};
 use serde::{Deserialize, Serialize};
 
+use crate::output;
+
 /// Time of one cell.
 const BUDGET: Duration = Duration::from_millis(100);
 /// A layer whose call takes longer is not measured with more rows.
@@ -79,7 +81,7 @@ pub(super) fn run(path: &Path, commit: Option<&str>, threads: usize, isas: &[Isa
     let dtypes = DTYPES.split(',').map(|name| name.parse::<Dtype>().expect("a format")).collect::<Vec<_>>();
     let shapes: Vec<(usize, usize)> = [SMOLLM2, QWEN, LLAMA].iter().flat_map(|model| model.layers).chain([(49_152, 576)]).collect();
     let total = cpus.len() * dtypes.len() * shapes.len();
-    println!("{} of {total} layers are there already", done.len());
+    output::line(format_args!("{} of {total} layers are there already", done.len()))?;
     for cpu in &cpus {
         let options = BenchOptions { budget: BUDGET, ..BenchOptions::default() };
         for &(outputs, inputs) in &shapes {
@@ -93,7 +95,7 @@ pub(super) fn run(path: &Path, commit: Option<&str>, threads: usize, isas: &[Isa
                 let mut cells = Vec::new();
                 for row_count in ROW_COUNTS {
                     let cell: Cell = layer.measure(cpu, &ceilings, row_count, &options).context("make room for the rows")?;
-                    println!("{:>5}/{total} {} {cell}", report.layers.len() + 1, cpu.describe());
+                    output::line(format_args!("{:>5}/{total} {} {cell}", report.layers.len() + 1, cpu.describe()))?;
                     cells.push(MeasuredCell { row_count, seconds: cell.seconds, share: cell.share });
                     if cell.seconds > CALL_SECONDS_MAX {
                         break;

@@ -1,0 +1,49 @@
+//! What the binary prints: help, and what happens when nobody reads it or it cannot be written.
+
+use std::fs::OpenOptions;
+use std::process::{Command, Output, Stdio};
+
+use ashlar_zoo::store::Zoo;
+
+fn run(args: &[&str], stdout: impl Into<Stdio>) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_ashlar")).args(args).stdout(stdout).stderr(Stdio::piped()).output().unwrap()
+}
+
+#[test]
+fn reader_that_went_away_ends_a_command_quietly() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().to_str().unwrap();
+    tokio::runtime::Runtime::new().unwrap().block_on(Zoo::create_dir(dir.path())).unwrap();
+    let one_cell = ["bench", "kernels", "--dtypes", "int8g32", "--shapes", "64x64", "--rows", "1", "--rotate-mib", "1"];
+    for args in [&["devices"][..], &["serve", "--print-config"], &["zoo", "gc", "--zoo", root], &one_cell] {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let output = run(args, writer);
+        assert_eq!((output.status.code(), String::from_utf8_lossy(&output.stderr).as_ref()), (Some(141), ""), "{args:?}");
+    }
+}
+
+#[test]
+fn output_that_cannot_be_written_is_an_error_with_its_reason() {
+    let full = OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let output = run(&["devices"], full);
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{error}");
+    assert!(error.starts_with("error: failed to write to standard output: No space left on device"), "{error}");
+}
+
+#[test]
+fn help_of_bench_says_where_to_begin() {
+    let output = run(&["bench", "--help"], Stdio::piped());
+    let help = String::from_utf8_lossy(&output.stdout).split_whitespace().collect::<Vec<_>>().join(" ");
+    assert!(output.status.success() && help.contains("Begin with `ashlar bench load`"), "{help}");
+    for command in [
+        "load A server under load",
+        "stalls What long prompts do",
+        "kernels This machine",
+        "step A model of the zoo",
+        "quality Stored forms",
+    ] {
+        assert!(help.contains(command), "{command}: {help}");
+    }
+}
