@@ -1,9 +1,8 @@
 //! Dispatch: runs sequences for REST on the executors of a route. It implements [`Backend`]: who calls, which models there are, and
 //! [`Backend::start`], which hands out one stream of tokens however many executors are lost on the way. One sequence's life is in
-//! `dispatch/running.rs`; where it may run is decided by `state::assembly`.
+//! `dispatch/running.rs`; where it may run is decided by `state::assembly`, what follows a loss by `state::journal`.
 
 mod books;
-mod loss;
 mod running;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -1,27 +1,24 @@
-//! One sequence on its way: its journal, the attempt that runs it now, and what happens when that attempt is lost. The journal is
-//! prompt plus tokens handed out; every attempt starts from it under the next epoch, so the caller sees each token once.
+//! One sequence on its way: the calls that its journal (`state::journal`) asks for, and the waits between them. The journal decides what
+//! follows when an attempt is lost.
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use ashlar_wire::code::Code;
 use ashlar_wire::id::ExecutorId;
 use ashlar_wire::v1;
 use ashlar_wire::v1::sequence_event::Event;
 use futures::StreamExt;
 use tokio::time::Instant;
+use tonic::Status;
 
 use super::super::backend::{ApiError, NewSequence};
 use super::super::grpc::RunEvents;
 use super::Shared;
 use super::books::{Load, Loads, Place};
-use super::loss::{Loss, Next};
 use crate::state::assembly::{ChainPath, Route};
-
-const WAIT_FIRST: Duration = Duration::from_millis(50);
-const WAIT_MAX: Duration = Duration::from_secs(1);
+use crate::state::journal::{Ends, Journal, Step, Then};
+use crate::state::loss::Loss;
 
 /// A sequence that has not ended.
 pub(super) struct Running {
@@ -31,20 +28,8 @@ pub(super) struct Running {
     cache_domain: [u8; 32],
     tenant_weight: u32,
     number: u64,
-    /// Of the next attempt.
-    epoch: u32,
-    /// Of the last route; once there are tokens, all routes are of it.
-    numeric_class: Option<String>,
-    /// Tokens handed out.
-    generated: Vec<u32>,
+    journal: Journal,
     attempt: Option<Attempt>,
-    /// Attempts lost since the last token.
-    lost_count: u32,
-    /// Executors that did not take this sequence.
-    avoided: BTreeSet<ExecutorId>,
-    /// What the last of them said, where that may be the answer.
-    refusal: Option<ApiError>,
-    started: bool,
     ended: bool,
     deadline: Option<(Instant, u64)>,
     _place: Place,
@@ -52,21 +37,18 @@ pub(super) struct Running {
 
 struct Attempt {
     events: RunEvents,
-    route: Route,
     _load: Load,
-}
-
-/// What one event of an attempt means.
-enum Step {
-    HandOut(Event),
-    Skip,
-    Lost(Loss),
 }
 
 impl Running {
     pub(super) fn new(shared: Arc<Shared>, sequence: NewSequence, cache_domain: [u8; 32], tenant_weight: u32, place: Place) -> Self {
         let number = shared.sequences_drawn.fetch_add(1, Ordering::Relaxed) + 1;
         let deadline = shared.options.deadline.map(|limit| (Instant::now() + limit, unix_ms(SystemTime::now() + limit)));
+        let journal = Journal::new(Ends {
+            generated_tokens_max: sequence.generated_tokens_max,
+            stop_tokens: sequence.stop_tokens.clone(),
+            attempts_max: shared.options.attempts_max,
+        });
         Self {
             path: shared.path(&sequence.model),
             shared,
@@ -74,14 +56,8 @@ impl Running {
             cache_domain,
             tenant_weight,
             number,
-            epoch: 0,
-            numeric_class: None,
-            generated: Vec::new(),
+            journal,
             attempt: None,
-            lost_count: 0,
-            avoided: BTreeSet::new(),
-            refusal: None,
-            started: false,
             ended: false,
             deadline,
             _place: place,
@@ -126,7 +102,7 @@ impl Running {
                     }
                     Err(error) => {
                         self.ended = true;
-                        if !self.generated.is_empty() {
+                        if !self.journal.generated().is_empty() {
                             self.shared.lost.inc();
                         }
                         return Some(Err(error));
@@ -139,25 +115,11 @@ impl Running {
 
     /// Assembles a route and calls its first executor.
     async fn open(&mut self) -> Result<(), Loss> {
-        let begun = self.epoch > 0;
-        // Before the first token any class will do.
-        let pinned = self.numeric_class.as_deref().filter(|_| !self.generated.is_empty());
-        let route = self.shared.assemble(&self.path, pinned, &self.avoided);
-        let route = match route {
-            Ok(route) => route,
-            Err(_) if begun && self.shared.is_gone(&self.sequence.model) => return Err(Loss::gone()),
-            Err(error) => return Err(Loss::not_ready(error, begun)),
-        };
-        if self.generated.is_empty()
-            && let Some(error) = &self.refusal
-            && route.executors().any(|id| self.avoided.contains(&id))
-        {
-            return Err(Loss { error: error.clone(), next: Next::GiveUp, blamed: BTreeSet::new() });
-        }
-        let admission = self.admission(&route);
+        let route = self.shared.assemble(&self.path, self.journal.pinned_class(), self.journal.avoided());
+        let epoch = self.journal.begin(route, || self.shared.is_gone(&self.sequence.model))?;
+        let route = self.journal.route();
+        let admission = self.admission(route, epoch);
         let load = Loads::add(&self.shared.loads, route.executors().collect());
-        self.numeric_class = Some(route.numeric_class.clone());
-        self.epoch += 1;
         let first = &route.hops[0];
         let events = match self.shared.clients.client(&ExecutorId(first.executor_id.clone()), &first.address) {
             Ok(client) => client.run(admission).await,
@@ -165,53 +127,45 @@ impl Running {
         };
         match events {
             Ok(events) => {
-                self.attempt = Some(Attempt { events, route, _load: load });
+                self.attempt = Some(Attempt { events, _load: load });
                 Ok(())
             }
             Err(status) => {
-                self.tell(&first.executor_id, &status, "failed to call an executor");
-                Err(Loss::of_status(&status, &route))
+                self.tell(&status, "failed to call an executor");
+                Err(self.broken(&status))
             }
         }
     }
 
-    /// Takes one event of the attempt into the journal.
-    fn step(&mut self, event: Option<Result<v1::SequenceEvent, tonic::Status>>) -> Step {
-        let route = &self.attempt.as_ref().expect("the event is of an attempt").route;
-        match event {
-            None => Step::Lost(Loss::of_end(route)),
-            Some(Err(status)) => {
-                self.tell(&route.hops[0].executor_id, &status, "lost an executor");
-                Step::Lost(Loss::of_status(&status, route))
+    /// The first executor could not be called, or its stream broke.
+    fn broken(&self, status: &Status) -> Loss {
+        match status.code() {
+            // The message itself is wrong.
+            tonic::Code::InvalidArgument | tonic::Code::OutOfRange | tonic::Code::Unimplemented => {
+                Loss::not_understood(self.journal.route())
             }
-            Some(Ok(v1::SequenceEvent { event: Some(event) })) => match event {
-                Event::Token(token) => match (token.index as usize).cmp(&self.generated.len()) {
-                    std::cmp::Ordering::Less => Step::Skip,
-                    std::cmp::Ordering::Greater => Step::Lost(Loss::of_gap(route)),
-                    std::cmp::Ordering::Equal => {
-                        self.generated.push(token.token);
-                        self.lost_count = 0;
-                        self.refusal = None;
-                        self.avoided.clear();
-                        Step::HandOut(Event::Token(token))
-                    }
-                },
-                Event::Failed(failed) => Step::Lost(Loss::of_failed(&failed, route)),
-                Event::Started(_) if self.started => Step::Skip,
-                Event::Started(started) => {
-                    self.started = true;
-                    Step::HandOut(Event::Started(started))
-                }
-                Event::Finished(finished) => Step::HandOut(Event::Finished(finished)),
-            },
+            _ => Loss::broken(self.journal.route()),
+        }
+    }
+
+    /// Takes one event of the attempt into the journal.
+    fn step(&mut self, event: Option<Result<v1::SequenceEvent, Status>>) -> Step {
+        match event {
+            None => Step::Lost(Loss::broken(self.journal.route())),
+            Some(Err(status)) => {
+                self.tell(&status, "lost an executor");
+                Step::Lost(self.broken(&status))
+            }
+            Some(Ok(v1::SequenceEvent { event: Some(event) })) => self.journal.handle_event(event),
             // An event of a later version.
             Some(Ok(v1::SequenceEvent { event: None })) => Step::Skip,
         }
     }
 
-    /// Says that an executor failed, unless that was said a moment ago.
-    fn tell(&self, executor: &str, status: &tonic::Status, what: &'static str) {
-        if self.shared.suspects.now().contains(&ExecutorId(executor.to_owned())) {
+    /// Says that the first executor failed, unless that was said a moment ago.
+    fn tell(&self, status: &Status, what: &'static str) {
+        let executor = &self.journal.route().hops[0].executor_id;
+        if self.shared.suspects.now().contains(&ExecutorId(executor.clone())) {
             tracing::debug!(executor, sequence = self.number, error = status as &dyn std::error::Error, "{what}");
         } else {
             tracing::warn!(executor, sequence = self.number, error = status as &dyn std::error::Error, "{what}");
@@ -222,73 +176,43 @@ impl Running {
     /// where no attempt is left.
     async fn recover(&mut self, loss: Loss) -> Result<Option<v1::Finished>, ApiError> {
         let had_begun = self.attempt.take().is_some();
-        let Loss { error, next, blamed } = loss;
-        if next == Next::GiveUp {
-            return Err(error);
-        }
-        if let Some(finished) = self.finished() {
-            return Ok(Some(finished));
-        }
-        self.lost_count += 1;
-        match next {
-            Next::AvoidForAll => self.shared.suspects.add(blamed),
-            Next::AvoidHere => self.avoided.extend(blamed),
-            Next::RefusedHere => {
-                self.avoided.extend(blamed);
-                self.refusal = Some(error.clone());
-            }
-            Next::GiveUp | Next::Again | Next::AwaitRoute => {}
-        }
-        let late = self.deadline.is_some_and(|(deadline, _)| Instant::now() >= deadline);
-        if late || self.lost_count > self.shared.options.attempts_max {
-            let message = format!("{} ({} attempts)", error.message, self.lost_count);
-            return Err(if late { ApiError::new(Code::Unavailable, "the request's time is up") } else { ApiError { message, ..error } });
-        }
-        if had_begun && !self.generated.is_empty() {
+        let is_late = self.deadline.is_some_and(|(deadline, _)| Instant::now() >= deadline);
+        let recovery = self.journal.handle_loss(loss, is_late);
+        self.shared.suspects.add(recovery.suspects);
+        let (wait, until_change) = match recovery.then {
+            Then::Finished(finished) => return Ok(Some(finished)),
+            Then::GiveUp(refusal) => return Err(ApiError::new(refusal.code, refusal.message)),
+            Then::Again { wait, until_change } => (wait, until_change),
+        };
+        let generated_tokens = self.journal.generated().len();
+        if had_begun && generated_tokens > 0 {
             self.shared.resumes.inc();
             tracing::info!(
                 sequence = self.number,
                 request = %self.sequence.request_id,
                 tenant = %self.sequence.tenant,
-                epoch = self.epoch,
-                generated_tokens = self.generated.len(),
+                epoch = self.journal.epoch(),
+                generated_tokens,
                 "resuming a sequence"
             );
         }
-        self.wait(next).await;
+        self.wait(wait, until_change).await;
         Ok(None)
     }
 
-    /// The first new attempt comes at once: usually a replica can take it. A change of the cluster ends the wait for a route.
-    async fn wait(&mut self, next: Next) {
-        let wait = match self.lost_count {
-            0 | 1 => Duration::ZERO,
-            count => WAIT_MAX.min(WAIT_FIRST * 2u32.saturating_pow(count - 2)),
-        };
-        if next != Next::AwaitRoute {
+    async fn wait(&mut self, wait: Duration, until_change: bool) {
+        if !until_change {
             return tokio::time::sleep(wait).await;
         }
         let mut clusters = self.shared.cluster.subscribe();
         clusters.mark_unchanged();
         tokio::select! {
-            () = tokio::time::sleep(wait.max(WAIT_FIRST)) => {}
+            () = tokio::time::sleep(wait) => {}
             _ = clusters.changed() => {}
         }
     }
 
-    /// Whether the journal is complete and only the word of it was lost.
-    fn finished(&self) -> Option<v1::Finished> {
-        let stopped = self.generated.last().is_some_and(|token| self.sequence.stop_tokens.contains(token));
-        let full = self.generated.len() >= self.sequence.generated_tokens_max as usize;
-        let reason = match (stopped, full) {
-            (true, _) => v1::FinishReason::Stop,
-            (false, true) => v1::FinishReason::Length,
-            (false, false) => return None,
-        };
-        Some(v1::Finished { reason: reason.into() })
-    }
-
-    fn admission(&self, route: &Route) -> v1::Admission {
+    fn admission(&self, route: &Route, epoch: u32) -> v1::Admission {
         let sequence = &self.sequence;
         v1::Admission {
             request_id: sequence.request_id.0.clone(),
@@ -298,26 +222,26 @@ impl Running {
             cache_domain: self.cache_domain.to_vec(),
             priority: sequence.priority,
             deadline_unix_ms: self.deadline.map_or(0, |(_, unix_ms)| unix_ms),
-            epoch: self.epoch,
+            epoch,
             numeric_class: route.numeric_class.clone(),
             seed: sequence.seed,
             choice_index: sequence.choice_index,
             plan_generation: route.plan_generation,
             route: route.hops.clone(),
             prompt: sequence.prompt.to_vec(),
-            generated: self.generated.clone(),
+            generated: self.journal.generated().to_vec(),
             generated_tokens_max: sequence.generated_tokens_max,
             stop_tokens: sequence.stop_tokens.clone(),
             sampling: Some(sequence.sampling.clone()),
-            traceparent: self.traceparent(),
+            traceparent: self.traceparent(epoch),
             tenant_weight: self.tenant_weight,
         }
     }
 
     /// W3C trace context: one trace for a request, one span for each attempt. Both follow from ids, so that logs can be joined.
-    fn traceparent(&self) -> String {
+    fn traceparent(&self, epoch: u32) -> String {
         let trace = Vec::from(blake3::hash(self.sequence.request_id.0.as_bytes()).as_bytes().as_slice());
-        let span = blake3::hash(format!("{}/{}/{}", self.shared.router, self.number, self.epoch).as_bytes());
+        let span = blake3::hash(format!("{}/{}/{}", self.shared.router, self.number, epoch).as_bytes());
         let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
         format!("00-{}-{}-01", hex(&trace[..16]), hex(&span.as_bytes()[..8]))
     }

@@ -5,14 +5,12 @@ use std::collections::BTreeSet;
 use ashlar_wire::code::Code;
 use ashlar_wire::id::ExecutorId;
 use ashlar_wire::v1;
-use tonic::Status;
 
-use super::super::backend::ApiError;
-use crate::state::assembly::{ModelNotReady, Route};
+use super::assembly::{ModelNotReady, Route};
 
 /// What to do next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Next {
+pub enum Next {
     /// Tell the caller.
     GiveUp,
     /// Try again; any route will do.
@@ -27,57 +25,68 @@ pub(super) enum Next {
     RefusedHere,
 }
 
+/// What the caller is told if nobody can go on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal {
+    /// Stable code.
+    pub code: Code,
+    /// A sentence.
+    pub message: String,
+}
+
+impl Refusal {
+    /// A code and a sentence.
+    pub fn new(code: Code, message: impl Into<String>) -> Self {
+        Self { code, message: message.into() }
+    }
+}
+
 /// An attempt that ended early.
-#[derive(Debug)]
-pub(super) struct Loss {
+#[derive(Debug, Clone)]
+pub struct Loss {
     /// For the caller, if this was the last attempt.
-    pub(super) error: ApiError,
-    pub(super) next: Next,
+    pub error: Refusal,
+    /// What to do.
+    pub next: Next,
     /// Who is to blame, as far as one can tell.
-    pub(super) blamed: BTreeSet<ExecutorId>,
+    pub blamed: BTreeSet<ExecutorId>,
 }
 
 impl Loss {
-    pub(super) fn not_ready(error: ModelNotReady, begun: bool) -> Self {
+    /// No route leads to the chain's end; `begun`: one did before.
+    pub fn not_ready(error: ModelNotReady, begun: bool) -> Self {
         let (code, next) = if begun { (Code::Unavailable, Next::AwaitRoute) } else { (Code::ModelNotReady, Next::GiveUp) };
-        Self { error: ApiError::new(code, error.reason), next, blamed: BTreeSet::new() }
+        Self { error: Refusal::new(code, error.reason), next, blamed: BTreeSet::new() }
     }
 
     /// The model's name was given to another chain, or removed, and what served it could not go on.
-    pub(super) fn gone() -> Self {
+    pub fn gone() -> Self {
         let message = "the model was replaced or removed while this request ran, and an executor was lost";
-        Self { error: ApiError::new(Code::Unavailable, message), next: Next::GiveUp, blamed: BTreeSet::new() }
+        Self { error: Refusal::new(Code::Unavailable, message), next: Next::GiveUp, blamed: BTreeSet::new() }
     }
 
-    /// The first executor could not be called, or its stream broke.
-    pub(super) fn of_status(status: &Status, route: &Route) -> Self {
-        let next = match status.code() {
-            // The message itself is wrong; others would say the same.
-            tonic::Code::InvalidArgument | tonic::Code::OutOfRange | tonic::Code::Unimplemented => Next::GiveUp,
-            _ => Next::AvoidForAll,
-        };
-        let (code, message) = match next {
-            Next::GiveUp => (Code::Internal, "an executor did not understand the router"),
-            _ => (Code::Unavailable, "an executor was lost and no other could take over"),
-        };
-        Self { error: ApiError::new(code, message), next, blamed: route.executors().take(1).collect() }
+    /// The first executor of the route did not understand the call: others would say the same.
+    pub fn not_understood(route: &Route) -> Self {
+        let error = Refusal::new(Code::Internal, "an executor did not understand the router");
+        Self { error, next: Next::GiveUp, blamed: route.executors().take(1).collect() }
     }
 
-    /// The stream ended without saying why.
-    pub(super) fn of_end(route: &Route) -> Self {
-        Self::of_status(&Status::unavailable("the stream ended early"), route)
+    /// The first executor could not be called, or its stream broke or ended without saying why.
+    pub fn broken(route: &Route) -> Self {
+        let error = Refusal::new(Code::Unavailable, "an executor was lost and no other could take over");
+        Self { error, next: Next::AvoidForAll, blamed: route.executors().take(1).collect() }
     }
 
     /// The stream cannot be right: a token is missing.
-    pub(super) fn of_gap(route: &Route) -> Self {
-        let error = ApiError::new(Code::Internal, "an executor skipped a token");
+    pub fn of_gap(route: &Route) -> Self {
+        let error = Refusal::new(Code::Internal, "an executor skipped a token");
         Self { error, next: Next::AvoidForAll, blamed: route.executors().collect() }
     }
 
     /// An executor gave the sequence up or did not take it.
-    pub(super) fn of_failed(failed: &v1::Failed, route: &Route) -> Self {
+    pub fn of_failed(failed: &v1::Failed, route: &Route) -> Self {
         let code = Code::parse(&failed.code).unwrap_or(Code::Internal);
-        let error = ApiError::new(code, failed.message.clone());
+        let error = Refusal::new(code, failed.message.clone());
         let first = || route.executors().take(1).collect();
         let (next, blamed) = match (failed.retry(), code) {
             (v1::Retry::Same, _) => (Next::Again, BTreeSet::new()),
@@ -94,7 +103,7 @@ impl Loss {
         };
         // What only the cluster can mend is not the caller's fault.
         let error = match code {
-            Code::UnknownSpan | Code::StalePlan | Code::NumericClass => ApiError::new(Code::Unavailable, error.message),
+            Code::UnknownSpan | Code::StalePlan | Code::NumericClass => Refusal::new(Code::Unavailable, error.message),
             _ => error,
         };
         Self { error, next, blamed }
