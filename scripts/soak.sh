@@ -2,6 +2,7 @@
 # The long checks, run by hand before something large is called done: scripts/soak.sh [STAGE...]. Some hours on two cores. Stages:
 #
 #   seeds        every property test with many seeds, the engine's with SEEDS (10000)
+#   sim          SEEDS seeds of the simulator, and traces where they are (TRACES, a folder)
 #   fuzz         every fuzz target for FUZZ_SECONDS (600)
 #   real-models  64 greedy tokens of every prompt on three real models against transformers
 #   repeat       the end-to-end tests RUNS (10) times over
@@ -14,10 +15,11 @@ set -uo pipefail
 source "$(dirname "$0")/lib.sh"
 
 SEEDS=${SEEDS:-10000} FUZZ_SECONDS=${FUZZ_SECONDS:-600} RUNS=${RUNS:-10}
+TRACES=${TRACES:-$ROOT/../shared/data}
 target=${CARGO_TARGET_DIR:-$ROOT/target}
 export ASHLAR_MODELS=${ASHLAR_MODELS:-$ROOT/target/models}
 export PATH=$ROOT/.venv/bin:$PATH
-stages=(seeds fuzz real-models repeat smoke quality speed)
+stages=(seeds sim fuzz real-models repeat smoke quality speed)
 logs=$target/soak-logs
 trap 'exit 130' INT TERM
 
@@ -26,6 +28,17 @@ trap 'exit 130' INT TERM
 seeds() {
   PROPTEST_CASES=$((SEEDS * 4)) cargo test --workspace --locked --lib --test text &&
     PROPTEST_CASES=$((SEEDS / 4)) cargo test --workspace --locked --test ops # against a slow reference
+}
+
+sim() {
+  cargo build -p ashlar --bin ashlar --locked || return
+  "$target/debug/ashlar" sim --seeds "$SEEDS" || return
+  local trace
+  for trace in "$TRACES"/azure-llm-2023/*.csv "$TRACES"/mooncake-fast25/*.jsonl.gz "$TRACES"/servegen/*_rates.csv.gz; do
+    [ -e "$trace" ] || continue
+    say "-- ${trace##*/}"
+    "$target/debug/ashlar" sim --seed 1 --trace "$trace" || return
+  done
 }
 
 fuzz() { ASHLAR_FUZZ_SECONDS=$FUZZ_SECONDS cargo test --workspace --locked --test smoke; }

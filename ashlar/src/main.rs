@@ -14,6 +14,7 @@ mod logging;
 mod output;
 mod process;
 mod server;
+mod sim;
 mod tenant;
 mod zoo;
 
@@ -53,6 +54,8 @@ enum Command {
     /// Begin with `ashlar bench load` beside a running server: it asks the server's only model a hundred times and prints how fast it is.
     /// To see what this machine could do at best, `ashlar bench kernels`; what a model of the zoo makes of that, `ashlar bench step`.
     Bench(bench::BenchArgs),
+    /// Simulate a cluster from a seed, and look for what must not be
+    Sim(Box<sim::SimArgs>),
     /// Which devices there are, and why one is not used
     Devices,
 }
@@ -94,6 +97,7 @@ async fn run(command: Command) -> anyhow::Result<()> {
         }
         Command::Chat(args) => chat::run(args).await,
         Command::Bench(args) => bench::run(args).await,
+        Command::Sim(args) => sim::run(&args),
         Command::Devices => Ok(devices::print()?),
     }
 }

@@ -8,6 +8,7 @@
 mod advance;
 pub mod batch;
 mod boundary;
+pub mod canary;
 mod clock;
 pub mod cost;
 pub mod counters;
@@ -22,6 +23,7 @@ pub mod segments;
 pub mod sequence;
 mod slab;
 mod span;
+mod stall;
 mod start;
 mod tenants;
 #[cfg(test)]

@@ -154,7 +154,8 @@ struct Driver<B: Ops> {
 impl<B: Ops> Driver<B> {
     async fn drive(mut self, mut events: mpsc::UnboundedReceiver<Event>) {
         loop {
-            let late = self.retiring.values().map(|(until, _)| *until).min();
+            let wake = self.engine.wake_at().map(|at| self.began + at);
+            let late = self.retiring.values().map(|(until, _)| *until).chain(wake).min();
             tokio::select! {
                 event = events.recv() => match event {
                     Some(event) => self.handle(event),

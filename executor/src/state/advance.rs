@@ -86,8 +86,9 @@ impl Engine {
         let keeps_out = !sequence.steps[step].boundary.is_empty();
         let state = &mut sequence.steps[step];
         state.computed = end;
-        let fills_page = end / page_tokens > state.published;
+        let fills_page = (end + self.canary.early_tokens()) / page_tokens > state.published;
         sequence.last_batch = batch.id;
+        sequence.moved_at = self.clock.now;
         let pages = end.div_ceil(page_tokens);
         if at.attention_count > 0 && pages > state.told {
             let from = batch.table_slots.len() as u32;
@@ -132,7 +133,7 @@ impl Engine {
         }
         sequence.extend_hashes(page_tokens);
         let state = &mut sequence.steps[step];
-        let full = (state.computed / page_tokens).min(sequence.hashes.len() as u32);
+        let full = ((state.computed + self.canary.early_tokens()) / page_tokens).min(sequence.hashes.len() as u32);
         while state.published < full {
             if let Some(handle) = state.handles.get(state.published as usize) {
                 self.pages.publish(*handle, sequence.hashes[state.published as usize], sequence.span.0);

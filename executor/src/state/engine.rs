@@ -15,11 +15,12 @@ use ashlar_wire::id::SequenceKey;
 pub use self::output::Output;
 use super::Now;
 use super::batch::{Batch, BatchId, Sample, SampledToken, SequenceId};
+use super::canary::Canary;
 use super::clock::{Clock, InFlight, Micros};
 use super::cost::CostCurve;
 use super::counters::{Counters, Gauges};
 use super::limits::Limits;
-use super::pages::{HandleIndex, LineageIndex, PagePool, TokenHash};
+use super::pages::{ClassIndex, HandleIndex, LineageIndex, PagePool, TokenHash};
 use super::planner::Chosen;
 use super::ready::{Entries, Entry, Ready};
 use super::segments::Segment;
@@ -75,6 +76,11 @@ pub struct Engine {
     pub(crate) chosen: Vec<Chosen>,
     /// Batches that came back.
     pub(crate) spare: Vec<Batch>,
+    /// Whether a hosted span is not a whole chain, and when to look next for sequences that stand still.
+    pub(crate) hosts_cut_chains: bool,
+    pub(crate) stalls_at: Micros,
+    /// A defect that a simulation has planted.
+    pub(crate) canary: Canary,
 }
 
 impl Engine {
@@ -106,7 +112,15 @@ impl Engine {
             taken: Entries::default(),
             chosen: Vec::new(),
             spare: Vec::new(),
+            hosts_cut_chains: false,
+            stalls_at: 0,
+            canary: Canary::Healthy,
         }
+    }
+
+    /// An engine with a defect, for simulations that prove their checkers.
+    pub fn with_canary(limits: Limits, canary: Canary) -> Self {
+        Self { canary, ..Self::new(limits) }
     }
 
     pub(crate) fn span(&self, span: SpanIndex) -> &Span {
@@ -134,6 +148,24 @@ impl Engine {
         span.pages.iter().all(|(class, count)| self.pages.available(*class) >= count * pages)
     }
 
+    /// Why so many tokens of a span never fit, if they do not: their pages are more than all that there are.
+    fn never_fits(&self, span: SpanIndex, tokens: u32) -> Option<String> {
+        let pages = tokens.div_ceil(self.limits.page_tokens) as usize;
+        let more = |(class, count): &(ClassIndex, usize)| (count * pages, self.pages.slot_count_max(*class));
+        let (needed, most) = self.span(span).pages.iter().map(more).find(|(needed, most)| needed > most)?;
+        Some(format!("{tokens} tokens need {needed} KV pages, this executor has {most} for the model's shape"))
+    }
+
+    /// Fails a sequence if so many tokens of it never fit, as they did when it was admitted: a model of another KV shape that was added since
+    /// has its share of the pages. True if it did.
+    pub(crate) fn fail_if_never_fits(&mut self, id: SequenceId, tokens: u32) -> bool {
+        let message = self.never_fits(self.sequences[id].span, tokens);
+        if let Some(message) = &message {
+            self.fail(id, Code::NeverFits, message.clone(), Retry::Elsewhere);
+        }
+        message.is_some()
+    }
+
     /// Admits a sequence. A refusal comes back at once and nothing is kept.
     pub fn handle_admit(&mut self, now: Now, admit: Admit) -> Result<SequenceId, (Code, String, Retry)> {
         self.tell_time(now);
@@ -151,14 +183,8 @@ impl Engine {
             self.remove(id);
             self.outputs.push_back(Output::Release(id));
         }
-        let most = admit.prompt_tokens.saturating_add(admit.generated_tokens_max);
-        let pages = most.div_ceil(self.limits.page_tokens) as usize;
-        for (class, count) in &self.span(admit.span).pages {
-            let (needed, most_pages) = (count * pages, self.pages.slot_count_max(*class));
-            if needed > most_pages {
-                let message = format!("{most} tokens need {needed} KV pages, this executor has {most_pages} for the model's shape");
-                return Err((Code::NeverFits, message, Retry::Elsewhere));
-            }
+        if let Some(message) = self.never_fits(admit.span, admit.prompt_tokens.saturating_add(admit.generated_tokens_max)) {
+            return Err((Code::NeverFits, message, Retry::Elsewhere));
         }
         if self.tenants.waiting_count() >= self.limits.waiting_max as usize {
             return Err((Code::TooManyRequests, format!("{} sequences wait already", self.tenants.waiting_count()), Retry::Elsewhere));
@@ -188,6 +214,7 @@ impl Engine {
             is_decoding: false,
             sampled_in: BatchId(0),
             token_at,
+            moved_at: token_at,
             started: false,
             promised_tokens: 0,
             last_batch: BatchId(0),
@@ -245,6 +272,7 @@ impl Engine {
             return false;
         }
         sequence.received += count;
+        sequence.moved_at = self.clock.now;
         self.enqueue(id, 0);
         true
     }
@@ -253,8 +281,8 @@ impl Engine {
     pub fn handle_consumed(&mut self, id: SequenceId, position: u32) {
         if let Some(sequence) = self.sequences.get_mut(id) {
             sequence.consumed = sequence.consumed.max(position);
-            let last = sequence.steps.len() - 1;
-            self.enqueue(id, last);
+            let steps = sequence.steps.len();
+            (0..steps).for_each(|step| self.enqueue(id, step));
         }
     }
 
@@ -418,7 +446,7 @@ impl Engine {
     /// it before reading it, in a batch that is planned later and so runs later.
     pub(crate) fn release_all(&mut self, id: SequenceId) {
         self.stop_decoding(id);
-        let is_in_flight = self.is_in_flight(self.sequences[id].last_batch);
+        let is_in_flight = self.canary != Canary::FreesInFlight && self.is_in_flight(self.sequences[id].last_batch);
         let sequence = &mut self.sequences[id];
         let most = sequence.steps.iter().map(|step| step.handles.len()).max().unwrap_or(0);
         let mut handles = Vec::with_capacity(if is_in_flight { most * sequence.steps.len() } else { 0 });
@@ -443,7 +471,7 @@ impl Engine {
             step.handles.clear();
             (step.computed, step.published, step.told, step.queued) = (0, 0, 0, false);
         }
-        if !handles.is_empty() {
+        if !handles.is_empty() && self.canary != Canary::LeaksPages {
             self.leaving.push(Leaving { last_batch: sequence.last_batch, handles });
         }
     }

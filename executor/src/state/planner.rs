@@ -38,6 +38,7 @@ impl Engine {
         if !std::mem::take(&mut self.pages_short) || self.ready.is_empty() {
             self.start_waiting(now);
         }
+        self.break_stalls(now);
         while !self.ready.is_empty() {
             self.ready.begin_plan();
             let mut taken = std::mem::take(&mut self.taken);
@@ -56,8 +57,16 @@ impl Engine {
             }
             // Rows are ready and none can run: pages or hidden rows are held by sequences that wait for each other. The
             // latest gives way until the first can go on. Links are waited for, never broken.
-            let Some((_, latest)) = self.preemptible().max().filter(|_| self.preemptible().count() > 1) else { return };
-            self.preempt(latest);
+            let Some((_, latest)) = self.preemptible().max() else { return };
+            if self.preemptible().count() > 1 {
+                self.preempt(latest);
+                continue;
+            }
+            let next = self.sequences[latest].steps.iter().map(|step| step.computed).max().unwrap_or(0) + 1;
+            if !self.fail_if_never_fits(latest, next) {
+                return;
+            }
+            self.start_waiting(now);
         }
     }
 

@@ -97,6 +97,7 @@ impl Engine {
             }
             span.path = Arc::new(Path { steps, ..(*span.path).clone() });
         }
+        self.hosts_cut_chains = hosted.iter().any(|&i| !self.spans[i].path.is_whole());
         self.follow_paths();
         self.count_blocks();
     }

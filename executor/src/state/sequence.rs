@@ -146,6 +146,8 @@ pub(crate) struct Sequence {
     pub(crate) is_decoding: bool,
     pub(crate) sampled_in: BatchId,
     pub(crate) token_at: Micros,
+    /// When rows of it were planned last, or came, or it started.
+    pub(crate) moved_at: Micros,
     /// Whether `Started` was emitted.
     pub(crate) started: bool,
     /// Tokens of it that batches in flight sample: they follow `tokens` and are known to the device only. Zero where another
@@ -183,10 +185,11 @@ impl Sequence {
         }
     }
 
-    /// Rows whose input is at hand for a step, within the `link_rows_max` that a link may have in flight.
+    /// Rows whose input is at hand for a step, within the `link_rows_max` that a link may have in flight. No step runs further ahead than the
+    /// last one may: its hidden rows would be held until the other executor goes on, and others here would lack them.
     pub(crate) fn ready_count(&self, i: usize, link_rows_max: u32) -> u32 {
         let count = self.input_tokens(i) - self.steps[i].computed;
-        if i + 1 == self.steps.len() && !self.path.ends_with_head {
+        if !self.path.ends_with_head {
             let in_flight = self.steps[i].computed - self.consumed;
             return count.min(link_rows_max.saturating_sub(in_flight));
         }

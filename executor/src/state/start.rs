@@ -27,38 +27,50 @@ impl Engine {
             let whole = sequence.path.is_whole();
             // A cut chain cannot give its pages back half-way (the other executors would not know), so it starts
             // only when all that it may need is there. Others need what they know, and one token more.
-            let tokens = if whole { sequence.tokens.len() as u32 + 1 } else { sequence.prompt_tokens + sequence.generated_tokens_max };
+            let tokens = if whole { sequence.tokens.len() as u32 + 1 } else { sequence.tokens_max() };
             if !self.pages_suffice(self.span(sequence.span), tokens) {
+                if self.fail_if_never_fits(id, tokens) {
+                    continue;
+                }
                 if self.claim(tenant, priority) {
                     continue;
                 }
                 return;
             }
-            self.tenants.remove_waiting(tenant, priority, id);
-            self.tenants.count_running(tenant, true);
-            let steps = self.sequences[id].steps.len();
-            if whole {
-                self.reuse_pages(id);
-            } else {
-                for step in 0..steps {
-                    let reserved = self.reserve_to(id, step, tokens);
-                    assert!(reserved, "pages_suffice said so");
-                }
-            }
-            let sequence = &mut self.sequences[id];
-            sequence.status = Status::Running;
-            sequence.decodes_from = if whole { sequence.tokens.len() as u32 } else { sequence.base_tokens };
-            if !sequence.started {
-                sequence.started = true;
-                sequence.rank = self.tenants.counter(tenant);
-                let computed = sequence.prompt_tokens.saturating_sub(sequence.cached_tokens);
-                self.tenants.charge(tenant, computed, INPUT_WEIGHT);
-                let waited = now.saturating_sub(sequence.admitted_at);
-                let cached_tokens = sequence.cached_tokens;
-                self.outputs.push_back(Output::EmitStarted { sequence: id, waited, cached_tokens });
-            }
-            (0..steps).for_each(|step| self.enqueue(id, step));
+            self.start(now, id);
         }
+    }
+
+    /// Starts a waiting sequence whose pages are there.
+    pub(crate) fn start(&mut self, now: Now, id: SequenceId) {
+        let sequence = &self.sequences[id];
+        let (tenant, priority, whole) = (sequence.tenant, sequence.priority, sequence.path.is_whole());
+        let tokens = sequence.tokens_max();
+        self.tenants.remove_waiting(tenant, priority, id);
+        self.tenants.count_running(tenant, true);
+        let steps = self.sequences[id].steps.len();
+        if whole {
+            self.reuse_pages(id);
+        } else {
+            for step in 0..steps {
+                let reserved = self.reserve_to(id, step, tokens);
+                assert!(reserved, "pages_suffice said so");
+            }
+        }
+        let sequence = &mut self.sequences[id];
+        sequence.status = Status::Running;
+        sequence.moved_at = self.clock.now;
+        sequence.decodes_from = if whole { sequence.tokens.len() as u32 } else { sequence.base_tokens };
+        if !sequence.started {
+            sequence.started = true;
+            sequence.rank = self.tenants.counter(tenant);
+            let computed = sequence.prompt_tokens.saturating_sub(sequence.cached_tokens);
+            self.tenants.charge(tenant, computed, INPUT_WEIGHT);
+            let waited = now.saturating_sub(sequence.admitted_at);
+            let cached_tokens = sequence.cached_tokens;
+            self.outputs.push_back(Output::EmitStarted { sequence: id, waited, cached_tokens });
+        }
+        (0..steps).for_each(|step| self.enqueue(id, step));
     }
 
     /// Has the latest sequence of the tenant that is most above its share give way, for a tenant below its own; never one of higher

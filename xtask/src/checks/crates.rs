@@ -119,7 +119,8 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("zoo", &["wire", "kernels"]),
     ("executor", &["wire", "registry", "zoo", "kernels"]),
     ("router", &["wire", "registry", "zoo"]),
-    ("ashlar", &["wire", "registry", "zoo", "kernels", "executor", "router"]),
+    ("sim", &["wire", "registry", "zoo", "kernels", "executor", "router"]),
+    ("ashlar", &["wire", "registry", "zoo", "kernels", "executor", "router", "sim"]),
     ("fuzz", &["wire", "registry", "zoo", "kernels", "executor", "router"]),
     ("xtask", &[]),
 ];

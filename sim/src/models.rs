@@ -1,0 +1,165 @@
+//! Modelled models: families of chains that share blocks, as fine-tunes do. A block computes a hash, so only its identity matters.
+
+use ashlar_executor::state::engine::HostSpan;
+use ashlar_executor::state::segments::BlockIndex;
+use ashlar_kernels::ops::{KvFormat, KvShape};
+use ashlar_registry::ChainDigest;
+use ashlar_router::state::assembly::ChainPath;
+use ashlar_router::state::placement::{SizedBlock, SizedChain};
+use ashlar_zoo::digest::{Digest, lineages};
+use ashlar_zoo::manifest::{Assets, Chain, Defaults, Tokens};
+
+use crate::dice::Dice;
+
+/// Token ids are below it.
+pub(crate) const VOCAB: u32 = 97;
+
+/// A block as the modelled device sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Block {
+    pub(crate) digest: Digest,
+    /// What it mixes into each row.
+    pub(crate) salt: u64,
+    pub(crate) bytes: u64,
+    /// Heads of its keys and values; None: no attention.
+    pub(crate) kv_heads: Option<usize>,
+}
+
+impl Block {
+    fn of(name: &str, bytes: u64, kv_heads: Option<usize>) -> Self {
+        let digest = Digest::of(name.as_bytes());
+        let salt = u64::from_le_bytes(digest.0[..8].try_into().expect("eight bytes"));
+        Self { digest, salt, bytes, kv_heads }
+    }
+
+    pub(crate) fn kv_shape(&self, page_tokens: u32) -> Option<KvShape> {
+        self.kv_heads.map(|kv_heads| KvShape { kv_heads, head_dim: 4, page_tokens: page_tokens as usize, format: KvFormat::F32 })
+    }
+}
+
+/// A model: a chain of blocks.
+#[derive(Debug, Clone)]
+pub(crate) struct Model {
+    pub(crate) name: String,
+    pub(crate) digest: ChainDigest,
+    pub(crate) blocks: Vec<Block>,
+    /// Lineage through each block.
+    pub(crate) lineages: Vec<Digest>,
+    /// f32 of a hidden row.
+    pub(crate) width: u32,
+    pub(crate) path: ChainPath,
+    pub(crate) sized: SizedChain,
+}
+
+impl Model {
+    fn new(name: String, blocks: Vec<Block>, width: u32) -> Self {
+        let digests: Vec<Digest> = blocks.iter().map(|block| block.digest).collect();
+        let lineages = lineages(&digests, &[]);
+        let digest = lineages[lineages.len() - 1];
+        let chain = Chain {
+            format: 1,
+            architecture: "model".to_owned(),
+            width,
+            vocab: VOCAB,
+            context_tokens: u32::MAX,
+            blocks: digests,
+            adapters: Vec::new(),
+            assets: Assets::default(),
+            tokens: Tokens::default(),
+            defaults: Defaults::default(),
+            licence: None,
+            source: "sim".to_owned(),
+        };
+        let sized = SizedChain {
+            blocks: blocks.iter().map(|block| SizedBlock { digest: block.digest, bytes: block.bytes }).collect(),
+            borders: (3..blocks.len().saturating_sub(2) as u32).step_by(2).collect(),
+        };
+        let path = ChainPath::new(digest, &chain);
+        Self { name, digest: ChainDigest(digest.0), blocks, lineages, width, path, sized }
+    }
+
+    pub(crate) fn bytes(&self) -> u64 {
+        self.blocks.iter().map(|block| block.bytes).sum()
+    }
+
+    /// What an engine is told of blocks [from, to), whose places on the device are given.
+    pub(crate) fn host(&self, from: u32, to: u32, places: Vec<BlockIndex>, page_tokens: u32) -> HostSpan {
+        let range = from as usize..to as usize;
+        HostSpan {
+            blocks: places,
+            lineages: self.lineages[range.clone()].iter().map(|lineage| lineage.0).collect(),
+            kv_shapes: self.blocks[range].iter().map(|block| block.kv_shape(page_tokens)).collect(),
+            width: self.width,
+            begins_with_embed: from == 0,
+            ends_with_head: to as usize == self.blocks.len(),
+        }
+    }
+}
+
+/// Families of models: each has a base, and descendants that differ in the top, in one layer, or end earlier.
+pub(crate) fn draw(dice: &mut Dice, count: usize) -> Vec<Model> {
+    let mut models: Vec<Model> = Vec::new();
+    let mut family = 0;
+    while models.len() < count {
+        let layers = dice.within(2..=5) as usize;
+        let kv_heads = if family == 0 || dice.chance(60) { 1 } else { 2 };
+        let width = if kv_heads == 1 { 2 } else { 4 };
+        let mut base = vec![Block::of(&format!("{family}/embed"), 4, None)];
+        for layer in 0..layers {
+            base.push(Block::of(&format!("{family}/{layer}/attention"), 2, Some(kv_heads)));
+            base.push(Block::of(&format!("{family}/{layer}/feed_forward"), 3, None));
+        }
+        base.push(Block::of(&format!("{family}/head"), 4, None));
+        models.push(Model::new(format!("m{}", models.len()), base.clone(), width));
+        for _ in 0..dice.within(0..=4) {
+            if models.len() == count {
+                break;
+            }
+            let name = format!("m{}", models.len());
+            let parent = dice.pick(&models.iter().filter(|model| model.blocks[0] == base[0]).map(|m| m.blocks.clone()).collect::<Vec<_>>());
+            let blocks = descend(dice, &parent, &name);
+            if models.iter().all(|model| model.blocks != blocks) {
+                models.push(Model::new(name, blocks, width));
+            }
+        }
+        family += 1;
+    }
+    models
+}
+
+/// A chain with some blocks of another one.
+fn descend(dice: &mut Dice, parent: &[Block], name: &str) -> Vec<Block> {
+    let mut blocks = parent.to_vec();
+    let tuned = |block: &Block, at: usize| Block::of(&format!("{name}/{at}"), block.bytes, block.kv_heads);
+    let layers = (blocks.len() - 2) / 2;
+    match dice.within(0..=3) {
+        // The top, with the head or without it.
+        0 => {
+            let from = 1 + 2 * dice.within(1..=layers as u64 - 1) as usize;
+            let to = blocks.len() - usize::from(dice.chance(50));
+            (from..to).for_each(|at| blocks[at] = tuned(&parent[at], at));
+        }
+        // One block anywhere: the same blocks come again behind it.
+        1 => {
+            let at = dice.within(1..=blocks.len() as u64 - 1) as usize;
+            blocks[at] = tuned(&parent[at], at);
+        }
+        // A feed-forward in each of two layers.
+        2 => {
+            for _ in 0..2 {
+                let at = 2 + 2 * dice.within(0..=layers as u64 - 1) as usize;
+                blocks[at] = tuned(&parent[at], at);
+            }
+        }
+        // It ends a layer earlier.
+        _ if layers > 2 => {
+            let at = blocks.len() - 3;
+            blocks.drain(at..at + 2);
+        }
+        _ => {
+            let at = blocks.len() - 1;
+            blocks[at] = tuned(&parent[at], at);
+        }
+    }
+    blocks
+}
