@@ -62,8 +62,8 @@ impl Engine {
                 self.preempt(latest);
                 continue;
             }
-            let next = self.sequences[latest].steps.iter().map(|step| step.computed).max().unwrap_or(0) + 1;
-            if !self.fail_if_never_fits(latest, next) {
+            let known = self.sequences[latest].known_tokens();
+            if !self.fail_if_never_fits(latest, known) {
                 return;
             }
             self.start_waiting(now);

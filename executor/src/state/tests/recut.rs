@@ -80,23 +80,26 @@ fn keys_agree_between_executors_with_different_cuts() {
 #[test]
 fn a_sequence_that_no_longer_fits_fails_and_holds_nobody_up() {
     let family = family();
-    let mut node = Node::new(limits(24, 16, 16));
-    let first = node.engine.handle_host(host(&family[0], 0, family[0].len()));
-    // Eight pages in each of three attention blocks: all that there are.
-    node.admit(admit(1, first, &[5; 100], 20, 0));
-    let mut sent = Vec::new();
-    for _ in 0..4 {
-        node.step(&mut sent);
+    // Whether its next token fits where it has stopped, or its next chunk only does not.
+    for (chunk, steps) in [(16, 4), (5, 3), (40, 1), (7, 9)] {
+        let mut node = Node::new(limits(24, 40, chunk));
+        let first = node.engine.handle_host(host(&family[0], 0, family[0].len()));
+        // Eight pages in each of three attention blocks: all that there are.
+        node.admit(admit(1, first, &[5; 100], 20, 0));
+        let mut sent = Vec::new();
+        for _ in 0..steps {
+            node.step(&mut sent);
+        }
+        // A model of another KV shape has its share of the pages from now on.
+        let mut other = host(&family[3], 0, family[3].len());
+        other.kv_shapes.iter_mut().flatten().for_each(|shape| shape.kv_heads = 2);
+        node.engine.handle_host(other);
+        node.admit(admit(2, first, &[5; 20], 4, 0));
+        while node.step(&mut sent) {
+            node.engine.check_integrity().expect("integrity after a step");
+        }
+        assert!(node.engine.sequences.is_empty(), "nobody waits for pages that are not there");
+        assert!(node.failed.contains(&1), "the one that no longer fits is told so");
+        assert_eq!(node.tokens[&2], oracle(&family[0], &[5; 20], 4));
     }
-    // A model of another KV shape has its share of the pages from now on.
-    let mut other = host(&family[3], 0, family[3].len());
-    other.kv_shapes.iter_mut().flatten().for_each(|shape| shape.kv_heads = 2);
-    node.engine.handle_host(other);
-    node.admit(admit(2, first, &[5; 20], 4, 0));
-    while node.step(&mut sent) {
-        node.engine.check_integrity().expect("integrity after a step");
-    }
-    assert!(node.engine.sequences.is_empty(), "nobody waits for pages that are not there");
-    assert!(node.failed.contains(&1), "the one that no longer fits is told so");
-    assert_eq!(node.tokens[&2], oracle(&family[0], &[5; 20], 4));
 }
