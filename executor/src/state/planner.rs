@@ -58,7 +58,9 @@ impl Engine {
             // Rows are ready and none can run: pages or hidden rows are held by sequences that wait for each other. The
             // latest gives way until the first can go on. Links are waited for, never broken.
             let Some((_, latest)) = self.preemptible().max() else { return };
-            if self.preemptible().count() > 1 {
+            // Sequences of cut chains may lack the hidden rows that the only other one holds, and hold the pages that it lacks.
+            let holds_hidden = self.sequences[latest].steps.iter().any(|step| !step.hidden.is_empty());
+            if self.preemptible().count() > 1 || self.hosts_cut_chains && holds_hidden {
                 self.preempt(latest);
                 continue;
             }
