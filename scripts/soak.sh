@@ -3,6 +3,7 @@
 #
 #   seeds        every property test with many seeds, the engine's with SEEDS (10000)
 #   sim          SEEDS seeds of the simulator, and traces where they are (TRACES, a folder)
+#   sanitizer    the kernels' tests under AddressSanitizer, where a nightly toolchain is installed
 #   fuzz         every fuzz target for FUZZ_SECONDS (600)
 #   real-models  64 greedy tokens of every prompt on three real models against transformers
 #   repeat       the end-to-end tests RUNS (10) times over
@@ -19,7 +20,7 @@ TRACES=${TRACES:-$ROOT/../shared/data}
 target=${CARGO_TARGET_DIR:-$ROOT/target}
 export ASHLAR_MODELS=${ASHLAR_MODELS:-$ROOT/target/models}
 export PATH=$ROOT/.venv/bin:$PATH
-stages=(seeds sim fuzz real-models repeat smoke quality speed)
+stages=(seeds sim sanitizer fuzz real-models repeat smoke quality speed)
 logs=$target/soak-logs
 trap 'exit 130' INT TERM
 
@@ -39,6 +40,13 @@ sim() {
     say "-- ${trace##*/}"
     "$target/debug/ashlar" sim --seed 1 --trace "$trace" || return
   done
+}
+
+sanitizer() {
+  rustc +nightly --version >/dev/null 2>&1 || { say "no nightly toolchain: rustup toolchain install nightly"; return; }
+  # One test asks for more memory than there is, and must get an error.
+  ASAN_OPTIONS=allocator_may_return_null=1 RUSTFLAGS=-Zsanitizer=address \
+    cargo +nightly test -p ashlar-kernels --locked --lib --tests --target "$(rustc -vV | sed -n 's/^host: //p')" --target-dir "$target/asan"
 }
 
 fuzz() { ASHLAR_FUZZ_SECONDS=$FUZZ_SECONDS cargo test --workspace --locked --test smoke; }
