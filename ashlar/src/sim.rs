@@ -9,14 +9,7 @@ use ashlar_sim::{CANARIES, Canary, Failure, Options, Report, simulation, trace};
 
 use crate::output;
 
-/// Simulates a cluster from a seed: the router's and the executors' real logic on a virtual clock, over modelled devices and links.
-///
-/// A seed draws everything: executors and their limits, models that share blocks, tenants and their requests, and what breaks when.
-/// After every event named checkers look for what must not be: a token that differs from that of its sequence alone, one that is lost or
-/// repeated, a page that leaked, a budget that was exceeded, a sequence that starves. The same seed does the same every time.
-///
-/// Exit status: 0 when all seeds pass; 1 when a checker found something. It prints which, when, what happened last, and the command that
-/// does it again.
+/// What to simulate.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
