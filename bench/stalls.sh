@@ -77,7 +77,7 @@ measure() { # VARIANT RUN
   serve "$base" "$variant" "${flags[@]}" || { say "$variant did not start: see $log"; return 0; }
   local args=(--url "http://127.0.0.1:$port" --model "hub/$model" --streams "$streams" --long-prompt-tokens "$long" --every "$every"
     --duration "$duration" --undisturbed "$undisturbed" --alone "$alone" --seed 1 --json "$report" --note "threads=$threads"
-    --note "load_before=$load" --note "weights=$hash" --note "quick=$quick" --note "flags=${flags[*]}")
+    --note "load_before=$load" --note "probed_before=${probed:-}" --note "weights=$hash" --note "quick=$quick" --note "flags=${flags[*]}")
   case $base in
     ashlar-*) args+=(--commit "$commit") ;;
     llama-*) args+=(--extra '{"cache_prompt": false}' --note "peer=${version_of[llama]}") ;;
@@ -103,7 +103,7 @@ for run in $(seq "$runs"); do
     [ "$peer" = ashlar ] || [ -n "${version_of[$peer]:-}" ] || continue
     if [ $((run % 2)) = 1 ]; then order+=("$variant"); else order=("$variant" "${order[@]}"); fi
   done
-  for variant in "${order[@]}"; do measure "$variant" "$run"; done
+  for variant in "${order[@]}"; do steadily measure "$variant" "$run"; done
 done
 end_all
 kept=bench/results/stalls/$name.json

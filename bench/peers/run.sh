@@ -104,7 +104,7 @@ measure() { # CELL VARIANT RUN SOURCE
   begin "$variant" "$cell" || { say "$variant did not start: see $log"; return 0; }
   local args=(--url "http://127.0.0.1:$port" --model "$name" --concurrency "$streams" --requests "$requests" --prompt-tokens "$input"
     --output-tokens "$output" --ignore-eos --seed 1 --warmup "$warmup" --json "$report"
-    --note "threads=$threads" --note "load_before=$load" --note "weights=$hash" --note "quick=$quick")
+    --note "threads=$threads" --note "load_before=$load" --note "probed_before=${probed:-}" --note "weights=$hash" --note "quick=$quick")
   for pid in $(tree_of "$server"); do args+=(--server-pid "$pid"); done
   case $variant in
     ashlar-*) args+=(--commit "$commit" --note "flags=${ashlar_flags[*]}") ;;
@@ -139,7 +139,7 @@ for model in $models; do
         [ "$peer" = ashlar ] || [ -n "${version_of[$peer]:-}" ] || continue
         if [ $((run % 2)) = 1 ]; then order+=("$variant"); else order=("$variant" "${order[@]}"); fi
       done
-      for variant in "${order[@]}"; do measure "$cell" "$variant" "$run" "$source"; done
+      for variant in "${order[@]}"; do steadily measure "$cell" "$variant" "$run" "$source"; done
     done
   done
   end_all
