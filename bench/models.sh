@@ -2,13 +2,14 @@
 # Many models at once: descendants of SmolLM2-135M-Instruct that share three quarters of their layers, all asked at the same time, served by one
 # Ashlar that shares, by one Ashlar that cannot, and by one llama.cpp server for each model. Servers take turns; one table, with its goals.
 #
-#   bench/models.sh     COUNTS="8 16" VARIANTS="shared alone llama@1 llama@2" CELLS="closed decode open-alone open-llama"
+#   bench/models.sh     COUNTS="8 16" VARIANTS="shared alone llama@1" CELLS="closed decode open-alone open-llama"
 #                       RUNS=3 THREADS=<all> KV_FORMAT=bf16 QUICK=0 OUT=target/bench/models NAME=smollm2 PEERS=target/peers
 #
 # shared     Ashlar with the descendants as they are
 # alone      Ashlar with the same descendants stored so that they have nothing in common (peers/descendants.py): sharing off.
 #            Each answers as it does in `shared`, to the bit, and every run is held to that
-# llama@T    a llama.cpp server of T threads for each model, from the same weights as Q8_0
+# llama@T    a llama.cpp server of T threads for each model, from the same weights as Q8_0. With two threads each on two cores they spin
+#            against each other and are many times slower
 #
 # closed     a stream for each model, 128 tokens in, 64 out: its next request when it has its answer
 # decode     the same with 16 in, 128 out
@@ -26,7 +27,7 @@ source bench/peers/servers.sh
 source bench/descendants.sh
 
 read -ra counts <<<"${COUNTS:-8 16}"
-variants=${VARIANTS:-shared alone llama@1 llama@2} cells=${CELLS:-closed decode open-alone open-llama}
+variants=${VARIANTS:-shared alone llama@1} cells=${CELLS:-closed decode open-alone open-llama}
 runs=${RUNS:-3} threads=${THREADS:-$(nproc)} kv_format=${KV_FORMAT:-bf16} quick=${QUICK:-0} name=${NAME:-smollm2} model=smollm2
 out=$(realpath -m "${OUT:-target/bench/models}")
 results=$out/results weights=$out/weights
