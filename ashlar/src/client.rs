@@ -113,6 +113,8 @@ pub(crate) struct Chunk {
 pub(crate) struct Usage {
     /// Of the prompt.
     pub(crate) prompt_tokens: u64,
+    /// Of them, those that it had cached; 0 where it does not tell.
+    pub(crate) cached_tokens: u64,
     /// Generated.
     pub(crate) completion_tokens: u64,
 }
@@ -271,7 +273,10 @@ fn chunk(data: &str) -> Result<Chunk, ClientError> {
     let delta = &choice["delta"];
     let text = [&delta["reasoning_content"], &delta["content"], &choice["text"]].into_iter().filter_map(Value::as_str).collect();
     let usage = match (event["usage"]["prompt_tokens"].as_u64(), event["usage"]["completion_tokens"].as_u64()) {
-        (Some(prompt_tokens), Some(completion_tokens)) => Some(Usage { prompt_tokens, completion_tokens }),
+        (Some(prompt_tokens), Some(completion_tokens)) => {
+            let cached_tokens = event["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap_or(0);
+            Some(Usage { prompt_tokens, cached_tokens, completion_tokens })
+        }
         _ => None,
     };
     Ok(Chunk { text, finish_reason: choice["finish_reason"].as_str().map(str::to_owned), usage })

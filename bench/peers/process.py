@@ -1,7 +1,7 @@
-"""What a server's processes hold, for bench/peers/run.sh.
+"""What a server's processes hold, for bench/peers/run.sh and bench/models.sh.
 
     python process.py tree PID                             the process and all that it started, a line each
-    python process.py held PID REPORT LOG WEIGHTS [METRICS]    adds `held` to the JSON of a load: bytes resident now, of the
+    python process.py held PID[,PID] REPORT LOG WEIGHTS [METRICS]   adds `held` to the JSON of a load: bytes resident now, of the
                                                            weights' file or folder, and of KV pages where server or log tells
 """
 
@@ -46,9 +46,9 @@ def kv_bytes_of_log(text: str) -> int | None:
     return None
 
 
-def main(pid: int, report: Path, log: Path, weights: Path, metrics: str | None):
+def main(pids: list[int], report: Path, log: Path, weights: Path, metrics: str | None):
     kv = kv_bytes_of_metrics(metrics) if metrics else kv_bytes_of_log(log.read_text(errors="replace"))
-    held = {"resident_bytes": sum(map(resident_bytes, tree(pid))), "weights_bytes": size_bytes(weights), "kv_bytes": kv}
+    held = {"resident_bytes": sum(resident_bytes(one) for pid in pids for one in tree(pid)), "weights_bytes": size_bytes(weights), "kv_bytes": kv}
     report.write_text(json.dumps(json.loads(report.read_text()) | {"held": held}, indent=2) + "\n")
 
 
@@ -56,7 +56,7 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case ["tree", pid]:
             print(*tree(int(pid)), sep="\n")
-        case ["held", pid, report, log, weights, *metrics]:
-            main(int(pid), Path(report), Path(log), Path(weights), metrics[0] if metrics else None)
+        case ["held", pids, report, log, weights, *metrics]:
+            main([int(pid) for pid in pids.split(",")], Path(report), Path(log), Path(weights), metrics[0] if metrics else None)
         case _:
             sys.exit(__doc__)

@@ -18,8 +18,8 @@ pub(crate) const IN_FLIGHT_MAX: usize = 4096;
 
 /// All that sending needs.
 pub(crate) struct Job {
-    /// The endpoint.
-    pub(crate) client: Client,
+    /// The endpoint of each model, in the order of `models`.
+    pub(crate) clients: Vec<Client>,
     /// What bodies say.
     pub(crate) options: BodyOptions,
     /// What the planned requests index.
@@ -30,6 +30,8 @@ pub(crate) struct Job {
     pub(crate) requests: Vec<Planned>,
     /// When requests start.
     pub(crate) arrivals: Arrivals,
+    /// Client k of n in a closed loop takes requests k, k + n and so on, not the next one that is left.
+    pub(crate) in_turn: bool,
     /// A closed loop starts no request later than this.
     pub(crate) duration: Option<Duration>,
     /// Of one request, from its intended send.
@@ -55,7 +57,7 @@ impl Job {
         let prompt = self.prompts.of(&planned, self.options.endpoint);
         let body = request::body(&self.options, &self.models[planned.model].name, &prompt, &planned);
         let lag_ms = milliseconds(Instant::now() - intended);
-        let result = request::ask(&self.client, self.options.endpoint, body, intended, self.timeout).await;
+        let result = request::ask(&self.clients[planned.model], self.options.endpoint, body, intended, self.timeout).await;
         self.ended_count.fetch_add(1, Ordering::Relaxed);
         Outcome { planned, lag_ms, result }
     }
@@ -101,12 +103,14 @@ async fn closed_loop(job: &Arc<Job>, concurrency: usize) -> Vec<Outcome> {
     let start = Instant::now();
     let next = Arc::new(AtomicUsize::new(0));
     let mut clients = JoinSet::new();
-    for _ in 0..concurrency {
+    for client in 0..concurrency {
         let (job, next) = (job.clone(), next.clone());
         clients.spawn(async move {
             let mut outcomes = Vec::new();
+            let mut own = (client..).step_by(concurrency);
             while job.duration.is_none_or(|duration| start.elapsed() < duration) {
-                let Some(planned) = job.requests.get(next.fetch_add(1, Ordering::Relaxed)) else { break };
+                let place = if job.in_turn { own.next() } else { Some(next.fetch_add(1, Ordering::Relaxed)) };
+                let Some(planned) = place.and_then(|place| job.requests.get(place)) else { break };
                 outcomes.push(job.send(*planned, Instant::now()).await);
             }
             outcomes

@@ -19,7 +19,7 @@ use crate::bench::prompts::Prompts;
 use crate::bench::report::{self, Limits, Report, ServerUse, Summary};
 use crate::bench::request::{BodyOptions, Endpoint};
 use crate::bench::schedule::{
-    self, Arrivals, DURATION_S_MAX, MODELS_MAX, OUTPUT_TOKENS_TOTAL_MAX, Planned, RATE_MAX, REQUESTS_MAX, ScheduleSpec, TokenRange,
+    self, Arrivals, DURATION_S_MAX, MODELS_MAX, OUTPUT_TOKENS_TOTAL_MAX, Planned, RATE_MAX, REQUESTS_MAX, ScheduleSpec, Target, TokenRange,
     WeightedModel,
 };
 use crate::client::Client;
@@ -49,6 +49,12 @@ pub(crate) struct LoadArgs {
     /// Model and its weight; may be repeated. Left out, the server's only model
     #[arg(long = "model", value_name = "NAME[:WEIGHT]")]
     pub(crate) models: Vec<WeightedModel>,
+    /// Where a model is asked for, if not at --url; may be repeated
+    #[arg(long = "target", value_name = "MODEL=URL")]
+    pub(crate) targets: Vec<Target>,
+    /// Ask for models in turn, not at random; in a closed loop client k of n takes requests k, k + n and so on
+    #[arg(long)]
+    pub(crate) in_turn: bool,
     /// Open loop: requests a second, at the times of a Poisson process
     #[arg(long, conflicts_with = "concurrency")]
     pub(crate) rate: Option<f64>,
@@ -181,7 +187,8 @@ pub(crate) async fn measure(args: &LoadArgs) -> anyhow::Result<Report> {
         commit: args.commit.clone(),
         notes,
         machine: process::machine(),
-        url: job.client.base().to_owned(),
+        url: job.clients[0].base().to_owned(),
+        targets: args.targets.iter().map(|target| (target.model.clone(), target.url.clone())).collect(),
         load: described(args, &spec),
         seed: args.seed,
         schedule_hash: schedule::hash(&job.models, &job.requests),
@@ -226,10 +233,13 @@ pub(crate) async fn job(args: &LoadArgs) -> anyhow::Result<(Arc<Job>, ScheduleSp
         [] => vec![WeightedModel { name: client.only_model("name one with --model").await?, weight: 1.0 }],
         models => models.to_vec(),
     };
+    ensure!(!args.in_turn || models.iter().all(|model| model.weight == 1.0), "models come in turn: --in-turn takes no weights");
+    let clients = clients(args, &client, &models)?;
     let spec = ScheduleSpec {
         seed: args.seed,
         arrivals,
         models: models.clone(),
+        in_turn: args.in_turn,
         prompt_tokens: args.prompt_tokens,
         output_tokens: args.output_tokens,
         requests_max,
@@ -250,8 +260,29 @@ pub(crate) async fn job(args: &LoadArgs) -> anyhow::Result<(Arc<Job>, ScheduleSp
         usage: !args.no_usage,
         extra,
     };
-    let job = Job { client, options, models, prompts, requests, arrivals, duration, timeout, ended_count: AtomicUsize::new(0) };
+    let job = Job {
+        clients,
+        options,
+        models,
+        prompts,
+        requests,
+        arrivals,
+        in_turn: args.in_turn,
+        duration,
+        timeout,
+        ended_count: AtomicUsize::new(0),
+    };
     Ok((Arc::new(job), spec))
+}
+
+/// The endpoint of each model: its own, or the common one.
+fn clients(args: &LoadArgs, common: &Client, models: &[WeightedModel]) -> anyhow::Result<Vec<Client>> {
+    let mut clients = vec![common.clone(); models.len()];
+    for Target { model, url } in &args.targets {
+        let place = models.iter().position(|known| known.name == *model);
+        clients[place.with_context(|| format!("--target {model}: no --model has that name"))?] = Client::new(url, args.api_key.as_deref())?;
+    }
+    Ok(clients)
 }
 
 /// A first answer of each model, before anything counts; a model that does not answer ends the bench here, with its reason.
@@ -310,6 +341,7 @@ fn described(args: &LoadArgs, spec: &ScheduleSpec) -> Map<String, Value> {
         "endpoint": format!("{:?}", args.endpoint).to_lowercase(),
         "arrivals": arrivals,
         "models": models,
+        "in_turn": spec.in_turn,
         "requests_max": spec.requests_max,
         "duration_s": args.duration,
         "prompt_tokens": if args.prompts.is_none() { range(args.prompt_tokens) } else { json!("file") },

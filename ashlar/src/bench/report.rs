@@ -36,8 +36,11 @@ pub(crate) struct Report {
     pub(crate) notes: BTreeMap<String, String>,
     /// Where the client ran.
     pub(crate) machine: String,
-    /// The endpoint.
+    /// The endpoint; with several, the first model's.
     pub(crate) url: String,
+    /// Models with an endpoint of their own.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) targets: BTreeMap<String, String>,
     /// All arguments that shape the load.
     pub(crate) load: Map<String, Value>,
     /// Of all draws.
@@ -106,6 +109,8 @@ pub(crate) struct Summary {
     pub(crate) lag_ms: Option<Quantiles>,
     /// As the server counted; none if it did not for every answer.
     pub(crate) input_tokens: Option<u64>,
+    /// Of them, those that the server says it had cached; servers that do not tell count as 0.
+    pub(crate) cached_tokens: u64,
     /// The server's count where it has one, else chunks with text.
     pub(crate) output_tokens: u64,
     /// Answers whose tokens are counted as chunks.
@@ -122,7 +127,7 @@ impl Summary {
         let (mut ttft, mut itl, mut tpot, mut e2e, mut lag) = (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());
         let mut failures = BTreeMap::new();
         let (mut answered, mut failed, mut good, mut short, mut by_chunks) = (0usize, 0usize, 0usize, 0usize, 0usize);
-        let (mut input_tokens, mut output_tokens) = (Some(0), 0);
+        let (mut input_tokens, mut output_tokens, mut cached_tokens) = (Some(0), 0, 0);
         for outcome in outcomes {
             lag.push(outcome.lag_ms);
             let answer = match &outcome.result {
@@ -145,6 +150,7 @@ impl Summary {
             itl.extend(answer.gaps_ms.iter().copied().map(f64::from));
             input_tokens = input_tokens.zip(answer.usage).map(|(tokens, usage)| tokens + usage.prompt_tokens);
             output_tokens += answer.output_tokens();
+            cached_tokens += answer.usage.map_or(0, |usage| usage.cached_tokens);
             by_chunks += usize::from(answer.usage.is_none());
             short += usize::from(answer.output_tokens() < u64::from(outcome.planned.output_tokens));
             let meets = |limit: Option<f64>, value: f64| limit.is_none_or(|limit| value <= limit);
@@ -168,6 +174,7 @@ impl Summary {
             e2e_ms: Quantiles::of(e2e),
             lag_ms: Quantiles::of(lag),
             input_tokens,
+            cached_tokens,
             output_tokens,
             counted_by_chunks: by_chunks,
             input_tokens_per_second: input_tokens.map(|tokens| tokens as f64 / elapsed_s),
@@ -233,6 +240,9 @@ impl fmt::Display for Summary {
         match (self.input_tokens, self.input_tokens_per_second) {
             (Some(tokens), Some(rate)) => write!(f, "  tokens     in {tokens}, {rate:.1}/s")?,
             _ => write!(f, "  tokens     in unknown")?,
+        }
+        if self.cached_tokens > 0 {
+            write!(f, " ({} cached)", self.cached_tokens)?;
         }
         write!(f, "; out {}, {:.1}/s", self.output_tokens, self.output_tokens_per_second)?;
         if let Some(Quantiles { p50: Ms(p50), .. }) = self.tpot_ms.filter(|tpot| tpot.p50.0.is_finite() && tpot.p50.0 > 0.0) {

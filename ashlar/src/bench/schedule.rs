@@ -75,6 +75,26 @@ impl FromStr for WeightedModel {
     }
 }
 
+/// A model and the endpoint that serves it alone.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Target {
+    /// As that endpoint knows it.
+    pub(crate) model: String,
+    /// Where it is.
+    pub(crate) url: String,
+}
+
+impl FromStr for Target {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once('=') {
+            Some((model, url)) if !model.is_empty() && !url.is_empty() => Ok(Self { model: model.to_owned(), url: url.to_owned() }),
+            _ => Err("expected MODEL=URL".into()),
+        }
+    }
+}
+
 /// When requests start.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) enum Arrivals {
@@ -99,6 +119,8 @@ pub(crate) struct ScheduleSpec {
     pub(crate) arrivals: Arrivals,
     /// At least one.
     pub(crate) models: Vec<WeightedModel>,
+    /// Each model after the other, whatever the weights.
+    pub(crate) in_turn: bool,
     /// Length of prompts.
     pub(crate) prompt_tokens: TokenRange,
     /// Length of answers.
@@ -133,7 +155,8 @@ pub(crate) fn draw(spec: &ScheduleSpec) -> Vec<Planned> {
     while requests.len() < spec.requests_max {
         // Every request takes the same draws in both loops, so that they differ in their times alone.
         let gap = -(1.0 - uniform(&mut rng)).ln();
-        let model = weighted(&spec.models, uniform(&mut rng));
+        let drawn = weighted(&spec.models, uniform(&mut rng));
+        let model = if spec.in_turn { requests.len() % spec.models.len() } else { drawn };
         let prompt_tokens = even(spec.prompt_tokens, uniform(&mut rng));
         let output_tokens = even(spec.output_tokens, uniform(&mut rng));
         if let Arrivals::Poisson { rate } = spec.arrivals {
@@ -195,6 +218,7 @@ mod tests {
             seed: 7,
             arrivals: Arrivals::Poisson { rate: 20.0 },
             models: ["a:3", "b"].map(|text| text.parse().expect("a model")).to_vec(),
+            in_turn: false,
             prompt_tokens: "64..512".parse().expect("a range"),
             output_tokens: "16".parse().expect("a range"),
             requests_max: 2000,
@@ -232,6 +256,14 @@ mod tests {
     }
 
     #[test]
+    fn models_in_turn_change_nothing_else() {
+        let (drawn, turned) = (draw(&spec()), draw(&ScheduleSpec { in_turn: true, ..spec() }));
+        for (place, (drawn, turned)) in drawn.iter().zip(&turned).enumerate() {
+            assert_eq!(*turned, Planned { model: place % 2, ..*drawn });
+        }
+    }
+
+    #[test]
     fn duration_and_count_both_bound_a_schedule() {
         let short = draw(&ScheduleSpec { duration: Some(Duration::from_secs(2)), ..spec() });
         assert!((20..70).contains(&short.len()) && short.iter().all(|request| request.at < Duration::from_secs(2)));
@@ -248,6 +280,8 @@ mod tests {
         let model = |name: &str, weight| Ok(WeightedModel { name: name.into(), weight });
         assert_eq!("t/m:0.5".parse(), model("t/m", 0.5));
         assert_eq!("llama3:8b".parse(), model("llama3:8b", 1.0));
+        assert_eq!("a:b=http://c".parse(), Ok(Target { model: "a:b".into(), url: "http://c".into() }));
+        assert!(["a", "=b", "a="].iter().all(|bad| bad.parse::<Target>().is_err()));
         for bad in ["", ":2", "a:0", "a:-1", "a:inf", "a:nan"] {
             assert!(bad.parse::<WeightedModel>().is_err(), "{bad}");
         }

@@ -81,6 +81,18 @@ async fn late_client_charges_the_request_and_tells() {
 }
 
 #[tokio::test]
+async fn clients_in_turn_stay_with_their_model_at_its_own_endpoint() {
+    let servers = [StandIn::start(three_tokens).await, StandIn::start(three_tokens).await];
+    let line = format!("--model a --model b --target b={} --in-turn --concurrency 2 --requests 6 --warmup 0", servers[1].url);
+    let report = measure(&servers[0], &line).await;
+    assert_eq!((report.models["a"].request_count, report.models["b"].request_count, report.all.failed_count), (3, 3, 0));
+    assert_eq!(report.targets["b"], servers[1].url);
+    for (server, model) in servers.iter().zip(["a", "b"]) {
+        assert_eq!(server.asked().iter().map(|asked| asked.body["model"].clone()).collect::<Vec<_>>(), vec![json!(model); 3]);
+    }
+}
+
+#[tokio::test]
 async fn failures_are_infinite_and_counted_by_their_reason() {
     let server = StandIn::start(|asked: &Asked| match asked.body["model"].as_str() {
         Some("bad") => Script::Whole { status: 429, body: r#"{"error":{"message":"Busy.","code":"too_many_requests"}}"#.into() },
@@ -171,6 +183,9 @@ async fn senseless_loads_are_refused_before_they_start() {
         ("--model m --timeout 0", "--timeout"),
         ("--model m --requests 200000 --output-tokens 1000", "asks for 200000000 tokens"),
         ("--model m --extra []", "--extra"),
+        ("--model m --target n=http://127.0.0.1:1", "--target n"),
+        ("--model m --target m=https://a", "https"),
+        ("--model m:2 --in-turn", "--in-turn"),
         ("--model m --note a", "--note"),
         ("--model m --prompts /nonexistent", "open /nonexistent"),
         ("--model m --server-pid 4294967295", "read stat"),

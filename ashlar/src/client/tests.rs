@@ -38,7 +38,7 @@ async fn stream_is_read_whatever_packets_it_comes_in() {
         let pieces: Vec<String> = whole.chars().collect::<Vec<_>>().chunks(cuts).map(|piece| piece.iter().collect()).collect();
         let (text, usage, error) = answer(Script::Stream(pieces.into_iter().map(|piece| (0, piece)).collect())).await;
         assert_eq!((text.as_str(), error), ("Hoła 🧱", None));
-        assert_eq!(usage, Some(Usage { prompt_tokens: 5, completion_tokens: 2 }));
+        assert_eq!(usage, Some(Usage { prompt_tokens: 5, cached_tokens: 0, completion_tokens: 2 }));
     }
 }
 

@@ -9,7 +9,7 @@ fn ms(ms: u64) -> Duration {
 }
 
 fn usage(prompt_tokens: u64, completion_tokens: u64) -> Option<Usage> {
-    Some(Usage { prompt_tokens, completion_tokens })
+    Some(Usage { prompt_tokens, cached_tokens: 0, completion_tokens })
 }
 
 /// A stream whose texts come at these milliseconds, and that goes on.
