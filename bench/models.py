@@ -6,7 +6,6 @@
 
 Fails where requests failed, where runs differ in their load, or where Ashlar did not say the same with sharing and without, in any run."""
 
-import json
 import sys
 from dataclasses import dataclass
 from math import isfinite, nan
@@ -15,13 +14,13 @@ from statistics import median
 from typing import Callable
 
 from compare import interval
+from runs import Runs, keep, read
 
 MIB = 2**20
 # With fewer no goal is met, whatever the ratio.
 PAIRS_MIN = 3
 SHARED, ALONE, PEER = "shared", "alone", "llama"
 Figure = Callable[[dict], float]
-Runs = dict[str, dict[int, dict]]
 
 
 def quantile(name: str, which: str) -> Figure:
@@ -79,14 +78,6 @@ GOALS = [
     Goal("decode", PEER, TOTAL, 4.0, more_is_better=True),
     Goal("open", ALONE, E2E_P95, LESS_BY_A_THIRD, more_is_better=False),
 ]
-
-
-def read(folder: Path) -> Runs:
-    variants: Runs = {}
-    for file in sorted(folder.glob("*.*.json")):
-        variant, number, _ = file.name.rsplit(".", 2)
-        variants.setdefault(variant, {})[int(number)] = json.loads(file.read_text())
-    return variants
 
 
 def complaints(where: str, variants: Runs) -> list[str]:
@@ -184,14 +175,10 @@ def table(results: Path, out: Path):
         told.setdefault(count, {})[cell] = show(where, cell, variants) | {"runs": {variant: [run for _, run in sorted(runs.items())] for variant, runs in variants.items()}}
         wrong += complaints(where, variants)
     result = {"peers": peers, "quick": quick, "models": told, "complaints": wrong}
-    # One model's figures are many and say little; NaN is no JSON: what is missing is null.
+    # One model's figures are many and say little.
     for run in every:
         run.pop("models", None)
-    text = json.dumps(result, indent=1)
-    out.write_text(json.dumps(json.loads(text, parse_constant=lambda _: None), indent=1) + "\n")
-    print(f"\nwritten: {out}")
-    if wrong:
-        sys.exit("no measurement:\n  " + "\n  ".join(wrong))
+    keep(out, result, wrong)
 
 
 def rate(folder: Path, name: str, share: float):

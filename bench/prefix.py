@@ -15,7 +15,8 @@ from pathlib import Path
 from statistics import median
 
 from compare import interval
-from models import PAIRS_MIN, Runs, read
+from models import PAIRS_MIN
+from runs import Runs, keep, read
 
 COUNTERS = ("ashlar_prefix_query_tokens_total", "ashlar_prefix_hit_tokens_total", "ashlar_prefix_cross_model_hit_tokens_total")
 FALL_PERCENT_MIN = 60.0
@@ -90,11 +91,7 @@ def table(results: Path, out: Path):
         print(f"  the texts are the same in all runs: {first['output_hash']}")
     runs = {variant: [run for _, run in sorted(runs.items())] for variant, runs in variants.items()}
     result = {"quick": quick, "medians": medians, "falls": falls, "complaints": wrong, "runs": runs}
-    text = json.dumps(result, indent=1)
-    out.write_text(json.dumps(json.loads(text, parse_constant=lambda _: None), indent=1) + "\n")
-    print(f"\nwritten: {out}")
-    if wrong:
-        sys.exit("no measurement:\n  " + "\n  ".join(wrong))
+    keep(out, result, wrong)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,12 @@ from statistics import median
 from typing import Callable
 
 from compare import interval
+from runs import Runs, keep, read
 
 # With fewer no goal is met, whatever the ratio.
 PAIRS_MIN = 3
 WHOLE = "@whole"
 Figure = Callable[[dict], float]
-Runs = dict[str, dict[int, dict]]
 
 
 def of(name: str) -> Figure:
@@ -66,14 +66,6 @@ GOALS = [
     Goal(AT_PREFILL, 5.0, more_is_better=False, own=False),
     Goal(STEADY, 2.0, more_is_better=True, own=False),
 ]
-
-
-def read(folder: Path) -> Runs:
-    variants: Runs = {}
-    for file in sorted(folder.glob("*.*.json")):
-        variant, number, _ = file.name.rsplit(".", 2)
-        variants.setdefault(variant, {})[int(number)] = json.loads(file.read_text())
-    return variants
 
 
 def complaints(variants: Runs) -> list[str]:
@@ -164,12 +156,7 @@ def main(results: Path, out: Path):
     wrong = complaints(variants)
     runs = {variant: [run for _, run in sorted(runs.items())] for variant, runs in variants.items()}
     result = {"peers": dict(told), "quick": quick, "medians": medians, "goals": entries, "complaints": wrong, "runs": runs}
-    # NaN is no JSON: what is missing is null.
-    text = json.dumps(result, indent=1)
-    out.write_text(json.dumps(json.loads(text, parse_constant=lambda _: None), indent=1) + "\n")
-    print(f"\nwritten: {out}")
-    if wrong:
-        sys.exit("no measurement:\n  " + "\n  ".join(wrong))
+    keep(out, result, wrong)
 
 
 if __name__ == "__main__":

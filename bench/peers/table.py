@@ -11,6 +11,7 @@ from typing import Callable
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from compare import decode_rate, interval  # noqa: E402
+from runs import Runs, read  # noqa: E402
 
 MIB = 2**20
 # With fewer no goal is met, whatever the ratio.
@@ -73,16 +74,6 @@ GOALS = {
         Goal("ashlar-int4", ("llama-q4_0",), REST, 1.0, more_is_better=False),
     ],
 }
-
-Runs = dict[str, dict[int, dict]]
-
-
-def read(folder: Path) -> Runs:
-    variants: Runs = {}
-    for file in sorted(folder.glob("*.json")):
-        variant, number, _ = file.name.rsplit(".", 2)
-        variants.setdefault(variant, {})[int(number)] = json.loads(file.read_text())
-    return variants
 
 
 def complaints(where: str, variants: Runs) -> list[str]:
