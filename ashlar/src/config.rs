@@ -96,6 +96,8 @@ pub struct ExecutorConfig {
     pub memory_bytes: u64,
     /// Bytes for KV pages; 0: a quarter of the memory that is available at start, at most 4 GiB.
     pub kv_bytes: u64,
+    /// Bytes of KV pages for which memory is taken while the device is idle, not when they are first used; `None`: a sixteenth of all.
+    pub kv_touch_bytes: Option<u64>,
     /// Tokens of one KV page; a multiple of 16.
     pub page_tokens: u32,
     /// How keys and values are stored: `f32`, `bf16` or `int8`.
@@ -141,6 +143,7 @@ impl Default for ExecutorConfig {
             isa: "auto".to_owned(),
             memory_bytes: 0,
             kv_bytes: 0,
+            kv_touch_bytes: None,
             page_tokens: limits.page_tokens,
             kv_format: limits.kv_format,
             bf16_compute: Bf16Compute::default(),
@@ -199,6 +202,7 @@ impl ExecutorConfig {
             hidden_rows_max: step_tokens_max.saturating_mul(4),
             link_rows_max: step_tokens_max.saturating_mul(2),
             kv_bytes,
+            kv_touch_bytes: self.kv_touch_bytes.unwrap_or(kv_bytes / 16).min(kv_bytes),
             boundary_bytes: self.boundary_bytes,
             prefix_cache: self.prefix_cache,
         };

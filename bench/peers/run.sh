@@ -5,7 +5,7 @@
 #   bench/peers/run.sh     MODELS="smollm2 qwen" CELLS="decode prefill streams16 streams32 memory" PEERS_LIST="llama vllm mistralrs"
 #                          RUNS=3 THREADS=<all> QUICK=0 KV_FORMAT=bf16 OUT=target/bench/peers SKIP="llama-bf16"
 #
-# decode     one stream, 128 tokens in, 128 out: int8 against Q8_0; int4 against Q4_0 and Q4_1
+# decode     one stream, 128 tokens in, 128 out: int8 against Q8_0; int4 against Q4_0 and Q4_1; Q8_0 and Q4_0 of one file in both
 # prefill    one stream, 512 in, 2 out, counted to the first: int8 against the peers' formats
 # streamsN   N clients in a closed loop, 128 in, 64 out
 # memory     what stays resident after the load of streams32, without weights and KV pages
@@ -36,7 +36,7 @@ done
 # What is compared in a cell; Ashlar beside the peer that it is held against.
 variants_of() {
   case $1 in
-    decode) echo ashlar-int8 llama-q8_0 ashlar-int4 llama-q4_0 llama-q4_1 ;;
+    decode) echo ashlar-int8 ashlar-q8_0 llama-q8_0 ashlar-int4 ashlar-q4_0 llama-q4_0 llama-q4_1 ;;
     prefill) echo ashlar-int8 llama-bf16 llama-q8_0 llama-q4_0 vllm mistralrs ;;
     streams*) echo ashlar-int8 llama-bf16 llama-q8_0 llama-q4_0 vllm mistralrs ;;
     memory) echo ashlar-int8 llama-q8_0 ashlar-int4 llama-q4_0 ;;

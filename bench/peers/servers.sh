@@ -65,7 +65,13 @@ weigh() {
     ashlar-*)
       file=$folder/zoo-$kind
       if [ ! -d "$file" ]; then
-        "$ASHLAR_BIN" zoo add "$source" --name "hub/$model" --dtype "$kind" --zoo "$file.partial" >&2
+        local from=(--dtype "$kind" "$source")
+        # llama.cpp's own file, whose codes and scales the zoo keeps as they are.
+        if [[ $kind == q* ]]; then
+          weigh "llama-$kind" "$source"
+          from=("$file") file=$folder/zoo-$kind
+        fi
+        "$ASHLAR_BIN" zoo add "${from[@]}" --name "hub/$model" --zoo "$file.partial" >&2
         mv "$file.partial" "$file"
       fi
       hash=$("$ASHLAR_BIN" zoo show "hub/$model" --zoo "$file" | awk '$1 == "chain" { print substr($2, 1, 16) }')

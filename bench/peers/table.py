@@ -66,7 +66,12 @@ class Goal:
 
 PEERS = ("llama", "vllm", "mistralrs")
 GOALS = {
-    "decode": [Goal("ashlar-int8", ("llama-q8_0",), DECODE, 1.6), Goal("ashlar-int4", ("llama-q4_0", "llama-q4_1"), DECODE, 2.0)],
+    "decode": [
+        Goal("ashlar-int8", ("llama-q8_0",), DECODE, 1.6),
+        Goal("ashlar-q8_0", ("llama-q8_0",), DECODE, 1.6),
+        Goal("ashlar-int4", ("llama-q4_0", "llama-q4_1"), DECODE, 2.0),
+        Goal("ashlar-q4_0", ("llama-q4_0",), DECODE, 2.0),
+    ],
     "prefill": [Goal("ashlar-int8", PEERS, PREFILL, 1.5)],
     "streams": [Goal("ashlar-int8", PEERS, OUTPUT, 2.0), Goal("ashlar-int8", PEERS, GAP_P99, 1.0, more_is_better=False)],
     "memory": [

@@ -139,6 +139,7 @@ async fn eight_together_in_any_chunks(kv_format: KvFormat, bf16_compute: Bf16Com
         ("one chunk", limits(), 2),
         ("chunks of 7", Limits { chunk_tokens_max: 7, ..limits() }, 1),
         ("chunks of 1, pages of 32", Limits { chunk_tokens_max: 1, page_tokens: 32, ..limits() }, 2),
+        ("pages touched before", Limits { kv_touch_bytes: 8 << 20, ..limits() }, 2),
         ("little memory", Limits { chunk_tokens_max: 16, kv_bytes: 1 << 20, ..limits() }, 2),
         ("no hidden states kept", Limits { chunk_tokens_max: 30, boundary_bytes: 0, ..limits() }, 2),
         ("one batch in flight", Limits { chunk_tokens_max: 7, batches_in_flight_max: 1, ..limits() }, 2),

@@ -267,6 +267,10 @@ impl Ops for Cpu {
         Kv::new(shape, slot_count)
     }
 
+    fn touch_kv(&self, kv: &mut Kv, slots: Range<usize>) {
+        kv.touch(slots);
+    }
+
     fn linear_bytes(&self, linear: &Linear) -> usize {
         linear.bytes()
     }

@@ -3,6 +3,8 @@
 //! same trait. It knows rows, widths and pages; it does not know models, tenants or sequences.
 //! Numbers: docs/numerics.md. Every op is row-local: row r of an output depends on row r of its inputs alone.
 
+use std::ops::Range;
+
 use crate::format::TensorView;
 
 /// Tokens that one step of the attention walk covers: KV pieces are aligned to absolute positions that are
@@ -308,6 +310,10 @@ pub trait Ops: Send + Sync + 'static {
     fn table(&self, view: TensorView<'_>, keep: std::sync::Arc<dyn AsRef<[u8]> + Send + Sync>) -> Result<Self::Table, PackError>;
     /// Zeroed KV memory for `slot_count` pages; touched lazily.
     fn kv(&self, shape: KvShape, slot_count: usize) -> Result<Self::Kv, PackError>;
+    /// Has the system put memory behind pages that will be used soon, so that no step waits for it. What they hold stays; a hint.
+    fn touch_kv(&self, kv: &mut Self::Kv, slots: Range<usize>) {
+        let _ = (kv, slots);
+    }
 
     /// Bytes that a packed layer occupies on the device.
     fn linear_bytes(&self, linear: &Self::Linear) -> usize;

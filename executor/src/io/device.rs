@@ -63,7 +63,32 @@ pub enum Reply {
 
 struct Pools<B: Ops> {
     pages: PageLayout,
-    pools: BTreeMap<KvShape, B::Kv>,
+    pools: BTreeMap<KvShape, Pool<B>>,
+}
+
+/// The pages of one shape.
+struct Pool<B: Ops> {
+    kv: B::Kv,
+    slot_count: usize,
+    /// Slots, from the first on, that have memory or once had none to wait for. The engine gives low slots out first.
+    touched: usize,
+}
+
+impl<B: Ops> Pools<B> {
+    /// Touches the next pages of a pool of which less than its share of `bytes_max` is; false where there is none.
+    fn touch(&mut self, ops: &B, bytes_max: u64) -> bool {
+        let share = (bytes_max / self.pools.len().max(1) as u64) as usize;
+        for (shape, pool) in &mut self.pools {
+            let slots_max = (share / shape.page_bytes()).min(pool.slot_count);
+            if pool.touched < slots_max {
+                let end = (pool.touched + (TOUCH_BYTES / shape.page_bytes()).max(1)).min(slots_max);
+                ops.touch_kv(&mut pool.kv, pool.touched..end);
+                pool.touched = end;
+                return true;
+            }
+        }
+        false
+    }
 }
 
 impl<B: Ops> KvPools<B> for Pools<B> {
@@ -72,7 +97,7 @@ impl<B: Ops> KvPools<B> for Pools<B> {
     }
 
     fn pool(&mut self, shape: KvShape) -> &mut B::Kv {
-        self.pools.get_mut(&shape).expect("pools are made when a block of the shape is loaded")
+        &mut self.pools.get_mut(&shape).expect("pools are made when a block of the shape is loaded").kv
     }
 }
 
@@ -183,8 +208,17 @@ impl<B: Ops> Device<B> {
         }
     }
 
-    /// The next command; None when nobody can send any more. Between, where none comes, the device rests once.
-    fn next(&self, commands: &mpsc::Receiver<Command<B>>) -> Option<Command<B>> {
+    /// The next command; None when nobody can send any more. Between, where none comes, pages get their memory, and then the device
+    /// rests once.
+    fn next(&mut self, commands: &mpsc::Receiver<Command<B>>) -> Option<Command<B>> {
+        loop {
+            match commands.recv_timeout(TOUCH_AFTER) {
+                Ok(command) => return Some(command),
+                Err(mpsc::RecvTimeoutError::Disconnected) => return None,
+                Err(mpsc::RecvTimeoutError::Timeout) if self.pools.touch(&self.ops, self.limits.kv_touch_bytes) => {}
+                Err(mpsc::RecvTimeoutError::Timeout) => break,
+            }
+        }
         match commands.recv_timeout(REST_AFTER) {
             Ok(command) => Some(command),
             Err(mpsc::RecvTimeoutError::Disconnected) => None,
@@ -202,8 +236,9 @@ impl<B: Ops> Device<B> {
             && !self.pools.pools.contains_key(&shape)
         {
             let slot_bytes = shape.page_bytes() as u64;
-            let kv = self.ops.kv(shape, (self.limits.kv_bytes / slot_bytes) as usize)?;
-            self.pools.pools.insert(shape, kv);
+            let slot_count = (self.limits.kv_bytes / slot_bytes) as usize;
+            let kv = self.ops.kv(shape, slot_count)?;
+            self.pools.pools.insert(shape, Pool { kv, slot_count, touched: 0 });
         }
         if !self.hidden.contains_key(&block.width()) {
             let buffer = self.ops.buffer(self.limits.hidden_slots(block.width() as u32) * block.width())?;
@@ -361,5 +396,9 @@ impl<B: Ops> Device<B> {
     }
 }
 
-/// Without a command for so long, the device is idle.
+/// KV memory that is touched at a time, the system's large page: a command that comes meanwhile waits for it, 8 ms at worst where seen.
+const TOUCH_BYTES: usize = 2 << 20;
+/// Without a command for so long, pages get their memory: between two batches of a busy device it is less.
+const TOUCH_AFTER: Duration = Duration::from_millis(2);
+/// Without a command for so long after that, the device is idle.
 const REST_AFTER: Duration = Duration::from_millis(500);

@@ -38,6 +38,8 @@ pub struct Limits {
     pub link_rows_max: u32,
     /// Bytes of KV pages.
     pub kv_bytes: u64,
+    /// Bytes of KV pages, of those that are used first, for which an idle device has the system put memory there before they are needed.
+    pub kv_touch_bytes: u64,
     /// Bytes of hidden rows that are kept where chains part, so that a prompt that one model has seen is computed from there on by another;
     /// 0: none. Of each width of hidden rows.
     pub boundary_bytes: u64,
@@ -62,6 +64,7 @@ impl Default for Limits {
             hidden_rows_max: 1024,
             link_rows_max: 512,
             kv_bytes: 1 << 30,
+            kv_touch_bytes: 0,
             boundary_bytes: 64 << 20,
             prefix_cache: true,
         }

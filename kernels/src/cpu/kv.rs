@@ -137,6 +137,17 @@ impl Kv {
         Ok(Self { shape, slot_count, data: Aligned::new(bytes)? })
     }
 
+    /// Writes to memory of slots what is there, once for each of the system's smallest pages; slots that there are not are left out.
+    pub(super) fn touch(&mut self, slots: Range<usize>) {
+        let page_bytes = self.shape.page_bytes();
+        let end = slots.end.min(self.slot_count);
+        let bytes = &mut self.data[slots.start.min(end) * page_bytes..end * page_bytes];
+        for byte in bytes.iter_mut().step_by(SYSTEM_PAGE_BYTES) {
+            // Otherwise a write of what is there is no write.
+            *byte = std::hint::black_box(*byte);
+        }
+    }
+
     /// Bytes of one kv head of one page.
     fn head_bytes(&self) -> usize {
         self.shape.page_bytes() / self.shape.kv_heads
@@ -251,3 +262,24 @@ impl Write<'_> {
 
 /// Heads of up to as many elements are written without an allocation.
 const HEAD_MAX: usize = 256;
+/// The smallest page of memory that systems have.
+const SYSTEM_PAGE_BYTES: usize = 4096;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::KvFormat;
+
+    #[test]
+    fn touched_pages_keep_what_they_hold() {
+        let shape = KvShape { kv_heads: 3, head_dim: 40, page_tokens: 16, format: KvFormat::F32 };
+        let mut kv = Kv::new(shape, 7).unwrap();
+        for (i, byte) in kv.data.iter_mut().enumerate() {
+            *byte = (i % 251) as u8;
+        }
+        for slots in [0..7, 2..3, 5..90, 40..50, 3..3] {
+            kv.touch(slots);
+        }
+        assert!(kv.data.iter().enumerate().all(|(i, byte)| *byte == (i % 251) as u8));
+    }
+}
