@@ -149,6 +149,21 @@ impl PagePool {
         &self.handles[handle.0 as usize].slots
     }
 
+    /// What a handle covers.
+    pub(crate) fn stretch_of(&self, handle: HandleIndex) -> StretchIndex {
+        self.handles[handle.0 as usize].stretch
+    }
+
+    /// Attention blocks of a stretch.
+    pub(crate) fn block_count(&self, stretch: StretchIndex) -> usize {
+        self.stretches[stretch.0 as usize].classes.len()
+    }
+
+    /// Slots of each class that a handle has.
+    pub(crate) fn slot_counts(&self, handle: HandleIndex) -> &[(ClassIndex, usize)] {
+        &self.stretches[self.stretch_of(handle).0 as usize].counts
+    }
+
     /// Takes a handle for one holder, evicting least recently used cached ones if it must.
     pub fn reserve(&mut self, stretch: StretchIndex) -> Option<HandleIndex> {
         let place = stretch.0 as usize;
@@ -269,6 +284,12 @@ impl PagePool {
         }
         let handle = at.expect("slots that are available and not free are cached");
         self.evict(handle);
+    }
+
+    /// Drops a cached handle that nobody holds.
+    #[cfg(test)]
+    pub(crate) fn drop_cached(&mut self, key: &HandleKey) {
+        self.evict(self.index[key]);
     }
 
     fn evict(&mut self, handle: HandleIndex) {
