@@ -78,6 +78,8 @@ pub struct PagePool {
     oldest: Option<HandleIndex>,
     newest: Option<HandleIndex>,
     evicted_pages: u64,
+    /// For stretches of keys and values before a fork: what boundary handles there cover, which are of use only together with theirs.
+    forks: BTreeMap<StretchIndex, Vec<StretchIndex>>,
 }
 
 impl PagePool {
@@ -93,6 +95,7 @@ impl PagePool {
             oldest: None,
             newest: None,
             evicted_pages: 0,
+            forks: BTreeMap::new(),
         }
     }
 
@@ -205,6 +208,19 @@ impl PagePool {
         self.index.contains_key(key)
     }
 
+    /// Makes a cached handle the most recently used one, if there is one under a key.
+    pub fn touch(&mut self, key: &HandleKey) {
+        if let Some(handle) = self.index.get(key).copied().filter(|handle| self.handles[handle.0 as usize].refs == 0) {
+            self.unlink(handle);
+            self.link(handle, self.newest);
+        }
+    }
+
+    /// Says which boundary handles are of use only as long as the pages of a stretch for the same tokens are there.
+    pub(crate) fn set_forks(&mut self, forks: BTreeMap<StretchIndex, Vec<StretchIndex>>) {
+        self.forks = forks;
+    }
+
     /// Makes a held handle findable, whose pages are full. If an equal one is known already, that one stays the known one.
     pub fn publish(&mut self, handle: HandleIndex, tokens: TokenHash, maker: u32) {
         let entry = &mut self.handles[handle.0 as usize];
@@ -283,7 +299,16 @@ impl PagePool {
             at = self.handles[handle.0 as usize].newer;
         }
         let handle = at.expect("slots that are available and not free are cached");
+        let Handle { stretch, tokens, .. } = self.handles[handle.0 as usize];
         self.evict(handle);
+        // Hidden rows whose keys and values are gone let nobody skip the blocks before them.
+        for fork in 0..self.forks.get(&stretch).map_or(0, Vec::len) {
+            let key = tokens.map(|tokens| HandleKey { tokens, stretch: self.forks[&stretch][fork] });
+            let boundary = key.and_then(|key| self.index.get(&key).copied());
+            if let Some(boundary) = boundary.filter(|boundary| self.handles[boundary.0 as usize].refs == 0) {
+                self.evict(boundary);
+            }
+        }
     }
 
     /// Drops a cached handle that nobody holds.

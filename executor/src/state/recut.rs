@@ -102,6 +102,7 @@ impl Engine {
             }
             span.path = Arc::new(Path { steps, ..(*span.path).clone() });
         }
+        self.tie_boundaries(&hosted);
         self.hosts_cut_chains = hosted.iter().any(|&i| !self.spans[i].path.is_whole());
         self.follow_paths();
         self.count_blocks();
@@ -125,6 +126,21 @@ impl Engine {
             forks.extend(self.pages.stretch(&[(index, class)]).map(|stretch| (lineage, stretch)));
         }
         forks
+    }
+
+    /// Ties boundary handles to the pages of the blocks before their forks. Those of windowed blocks may be gone where later ones are not.
+    fn tie_boundaries(&mut self, hosted: &[usize]) {
+        let mut forks: BTreeMap<StretchIndex, BTreeSet<StretchIndex>> = BTreeMap::new();
+        for &i in hosted {
+            let steps = &self.spans[i].path.steps;
+            for (s, fork) in steps.iter().enumerate().filter_map(|(s, step)| Some((s, step.fork?))) {
+                let lanes = steps[..=s].iter().flat_map(|step| &step.lanes).filter(|lane| lane.window.is_none());
+                for lane in lanes {
+                    forks.entry(lane.stretch).or_default().insert(fork);
+                }
+            }
+        }
+        self.pages.set_forks(forks.into_iter().map(|(stretch, forks)| (stretch, forks.into_iter().collect())).collect());
     }
 
     /// Borders of the present cut that no chain needs any more but that sequences under way still do.

@@ -68,6 +68,7 @@ impl Engine {
         // A chain without attention has no pages, and nothing to reuse.
         let has_pages = path.steps.iter().any(|step| !step.lanes.is_empty());
         let mut skipped = if has_pages { cached.longest(&path.steps, hashes.len()) } else { 0 };
+        let skipped_by_all = skipped;
         let mut counts = vec![skipped; path.steps.len()];
         for s in (0..path.steps.len() - 1).rev() {
             if let Some(fork) = path.steps[s].fork {
@@ -77,6 +78,14 @@ impl Engine {
                 }
             }
             counts[s] = skipped;
+        }
+        // Hidden rows at forks are as much in use as the pages that all steps skip, though nobody reads them: another model may.
+        for step in path.steps.iter().rev() {
+            let keys = step
+                .fork
+                .into_iter()
+                .flat_map(|stretch| hashes[..skipped_by_all].iter().map(move |tokens| HandleKey { tokens: *tokens, stretch }));
+            keys.rev().for_each(|key| self.pages.touch(&key));
         }
         let take = |pages: &mut PagePool, stretch, page: usize| {
             let handle = pages.find(&HandleKey { tokens: hashes[page], stretch });
