@@ -37,6 +37,7 @@ fn host(blocks: &[u32]) -> HostSpan {
         lineages: lineages.collect(),
         blocks: blocks.iter().map(|block| BlockIndex(*block)).collect(),
         kv_shapes: (0..blocks.len()).map(|i| (i % 2 == 1).then_some(shape)).collect(),
+        windows: vec![None; blocks.len()],
         width: 64,
         begins_with_embed: true,
         ends_with_head: true,

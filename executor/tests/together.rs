@@ -10,7 +10,7 @@ use ashlar_executor::io::hosting::Hosting;
 use ashlar_executor::io::metrics::ExecutorMetrics;
 use ashlar_executor::state::limits::Limits;
 use ashlar_kernels::cpu::{Cpu, CpuOptions, Isa};
-use ashlar_kernels::ops::{Bf16Compute, KvFormat};
+use ashlar_kernels::ops::{Bf16Compute, KvFormat, KvShape};
 use ashlar_registry::record::{ExecutorRecord, Plan, SpanAssignment, to_value};
 use ashlar_registry::{ChainDigest, Registry, Session, key};
 use ashlar_wire::id::ExecutorId;
@@ -30,13 +30,17 @@ struct Family {
 }
 
 async fn family() -> Family {
+    family_of("../demo", &MODELS).await
+}
+
+async fn family_of(models: &str, names: &[&str]) -> Family {
     let folder = tempfile::tempdir().unwrap();
     let zoo = Zoo::create_dir(folder.path()).await.unwrap();
-    let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../demo");
+    let models = Path::new(env!("CARGO_MANIFEST_DIR")).join(models);
     let mut chains = Vec::new();
-    for name in MODELS {
+    for name in names {
         let options = AddOptions { model: ModelId::new("demo", name).unwrap(), recipe: Recipe::Keep, parent: None, source: None };
-        let report = add(&zoo, &demo.join(name), &options, &Silent).await.unwrap();
+        let report = add(&zoo, &models.join(name), &options, &Silent).await.unwrap();
         let chain = zoo.read_chain(report.chain).await.unwrap();
         let lineage = lineages(&chain.blocks, &[]).last().unwrap().0.to_vec();
         chains.push((report.chain, chain.blocks.len(), lineage));
@@ -206,6 +210,41 @@ async fn a_prompt_that_another_model_has_seen_is_computed_from_the_fork() {
     // Twelve pages of sixteen tokens lie before the last one.
     assert_eq!((cached[0], cached[2], cached[3]), (0, 192, 192));
     assert!(cached[1] > 90 && cached[1] < 192, "the top of model 1 is its own: {} of 192 tokens' worth were skipped", cached[1]);
+}
+
+/// Nothing is given back in pages that hold a whole sequence. In small ones a sequence runs in less memory than its tokens would take.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_lies_behind_a_window_is_given_back_and_changes_no_token() {
+    // Heads of keys and values, and their width; layers that see 16 tokens, and layers that see all.
+    for (model, kv_heads, head_dim, windowed, full) in [("mistral", 2, 16, 2, 0), ("gemma3", 2, 24, 3, 1), ("qwen3-window", 1, 16, 2, 1)] {
+        let family = family_of("tests/data/tiny", &[model]).await;
+        let request = |number: u64| {
+            // The first 60 tokens are common; the rest is one of two.
+            let prompt = (0..150).map(|t| if t < 60 { t + 3 } else { (t * 37 + number as u32 % 2 * 11) % 280 }).collect();
+            let sampling = v1::Sampling { temperature: 0.7, logprobs: true, ..v1::Sampling::default() };
+            v1::Admission { generated_tokens_max: 60, ..admission(&family, number, 0, prompt, sampling) }
+        };
+        let options = CpuOptions { threads: 1, ..CpuOptions::default() };
+        let whole = start(&family, Limits { page_tokens: 256, prefix_cache: false, ..limits() }, options).await;
+        let golden = [tokens(&whole, request(0)).await, tokens(&whole, request(1)).await];
+        assert!(golden[0].len() == 60 && golden[0] != golden[1], "{model}");
+        // 210 tokens are 14 pages of 16. A window of 16 tokens and a chunk of 16 are in three of them.
+        let page_bytes = KvShape { kv_heads, head_dim, page_tokens: 16, format: KvFormat::F32 }.page_bytes() as u64;
+        let kv_bytes = page_bytes * (3 * windowed + 14 * full);
+        for (in_flight, prefix_cache, kv_bytes) in [(1, false, kv_bytes), (2, true, kv_bytes), (4, true, 3 * kv_bytes)] {
+            let limits = Limits { chunk_tokens_max: 16, batches_in_flight_max: in_flight, prefix_cache, kv_bytes, ..limits() };
+            let handle = start(&family, limits, options).await;
+            let all = (0..6).map(|number| {
+                let (handle, request) = (handle.clone(), request(number));
+                tokio::spawn(async move { tokens(&handle, request).await })
+            });
+            let together = futures::future::join_all(all.collect::<Vec<_>>()).await;
+            for (number, tokens) in together.into_iter().enumerate() {
+                assert_eq!(tokens.unwrap(), golden[number % 2], "{model}, {in_flight} in flight, sequence {number}");
+            }
+            handle.check_integrity().await.unwrap();
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,5 +1,7 @@
 //! What a sequence gives when it runs alone: straight from the definition of the modelled device, with no engine, pages or batches.
-//! Each attention block sees a hash of all rows so far; a wrong page, a lost chunk or a row of another tenant changes every token after.
+//! Each attention block sees a hash of the rows so far, or of those within its window; a wrong page, a lost chunk or a row of another tenant changes every token after.
+
+use std::collections::VecDeque;
 
 use crate::dice::mix;
 use crate::models::{Block, VOCAB};
@@ -33,11 +35,39 @@ pub(crate) fn accept(history: u64, token: u32) -> u64 {
 }
 
 /// The rows of one attention block so far.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 struct History {
     /// Of all full granules, and of the rows of the one that is being filled.
     granules: u64,
     rows: u64,
+    /// Those that a block with a window sees, oldest first.
+    seen: VecDeque<u64>,
+}
+
+impl History {
+    /// What a block without a window sees after one more row.
+    fn all(&mut self, position: u32, row: u64) -> u64 {
+        if position.is_multiple_of(GRANULE) {
+            self.granules = if position == 0 { 0 } else { mix(&[self.granules, self.rows]) };
+            self.rows = 0;
+        }
+        self.rows = mix(&[self.rows, row]);
+        mix(&[self.granules, self.rows])
+    }
+
+    /// What one with a window does.
+    fn latest(&mut self, window: u32, row: u64) -> u64 {
+        if self.seen.len() == window as usize {
+            self.seen.pop_front();
+        }
+        self.seen.push_back(row);
+        window_hash(self.seen.iter().copied())
+    }
+}
+
+/// Hash of the rows within a window, oldest first.
+pub(crate) fn window_hash(rows: impl Iterator<Item = u64>) -> u64 {
+    rows.fold(0, |hash, row| mix(&[hash, row]))
 }
 
 /// One sequence alone.
@@ -68,12 +98,10 @@ impl Alone {
         for (block, history) in self.blocks.iter().zip(&mut self.histories) {
             value = through(block, self.class, self.position, value);
             if block.kv_heads.is_some() {
-                if self.position.is_multiple_of(GRANULE) {
-                    history.granules = if self.position == 0 { 0 } else { mix(&[history.granules, history.rows]) };
-                    history.rows = 0;
-                }
-                history.rows = mix(&[history.rows, value]);
-                value = mix(&[history.granules, history.rows]);
+                value = match block.window {
+                    None => history.all(self.position, value),
+                    Some(window) => history.latest(window, value),
+                };
             }
         }
         self.last = value;

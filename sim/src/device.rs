@@ -7,7 +7,7 @@ use ashlar_executor::state::batch::{Batch, RowInput, RowOutput, Sample, SampledT
 use ashlar_executor::state::segments::BlockIndex;
 
 use crate::Micros;
-use crate::alone::{GRANULE, accept, embed, sample, through};
+use crate::alone::{GRANULE, accept, embed, sample, through, window_hash};
 use crate::dice::mix;
 use crate::models::Block;
 
@@ -172,6 +172,13 @@ impl Device {
             for (rows, values) in batch.rows.iter().zip(&mut state) {
                 let table = &self.tables[&rows.sequence][rows.attention_from as usize + attention];
                 let page = |position: u32| &self.pages[&(kv_heads, table[(position / self.page_tokens) as usize])];
+                if let Some(window) = block.window {
+                    let row = |position: u32| page(position).rows[(position % self.page_tokens) as usize];
+                    for (value, position) in values.iter_mut().zip(rows.start..) {
+                        *value = window_hash(((position + 1).saturating_sub(window)..=position).map(row));
+                    }
+                    continue;
+                }
                 let hash = |position: u32| page(position).hashes[(position % self.page_tokens) as usize];
                 let mut granules = (0..rows.start / GRANULE).fold(0, |all, granule| mix(&[all, hash(granule * GRANULE + GRANULE - 1)]));
                 for (value, position) in values.iter_mut().zip(rows.start..) {

@@ -28,8 +28,12 @@ pub use simulation::{Options, run};
 pub type Micros = u64;
 
 /// The canaries by name.
-pub const CANARIES: [(&str, Canary); 3] =
-    [("publishes-early", Canary::PublishesEarly), ("frees-in-flight", Canary::FreesInFlight), ("leaks-pages", Canary::LeaksPages)];
+pub const CANARIES: [(&str, Canary); 4] = [
+    ("publishes-early", Canary::PublishesEarly),
+    ("frees-in-flight", Canary::FreesInFlight),
+    ("frees-in-window", Canary::FreesInWindow),
+    ("leaks-pages", Canary::LeaksPages),
+];
 
 fn canary_name(canary: Canary) -> Option<&'static str> {
     CANARIES.iter().find(|(_, known)| *known == canary).map(|(name, _)| *name)

@@ -23,13 +23,15 @@ pub(crate) struct Block {
     pub(crate) bytes: u64,
     /// Heads of its keys and values; None: no attention.
     pub(crate) kv_heads: Option<usize>,
+    /// Tokens that its attention sees; None: all.
+    pub(crate) window: Option<u32>,
 }
 
 impl Block {
-    fn of(name: &str, bytes: u64, kv_heads: Option<usize>) -> Self {
+    fn of(name: &str, bytes: u64, kv_heads: Option<usize>, window: Option<u32>) -> Self {
         let digest = Digest::of(name.as_bytes());
         let salt = u64::from_le_bytes(digest.0[..8].try_into().expect("eight bytes"));
-        Self { digest, salt, bytes, kv_heads }
+        Self { digest, salt, bytes, kv_heads, window }
     }
 
     pub(crate) fn kv_shape(&self, page_tokens: u32) -> Option<KvShape> {
@@ -88,6 +90,7 @@ impl Model {
         HostSpan {
             blocks: places,
             lineages: self.lineages[range.clone()].iter().map(|lineage| lineage.0).collect(),
+            windows: self.blocks[range.clone()].iter().map(|block| block.window).collect(),
             kv_shapes: self.blocks[range].iter().map(|block| block.kv_shape(page_tokens)).collect(),
             width: self.width,
             begins_with_embed: from == 0,
@@ -96,20 +99,30 @@ impl Model {
     }
 }
 
-/// Families of models: each has a base, and descendants that differ in the top, in one layer, or end earlier.
-pub(crate) fn draw(dice: &mut Dice, count: usize) -> Vec<Model> {
+/// Families of models: each has a base, and descendants that differ in the top, in one layer, or end earlier. `windows` draws which attention
+/// blocks of a family see less than all.
+pub(crate) fn draw(dice: &mut Dice, windows: &mut Dice, count: usize) -> Vec<Model> {
     let mut models: Vec<Model> = Vec::new();
     let mut family = 0;
     while models.len() < count {
         let layers = dice.within(2..=5) as usize;
         let kv_heads = if family == 0 || dice.chance(60) { 1 } else { 2 };
         let width = if kv_heads == 1 { 2 } else { 4 };
-        let mut base = vec![Block::of(&format!("{family}/embed"), 4, None)];
+        let window = windows.pick(&[3, 16, 40, 100]);
+        // None, all, every other one as in Gemma, or those of the upper layers as in Qwen.
+        let pattern = windows.pick(&[0, 0, 1, 2, 3]);
+        let window_of = |layer: usize| match pattern {
+            1 => Some(window),
+            2 if layer.is_multiple_of(2) => Some(window),
+            3 if layer >= layers / 2 => Some(window),
+            _ => None,
+        };
+        let mut base = vec![Block::of(&format!("{family}/embed"), 4, None, None)];
         for layer in 0..layers {
-            base.push(Block::of(&format!("{family}/{layer}/attention"), 2, Some(kv_heads)));
-            base.push(Block::of(&format!("{family}/{layer}/feed_forward"), 3, None));
+            base.push(Block::of(&format!("{family}/{layer}/attention"), 2, Some(kv_heads), window_of(layer)));
+            base.push(Block::of(&format!("{family}/{layer}/feed_forward"), 3, None, None));
         }
-        base.push(Block::of(&format!("{family}/head"), 4, None));
+        base.push(Block::of(&format!("{family}/head"), 4, None, None));
         models.push(Model::new(format!("m{}", models.len()), base.clone(), width));
         for _ in 0..dice.within(0..=4) {
             if models.len() == count {
@@ -130,7 +143,7 @@ pub(crate) fn draw(dice: &mut Dice, count: usize) -> Vec<Model> {
 /// A chain with some blocks of another one.
 fn descend(dice: &mut Dice, parent: &[Block], name: &str) -> Vec<Block> {
     let mut blocks = parent.to_vec();
-    let tuned = |block: &Block, at: usize| Block::of(&format!("{name}/{at}"), block.bytes, block.kv_heads);
+    let tuned = |block: &Block, at: usize| Block::of(&format!("{name}/{at}"), block.bytes, block.kv_heads, block.window);
     let layers = (blocks.len() - 2) / 2;
     match dice.within(0..=3) {
         // The top, with the head or without it.

@@ -39,7 +39,7 @@ pub(crate) fn draw(seed: u64, trace: Option<&Load>) -> Scenario {
     };
     let mut of = dice.fork("models");
     let model_count = if of.chance(15) { 1 } else { of.within(2..=7) } as usize;
-    let models = models::draw(&mut of, model_count);
+    let models = models::draw(&mut of, &mut dice.fork("windows"), model_count);
     let mut of = dice.fork("executors");
     let count = of.pick(&[1, 1, 2, 2, 3, 4]);
     let policy = PlanPolicy { spans_per_chain: of.pick(&[1, 1, 1, 2, 3]), replicas: of.pick(&[1, 2]) };

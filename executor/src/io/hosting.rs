@@ -126,6 +126,8 @@ struct Resident {
     index: BlockIndex,
     bytes: u64,
     kv_shape: Option<ashlar_kernels::ops::KvShape>,
+    /// How far back it sees, if it is an attention block with a window.
+    window: Option<u32>,
     /// Spans that run through it.
     spans: BTreeSet<SpanKey>,
 }
@@ -316,6 +318,7 @@ impl<B: Ops> Hosting<B> {
             blocks: Vec::new(),
             lineages: all_lineages[from..to].iter().map(|lineage| lineage.0).collect(),
             kv_shapes: Vec::new(),
+            windows: Vec::new(),
             width: chain.width,
             begins_with_embed: from == 0,
             ends_with_head: to == chain.blocks.len(),
@@ -330,6 +333,7 @@ impl<B: Ops> Hosting<B> {
             resident.spans.insert(key.clone());
             host.blocks.push(resident.index);
             host.kv_shapes.push(resident.kv_shape);
+            host.windows.push(resident.window);
             block_bytes.push(resident.bytes);
         }
         tracing::info!(chain = %key.chain.short(), from, to, "hosting a span");
@@ -364,13 +368,13 @@ impl<B: Ops> Hosting<B> {
         if bytes > free_bytes {
             return Err(HostError::Memory { block: digest, block_bytes: bytes, free_bytes, memory_bytes: self.memory_bytes });
         }
-        let kv_shape = loaded.kv_shape(self.pages);
+        let (kv_shape, window) = (loaded.kv_shape(self.pages), loaded.window());
         let place = self.free.pop().unwrap_or_else(|| {
             self.next += 1;
             BlockIndex(self.next - 1)
         });
         let _ = self.commands.send(Command::Load(place, Box::new(loaded)));
-        self.resident.insert(digest, Resident { index: place, bytes, kv_shape, spans: BTreeSet::new() });
+        self.resident.insert(digest, Resident { index: place, bytes, kv_shape, window, spans: BTreeSet::new() });
         Ok(())
     }
 }

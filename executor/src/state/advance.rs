@@ -3,6 +3,7 @@
 
 use super::batch::{Batch, RowInput, RowOutput, Rows, SequenceId, TableUpdate};
 use super::engine::{Engine, Output};
+use super::lane::append_entries;
 use super::planner::Chosen;
 
 impl Engine {
@@ -13,7 +14,7 @@ impl Engine {
         self.reserve_boundary(chosen);
         let sequence = &mut self.sequences[id];
         let path = &*sequence.path;
-        let (is_last, at) = (step + 1 == path.steps.len(), path.steps[step]);
+        let (is_last, at) = (step + 1 == path.steps.len(), &path.steps[step]);
         let start = sequence.steps[step].computed;
         let end = start + count;
         let slots_from = batch.slots.len() as u32;
@@ -92,14 +93,16 @@ impl Engine {
         let pages = end.div_ceil(page_tokens);
         if at.attention_count > 0 && pages > state.told {
             let from = batch.table_slots.len() as u32;
-            for handle in &state.handles[state.told as usize..pages as usize] {
-                batch.table_slots.extend_from_slice(self.pages.slots(*handle));
+            let (attention_from, attention_count) = (at.attention_from, at.attention_count);
+            let attention = &self.spans[sequence.span.0 as usize].attention[attention_from as usize..][..attention_count as usize];
+            for page in state.told..pages {
+                append_entries(at, &state.lanes, page, attention, &self.pages, &mut batch.table_slots);
             }
             let slots = from..batch.table_slots.len() as u32;
-            let (attention_from, attention_count) = (at.attention_from, at.attention_count);
             batch.tables.push(TableUpdate { sequence: id, attention_from, attention_count, page: state.told, slots });
             state.told = pages;
         }
+        let slides = at.slides();
         let has_more = sequence.ready_count(step, self.limits.link_rows_max) > 0;
         let span = &mut self.spans[sequence.span.0 as usize];
         batch.span_count += usize::from(span.last_batch != batch.id);
@@ -108,6 +111,9 @@ impl Engine {
         batch.rows.push(Rows { sequence: id, start, count, attention_from: at.attention_from, input, output });
         if fills_page {
             self.publish(id, step);
+        }
+        if slides {
+            self.slide(id, step);
         }
         if samples_token {
             self.token_planned(id, batch.id);
@@ -135,8 +141,8 @@ impl Engine {
         let state = &mut sequence.steps[step];
         let full = ((state.computed + self.canary.early_tokens()) / page_tokens).min(sequence.hashes.len() as u32);
         while state.published < full {
-            if let Some(handle) = state.handles.get(state.published as usize) {
-                self.pages.publish(*handle, sequence.hashes[state.published as usize], sequence.span.0);
+            for handle in state.lanes.iter().filter_map(|held| held.get(state.published)) {
+                self.pages.publish(handle, sequence.hashes[state.published as usize], sequence.span.0);
             }
             state.published += 1;
         }

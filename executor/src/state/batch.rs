@@ -27,6 +27,10 @@ impl SequenceId {
     }
 }
 
+/// An entry of a page table for a page that is not there, as it lies behind the window of its block. The sequence had it once, or never
+/// did: it began behind it.
+pub const NO_PAGE: u32 = u32::MAX;
+
 /// A batch inside one executor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct BatchId(pub u64);
@@ -85,7 +89,8 @@ pub struct TableUpdate {
     pub attention_count: u32,
     /// First page.
     pub page: u32,
-    /// The entries in [`Batch::table_slots`]: page after page, in each one block after another.
+    /// The entries in [`Batch::table_slots`]: page after page, in each one block after another; [`NO_PAGE`] where a block looks back less
+    /// far.
     pub slots: Range<u32>,
 }
 

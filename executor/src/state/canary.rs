@@ -11,6 +11,8 @@ pub enum Canary {
     PublishesEarly,
     /// Pages of a sequence that is gone come back while a batch in flight may still write to them.
     FreesInFlight,
+    /// A page is given back while the next token still sees it.
+    FreesInWindow,
     /// Pages of a sequence that went while a batch was in flight never come back.
     LeaksPages,
 }

@@ -19,12 +19,13 @@ use super::canary::Canary;
 use super::clock::{Clock, InFlight, Micros};
 use super::cost::CostCurve;
 use super::counters::{Counters, Gauges};
+use super::lane::Held;
 use super::limits::Limits;
 use super::pages::{ClassIndex, HandleIndex, LineageIndex, PagePool, TokenHash};
 use super::planner::Chosen;
 use super::ready::{Entries, Entry, Ready};
 use super::segments::Segment;
-use super::sequence::{Admit, Reason, Sequence, SpanIndex, Status, StepState};
+use super::sequence::{Admit, Reason, Sequence, SpanIndex, Status};
 use super::slab::Sequences;
 pub use super::span::HostSpan;
 use super::span::Span;
@@ -33,6 +34,8 @@ use super::tenants::{OUTPUT_WEIGHT, Tenants};
 /// Handles that come back when a batch is done.
 #[derive(Debug)]
 pub(crate) struct Leaving {
+    /// Whose they were.
+    pub(crate) sequence: SequenceId,
     /// The latest batch that may write to their pages.
     pub(crate) last_batch: BatchId,
     /// The handles, in the order in which to release them.
@@ -65,6 +68,8 @@ pub struct Engine {
     pub(crate) costs: Vec<CostCurve>,
     /// Pages of sequences that are gone or gave way while batches with rows of them were in flight.
     pub(crate) leaving: Vec<Leaving>,
+    /// Pages that running sequences have left behind their windows in batches that are in flight.
+    pub(crate) behind: Vec<Leaving>,
     /// Whether a sequence that runs could not get its pages when the latest step was planned: nobody is started before it.
     pub(crate) pages_short: bool,
     next_batch: u64,
@@ -105,6 +110,7 @@ impl Engine {
             clock: Clock::default(),
             costs: Vec::new(),
             leaving: Vec::new(),
+            behind: Vec::new(),
             pages_short: false,
             next_batch: 0,
             counters: Counters::default(),
@@ -144,15 +150,14 @@ impl Engine {
 
     /// Whether pages for `tokens` could be reserved now, counting what could be evicted.
     pub(crate) fn pages_suffice(&self, span: &Span, tokens: u32) -> bool {
-        let pages = tokens.div_ceil(self.limits.page_tokens) as usize;
-        span.pages.iter().all(|(class, count)| self.pages.available(*class) >= count * pages)
+        span.pages_for(tokens, self.limits.page_tokens).all(|(class, count)| self.pages.available(class) >= count)
     }
 
     /// Why so many tokens of a span never fit, if they do not: their pages are more than all that there are.
     fn never_fits(&self, span: SpanIndex, tokens: u32) -> Option<String> {
-        let pages = tokens.div_ceil(self.limits.page_tokens) as usize;
-        let more = |(class, count): &(ClassIndex, usize)| (count * pages, self.pages.slot_count_max(*class));
-        let (needed, most) = self.span(span).pages.iter().map(more).find(|(needed, most)| needed > most)?;
+        let more = |(class, count): (ClassIndex, usize)| (count, self.pages.slot_count_max(class));
+        let pages = self.span(span).pages_for(tokens, self.limits.page_tokens);
+        let (needed, most) = pages.map(more).find(|(needed, most)| needed > most)?;
         Some(format!("{tokens} tokens need {needed} KV pages, this executor has {most} for the model's shape"))
     }
 
@@ -223,7 +228,7 @@ impl Engine {
             tokens: admit.tokens,
             received: 0,
             consumed: 0,
-            steps: vec![StepState::default(); path.steps.len()],
+            steps: path.fresh_steps(),
             path,
             hashes: Vec::new(),
             cached_tokens: 0,
@@ -328,7 +333,8 @@ impl Engine {
                 }
             }
         }
-        let over = self.leaving.extract_if(.., |leaving| leaving.last_batch <= done);
+        let is_over = |leaving: &mut Leaving| leaving.last_batch <= done;
+        let over = self.leaving.extract_if(.., is_over).chain(self.behind.extract_if(.., is_over));
         over.flat_map(|leaving| leaving.handles).for_each(|handle| self.pages.release(handle));
         if self.recut_after.is_some_and(|after| after <= done) {
             self.recut();
@@ -343,7 +349,7 @@ impl Engine {
     }
 
     /// Whether a batch is still on the device.
-    fn is_in_flight(&self, batch: BatchId) -> bool {
+    pub(crate) fn is_in_flight(&self, batch: BatchId) -> bool {
         self.in_flight.front().is_some_and(|oldest| oldest.id <= batch)
     }
 
@@ -405,7 +411,10 @@ impl Engine {
         self.outputs.push_back(Output::EmitToken { sequence: id, index, token });
         if (sequence.tokens.len() as u32).is_multiple_of(self.limits.page_tokens) {
             let steps = sequence.steps.len();
-            (0..steps).for_each(|step| self.publish(id, step));
+            for step in 0..steps {
+                self.publish(id, step);
+                self.slide(id, step);
+            }
         }
         if let Some(reason) = self.sequences[id].end_reason() {
             self.finish(id, reason);
@@ -448,13 +457,14 @@ impl Engine {
         self.stop_decoding(id);
         let is_in_flight = self.canary != Canary::FreesInFlight && self.is_in_flight(self.sequences[id].last_batch);
         let sequence = &mut self.sequences[id];
-        let most = sequence.steps.iter().map(|step| step.handles.len()).max().unwrap_or(0);
-        let mut handles = Vec::with_capacity(if is_in_flight { most * sequence.steps.len() } else { 0 });
-        for page in (0..most).rev() {
-            for step in sequence.steps.iter().rev() {
-                match step.handles.get(page) {
-                    Some(handle) if is_in_flight => handles.push(*handle),
-                    Some(handle) => self.pages.release(*handle),
+        let lanes = || sequence.steps.iter().flat_map(|step| &step.lanes);
+        let (first, most) = (lanes().map(|held| held.from).min().unwrap_or(0), lanes().map(Held::to).max().unwrap_or(0));
+        let mut handles = Vec::with_capacity(if is_in_flight { lanes().map(|held| held.handles.len()).sum() } else { 0 });
+        for page in (first..most).rev() {
+            for held in lanes().rev() {
+                match held.get(page) {
+                    Some(handle) if is_in_flight => handles.push(handle),
+                    Some(handle) => self.pages.release(handle),
                     None => {}
                 }
             }
@@ -468,11 +478,14 @@ impl Engine {
             if step.queued {
                 self.ready.remove(sequence.path.steps[i].segment, id, i as u32);
             }
-            step.handles.clear();
-            (step.computed, step.published, step.told, step.queued) = (0, 0, 0, false);
+            for held in &mut step.lanes {
+                held.handles.clear();
+                held.from = 0;
+            }
+            (step.computed, step.reserved, step.published, step.told, step.queued) = (0, 0, 0, 0, false);
         }
         if !handles.is_empty() && self.canary != Canary::LeaksPages {
-            self.leaving.push(Leaving { last_batch: sequence.last_batch, handles });
+            self.leaving.push(Leaving { sequence: id, last_batch: sequence.last_batch, handles });
         }
     }
 }

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use super::canary::Canary;
 use super::engine::Engine;
 use super::pages::HandleIndex;
 use super::sequence::{Sequence, Status};
@@ -11,9 +12,9 @@ impl Engine {
     /// The first fault found, as a sentence; `Ok` when all is consistent.
     pub fn check_integrity(&self) -> Result<(), String> {
         let mut held: BTreeMap<HandleIndex, u32> = BTreeMap::new();
-        let leaving = self.leaving.iter().flat_map(|leaving| &leaving.handles);
+        let leaving = self.leaving.iter().chain(&self.behind).flat_map(|leaving| &leaving.handles);
         let steps = || self.sequences.iter().flat_map(|sequence| &sequence.steps);
-        let owned = steps().flat_map(|step| &step.handles);
+        let owned = steps().flat_map(|step| &step.lanes).flat_map(|held| &held.handles);
         let kept = steps().flat_map(|step| step.boundary.iter().map(|kept| &kept.handle));
         leaving.chain(owned).chain(kept).for_each(|handle| *held.entry(*handle).or_default() += 1);
         let (mut hidden_count, mut queued_count) = (0, 0);
@@ -68,10 +69,31 @@ impl Engine {
                     return Err(format!("sequence {id:?} reads token {token} from a boundary page that it does not hold"));
                 }
             }
+            self.check_lanes(sequence, i)?;
             let runs = sequence.status == Status::Running && sequence.ready_count(i, self.limits.link_rows_max) > 0;
             let is_listed = self.ready.contains(sequence.path.steps[i].segment, id, i as u32);
             if runs != steps[i].queued || runs != is_listed {
                 return Err(format!("step {i} of sequence {id:?} is ready: {runs}, queued: {}, listed: {is_listed}", steps[i].queued));
+            }
+        }
+        Ok(())
+    }
+
+    /// A step has pages in each of its lanes: from the first that its next token sees to the last that is reserved, and none twice.
+    fn check_lanes(&self, sequence: &Sequence, i: usize) -> Result<(), String> {
+        let (id, state, lanes) = (sequence.id, &sequence.steps[i], &sequence.path.steps[i].lanes);
+        if state.lanes.len() != lanes.len() {
+            return Err(format!("step {i} of sequence {id:?} has pages in {} lanes of {}", state.lanes.len(), lanes.len()));
+        }
+        for (lane, held) in lanes.iter().zip(&state.lanes) {
+            let from = sequence.kept_from(lane.window, i, self.limits.page_tokens, self.limits.prefix_cache);
+            let is_early = self.canary == Canary::FreesInWindow;
+            if (held.from, held.to()) != (from, state.reserved) && !is_early {
+                let (begin, end, to) = (held.from, held.to(), state.reserved);
+                return Err(format!("step {i} of sequence {id:?} keeps pages {begin} to {end} of {from} to {to} in a lane"));
+            }
+            if let Some(handle) = held.handles.iter().find(|handle| self.pages.stretch_of(**handle) != lane.stretch) {
+                return Err(format!("step {i} of sequence {id:?} has {handle:?} in a lane of other blocks"));
             }
         }
         Ok(())

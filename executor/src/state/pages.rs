@@ -78,6 +78,8 @@ pub struct PagePool {
     oldest: Option<HandleIndex>,
     newest: Option<HandleIndex>,
     evicted_pages: u64,
+    /// For stretches of keys and values before a fork: what boundary handles there cover, which are of use only together with theirs.
+    forks: BTreeMap<StretchIndex, Vec<StretchIndex>>,
 }
 
 impl PagePool {
@@ -93,6 +95,7 @@ impl PagePool {
             oldest: None,
             newest: None,
             evicted_pages: 0,
+            forks: BTreeMap::new(),
         }
     }
 
@@ -149,6 +152,21 @@ impl PagePool {
         &self.handles[handle.0 as usize].slots
     }
 
+    /// What a handle covers.
+    pub(crate) fn stretch_of(&self, handle: HandleIndex) -> StretchIndex {
+        self.handles[handle.0 as usize].stretch
+    }
+
+    /// Attention blocks of a stretch.
+    pub(crate) fn block_count(&self, stretch: StretchIndex) -> usize {
+        self.stretches[stretch.0 as usize].classes.len()
+    }
+
+    /// Slots of each class that a handle has.
+    pub(crate) fn slot_counts(&self, handle: HandleIndex) -> &[(ClassIndex, usize)] {
+        &self.stretches[self.stretch_of(handle).0 as usize].counts
+    }
+
     /// Takes a handle for one holder, evicting least recently used cached ones if it must.
     pub fn reserve(&mut self, stretch: StretchIndex) -> Option<HandleIndex> {
         let place = stretch.0 as usize;
@@ -188,6 +206,19 @@ impl PagePool {
     /// Whether the index has a handle, without taking it.
     pub fn contains(&self, key: &HandleKey) -> bool {
         self.index.contains_key(key)
+    }
+
+    /// Makes a cached handle the most recently used one, if there is one under a key.
+    pub fn touch(&mut self, key: &HandleKey) {
+        if let Some(handle) = self.index.get(key).copied().filter(|handle| self.handles[handle.0 as usize].refs == 0) {
+            self.unlink(handle);
+            self.link(handle, self.newest);
+        }
+    }
+
+    /// Says which boundary handles are of use only as long as the pages of a stretch for the same tokens are there.
+    pub(crate) fn set_forks(&mut self, forks: BTreeMap<StretchIndex, Vec<StretchIndex>>) {
+        self.forks = forks;
     }
 
     /// Makes a held handle findable, whose pages are full. If an equal one is known already, that one stays the known one.
@@ -268,7 +299,22 @@ impl PagePool {
             at = self.handles[handle.0 as usize].newer;
         }
         let handle = at.expect("slots that are available and not free are cached");
+        let Handle { stretch, tokens, .. } = self.handles[handle.0 as usize];
         self.evict(handle);
+        // Hidden rows whose keys and values are gone let nobody skip the blocks before them.
+        for fork in 0..self.forks.get(&stretch).map_or(0, Vec::len) {
+            let key = tokens.map(|tokens| HandleKey { tokens, stretch: self.forks[&stretch][fork] });
+            let boundary = key.and_then(|key| self.index.get(&key).copied());
+            if let Some(boundary) = boundary.filter(|boundary| self.handles[boundary.0 as usize].refs == 0) {
+                self.evict(boundary);
+            }
+        }
+    }
+
+    /// Drops a cached handle that nobody holds.
+    #[cfg(test)]
+    pub(crate) fn drop_cached(&mut self, key: &HandleKey) {
+        self.evict(self.index[key]);
     }
 
     fn evict(&mut self, handle: HandleIndex) {

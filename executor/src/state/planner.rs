@@ -137,7 +137,7 @@ impl Engine {
         let is_twice = chosen.last().is_some_and(|last| last.sequence == entry.sequence);
         // Mostly the pages that it has will do.
         let state = &sequence.steps[step];
-        let has_pages = state.computed + count <= state.handles.len() as u32 * self.limits.page_tokens;
+        let has_pages = state.computed + count <= state.reserved * self.limits.page_tokens;
         if count == 0 || is_twice || !(has_pages || self.reserve_pages(entry.sequence, step, count)) {
             // It had its turn.
             self.ready.push(segment, Entry { due: entry.due.max(self.turn_due()), ..entry }, decodes);
@@ -188,7 +188,8 @@ impl Engine {
 
     /// Sequences that hold pages and could start over: chains that are whole here.
     pub(crate) fn preemptible(&self) -> impl Iterator<Item = (i32, SequenceId)> + '_ {
-        let holds = |s: &&Sequence| s.status == Status::Running && s.steps.iter().any(|step| !step.handles.is_empty());
+        let holds =
+            |s: &&Sequence| s.status == Status::Running && s.steps.iter().flat_map(|step| &step.lanes).any(|held| !held.handles.is_empty());
         self.sequences.iter().filter(holds).filter(|s| s.path.is_whole()).map(|s| (s.priority, s.id))
     }
 
@@ -197,8 +198,8 @@ impl Engine {
         let tokens = self.sequences[id].steps[step].computed + count;
         while !self.reserve_to(id, step, tokens) {
             self.pages_short = true;
-            // Pages are on their way back already.
-            if !self.leaving.is_empty() {
+            // Pages are on their way back already: those of sequences that went, or its own behind its windows.
+            if !self.leaving.is_empty() || self.behind.iter().any(|behind| behind.sequence == id) {
                 return false;
             }
             let mine = (self.sequences[id].priority, id);
@@ -211,17 +212,21 @@ impl Engine {
         true
     }
 
-    /// Reserves pages up to `tokens` for one step. What was reserved stays reserved on failure.
+    /// Reserves pages up to `tokens` for one step, in all its lanes. Pages that all lanes have stay reserved on failure.
     pub(crate) fn reserve_to(&mut self, id: SequenceId, step: usize, tokens: u32) -> bool {
-        let pages = tokens.div_ceil(self.limits.page_tokens) as usize;
+        let pages = tokens.div_ceil(self.limits.page_tokens);
         let sequence = &mut self.sequences[id];
-        let Some(stretch) = sequence.path.steps[step].stretch else { return true };
-        let handles = &mut sequence.steps[step].handles;
-        while handles.len() < pages {
-            match self.pages.reserve(stretch) {
-                Some(handle) => handles.push(handle),
-                None => return false,
+        let (lanes, state) = (&sequence.path.steps[step].lanes, &mut sequence.steps[step]);
+        while state.reserved < pages {
+            for (l, lane) in lanes.iter().enumerate() {
+                let Some(handle) = self.pages.reserve(lane.stretch) else {
+                    let others = state.lanes[..l].iter_mut().filter_map(|held| held.handles.pop());
+                    others.for_each(|handle| self.pages.release(handle));
+                    return false;
+                };
+                state.lanes[l].handles.push(handle);
             }
+            state.reserved += 1;
         }
         true
     }

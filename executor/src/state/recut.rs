@@ -10,10 +10,11 @@ use ashlar_wire::code::{Code, Retry};
 
 use super::batch::{BatchId, SequenceId};
 use super::engine::Engine;
-use super::pages::{HandleIndex, LineageIndex, StretchIndex};
+use super::lane::{Held, Lane, lanes, pages_most};
+use super::pages::{ClassIndex, HandleIndex, LineageIndex, StretchIndex};
 use super::segments::{BlockIndex, SegmentIndex, cut};
 use super::sequence::{Path, PathStep, SpanIndex, StepState};
-use super::span::{HostSpan, Span, SpanAttention};
+use super::span::{HostSpan, Span, SpanAttention, SpanPages};
 
 /// Batches after which a cut that was kept is looked at again.
 const RECUT_BATCHES: u64 = 32;
@@ -25,21 +26,26 @@ impl Engine {
     /// Starts to host a span whose blocks are on the device. Running sequences go on.
     pub fn handle_host(&mut self, host: HostSpan) -> SpanIndex {
         assert!(!host.blocks.is_empty() && host.blocks.len() == host.lineages.len() && host.blocks.len() == host.kv_shapes.len());
+        assert!(host.windows.len() == host.blocks.len() && !host.windows.contains(&Some(0)), "a window has its own token in it");
         let mut attention = Vec::new();
-        let mut pages = BTreeMap::new();
+        let mut pages: BTreeMap<ClassIndex, BTreeMap<u32, usize>> = BTreeMap::new();
+        let is_whole = host.begins_with_embed && host.ends_with_head;
         for (offset, shape) in host.kv_shapes.iter().enumerate() {
             let Some(shape) = shape else { continue };
             let next = LineageIndex(self.lineages.len() as u32);
             let lineage = *self.lineages.entry(host.lineages[offset]).or_insert(next);
             let class = self.pages.class(*shape);
-            *pages.entry(class).or_default() += 1;
-            attention.push(SpanAttention { offset: offset as u32, class, lineage });
+            let window = host.windows[offset];
+            // A chain that is cut over executors has all pages that it may need from its start.
+            let most = pages_most(window.filter(|_| is_whole), self.limits.chunk_tokens_max, self.limits.page_tokens);
+            *pages.entry(class).or_default().entry(most).or_default() += 1;
+            attention.push(SpanAttention { offset: offset as u32, class, lineage, window });
         }
         let path = Path { steps: Vec::new(), begins_with_embed: host.begins_with_embed, ends_with_head: host.ends_with_head };
         self.spans.push(Span {
             host,
             attention,
-            pages: pages.into_iter().collect(),
+            pages: pages.into_iter().map(|(class, blocks)| SpanPages { class, blocks: blocks.into_iter().collect() }).collect(),
             path: Arc::new(path),
             hosted: true,
             sequence_count: 0,
@@ -85,18 +91,18 @@ impl Engine {
             for (n, (segment, from)) in path.iter().enumerate() {
                 let to = path.get(n + 1).map_or(span.host.blocks.len() as u32, |(_, start)| *start);
                 let attention = span.attention_in(*from, to);
-                let covered: Vec<_> = span.attention[attention.clone()].iter().map(|a| (a.lineage, a.class)).collect();
                 steps.push(PathStep {
                     segment: names[segment.0 as usize],
                     from: *from,
                     attention_from: attention.start as u32,
                     attention_count: attention.len() as u32,
-                    stretch: self.pages.stretch(&covered),
+                    lanes: lanes(&span.attention[attention], &mut self.pages),
                     fork: forks.get(&span.host.lineages[to as usize - 1]).copied().filter(|_| span.path.is_whole()),
                 });
             }
             span.path = Arc::new(Path { steps, ..(*span.path).clone() });
         }
+        self.tie_boundaries(&hosted);
         self.hosts_cut_chains = hosted.iter().any(|&i| !self.spans[i].path.is_whole());
         self.follow_paths();
         self.count_blocks();
@@ -122,6 +128,21 @@ impl Engine {
         forks
     }
 
+    /// Ties boundary handles to the pages of the blocks before their forks. Those of windowed blocks may be gone where later ones are not.
+    fn tie_boundaries(&mut self, hosted: &[usize]) {
+        let mut forks: BTreeMap<StretchIndex, BTreeSet<StretchIndex>> = BTreeMap::new();
+        for &i in hosted {
+            let steps = &self.spans[i].path.steps;
+            for (s, fork) in steps.iter().enumerate().filter_map(|(s, step)| Some((s, step.fork?))) {
+                let lanes = steps[..=s].iter().flat_map(|step| &step.lanes).filter(|lane| lane.window.is_none());
+                for lane in lanes {
+                    forks.entry(lane.stretch).or_default().insert(fork);
+                }
+            }
+        }
+        self.pages.set_forks(forks.into_iter().map(|(stretch, forks)| (stretch, forks.into_iter().collect())).collect());
+    }
+
     /// Borders of the present cut that no chain needs any more but that sequences under way still do.
     fn borders_to_keep(&self, hosted: &[usize], needed: &BTreeSet<Border>) -> BTreeSet<Border> {
         let mut keep = BTreeSet::new();
@@ -137,17 +158,25 @@ impl Engine {
             let all = spans.flat_map(|span| (1..span.path.steps.len()).filter(|i| joined(span, *i)).map(|i| border(span, i)));
             return all.collect();
         }
+        let behind: BTreeSet<HandleIndex> = self.behind.iter().flat_map(|behind| behind.handles.iter().copied()).collect();
         for sequence in self.sequences.iter() {
             let span = self.span(sequence.span);
             for step in (1..sequence.steps.len()).filter(|i| joined(span, *i)) {
-                let has_stretch = |i: &usize| sequence.path.steps[*i].stretch.is_some();
-                let (upper, lower) = ((0..step).rev().find(has_stretch), (step..sequence.steps.len()).find(has_stretch));
+                let (upper, lower) = (|| (0..step).rev(), || step..sequence.steps.len());
+                let has_lanes = |i: &usize| !sequence.steps[*i].lanes.is_empty();
                 let mut fits = sequence.steps[step - 1].hidden.is_empty();
-                if let (Some(upper), Some(lower)) = (upper, lower) {
-                    let (upper, lower) = (&sequence.steps[upper].handles, &sequence.steps[lower].handles);
-                    fits &= upper.len() == lower.len();
-                    for (h, rest) in upper.iter().zip(lower) {
+                if let (Some(upper), Some(lower)) = (upper().find(has_lanes), lower().find(has_lanes)) {
+                    fits &= sequence.steps[upper].reserved == sequence.steps[lower].reserved;
+                }
+                let windows: BTreeSet<_> = sequence.path.steps.iter().flat_map(|step| &step.lanes).map(|lane| lane.window).collect();
+                for window in windows {
+                    let held = |i| sequence.held(i, window);
+                    let (Some(upper), Some(lower)) = (upper().find_map(held), lower().find_map(held)) else { continue };
+                    fits &= (upper.from, upper.to()) == (lower.from, lower.to());
+                    for (h, rest) in upper.handles.iter().zip(&lower.handles) {
                         fits &= *pairs.entry(*h).or_insert(*rest) == *rest && *back.entry(*rest).or_insert(*h) == *h;
+                        // Another sequence has left them behind: one of the two may come back before the other.
+                        fits &= !behind.contains(h) && !behind.contains(rest);
                     }
                 }
                 if !fits {
@@ -166,54 +195,60 @@ impl Engine {
                 let span = &self.spans[i];
                 // The last step that begins at or before it.
                 let Some(step) = span.path.steps.partition_point(|step| step.from <= start).checked_sub(1) else { continue };
-                let whole = span.path.steps[step];
+                let whole = span.path.steps[step].clone();
                 if whole.from == start {
                     continue;
                 }
-                let before = span.attention_in(whole.from, start).len();
-                let after = whole.attention_count as usize - before;
-                let stretches = match whole.stretch.filter(|_| before > 0 && after > 0) {
-                    None if before > 0 => (whole.stretch, None),
-                    None => (None, whole.stretch),
-                    Some(stretch) => {
-                        let (first, second) = self.pages.halves(stretch, before);
-                        if let Entry::Vacant(place) = done.entry((stretch, before)) {
-                            let rests = self.pages.split(stretch, before);
-                            for leaving in &mut self.leaving {
-                                // The deeper half goes first.
-                                let both = leaving.handles.iter().flat_map(|h| rests.get(h).copied().into_iter().chain([*h]));
-                                leaving.handles = both.collect();
+                let before = span.attention_in(whole.from, start);
+                let of_window = |window| self.spans[i].attention[before.clone()].iter().filter(|block| block.window == window).count();
+                // How many blocks of each lane lie before the border: some go up, some down, and some are cut.
+                let cuts: Vec<(StretchIndex, usize)> = whole.lanes.iter().map(|lane| (lane.stretch, of_window(lane.window))).collect();
+                let (mut first, mut second) = (Vec::new(), Vec::new());
+                for (lane, cut) in whole.lanes.iter().zip(&cuts) {
+                    let (upper, lower) = match cut.1 {
+                        0 => (None, Some(lane.stretch)),
+                        all if all == self.pages.block_count(lane.stretch) => (Some(lane.stretch), None),
+                        at => {
+                            if let Entry::Vacant(place) = done.entry(*cut) {
+                                let rests = self.pages.split(lane.stretch, at);
+                                for leaving in self.leaving.iter_mut().chain(&mut self.behind) {
+                                    // The deeper half goes first.
+                                    let both = leaving.handles.iter().flat_map(|h| rests.get(h).copied().into_iter().chain([*h]));
+                                    leaving.handles = both.collect();
+                                }
+                                place.insert(rests);
                             }
-                            place.insert(rests);
+                            let (upper, lower) = self.pages.halves(lane.stretch, at);
+                            (Some(upper), Some(lower))
                         }
-                        (Some(first), Some(second))
-                    }
-                };
-                let rests = whole.stretch.and_then(|stretch| done.get(&(stretch, before)));
-                let mut path = (*self.spans[i].path).clone();
-                let (attention_from, from) = (whole.attention_from, start);
-                path.steps[step] = PathStep { attention_count: before as u32, stretch: stretches.0, fork: None, ..whole };
-                let second = PathStep {
-                    from,
-                    attention_from: attention_from + before as u32,
-                    attention_count: after as u32,
-                    stretch: stretches.1,
-                    ..whole
-                };
-                path.steps.insert(step + 1, second);
-                self.spans[i].path = Arc::new(path);
+                    };
+                    first.extend(upper.map(|stretch| Lane { stretch, ..*lane }));
+                    second.extend(lower.map(|stretch| Lane { stretch, ..*lane }));
+                }
                 for sequence in self.sequences.iter_mut().filter(|sequence| sequence.span.0 as usize == i) {
                     let state = &mut sequence.steps[step];
-                    let handles = match (rests, before) {
-                        (Some(rests), _) if before > 0 && after > 0 => state.handles.iter().map(|handle| rests[handle]).collect(),
-                        (_, 0) => std::mem::take(&mut state.handles),
-                        _ => Vec::new(),
-                    };
+                    let (mut upper, mut lower) = (Vec::new(), Vec::new());
+                    for (cut, held) in cuts.iter().zip(std::mem::take(&mut state.lanes)) {
+                        match done.get(cut) {
+                            Some(rests) => {
+                                lower.push(Held { from: held.from, handles: held.handles.iter().map(|handle| rests[handle]).collect() });
+                                upper.push(held);
+                            }
+                            None if cut.1 == 0 => lower.push(held),
+                            None => upper.push(held),
+                        }
+                    }
                     let (hidden, boundary) = (std::mem::take(&mut state.hidden), std::mem::take(&mut state.boundary));
                     let found = std::mem::take(&mut state.found);
-                    let lower = StepState { handles, hidden, found, boundary, ..state.clone() };
+                    let lower = StepState { lanes: lower, hidden, found, boundary, ..state.clone() };
+                    state.lanes = upper;
                     sequence.steps.insert(step + 1, lower);
                 }
+                let mut path = (*self.spans[i].path).clone();
+                let (attention_from, attention_count) = (before.end as u32, whole.attention_count - before.len() as u32);
+                path.steps.insert(step + 1, PathStep { from: start, attention_from, attention_count, lanes: second, ..whole.clone() });
+                path.steps[step] = PathStep { attention_count: before.len() as u32, lanes: first, fork: None, ..whole };
+                self.spans[i].path = Arc::new(path);
             }
         }
     }
@@ -224,38 +259,48 @@ impl Engine {
         for (&i, starts) in hosted.iter().zip(starts) {
             while let Some(step) = (1..self.spans[i].path.steps.len()).find(|s| !starts.contains(&self.spans[i].path.steps[*s].from)) {
                 let mut path = (*self.spans[i].path).clone();
-                let (upper, lower) = (path.steps[step - 1], path.steps.remove(step));
-                let stretch = match (upper.stretch, lower.stretch) {
-                    (Some(first), Some(second)) => {
-                        if done.insert((first, second)) {
-                            let held = self.held_pairs(first, second);
-                            self.pages.join(first, second, &held);
+                let lower = path.steps.remove(step);
+                let upper = path.steps[step - 1].clone();
+                let windows: BTreeSet<_> = upper.lanes.iter().chain(&lower.lanes).map(|lane| lane.window).collect();
+                let mut lanes = Vec::with_capacity(windows.len());
+                for window in windows {
+                    let stretch = |step: &PathStep| step.lane_of(window).map(|lane| step.lanes[lane].stretch);
+                    let stretch = match (stretch(&upper), stretch(&lower)) {
+                        (Some(first), Some(second)) => {
+                            if done.insert((first, second)) {
+                                let held = self.held_pairs(first, second);
+                                self.pages.join(first, second, &held);
+                            }
+                            self.pages.whole(first, second)
                         }
-                        Some(self.pages.whole(first, second))
-                    }
-                    (one, other) => one.or(other),
-                };
-                let attention_count = upper.attention_count + lower.attention_count;
-                // An upper step without attention blocks begins at those of the lower one.
-                path.steps[step - 1] = PathStep { attention_count, stretch, fork: lower.fork, ..upper };
-                self.spans[i].path = Arc::new(path);
+                        (one, other) => one.or(other).expect("one of them has the lane"),
+                    };
+                    lanes.push(Lane { window, stretch });
+                }
                 for sequence in self.sequences.iter_mut().filter(|sequence| sequence.span.0 as usize == i) {
-                    let lower_state = sequence.steps.remove(step);
+                    let mut lower_state = sequence.steps.remove(step);
                     let state = &mut sequence.steps[step - 1];
                     (state.hidden, state.found) = (lower_state.hidden, lower_state.found);
                     // The rows of these were read already: nothing is hidden between steps that are joined.
                     let passed = std::mem::replace(&mut state.boundary, lower_state.boundary);
                     passed.into_iter().rev().for_each(|kept| self.pages.release(kept.handle));
-                    if upper.stretch.is_none() {
-                        state.handles = lower_state.handles;
-                    }
+                    // Handles of both have become those of the upper one.
+                    let mut take = |lane: &Lane| match (upper.lane_of(lane.window), lower.lane_of(lane.window)) {
+                        (Some(lane), _) => std::mem::take(&mut state.lanes[lane]),
+                        (None, lane) => std::mem::take(&mut lower_state.lanes[lane.expect("one of them has the lane")]),
+                    };
+                    state.lanes = lanes.iter().map(&mut take).collect();
                     state.published = state.published.min(lower_state.published);
-                    state.told = match (upper.stretch, lower.stretch) {
-                        (Some(_), Some(_)) => state.told.min(lower_state.told),
-                        (None, Some(_)) => lower_state.told,
-                        (_, None) => state.told,
+                    (state.reserved, state.told) = match (upper.lanes.is_empty(), lower.lanes.is_empty()) {
+                        (false, false) => (state.reserved, state.told.min(lower_state.told)),
+                        (true, false) => (lower_state.reserved, lower_state.told),
+                        (_, true) => (state.reserved, state.told),
                     };
                 }
+                let attention_count = upper.attention_count + lower.attention_count;
+                // An upper step without attention blocks begins at those of the lower one.
+                path.steps[step - 1] = PathStep { attention_count, lanes, fork: lower.fork, ..upper };
+                self.spans[i].path = Arc::new(path);
             }
         }
     }
@@ -264,10 +309,13 @@ impl Engine {
     fn held_pairs(&self, first: StretchIndex, second: StretchIndex) -> BTreeMap<HandleIndex, HandleIndex> {
         let mut pairs = BTreeMap::new();
         for sequence in self.sequences.iter() {
-            let path = &self.span(sequence.span).path.steps;
-            let at = |wanted| path.iter().position(|step| step.stretch == Some(wanted));
-            if let (Some(upper), Some(lower)) = (at(first), at(second)) {
-                pairs.extend(sequence.steps[upper].handles.iter().copied().zip(sequence.steps[lower].handles.iter().copied()));
+            let lanes = self.span(sequence.span).path.steps.iter().map(|step| &step.lanes).zip(&sequence.steps);
+            let held = |wanted| {
+                let mut all = lanes.clone().flat_map(|(lanes, state)| lanes.iter().zip(&state.lanes));
+                all.find(|(lane, _)| lane.stretch == wanted).map(|(_, held)| &held.handles)
+            };
+            if let (Some(upper), Some(lower)) = (held(first), held(second)) {
+                pairs.extend(upper.iter().copied().zip(lower.iter().copied()));
             }
         }
         pairs
@@ -336,7 +384,8 @@ impl Engine {
             if span.path.steps.iter().any(|step| step.fork.is_some()) {
                 weights[self.pages.hidden_class(span.host.width, self.limits.page_tokens).0 as usize] = 1;
             }
-            span.pages.iter().for_each(|(class, count)| weights[class.0 as usize] += *count as u64);
+            let blocks = |of_class: &SpanPages| of_class.blocks.iter().map(|(_, count)| *count as u64).sum::<u64>();
+            span.pages.iter().for_each(|of_class| weights[of_class.class.0 as usize] += blocks(of_class));
             let distinct: BTreeSet<BlockIndex> = span.host.blocks.iter().copied().collect();
             distinct.into_iter().for_each(|block| *users.entry(block).or_default() += 1);
         }

@@ -8,6 +8,7 @@ use ashlar_wire::id::SequenceKey;
 use super::Now;
 use super::batch::{BatchId, SequenceId};
 use super::clock::Micros;
+use super::lane::{Held, Lane};
 use super::pages::{HandleIndex, StretchIndex, TokenHash};
 use super::segments::SegmentIndex;
 use super::tenants::TenantIndex;
@@ -62,7 +63,7 @@ pub enum Reason {
 }
 
 /// One segment on the way through a span.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct PathStep {
     pub(crate) segment: SegmentIndex,
     /// Offset of its first block in the span.
@@ -70,10 +71,22 @@ pub(crate) struct PathStep {
     /// Its first attention block and how many, counted among those of the span.
     pub(crate) attention_from: u32,
     pub(crate) attention_count: u32,
-    /// What its handles cover; None without attention blocks.
-    pub(crate) stretch: Option<StretchIndex>,
+    /// These by window, those without one first; none without attention blocks.
+    pub(crate) lanes: Vec<Lane>,
     /// What boundary handles at its end cover, if the lineage forks there.
     pub(crate) fork: Option<StretchIndex>,
+}
+
+impl PathStep {
+    /// The place of the lane of a window, if it has one.
+    pub(crate) fn lane_of(&self, window: Option<u32>) -> Option<usize> {
+        self.lanes.iter().position(|lane| lane.window == window)
+    }
+
+    /// Whether some of its blocks look back less far than to the first token.
+    pub(crate) fn slides(&self) -> bool {
+        self.lanes.last().is_some_and(|lane| lane.window.is_some())
+    }
 }
 
 /// A page of hidden rows at the end of a step, kept for others when it is full.
@@ -99,6 +112,12 @@ impl Path {
     pub(crate) fn is_whole(&self) -> bool {
         self.begins_with_embed && self.ends_with_head
     }
+
+    /// Where a sequence stands that has not started.
+    pub(crate) fn fresh_steps(&self) -> Vec<StepState> {
+        let fresh = |step: &PathStep| StepState { lanes: vec![Held::default(); step.lanes.len()], ..StepState::default() };
+        self.steps.iter().map(fresh).collect()
+    }
 }
 
 /// Where a sequence stands at one step of its path.
@@ -106,8 +125,10 @@ impl Path {
 pub(crate) struct StepState {
     /// Tokens computed (or in a batch that is handed out).
     pub(crate) computed: u32,
-    /// Its pages, oldest first; of these so many are published, and so many are in the device's table.
-    pub(crate) handles: Vec<HandleIndex>,
+    /// Its pages in each lane of the step. All lanes have them up to `reserved`; so many are published, and so many are in the device's
+    /// table.
+    pub(crate) lanes: Vec<Held>,
+    pub(crate) reserved: u32,
     pub(crate) published: u32,
     pub(crate) told: u32,
     /// Slots of hidden rows that this step has computed and the next has not, oldest first. Some may be of `boundary`.
@@ -175,6 +196,11 @@ pub(crate) struct Sequence {
 }
 
 impl Sequence {
+    /// Its pages in the lane of a window at step `i`, if that has one.
+    pub(crate) fn held(&self, i: usize, window: Option<u32>) -> Option<&Held> {
+        self.path.steps[i].lane_of(window).map(|lane| &self.steps[i].lanes[lane])
+    }
+
     /// Tokens whose input is at hand for step `i` of the path.
     fn input_tokens(&self, i: usize) -> u32 {
         match i {

@@ -18,6 +18,8 @@ pub struct HostSpan {
     pub lineages: Vec<[u8; 32]>,
     /// KV shape of attention blocks; None for others.
     pub kv_shapes: Vec<Option<KvShape>>,
+    /// For each block the tokens that it sees back from a query, the query's own among them; None for blocks that see all, or none.
+    pub windows: Vec<Option<u32>>,
     /// Width of hidden rows.
     pub width: u32,
     /// Whether the first block is the embedding.
@@ -33,6 +35,15 @@ pub(crate) struct SpanAttention {
     pub(crate) offset: u32,
     pub(crate) class: ClassIndex,
     pub(crate) lineage: LineageIndex,
+    pub(crate) window: Option<u32>,
+}
+
+/// Pages of one class that a span takes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct SpanPages {
+    pub(crate) class: ClassIndex,
+    /// Attention blocks of equal windows: the most pages that one needs at one time, and how many there are.
+    pub(crate) blocks: Vec<(u32, usize)>,
 }
 
 /// A span and its path under the present cut.
@@ -40,8 +51,8 @@ pub(crate) struct SpanAttention {
 pub(crate) struct Span {
     pub(crate) host: HostSpan,
     pub(crate) attention: Vec<SpanAttention>,
-    /// Pages of each class that one page of tokens takes.
-    pub(crate) pages: Vec<(ClassIndex, usize)>,
+    /// Pages that it takes, by class.
+    pub(crate) pages: Vec<SpanPages>,
     pub(crate) path: Arc<Path>,
     pub(crate) hosted: bool,
     /// Sequences that have not ended.
@@ -51,6 +62,13 @@ pub(crate) struct Span {
 }
 
 impl Span {
+    /// Pages of each class that a sequence of so many tokens needs at one time.
+    pub(crate) fn pages_for(&self, tokens: u32, page_tokens: u32) -> impl Iterator<Item = (ClassIndex, usize)> {
+        let pages = tokens.div_ceil(page_tokens);
+        let of_blocks = move |(most, count): &(u32, usize)| pages.min(*most) as usize * count;
+        self.pages.iter().map(move |of_class| (of_class.class, of_class.blocks.iter().map(of_blocks).sum()))
+    }
+
     /// Attention blocks within blocks [from, to) of the span, by their place in `attention`.
     pub(crate) fn attention_in(&self, from: u32, to: u32) -> std::ops::Range<usize> {
         let begin = self.attention.partition_point(|a| a.offset < from);

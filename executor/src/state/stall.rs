@@ -55,8 +55,7 @@ impl Engine {
         }
         // Of these so many, the youngest first, that it fits; none if all would not do, or if it fits already and only its turn has not come.
         let mut places = self.sequences.len() - self.tenants.waiting_count();
-        let pages = tokens.div_ceil(self.limits.page_tokens) as usize;
-        let mut missing: Vec<_> = span.pages.iter().map(|(class, count)| (*class, count * pages)).collect();
+        let mut missing: Vec<_> = span.pages_for(tokens, self.limits.page_tokens).collect();
         missing.iter_mut().for_each(|(class, needed)| *needed = needed.saturating_sub(self.pages.available(*class)));
         let mut victims = Vec::new();
         let fits = |missing: &[(_, usize)], places| places < self.limits.sequences_max as usize && missing.iter().all(|m| m.1 == 0);
@@ -65,10 +64,11 @@ impl Engine {
                 break;
             }
             places -= 1;
-            let held = sequence.tokens_max().div_ceil(self.limits.page_tokens) as usize;
-            for (class, count) in &self.span(sequence.span).pages {
-                let of_class = missing.iter_mut().filter(|(of, _)| of == class);
-                of_class.for_each(|(_, needed)| *needed = needed.saturating_sub(count * held));
+            for handle in sequence.steps.iter().flat_map(|step| &step.lanes).flat_map(|held| &held.handles) {
+                for (class, count) in self.pages.slot_counts(*handle) {
+                    let of_class = missing.iter_mut().filter(|(of, _)| of == class);
+                    of_class.for_each(|(_, needed)| *needed = needed.saturating_sub(*count));
+                }
             }
             victims.push(sequence.id);
         }

@@ -3,7 +3,6 @@
 use super::Now;
 use super::batch::SequenceId;
 use super::engine::{Engine, Output};
-use super::pages::{HandleIndex, HandleKey, PagePool};
 use super::sequence::Status;
 use super::tenants::{INPUT_WEIGHT, TenantIndex};
 
@@ -91,81 +90,5 @@ impl Engine {
             self.sequences[victim].gave_way = true;
         }
         victim.is_some() && self.leaving.is_empty()
-    }
-
-    /// Takes what is cached of its tokens. With c[s] leading pages skipped by step s: the last step may skip pages that every attention
-    /// block of the chain has; a step before a fork may skip more, if their hidden rows are kept at the fork and the blocks before it
-    /// have their pages. At least the last known token is left to compute.
-    fn reuse_pages(&mut self, id: SequenceId) {
-        if !self.limits.prefix_cache {
-            return;
-        }
-        let page_tokens = self.limits.page_tokens;
-        let sequence = &mut self.sequences[id];
-        sequence.extend_hashes(page_tokens);
-        let path = std::sync::Arc::clone(&sequence.path);
-        let most = (sequence.tokens.len() as u32 - 1) / page_tokens;
-        let hashes = sequence.hashes[..most as usize].to_vec();
-        let is_cached = |pages: &PagePool, stretch, page: usize| pages.contains(&HandleKey { tokens: hashes[page], stretch });
-        // Leading pages that every attention block up to and with a step has.
-        let mut lengths = Vec::with_capacity(path.steps.len());
-        let mut length = hashes.len();
-        for step in &path.steps {
-            if let Some(stretch) = step.stretch {
-                length = (0..length).take_while(|page| is_cached(&self.pages, stretch, *page)).count();
-            }
-            lengths.push(length);
-        }
-        // A chain without attention has no pages, and nothing to reuse.
-        let mut skipped = if path.steps.iter().all(|step| step.stretch.is_none()) { 0 } else { length };
-        let mut counts = vec![skipped; path.steps.len()];
-        for s in (0..path.steps.len() - 1).rev() {
-            if let Some(fork) = path.steps[s].fork {
-                skipped += (skipped..lengths[s]).take_while(|page| is_cached(&self.pages, fork, *page)).count();
-            }
-            counts[s] = skipped;
-        }
-        let take = |pages: &mut PagePool, stretch, page: usize| {
-            let handle = pages.find(&HandleKey { tokens: hashes[page], stretch });
-            handle.expect("the index has it, and nothing was evicted since")
-        };
-        let (mut block_tokens, mut foreign_block_tokens, mut made_elsewhere) = (0, 0, 0);
-        let span = self.sequences[id].span;
-        let block_count = self.span(span).host.blocks.len();
-        for (s, step) in path.steps.iter().enumerate() {
-            if let Some(stretch) = step.stretch {
-                let handles: Vec<HandleIndex> = (0..counts[s]).map(|page| take(&mut self.pages, stretch, page)).collect();
-                made_elsewhere = handles.iter().filter(|handle| self.pages.maker(**handle) != span.0).count();
-                self.sequences[id].steps[s].handles = handles;
-            }
-            let next = counts.get(s + 1).copied().unwrap_or(0);
-            let blocks_to = path.steps.get(s + 1).map_or(block_count, |next| next.from as usize);
-            if s + 1 == path.steps.len() {
-                // Pages of the deepest attention blocks that another model has made: all below is shared with it.
-                block_tokens += counts[s] * blocks_to;
-                foreign_block_tokens += made_elsewhere.min(counts[s]) * blocks_to;
-            } else if let Some(fork) = step.fork {
-                for page in next..counts[s] {
-                    let handle = take(&mut self.pages, fork, page);
-                    let kept = self.boundary_page(page as u32, handle);
-                    let state = &mut self.sequences[id].steps[s];
-                    state.boundary.push(kept);
-                    state.hidden.extend(kept.slot..kept.slot + page_tokens);
-                    state.found += page_tokens;
-                    block_tokens += blocks_to;
-                    foreign_block_tokens += if self.pages.maker(handle) == span.0 { 0 } else { blocks_to };
-                }
-            }
-            let state = &mut self.sequences[id].steps[s];
-            (state.published, state.computed) = (counts[s] as u32, counts[s] as u32 * page_tokens);
-        }
-        let sequence = &mut self.sequences[id];
-        if !sequence.started {
-            let tokens = |block_pages: usize| (block_pages * page_tokens as usize / block_count) as u32;
-            sequence.cached_tokens = tokens(block_tokens).min(sequence.prompt_tokens);
-            self.counters.prefix_query_tokens += u64::from(sequence.prompt_tokens);
-            self.counters.prefix_hit_tokens += u64::from(sequence.cached_tokens);
-            self.counters.cross_model_hit_tokens += u64::from(tokens(foreign_block_tokens).min(sequence.cached_tokens));
-        }
     }
 }

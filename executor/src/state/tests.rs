@@ -10,6 +10,7 @@ mod node;
 mod recut;
 mod serving;
 mod time;
+mod windows;
 
 /// A family: shared trunk, own tops, one unrelated chain. 2000 is embed, 2001 head.
 fn family() -> Vec<Vec<u32>> {
@@ -19,4 +20,33 @@ fn family() -> Vec<Vec<u32>> {
         vec![2000, 1, 1001, 22, 1002, 3, 1003, 2001],
         vec![2100, 31, 1031, 32, 1032, 2101],
     ]
+}
+
+/// The family with windows: in no attention block, in all, in every other one, or in those of the upper half.
+fn family_with(windows: Windows) -> Vec<Vec<u32>> {
+    let has_window = |i: usize, count: usize| match windows {
+        Windows::None => false,
+        Windows::All => true,
+        Windows::EveryOther => (i / 2).is_multiple_of(2),
+        Windows::UpperHalf => i > count / 2,
+    };
+    let with = |chain: Vec<u32>| -> Vec<u32> {
+        let count = chain.len();
+        let windowed = |(i, block): (usize, u32)| if block < 1000 && has_window(i, count) { device::WINDOW_FROM + block } else { block };
+        chain.into_iter().enumerate().map(windowed).collect()
+    };
+    family().into_iter().map(with).collect()
+}
+
+/// Which attention blocks have a window.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Windows {
+    None,
+    All,
+    EveryOther,
+    UpperHalf,
+}
+
+impl Windows {
+    const ALL: [Self; 4] = [Self::None, Self::All, Self::EveryOther, Self::UpperHalf];
 }

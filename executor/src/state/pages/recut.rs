@@ -68,7 +68,7 @@ impl PagePool {
     }
 
     /// Joins the handles of two stretches: those that `held` pairs, whose holders are the same, and cached ones for the same tokens. What
-    /// cannot be paired is no longer cached.
+    /// cannot be paired is no longer cached; where it is held (on its way back, behind a window) it stays what it was until it is released.
     pub fn join(&mut self, first: StretchIndex, second: StretchIndex, held: &BTreeMap<HandleIndex, HandleIndex>) {
         let whole = self.whole(first, second);
         let handles = |pool: &Self, stretch: StretchIndex| -> Vec<HandleIndex> {
@@ -80,7 +80,13 @@ impl PagePool {
             let (refs, tokens) = (entry.refs, entry.tokens);
             let rest = match refs {
                 0 => tokens.and_then(|tokens| self.index.get(&HandleKey { tokens, stretch: second }).copied()),
-                _ => Some(held[&handle]),
+                _ => match held.get(&handle) {
+                    Some(rest) => Some(*rest),
+                    None => {
+                        self.forget(handle);
+                        continue;
+                    }
+                },
             };
             let Some(rest) = rest.filter(|rest| self.handles[rest.0 as usize].refs == refs) else {
                 assert_eq!(refs, 0, "held handles are paired");
@@ -106,8 +112,10 @@ impl PagePool {
         }
         // What is left of the second stretch has no first part.
         for handle in handles(self, second) {
-            assert_eq!(self.handles[handle.0 as usize].refs, 0, "held handles are paired");
-            self.evict(handle);
+            match self.handles[handle.0 as usize].refs {
+                0 => self.evict(handle),
+                _ => self.forget(handle),
+            }
         }
     }
 }

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use proptest::prelude::*;
 
 use super::device::{host, oracle};
-use super::family;
 use super::node::{BOUNDARY_BYTES, Node, admit, limits};
+use super::{Windows, family_with};
 use crate::state::limits::Limits;
 use crate::state::sequence::{Admit, SpanIndex};
 
@@ -18,8 +18,9 @@ proptest! {
         requests in proptest::collection::vec((0usize..4, 1usize..60, 1u32..14, 0u32..3, 0i32..2, 0usize..4), 1..10),
         step in 4u32..40, chunk in 1u32..20, spare_pages in 0u64..60, prefix_cache: bool,
         boundary_pages in 0u64..9, in_flight in proptest::sample::select(vec![1u32, 2, 4]), gap_ms in 0u32..3, batch_ms_max in 0u32..2, stop in proptest::option::of(0u32..97), cancel in proptest::option::of(0u64..10),
+        windows in proptest::sample::select(Windows::ALL.as_slice()),
     ) {
-        let family = family();
+        let family = family_with(windows);
         let chunk = chunk.min(step);
         // The largest sequence (74 tokens, 5 pages) on the widest chain's share must fit.
         let boundary_bytes = boundary_pages * BOUNDARY_BYTES;
@@ -83,10 +84,11 @@ proptest! {
     fn models_come_and_go_and_change_no_token(
         events in proptest::collection::vec(event(), 1..40),
         step in 4u32..40, chunk in 1u32..20, spare_pages in 0u64..120, boundary_pages in 0u64..9, in_flight in proptest::sample::select(vec![1u32, 2, 4]),
+        windows in proptest::sample::select(Windows::ALL.as_slice()),
     ) {
-        let mut family = family();
+        let mut family = family_with(windows);
         // Ends inside another one, and shares its start.
-        family.push(vec![2000, 1, 1001, 2, 1002, 2001]);
+        family.push([&family[0][..5], &[2001]].concat());
         let boundary_bytes = boundary_pages * BOUNDARY_BYTES;
         let mut node = Node::new(Limits { boundary_bytes, batches_in_flight_max: in_flight, ..limits(30 + spare_pages, step, chunk.min(step)) });
         let mut hosted: Vec<Option<SpanIndex>> = vec![None; family.len()];

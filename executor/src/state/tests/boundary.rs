@@ -89,6 +89,49 @@ fn what_is_left_of_an_evicted_boundary_is_used() {
     assert_eq!(node.finished[&2].1, 3 * PAGE * 7 / 10);
 }
 
+/// Three prompts of six pages.
+fn prompts() -> [Vec<u32>; 3] {
+    [1, 2, 3].map(|salt| (0..100).map(|t| (t * 7 + salt) % 97).collect())
+}
+
+#[test]
+fn hidden_rows_are_as_much_in_use_as_the_pages_that_they_make_useful() {
+    // Room for the hidden rows of two prompts.
+    let (mut node, chains, spans) = two_models(Limits { boundary_bytes: 12 * BOUNDARY_BYTES, ..limits(400, 64, 64) });
+    let prompts = prompts();
+    // The first model comes back to the first prompt: it reads no hidden rows, but uses the pages.
+    for (number, prompt) in [(1, 0), (2, 1), (3, 0), (4, 2)] {
+        node.admit(admit(number, spans[0], &prompts[prompt], 4, 0));
+        node.run_dry();
+    }
+    for (number, prompt, rows) in [(5, 0, 7), (6, 2, 7)] {
+        node.admit(admit(number, spans[1], &prompts[prompt], 4, 0));
+        node.run_dry();
+        assert_eq!(rows_of(&node, 2000, number), rows, "prompt {prompt}");
+        assert_eq!(node.tokens[&number], oracle(&chains[1], &prompts[prompt], 4));
+    }
+    node.admit(admit(7, spans[1], &prompts[1], 4, 0));
+    node.run_dry();
+    assert_eq!(rows_of(&node, 2000, 7), 103, "the one that was not used again is gone");
+}
+
+#[test]
+fn hidden_rows_go_with_the_pages_that_they_need() {
+    // Seven pages in four attention blocks: all that there are. The second prompt takes the pages of the first.
+    let (mut node, chains, spans) = two_models(Limits { boundary_bytes: 20 * BOUNDARY_BYTES, ..limits(35, 64, 64) });
+    let prompts = prompts();
+    for (number, prompt) in [(1, 0), (2, 1), (3, 2)] {
+        node.admit(admit(number, spans[0], &prompts[prompt], 4, 0));
+        node.run_dry();
+    }
+    let gauges = node.engine.gauges();
+    assert!(gauges.boundary_pages <= gauges.cached_pages / 3, "{gauges:?}");
+    node.admit(admit(4, spans[1], &prompts[2], 4, 0));
+    node.run_dry();
+    assert_eq!(rows_of(&node, 2000, 4), 7, "the latest is whole");
+    assert_eq!(node.tokens[&4], oracle(&chains[1], &prompts[2], 4));
+}
+
 #[test]
 fn tenants_see_nothing_of_each_other_across_models() {
     let (mut node, _, spans) = two_models(limits(200, 64, 64));

@@ -14,11 +14,24 @@ pub(super) const SHAPE: KvShape = KvShape { kv_heads: 1, head_dim: 4, page_token
 /// Blocks below this are attention blocks.
 pub(super) const ATTENTION_BELOW: u32 = 1000;
 
+/// Attention blocks from here on have a window.
+pub(super) const WINDOW_FROM: u32 = 500;
+
+/// Tokens that an attention block sees; None: all.
+pub(super) fn window(block: u32) -> Option<u32> {
+    (WINDOW_FROM..ATTENTION_BELOW).contains(&block).then(|| [5, 17, 33, 48][block as usize % 4])
+}
+
+/// The first position that a block sees from a later one.
+fn seen_from(block: u32, position: u32) -> u32 {
+    window(block).map_or(0, |window| (position + 1).saturating_sub(window))
+}
+
 pub(super) fn mix(values: &[u64]) -> u64 {
     values.iter().fold(0x9e37_79b9_7f4a_7c15, |hash, value| (hash ^ value).wrapping_mul(0xff51_afd7_ed55_8ccd).rotate_left(29))
 }
 
-/// A device whose hidden state is one number. An attention block's output mixes its own rows of the pages.
+/// A device whose hidden state is one number. An attention block's output mixes its own rows of the pages, as far back as it sees.
 #[derive(Default)]
 pub(super) struct ModelDevice {
     /// What each (class is one, so) block and slot holds: one number a token.
@@ -73,7 +86,8 @@ impl ModelDevice {
                 for (i, value) in values.iter_mut().enumerate() {
                     let position = rows.start + i as u32;
                     self.pages.entry(table[(position / PAGE) as usize]).or_default()[(position % PAGE) as usize] = *value;
-                    let history: Vec<u64> = (0..=position).map(|p| self.pages[&table[(p / PAGE) as usize]][(p % PAGE) as usize]).collect();
+                    let row = |p: u32| self.pages[&table[(p / PAGE) as usize]][(p % PAGE) as usize];
+                    let history: Vec<u64> = (seen_from(block.0, position)..=position).map(row).collect();
                     *value = mix(&history);
                 }
             }
@@ -115,7 +129,7 @@ pub(super) fn oracle(blocks: &[u32], prompt: &[u32], count: usize) -> Vec<u32> {
                 value = mix(&[u64::from(*block), position as u64, value]);
                 if *block < ATTENTION_BELOW {
                     history[b].push(value);
-                    value = mix(&history[b]);
+                    value = mix(&history[b][seen_from(*block, position as u32) as usize..]);
                 }
             }
             last = value;
@@ -139,6 +153,7 @@ pub(super) fn host(blocks: &[u32], from: usize, to: usize) -> HostSpan {
         blocks: blocks[from..to].iter().map(|block| BlockIndex(*block)).collect(),
         lineages: lineages[from..to].to_vec(),
         kv_shapes: blocks[from..to].iter().map(|block| (*block < ATTENTION_BELOW).then_some(SHAPE)).collect(),
+        windows: blocks[from..to].iter().map(|block| window(*block)).collect(),
         width: 4,
         begins_with_embed: from == 0,
         ends_with_head: to == blocks.len(),
