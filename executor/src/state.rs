@@ -15,6 +15,7 @@ pub mod counters;
 pub mod engine;
 mod integrity;
 pub mod limits;
+mod meeting;
 pub mod pages;
 mod planner;
 mod ready;
