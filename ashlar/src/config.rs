@@ -116,6 +116,8 @@ pub struct ExecutorConfig {
     pub batch_ms_max: u32,
     /// Milliseconds that a ready row lets others go first, at most.
     pub row_wait_ms: u32,
+    /// Milliseconds that a ready row lets others go first, at most, so that models that share its segment run it together; 0: rows do not wait.
+    pub regroup_wait_ms: u32,
     /// Batches that the device has at one time: one that it computes, the others next.
     pub batches_in_flight_max: u32,
     /// Sequences that hold pages at one time.
@@ -153,6 +155,7 @@ impl Default for ExecutorConfig {
             ttft_ms: limits.ttft_ms,
             batch_ms_max: limits.batch_ms_max,
             row_wait_ms: limits.row_wait_ms,
+            regroup_wait_ms: limits.regroup_wait_ms,
             batches_in_flight_max: limits.batches_in_flight_max,
             sequences_max: limits.sequences_max,
             waiting_max: limits.waiting_max,
@@ -196,6 +199,7 @@ impl ExecutorConfig {
             ttft_ms: self.ttft_ms,
             batch_ms_max: self.batch_ms_max,
             row_wait_ms: self.row_wait_ms,
+            regroup_wait_ms: self.regroup_wait_ms,
             batches_in_flight_max: self.batches_in_flight_max,
             sequences_max: self.sequences_max,
             waiting_max: self.waiting_max,

@@ -107,7 +107,9 @@ fn pass_cost(sequence_count: u32, passes: u32) -> Cost {
             .collect();
         done_tokens += samples.len() as u64;
         let began = Instant::now();
-        engine.handle_batch_done(Duration::ZERO, Duration::from_micros(100), samples);
+        // As a device of weights takes: for each block what it reads, and something for each row.
+        let elapsed = Duration::from_micros(30 + batch.blocks.len() as u64 * (40 + 4 * u64::from(batch.row_count)));
+        engine.handle_batch_done(Duration::ZERO, elapsed, samples);
         engine.recycle(batch);
         let taken = began.elapsed();
         if done_tokens > warm_tokens {

@@ -16,6 +16,7 @@ pub mod engine;
 mod integrity;
 mod lane;
 pub mod limits;
+mod meeting;
 pub mod pages;
 mod planner;
 mod ready;

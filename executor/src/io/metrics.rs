@@ -127,11 +127,12 @@ impl ExecutorMetrics {
         self.batch_tokens.observe(f64::from(batch.row_count));
         self.batch_sequences.observe(batch.rows.len() as f64);
         self.batch_models.observe(batch.span_count as f64);
-        let number = batch.segment.0;
-        let name = if number < SEGMENT_LABELS_MAX { number.to_string() } else { OTHER_SEGMENTS.to_owned() };
-        self.segment_batches.with_label_values(&[&name]).inc();
-        self.segment_rows.with_label_values(&[&name]).inc_by(batch.row_count.into());
-        self.segment_models.with_label_values(&[&name]).inc_by(batch.span_count as u64);
+        for number in batch.segments.iter().map(|segment| segment.0) {
+            let name = if number < SEGMENT_LABELS_MAX { number.to_string() } else { OTHER_SEGMENTS.to_owned() };
+            self.segment_batches.with_label_values(&[&name]).inc();
+            self.segment_rows.with_label_values(&[&name]).inc_by(batch.row_count.into());
+            self.segment_models.with_label_values(&[&name]).inc_by(batch.span_count as u64);
+        }
     }
 
     /// Counts a sequence's time in the queue.

@@ -5,16 +5,19 @@ use super::batch::{Batch, RowInput, RowOutput, Rows, SequenceId, TableUpdate};
 use super::engine::{Engine, Output};
 use super::lane::append_entries;
 use super::planner::Chosen;
+use super::sequence::PathStep;
 
 impl Engine {
-    /// Moves the counts of a sequence through a step and says in `batch` what the device must do for it.
+    /// Moves the counts of a sequence through the steps of a batch and says in `batch` what the device must do for it.
     pub(crate) fn advance(&mut self, chosen: &Chosen, batch: &mut Batch) {
-        let Chosen { sequence: id, step, count } = *chosen;
+        let Chosen { sequence: id, step, step_count, count } = *chosen;
+        let last = step + step_count - 1;
         let page_tokens = self.limits.page_tokens;
         self.reserve_boundary(chosen);
         let sequence = &mut self.sequences[id];
         let path = &*sequence.path;
-        let (is_last, at) = (step + 1 == path.steps.len(), &path.steps[step]);
+        let is_last = last + 1 == path.steps.len();
+        let attention_from = path.steps[step].attention_from;
         let start = sequence.steps[step].computed;
         let end = start + count;
         let slots_from = batch.slots.len() as u32;
@@ -45,6 +48,7 @@ impl Engine {
                 }
             }
         };
+        // Kept rows are of prompts, which take a step at a time.
         let keeps_in = step > 0 && !sequence.steps[step - 1].boundary.is_empty();
         let mut samples_token = false;
         let output = if !is_last && (keeps_in || !sequence.steps[step].boundary.is_empty()) {
@@ -69,7 +73,7 @@ impl Engine {
                 let left = self.hidden_free.len() - count as usize;
                 batch.slots.extend(self.hidden_free.drain(left..));
             }
-            sequence.steps[step].hidden.extend(&batch.slots[slots_from as usize..]);
+            sequence.steps[last].hidden.extend(&batch.slots[slots_from as usize..]);
             RowOutput::Hidden(slots_from..slots_from + count)
         } else {
             self.hidden_free.extend(batch.slots[slots_from as usize..].iter().rev().filter(|slot| **slot < kept_from));
@@ -85,35 +89,37 @@ impl Engine {
             }
         };
         let keeps_out = !sequence.steps[step].boundary.is_empty();
-        let state = &mut sequence.steps[step];
-        state.computed = end;
-        let fills_page = (end + self.canary.early_tokens()) / page_tokens > state.published;
         sequence.last_batch = batch.id;
         sequence.moved_at = self.clock.now;
         let pages = end.div_ceil(page_tokens);
-        if at.attention_count > 0 && pages > state.told {
-            let from = batch.table_slots.len() as u32;
-            let (attention_from, attention_count) = (at.attention_from, at.attention_count);
-            let attention = &self.spans[sequence.span.0 as usize].attention[attention_from as usize..][..attention_count as usize];
-            for page in state.told..pages {
-                append_entries(at, &state.lanes, page, attention, &self.pages, &mut batch.table_slots);
+        let mut fills_page = false;
+        for (state, at) in sequence.steps[step..=last].iter_mut().zip(&path.steps[step..=last]) {
+            state.computed = end;
+            fills_page |= (end + self.canary.early_tokens()) / page_tokens > state.published;
+            if at.attention_count > 0 && pages > state.told {
+                let from = batch.table_slots.len() as u32;
+                let (attention_from, attention_count) = (at.attention_from, at.attention_count);
+                let attention = &self.spans[sequence.span.0 as usize].attention[attention_from as usize..][..attention_count as usize];
+                for page in state.told..pages {
+                    append_entries(at, &state.lanes, page, attention, &self.pages, &mut batch.table_slots);
+                }
+                let slots = from..batch.table_slots.len() as u32;
+                batch.tables.push(TableUpdate { sequence: id, attention_from, attention_count, page: state.told, slots });
+                state.told = pages;
             }
-            let slots = from..batch.table_slots.len() as u32;
-            batch.tables.push(TableUpdate { sequence: id, attention_from, attention_count, page: state.told, slots });
-            state.told = pages;
         }
-        let slides = at.slides();
+        let slides = path.steps[step..=last].iter().any(PathStep::slides);
         let has_more = sequence.ready_count(step, self.limits.link_rows_max) > 0;
         let span = &mut self.spans[sequence.span.0 as usize];
         batch.span_count += usize::from(span.last_batch != batch.id);
         span.last_batch = batch.id;
         batch.row_count += count;
-        batch.rows.push(Rows { sequence: id, start, count, attention_from: at.attention_from, input, output });
+        batch.rows.push(Rows { sequence: id, start, count, attention_from, input, output });
         if fills_page {
-            self.publish(id, step);
+            (step..=last).for_each(|step| self.publish(id, step));
         }
         if slides {
-            self.slide(id, step);
+            (step..=last).for_each(|step| self.slide(id, step));
         }
         if samples_token {
             self.token_planned(id, batch.id);
@@ -127,7 +133,7 @@ impl Engine {
         if has_more {
             self.enqueue(id, step);
         }
-        self.enqueue(id, if is_last { 0 } else { step + 1 });
+        self.enqueue(id, if is_last { 0 } else { last + 1 });
     }
 
     /// Makes pages of a step findable whose tokens are all known and computed (or in a batch that is handed out: who takes them runs later).

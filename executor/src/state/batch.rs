@@ -38,9 +38,9 @@ pub struct BatchId(pub u64);
 /// Where the rows of one sequence come from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum RowInput {
-    /// The segment begins with `embed`: these of [`Batch::tokens`].
+    /// The batch begins with `embed`: these of [`Batch::tokens`].
     Tokens(Range<u32>),
-    /// The segment begins with `embed`: one row, of the token that the device samples (or has sampled) for this sequence at
+    /// The batch begins with `embed`: one row, of the token that the device samples (or has sampled) for this sequence at
     /// position `Rows::start`, in an earlier batch. Nobody else need know it yet.
     Sampled,
     /// Hidden rows kept on the device, in these of [`Batch::slots`].
@@ -56,7 +56,7 @@ pub enum RowOutput {
     Hidden(Range<u32>),
     /// To the executor that owns the next span.
     Link,
-    /// The segment ends with `head`; logits of the last row are sampled if set, for the token at `position`.
+    /// The batch ends with `head`; logits of the last row are sampled if set, for the token at `position`.
     Sample(Option<u32>),
 }
 
@@ -69,7 +69,7 @@ pub struct Rows {
     pub start: u32,
     /// How many, at least one.
     pub count: u32,
-    /// The segment's first attention block, counted among the attention blocks of the sequence's span.
+    /// The batch's first attention block, counted among the attention blocks of the sequence's span.
     pub attention_from: u32,
     /// Where they come from.
     pub input: RowInput,
@@ -99,9 +99,9 @@ pub struct TableUpdate {
 pub struct Batch {
     /// Its id.
     pub id: BatchId,
-    /// Through which segment.
-    pub segment: SegmentIndex,
-    /// The segment's blocks, in order.
+    /// Through which segments, one after another.
+    pub segments: Vec<SegmentIndex>,
+    /// Their blocks, in order.
     pub blocks: Arc<[BlockIndex]>,
     /// Hosted spans (models, nearly) that meet in it.
     pub span_count: usize,
@@ -121,18 +121,19 @@ pub struct Batch {
 
 impl Batch {
     /// An empty batch, in the memory of a spare one if there is any.
-    pub(crate) fn reuse(spare: Option<Self>, id: BatchId, segment: SegmentIndex, blocks: Arc<[BlockIndex]>) -> Self {
+    pub(crate) fn reuse(spare: Option<Self>, id: BatchId, blocks: Arc<[BlockIndex]>) -> Self {
         fn emptied<T>(mut values: Vec<T>) -> Vec<T> {
             values.clear();
             values
         }
         let Some(spare) = spare else {
-            let (rows, tokens, slots, tables, table_slots) = (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());
-            return Self { id, segment, blocks, span_count: 0, rows, row_count: 0, tokens, slots, tables, table_slots };
+            let (segments, rows, tokens, slots) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+            let (tables, table_slots) = (Vec::new(), Vec::new());
+            return Self { id, segments, blocks, span_count: 0, rows, row_count: 0, tokens, slots, tables, table_slots };
         };
         Self {
             id,
-            segment,
+            segments: emptied(spare.segments),
             blocks,
             span_count: 0,
             rows: emptied(spare.rows),

@@ -1,12 +1,16 @@
 //! Time in plans: when each row is due, what is under way costs, and how much of a prompt may ride along without making anybody late.
 //! Without targets (`gap_ms` 0) there is no such budget, and rows take turns.
 
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
 use super::Now;
 use super::batch::{BatchId, SequenceId};
 use super::cost::largest;
 use super::engine::Engine;
 use super::segments::SegmentIndex;
-use super::sequence::Sequence;
+use super::sequence::{Path, Sequence};
 
 /// Rows of a batch are kept to multiples of it where a chunk is cut short: the GEMMs' tile.
 pub(crate) const TILE_ROWS: u32 = 8;
@@ -15,18 +19,31 @@ const MARGIN: f64 = 0.8;
 /// Batches after which the cost of a pass is summed again though nobody came or went.
 const PASS_BATCHES: u64 = 64;
 
+/// Share of a new observation in what a batch more costs, and microseconds that it may grow by beside what it was.
+const OVERHEAD_RATE: f64 = 0.05;
+const BETWEEN_STEP: f64 = 20.0;
 /// Time since the executor started, in microseconds.
 pub(crate) type Micros = u64;
 
 /// A batch that the device has.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(crate) struct InFlight {
     pub(crate) id: BatchId,
-    pub(crate) segment: SegmentIndex,
-    /// Rows that it has; 0 where the number of its segment is another one's by now, and nothing is to be learned.
+    /// Its segments: these steps of a path.
+    pub(crate) path: Arc<Path>,
+    pub(crate) steps: Range<usize>,
+    /// Rows that it has; 0 where the number of a segment of it is another one's by now, and nothing is to be learned.
     pub(crate) rows: u32,
-    /// Time that it is expected to take.
+    /// When it was planned, and the time that it is expected to take.
+    pub(crate) planned_at: Micros,
     pub(crate) predicted: Micros,
+}
+
+impl InFlight {
+    /// The segments that it crosses.
+    pub(crate) fn segments(&self) -> impl Iterator<Item = SegmentIndex> {
+        self.path.steps[self.steps.clone()].iter().map(|step| step.segment)
+    }
 }
 
 /// What the engine knows of time.
@@ -36,6 +53,15 @@ pub(crate) struct Clock {
     pub(crate) now: Micros,
     /// When the device is expected to have done all that it has.
     pub(crate) busy_until: Micros,
+    /// When the device was done with the latest batch that it has done.
+    done_at: Micros,
+    /// Microseconds that one batch more costs: between two batches, and within one whatever it computes. The latter is learned from batches of several
+    /// segments, of which there were so many.
+    pub(crate) between: f64,
+    pub(crate) within: f64,
+    pub(crate) joined_count: u64,
+    /// The next batch that may be of a whole model for once.
+    pub(crate) trial_from: u64,
     /// For each segment: sequences that decode and cross it.
     pub(crate) decoding: Vec<u32>,
     /// Time of a pass: each decoding sequence advances by one token. In microseconds, and when it was summed.
@@ -59,6 +85,11 @@ impl Engine {
     /// The time by which a row that becomes ready now has had to wait for others long enough.
     pub(crate) fn turn_due(&self) -> Micros {
         self.clock.now + Micros::from(self.limits.row_wait_ms) * 1000
+    }
+
+    /// Until when a row that becomes ready now lets others go first, so that siblings run with it.
+    pub(crate) fn regroup_due(&self) -> Micros {
+        self.clock.now + Micros::from(self.limits.regroup_wait_ms) * 1000
     }
 
     /// The time by which the first token of a sequence that is admitted now is due.
@@ -110,6 +141,37 @@ impl Engine {
             sequence.path.steps.iter().for_each(|step| self.clock.decoding[step.segment.0 as usize] += 1);
         }
         self.clock.summed_at = None;
+    }
+
+    /// Learns from the time that a batch took: what its segment costs, or, if it has several, what one batch less saves.
+    pub(crate) fn observe(&mut self, batch: &InFlight, elapsed: Duration) {
+        let began = std::mem::replace(&mut self.clock.done_at, self.clock.now).max(batch.planned_at);
+        let micros = elapsed.as_secs_f64() * 1e6;
+        // A pause of the machine is no rule.
+        let between = ((self.clock.now - began) as f64 - micros).clamp(0.0, 2.0 * self.clock.between + BETWEEN_STEP);
+        self.clock.between += OVERHEAD_RATE * (between - self.clock.between);
+        if batch.rows == 0 {
+            return;
+        }
+        if batch.steps.len() == 1 {
+            batch.segments().for_each(|segment| self.costs[segment.0 as usize].observe(batch.rows, elapsed));
+            return;
+        }
+        if !batch.segments().all(|segment| self.costs[segment.0 as usize].is_known(batch.rows)) {
+            return;
+        }
+        let alone = || batch.segments().map(|segment| self.costs[segment.0 as usize].predict(batch.rows).unwrap_or(0.0));
+        let saved = (alone().sum::<f64>() - micros) / (batch.steps.len() - 1) as f64;
+        let within = saved.clamp(0.0, alone().fold(f64::INFINITY, f64::min));
+        self.clock.joined_count += 1;
+        self.clock.within += OVERHEAD_RATE.max(1.0 / self.clock.joined_count as f64) * (within - self.clock.within);
+    }
+
+    /// Microseconds that rows are expected to take through the segments of a batch.
+    pub(crate) fn predict(&self, segments: impl Iterator<Item = SegmentIndex>, rows: u32) -> f64 {
+        let cost = |segment: SegmentIndex| self.costs[segment.0 as usize].predict(rows).unwrap_or(0.0);
+        let (all, count) = segments.fold((0.0, 0), |(all, count), segment| (all + cost(segment), count + 1));
+        (all - self.clock.within * (f64::from(count) - 1.0)).max(0.0)
     }
 
     /// Microseconds of a pass, as they are known.

@@ -8,6 +8,9 @@ const POINTS: [u32; 17] = [1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 
 /// Share of a new observation in a point that lies on it.
 const LEARNING_RATE: f64 = 0.2;
 
+/// Share of a batch's time below which nothing is lost by running a part of it apart.
+const APART_LEAST: f64 = 0.05;
+
 /// Time of one segment's batches by their rows. It never falls with more rows.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct CostCurve {
@@ -61,9 +64,30 @@ impl CostCurve {
         })
     }
 
+    /// Whether batches of about so many rows have run.
+    pub fn is_known(&self, rows: u32) -> bool {
+        self.at(rows).is_some()
+    }
+
+    /// Microseconds of the smallest batch that is known.
+    pub fn least(&self) -> Option<f64> {
+        self.micros.iter().flatten().copied().next()
+    }
+
     /// The most rows, up to `most`, that are predicted to take no more than `micros`; at least one.
     pub fn rows_within(&self, micros: f64, most: u32) -> u32 {
         largest(most, |rows| self.predict(rows).is_none_or(|predicted| predicted <= micros)).max(1)
+    }
+
+    /// Microseconds that are lost where so many rows, and so many `more`, run in two batches and not in one. Where no batch as large has run,
+    /// one is taken to cost as little as it may, so that it is tried. Infinite before anything ran.
+    pub fn apart(&self, rows: u32, more: u32) -> f64 {
+        let (Some(one), Some(other)) = (self.predict(rows), self.predict(more)) else { return f64::INFINITY };
+        let larger = one.max(other);
+        let together = self.at(rows + more).map_or(larger, |known| known.max(larger));
+        let lost = one + other - together;
+        // What is learned from times is never exact: so little may be nothing.
+        if lost > APART_LEAST * together { lost } else { 0.0 }
     }
 
     /// Value of the line at `rows` if both of its ends are known.

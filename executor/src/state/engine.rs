@@ -312,10 +312,9 @@ impl Engine {
     /// The device finished the oldest batch in flight, which took it `elapsed`.
     pub fn handle_batch_done(&mut self, now: Now, elapsed: Duration, samples: Vec<Sample>) {
         self.tell_time(now);
-        let InFlight { id: done, segment, rows, .. } = self.in_flight.pop_front().expect("a batch was done that was never handed out");
-        if rows > 0 {
-            self.costs[segment.0 as usize].observe(rows, elapsed);
-        }
+        let batch = self.in_flight.pop_front().expect("a batch was done that was never handed out");
+        let done = batch.id;
+        self.observe(&batch, elapsed);
         self.clock.busy_until = self.clock.now + self.in_flight.iter().map(|batch| batch.predicted).sum::<Micros>();
         for Sample { sequence: id, position, token } in samples {
             // It may have ended while the batch was in flight.
@@ -391,7 +390,7 @@ impl Engine {
 
     /// Puts a step of a sequence into its segment's ready queue if it has rows ready and is not there yet.
     pub(crate) fn enqueue(&mut self, id: SequenceId, step: usize) {
-        let turn = self.turn_due();
+        let (turn, waits_until) = (self.turn_due(), self.regroup_due());
         let sequence = &mut self.sequences[id];
         if sequence.status != Status::Running || sequence.steps[step].queued || sequence.ready_count(step, self.limits.link_rows_max) == 0 {
             return;
@@ -399,7 +398,7 @@ impl Engine {
         sequence.steps[step].queued = true;
         let due = sequence.due.map_or(turn, |due| due.min(turn));
         let entry = Entry { priority: sequence.priority, rank: sequence.rank, sequence: id, step: std::cmp::Reverse(step as u32), due };
-        self.ready.push(sequence.path.steps[step].segment, entry, sequence.decodes(step));
+        self.ready.push(sequence.path.steps[step].segment, entry, sequence.decodes(step), waits_until);
     }
 
     fn take_token(&mut self, id: SequenceId, token: SampledToken) {

@@ -1,10 +1,13 @@
 //! Which rows run next: the deepest ready segment, all sequences that wait there, decodes before chunks of prompts. Only rows that are
 //! ready are looked at. What a chosen row takes with it is in `advance`.
 
+use std::sync::Arc;
+
 use super::Now;
 use super::batch::{Batch, SequenceId};
 use super::clock::{InFlight, Micros, TILE_ROWS};
 use super::engine::{Engine, Output};
+use super::meeting::Trial;
 use super::ready::{Entries, Entry};
 use super::segments::SegmentIndex;
 use super::sequence::{Sequence, Status};
@@ -14,6 +17,8 @@ use super::sequence::{Sequence, Status};
 pub(crate) struct Chosen {
     pub(crate) sequence: SequenceId,
     pub(crate) step: usize,
+    /// Steps that they take, from `step` on.
+    pub(crate) step_count: usize,
     pub(crate) count: u32,
 }
 
@@ -43,7 +48,7 @@ impl Engine {
             self.ready.begin_plan();
             let mut taken = std::mem::take(&mut self.taken);
             let urgent = self.clock.start() + self.pass_micros() as Micros;
-            while let Some(segment) = self.ready.take_next(urgent, &mut taken) {
+            while let Some(segment) = self.take_next(urgent, &mut taken) {
                 let is_planned = self.plan_segment(segment, &mut taken);
                 if is_planned {
                     self.taken = taken;
@@ -72,6 +77,18 @@ impl Engine {
         }
     }
 
+    /// Takes the entries of the next segment to try.
+    fn take_next(&mut self, urgent: Micros, taken: &mut Entries) -> Option<SegmentIndex> {
+        let (costs, decoding, most) = (&self.costs, &self.clock.decoding, self.limits.step_tokens_max);
+        let lost = |segment: SegmentIndex, decodes: u32, chunks: u32| {
+            // Whoever else decodes and crosses it comes by, sooner or later.
+            let place = segment.0 as usize;
+            let coming = decoding[place].saturating_sub(decodes).min(most.saturating_sub(decodes + chunks));
+            if coming == 0 { 0.0 } else { costs[place].apart(decodes + chunks, coming) }
+        };
+        self.ready.take_next(urgent, self.clock.now, lost, taken)
+    }
+
     /// Hands out a batch of one segment from its ready rows, and puts back what it does not take; false if none of them can run.
     fn plan_segment(&mut self, segment: SegmentIndex, taken: &mut Entries) -> bool {
         let mut chosen = std::mem::take(&mut self.chosen);
@@ -89,17 +106,37 @@ impl Engine {
             chunk_micros: if taken.chunks.is_empty() { None } else { self.chunk_budget() },
             chunk_count: 0,
         };
-        for (entries, decodes) in [(&mut taken.decodes, true), (&mut taken.chunks, false)] {
-            entries.sort_unstable();
-            for entry in entries.drain(..) {
-                self.choose(segment, entry, decodes, &mut room, &mut chosen);
+        taken.decodes.sort_unstable();
+        taken.chunks.sort_unstable();
+        let trial = self.trial();
+        let mut others = self.part(segment, taken, trial);
+        let is_parted = !others.is_empty();
+        loop {
+            for (entries, decodes) in [(&mut taken.decodes, true), (&mut taken.chunks, false)] {
+                for entry in entries.drain(..) {
+                    self.choose(segment, entry, decodes, &mut room, &mut chosen);
+                }
+            }
+            if others.is_empty() || !chosen.is_empty() {
+                break;
+            }
+            std::mem::swap(&mut others, &mut taken.decodes);
+        }
+        for entry in others {
+            if self.sequences.get(entry.sequence).is_some_and(|sequence| sequence.steps[entry.step.0 as usize].queued) {
+                self.ready.push(segment, entry, true, self.regroup_due());
             }
         }
         // A preemption may have hit a sequence that was already chosen.
         chosen.retain(|chosen| self.sequences[chosen.sequence].status == Status::Running);
         let is_planned = !chosen.is_empty();
         if is_planned {
-            let batch = self.batch(segment, &chosen);
+            let step_count = self.steps_through(&chosen, trial, is_parted);
+            if trial == Trial::Whole && (is_parted || step_count > 1) {
+                self.tried();
+            }
+            chosen.iter_mut().for_each(|chosen| chosen.step_count = step_count);
+            let batch = self.batch(&chosen);
             self.counters.batch_count += 1;
             self.counters.row_count += u64::from(batch.row_count);
             self.outputs.push_back(Output::RunBatch(batch));
@@ -140,7 +177,8 @@ impl Engine {
         let has_pages = state.computed + count <= state.reserved * self.limits.page_tokens;
         if count == 0 || is_twice || !(has_pages || self.reserve_pages(entry.sequence, step, count)) {
             // It had its turn.
-            self.ready.push(segment, Entry { due: entry.due.max(self.turn_due()), ..entry }, decodes);
+            let entry = Entry { due: entry.due.max(self.turn_due()), ..entry };
+            self.ready.push(segment, entry, decodes, self.regroup_due());
             return;
         }
         match (enters, keeps_hidden) {
@@ -151,7 +189,7 @@ impl Engine {
         room.rows -= count;
         room.row_count += count;
         self.sequences[entry.sequence].steps[step].queued = false;
-        chosen.push(Chosen { sequence: entry.sequence, step, count });
+        chosen.push(Chosen { sequence: entry.sequence, step, step_count: 1, count });
     }
 
     /// Bounds a chunk of a prompt by time: that of the batch, and where it enters the chain by what it adds for those that decode. The
@@ -172,14 +210,22 @@ impl Engine {
         count
     }
 
-    fn batch(&mut self, segment: SegmentIndex, chosen: &[Chosen]) -> Batch {
-        let blocks = std::sync::Arc::clone(&self.segments[segment.0 as usize].blocks);
-        let mut batch = Batch::reuse(self.spare.pop(), self.next_batch_id(), segment, blocks);
-        batch.rows.reserve(chosen.len());
+    fn batch(&mut self, chosen: &[Chosen]) -> Batch {
+        let (first, step_count) = (chosen[0].step, chosen[0].step_count);
+        let path = Arc::clone(&self.sequences[chosen[0].sequence].path);
+        let steps = first..first + step_count;
+        let place = |step: usize| path.steps[step].segment.0 as usize;
+        let blocks = match step_count {
+            1 => Arc::clone(&self.segments[place(first)].blocks),
+            _ => steps.clone().flat_map(|step| self.segments[place(step)].blocks.iter().copied()).collect(),
+        };
         let rows = chosen.iter().map(|chosen| chosen.count).sum();
-        let predicted = self.costs[segment.0 as usize].predict(rows).unwrap_or(0.0) as Micros;
+        let predicted = self.predict(path.steps[steps.clone()].iter().map(|step| step.segment), rows) as Micros;
+        let mut batch = Batch::reuse(self.spare.pop(), self.next_batch_id(), blocks);
+        batch.segments.extend(path.steps[steps.clone()].iter().map(|step| step.segment));
+        batch.rows.reserve(chosen.len());
         self.clock.busy_until = self.clock.start() + predicted;
-        self.in_flight.push_back(InFlight { id: batch.id, segment, rows, predicted });
+        self.in_flight.push_back(InFlight { id: batch.id, path, steps, rows, planned_at: self.clock.now, predicted });
         for chosen in chosen {
             self.advance(chosen, &mut batch);
         }

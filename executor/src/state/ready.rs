@@ -42,17 +42,20 @@ struct Queue {
     /// Turn in which the queue got its first entry, and the earliest time at which one should run.
     since: u64,
     due: Micros,
+    /// Until when its first entry lets others go first, so that siblings run with it.
+    waits_until: Micros,
     /// The latest plan that tried this segment.
     tried_in: u64,
 }
 
 impl Queue {
-    /// Whether this queue of a family is to be tried before another one.
-    fn goes_before(&self, other: &Self, urgent: Micros) -> bool {
+    /// Whether this queue of a family is to be tried before another one, where each loses so much if siblings run apart.
+    fn goes_before(&self, lost: f64, other: &Self, other_lost: f64, urgent: Micros) -> bool {
         match (self.due <= urgent, other.due <= urgent) {
             (true, true) if self.due != other.due => self.due < other.due,
             (true, false) => true,
             (false, true) => false,
+            (false, false) if lost != other_lost => lost < other_lost,
             _ if self.depth != other.depth => self.depth > other.depth,
             _ => self.since < other.since,
         }
@@ -88,12 +91,12 @@ impl Ready {
         self.families.resize_with(places.iter().map(|(_, family)| family + 1).max().unwrap_or(0), Family::default);
     }
 
-    /// Adds an entry.
-    pub(crate) fn push(&mut self, segment: SegmentIndex, entry: Entry, decodes: bool) {
+    /// Adds an entry. It lets siblings catch up until `waits_until`.
+    pub(crate) fn push(&mut self, segment: SegmentIndex, entry: Entry, decodes: bool, waits_until: Micros) {
         let queue = &mut self.queues[segment.0 as usize];
         if queue.entries.is_empty() {
             self.turn += 1;
-            (queue.since, queue.due) = (self.turn, entry.due);
+            (queue.since, queue.due, queue.waits_until) = (self.turn, entry.due, waits_until);
             let family = &mut self.families[queue.family];
             family.first = if family.segments.is_empty() { (entry.due, queue.since) } else { family.first };
             family.segments.push(segment);
@@ -134,9 +137,16 @@ impl Ready {
     }
 
     /// Moves the entries of the next segment to try into `taken` (empty before). Of unrelated families the one with the row that should run
-    /// first. Within a family the deepest segment, so that sequences that were parted drain to the head and meet again at the shared
-    /// start; but a segment with a row that should run before `urgent` comes first, the earliest of them. Ties: who has waited longest.
-    pub(crate) fn take_next(&mut self, urgent: Micros, taken: &mut Entries) -> Option<SegmentIndex> {
+    /// first. Within a family the segment that loses least if those who are ready run now and their siblings later (`lost`, of a segment and its
+    /// decodes and chunks), so that sequences that were parted meet wherever their chains do; of equals the deepest; then who has waited longest.
+    /// But a segment with a row that should run before `urgent` comes first, the earliest of them, and who has let siblings catch up until `now` loses nothing.
+    pub(crate) fn take_next(
+        &mut self,
+        urgent: Micros,
+        now: Micros,
+        lost: impl Fn(SegmentIndex, u32, u32) -> f64,
+        taken: &mut Entries,
+    ) -> Option<SegmentIndex> {
         let (queues, plan) = (&self.queues, self.plan);
         let is_tried = |segment: &SegmentIndex| queues[segment.0 as usize].tried_in == plan;
         let mut chosen: Option<(usize, (Micros, u64))> = None;
@@ -147,14 +157,21 @@ impl Ready {
             }
         }
         let family = &mut self.families[chosen?.0];
-        let mut best: Option<(usize, &Queue)> = None;
+        let mut best: Option<(usize, &Queue, f64)> = None;
         for (place, segment) in family.segments.iter().enumerate().filter(|(_, segment)| !is_tried(segment)) {
             let queue = &queues[segment.0 as usize];
-            if best.is_none_or(|(_, best)| queue.goes_before(best, urgent)) {
-                best = Some((place, queue));
+            // Not even if it lost nothing.
+            if best.is_some_and(|(_, best, least)| !queue.goes_before(0.0, best, least, urgent)) {
+                continue;
+            }
+            let entries = &queue.entries;
+            let waits = queue.waits_until > now;
+            let lost = if waits { lost(*segment, entries.decodes.len() as u32, entries.chunks.len() as u32) } else { 0.0 };
+            if best.is_none_or(|(_, best, least)| queue.goes_before(lost, best, least, urgent)) {
+                best = Some((place, queue, lost));
             }
         }
-        let (place, _) = best?;
+        let (place, ..) = best?;
         let segment = family.segments.swap_remove(place);
         let rest = family.segments.iter().map(|segment| (queues[segment.0 as usize].due, queues[segment.0 as usize].since));
         family.first = rest.min().unwrap_or_default();
@@ -163,6 +180,12 @@ impl Ready {
         self.has_tried = true;
         std::mem::swap(&mut queue.entries, taken);
         Some(segment)
+    }
+
+    /// Decodes and chunks of prompts that are ready at a segment.
+    pub(crate) fn counts(&self, segment: SegmentIndex) -> (u32, u32) {
+        let entries = &self.queues[segment.0 as usize].entries;
+        (entries.decodes.len() as u32, entries.chunks.len() as u32)
     }
 
     /// The earliest time at which a decode that is ready should have run; for tests.

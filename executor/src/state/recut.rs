@@ -9,6 +9,7 @@ use std::sync::Arc;
 use ashlar_wire::code::{Code, Retry};
 
 use super::batch::{BatchId, SequenceId};
+use super::clock::InFlight;
 use super::engine::Engine;
 use super::lane::{Held, Lane, lanes, pages_most};
 use super::pages::{ClassIndex, HandleIndex, LineageIndex, StretchIndex};
@@ -339,7 +340,8 @@ impl Engine {
                 // Other blocks, other costs.
                 self.costs.resize_with(self.costs.len().max(place + 1), Default::default);
                 self.costs[place] = Default::default();
-                self.in_flight.iter_mut().filter(|batch| batch.segment.0 as usize == place).for_each(|batch| batch.rows = 0);
+                let crosses = |batch: &&mut InFlight| batch.segments().any(|segment| segment.0 as usize == place);
+                self.in_flight.iter_mut().filter(crosses).for_each(|batch| batch.rows = 0);
                 if place == self.segments.len() {
                     self.segments.push(segment)
                 } else {

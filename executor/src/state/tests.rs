@@ -8,6 +8,7 @@ mod flight;
 mod links;
 mod node;
 mod recut;
+mod regroup;
 mod serving;
 mod time;
 mod windows;

@@ -15,17 +15,17 @@ fn prompt(length: u32) -> Vec<u32> {
     (0..length).map(|t| t * 7 % 97).collect()
 }
 
-/// Rows computed by a segment that begins with this block, by one sequence.
+/// Rows of one sequence that a block computed.
 fn rows_of(node: &Node, block: u32, sequence: u64) -> u32 {
-    let begins = format!("[{block} ");
     let mine = |picture: &str| -> u32 {
-        let (_, rows) = picture.split_once("] ").expect("a picture");
+        let (blocks, rows) = picture[1..].split_once("] ").expect("a picture");
         rows.split(", ")
+            .filter(|_| blocks.split(' ').any(|known| known == block.to_string()))
             .filter_map(|rows| rows.strip_prefix(&format!("{sequence}: ")))
             .map(|count| count.parse::<u32>().expect("a count"))
             .sum()
     };
-    node.pictures.iter().filter(|picture| picture.starts_with(&begins)).map(|picture| mine(picture)).sum()
+    node.pictures.iter().map(|picture| mine(picture)).sum()
 }
 
 fn two_models(limits: Limits) -> (Node, [Vec<u32>; 2], [SpanIndex; 2]) {

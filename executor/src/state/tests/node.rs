@@ -59,11 +59,15 @@ pub(super) struct Node {
     pub(super) in_flight_most: usize,
     /// Each batch planned: its blocks, and rows by sequence.
     pub(super) pictures: Vec<String>,
+    /// For each block: batches through it, and their rows.
+    pub(super) crossed: BTreeMap<u32, (u64, u64)>,
     /// Sequences that failed.
     pub(super) failed: BTreeSet<u64>,
     pub(super) now_us: u64,
     /// Microseconds that the device takes for a batch; where None, a step is 100 of them.
     pub(super) cost_us: Option<fn(&Batch) -> u64>,
+    /// Microseconds between two batches, whatever the device has waiting: not told to the engine.
+    pub(super) between_us: u64,
     /// When the device is done with what it has run.
     pub(super) device_free_us: u64,
     /// When each token was emitted, by sequence.
@@ -98,9 +102,11 @@ impl Node {
             models_met_max: 0,
             in_flight_most: 0,
             pictures: Vec::new(),
+            crossed: BTreeMap::new(),
             failed: BTreeSet::new(),
             now_us: 0,
             cost_us: None,
+            between_us: 0,
             device_free_us: 0,
             emitted_us: BTreeMap::new(),
             batch_us_most: 0,
@@ -137,6 +143,10 @@ impl Node {
                     let rows: Vec<String> =
                         batch.rows.iter().map(|rows| format!("{}: {}", self.keys[&rows.sequence], rows.count)).collect();
                     self.pictures.push(format!("[{}] {}", blocks.join(" "), rows.join(", ")));
+                    for block in batch.blocks.iter() {
+                        let crossed = self.crossed.entry(block.0).or_default();
+                        *crossed = (crossed.0 + 1, crossed.1 + u64::from(batch.row_count));
+                    }
                     self.in_flight.push_back((batch, link_rows, self.now_us));
                     assert!(self.in_flight.len() <= self.engine.limits.batches_in_flight_max as usize);
                     self.in_flight_most = self.in_flight_most.max(self.in_flight.len());
@@ -170,7 +180,7 @@ impl Node {
         let Some((batch, link_rows, handed_us)) = self.in_flight.pop_front() else { return false };
         let elapsed_us = self.cost_us.map_or(100, |cost| cost(&batch));
         if self.cost_us.is_some() {
-            self.device_free_us = self.device_free_us.max(handed_us) + elapsed_us;
+            self.device_free_us = self.device_free_us.max(handed_us) + self.between_us + elapsed_us;
             self.now_us = self.now_us.max(self.device_free_us);
             self.batch_us_most = self.batch_us_most.max(elapsed_us);
         }

@@ -3,6 +3,7 @@
 use super::device::{host, oracle};
 use super::family;
 use super::node::{Node, admit, limits};
+use super::time::by_blocks_us;
 use crate::state::Now;
 use crate::state::limits::Limits;
 use crate::state::sequence::{Admit, Reason, SpanIndex};
@@ -106,6 +107,7 @@ fn cancelled_sequence_frees_everything_at_once() {
 #[test]
 fn the_worked_step_is_as_documented() {
     let mut node = Node::new(limits(200, 64, 64));
+    node.cost_us = Some(by_blocks_us);
     // e = 2000, a1 = 1, f1 = 1001, a2 = 2 or 12, f2 = 1002, h = 2001.
     let chains = [vec![2000, 1, 1001, 2, 1002, 2001], vec![2000, 1, 1001, 12, 1002, 2001], vec![2100, 31, 1031, 2101]];
     let spans: Vec<SpanIndex> = chains.iter().map(|blocks| node.engine.handle_host(host(blocks, 0, blocks.len()))).collect();
@@ -123,11 +125,11 @@ fn the_worked_step_is_as_documented() {
     let documented = [
         "[2000 1 1001] 1: 1, 2: 40",
         "[2100 31 1031 2101] 3: 1",
-        "[2] 1: 1",
-        "[1002 2001] 1: 1",
+        "[2 1002 2001] 1: 1",
         "[12] 2: 40",
         "[2100 31 1031 2101] 3: 1",
-        "[1002 2001] 2: 40",
+        "[2000 1 1001 2] 1: 1",
+        "[1002 2001] 1: 1, 2: 40",
     ];
     assert_eq!(node.pictures[from..from + documented.len()], documented);
 }

@@ -12,7 +12,7 @@ pub(super) fn one_model_us(batch: &Batch) -> u64 {
 }
 
 /// A fifth of a millisecond for each block, and 10 us for each row in it.
-fn by_blocks_us(batch: &Batch) -> u64 {
+pub(super) fn by_blocks_us(batch: &Batch) -> u64 {
     batch.blocks.len() as u64 * (200 + 10 * u64::from(batch.row_count))
 }
 
