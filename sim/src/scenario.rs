@@ -95,7 +95,7 @@ fn limits(of: &mut Dice) -> Limits {
         ttft_ms: of.pick(&[0, 500]),
         batch_ms_max: of.pick(&[0, 0, 3]),
         row_wait_ms: of.pick(&[1, 200]),
-        regroup_wait_ms: of.fork("regroup").pick(&[0, 2, 100, 100]),
+        regroup_wait_ms: of.fork("regroup").pick(&[0, 2, 20, 100]),
         batches_in_flight_max: of.pick(&[1, 2, 2, 4]),
         sequences_max: (of.pick(&[2, 8, 32]) as u32).min(step_tokens_max),
         waiting_max: of.pick(&[3, 1000, 1000, 1000]),

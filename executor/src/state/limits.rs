@@ -61,7 +61,7 @@ impl Default for Limits {
             ttft_ms: 0,
             batch_ms_max: 0,
             row_wait_ms: 200,
-            regroup_wait_ms: 100,
+            regroup_wait_ms: 20,
             batches_in_flight_max: 2,
             sequences_max: 64,
             waiting_max: 1024,
