@@ -9,6 +9,7 @@ mod links;
 mod node;
 mod recut;
 mod serving;
+mod targets;
 mod time;
 
 /// A family: shared trunk, own tops, one unrelated chain. 2000 is embed, 2001 head.
