@@ -8,6 +8,7 @@ mod bench;
 mod chat;
 mod client;
 mod config;
+mod deploy;
 mod devices;
 mod health;
 mod logging;
@@ -46,6 +47,13 @@ enum Command {
         config: config::ConfigArgs,
         #[command(subcommand)]
         command: tenant::TenantCommand,
+    },
+    /// How models are to be served: their targets for time
+    Deploy {
+        #[command(flatten)]
+        config: config::ConfigArgs,
+        #[command(subcommand)]
+        command: deploy::DeployCommand,
     },
     /// Talk to a model in the terminal
     Chat(chat::ChatArgs),
@@ -101,6 +109,11 @@ async fn run(command: Command) -> anyhow::Result<()> {
             let config = config.load()?;
             let registry = server::open_registry(&config, server::Role::Serve).await?;
             tenant::run(command, registry).await
+        }
+        Command::Deploy { config, command } => {
+            let config = config.load()?;
+            let registry = server::open_registry(&config, server::Role::Serve).await?;
+            deploy::run(command, registry).await
         }
         Command::Chat(args) => chat::run(args).await,
         Command::Bench(args) => bench::run(args).await,

@@ -11,6 +11,7 @@ use ashlar_executor::state::engine::{Engine, HostSpan, Output};
 use ashlar_executor::state::limits::Limits;
 use ashlar_executor::state::segments::BlockIndex;
 use ashlar_executor::state::sequence::Admit;
+use ashlar_executor::state::targets::Targets;
 use ashlar_kernels::ops::{KvFormat, KvShape};
 use ashlar_wire::id::{RouterId, SequenceKey};
 
@@ -77,6 +78,7 @@ fn pass_cost(sequence_count: u32, passes: u32) -> Cost {
             priority: 0,
             tenant: format!("ten_{}", number % 8),
             weight: 1,
+            targets: Targets::default(),
             domain: [7; 32],
         };
         engine.handle_admit(Duration::ZERO, admit).expect("admitted");

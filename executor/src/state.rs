@@ -28,6 +28,7 @@ mod slab;
 mod span;
 mod stall;
 mod start;
+pub mod targets;
 mod tenants;
 #[cfg(test)]
 mod tests;

@@ -8,6 +8,8 @@ pub const EXECUTORS: &str = "executors/";
 pub const ROUTERS: &str = "routers/";
 /// All tenants.
 pub const TENANTS: &str = "tenants/";
+/// All deployments.
+pub const DEPLOYMENTS: &str = "deployments/";
 /// The router that plans.
 pub const LEADER: &str = "leader";
 /// The plan in force.
@@ -23,6 +25,11 @@ pub fn executor(id: &ExecutorId) -> String {
 /// A router's record.
 pub fn router(id: &RouterId) -> String {
     format!("{ROUTERS}{id}")
+}
+
+/// How a model, named `tenant/name`, is deployed.
+pub fn deployment(model: &str) -> String {
+    format!("{DEPLOYMENTS}{model}")
 }
 
 /// A tenant's record.

@@ -131,6 +131,17 @@ pub struct Limits {
     pub weight: Option<u32>,
 }
 
+/// `deployments/<tenant>/<name>`: how a model is to be served. It stays when the name points to another chain.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeploymentRecord {
+    /// Milliseconds from admission to the first token that are wanted; absent: what the executor is set to; 0: no target.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ttft_ms: Option<u32>,
+    /// Milliseconds between two tokens that are wanted; absent: what the executor is set to; 0: no target.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gap_ms: Option<u32>,
+}
+
 /// Reads the record that an entry holds.
 ///
 /// # Errors

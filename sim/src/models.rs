@@ -4,6 +4,7 @@ use ashlar_executor::state::engine::HostSpan;
 use ashlar_executor::state::segments::BlockIndex;
 use ashlar_kernels::ops::{KvFormat, KvShape};
 use ashlar_registry::ChainDigest;
+use ashlar_registry::record::DeploymentRecord;
 use ashlar_router::state::assembly::ChainPath;
 use ashlar_router::state::placement::{SizedBlock, SizedChain};
 use ashlar_zoo::digest::{Digest, lineages};
@@ -51,6 +52,8 @@ pub(crate) struct Model {
     pub(crate) width: u32,
     pub(crate) path: ChainPath,
     pub(crate) sized: SizedChain,
+    /// When its tokens are wanted.
+    pub(crate) deployment: DeploymentRecord,
 }
 
 impl Model {
@@ -77,7 +80,8 @@ impl Model {
             borders: (3..blocks.len().saturating_sub(2) as u32).step_by(2).collect(),
         };
         let path = ChainPath::new(digest, &chain);
-        Self { name, digest: ChainDigest(digest.0), blocks, lineages, width, path, sized }
+        let deployment = DeploymentRecord::default();
+        Self { name, digest: ChainDigest(digest.0), blocks, lineages, width, path, sized, deployment }
     }
 
     pub(crate) fn bytes(&self) -> u64 {

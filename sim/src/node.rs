@@ -11,6 +11,7 @@ use ashlar_executor::state::canary::Canary;
 use ashlar_executor::state::engine::{Engine, Output};
 use ashlar_executor::state::limits::Limits;
 use ashlar_executor::state::sequence::{Admit, Reason, SpanIndex};
+use ashlar_executor::state::targets::Targets;
 use ashlar_registry::ChainDigest;
 use ashlar_registry::record::SpanAssignment;
 use ashlar_wire::code::{Code, Retry};
@@ -263,6 +264,7 @@ impl Node {
             priority: admission.priority,
             tenant: admission.tenant.clone(),
             weight: admission.tenant_weight,
+            targets: Targets { ttft_ms: admission.ttft_ms, gap_ms: admission.gap_ms },
             domain: *domain.finalize().as_bytes(),
         };
         let id = self.engine.handle_admit(Now::from_micros(post.now), admit)?;

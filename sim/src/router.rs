@@ -121,7 +121,8 @@ impl Router {
         let route = request.journal.route();
         let executors: Vec<ExecutorId> = route.executors().collect();
         executors.iter().for_each(|id| *self.loads.entry(id.clone()).or_default() += 1);
-        let admission = admission(&self.id, number, epoch, route, &request.ask, request.journal.generated(), weight);
+        let mut admission = admission(&self.id, number, epoch, route, &request.ask, request.journal.generated(), weight);
+        (admission.ttft_ms, admission.gap_ms) = (model.deployment.ttft_ms, model.deployment.gap_ms);
         request.attempt = Some(Attempt { epoch, process: None, executors });
         Ok(Box::new(admission))
     }
@@ -179,5 +180,7 @@ fn admission(router: &RouterId, number: u64, epoch: u32, route: &Route, ask: &As
         sampling: None,
         traceparent: String::new(),
         tenant_weight: weight,
+        ttft_ms: None,
+        gap_ms: None,
     }
 }

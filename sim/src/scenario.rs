@@ -1,7 +1,7 @@
 //! What a seed stands for: executors and their limits, models, wires, load, and what breaks when.
 
 use ashlar_executor::state::limits::Limits;
-use ashlar_registry::record::PlanPolicy;
+use ashlar_registry::record::{DeploymentRecord, PlanPolicy};
 use ashlar_wire::id::ExecutorId;
 
 use crate::Micros;
@@ -39,7 +39,12 @@ pub(crate) fn draw(seed: u64, trace: Option<&Load>) -> Scenario {
     };
     let mut of = dice.fork("models");
     let model_count = if of.chance(15) { 1 } else { of.within(2..=7) } as usize;
-    let models = models::draw(&mut of, &mut dice.fork("windows"), model_count);
+    let mut models = models::draw(&mut of, &mut dice.fork("windows"), model_count);
+    let mut of = dice.fork("deployments");
+    for model in &mut models {
+        let target = |of: &mut Dice, some: &[u32]| if of.chance(50) { None } else { Some(of.pick(some)) };
+        model.deployment = DeploymentRecord { ttft_ms: target(&mut of, &[0, 20, 500]), gap_ms: target(&mut of, &[0, 5, 50, 500]) };
+    }
     let mut of = dice.fork("executors");
     let count = of.pick(&[1, 1, 2, 2, 3, 4]);
     let policy = PlanPolicy { spans_per_chain: of.pick(&[1, 1, 1, 2, 3]), replicas: of.pick(&[1, 2]) };

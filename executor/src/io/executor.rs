@@ -26,6 +26,7 @@ use crate::state::batch::{RowInput, SampledToken, SequenceId};
 use crate::state::engine::{Engine, Output};
 use crate::state::limits::Limits;
 use crate::state::sequence::{Admit, Reason, SpanIndex};
+use crate::state::targets::Targets;
 
 /// Time between copies of the engine's gauges into metrics while it is busy.
 const GAUGE_INTERVAL: Duration = Duration::from_millis(200);
@@ -363,6 +364,7 @@ impl<B: Ops> Driver<B> {
             priority: admission.priority,
             tenant: admission.tenant.clone(),
             weight: admission.tenant_weight,
+            targets: Targets { ttft_ms: admission.ttft_ms, gap_ms: admission.gap_ms },
             domain: *domain.finalize().as_bytes(),
         };
         let samples = hosted.host.ends_with_head;

@@ -1,5 +1,5 @@
 //! Time in plans: when each row is due, what is under way costs, and how much of a prompt may ride along without making anybody late.
-//! Without targets (`gap_ms` 0) there is no such budget, and rows take turns.
+//! Where nobody has a target there is no such budget, and rows take turns. First tokens are in `targets`.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -7,15 +7,15 @@ use std::time::Duration;
 
 use super::Now;
 use super::batch::{BatchId, SequenceId};
-use super::cost::largest;
+use super::cost::{CostCurve, largest};
 use super::engine::Engine;
 use super::segments::SegmentIndex;
-use super::sequence::{Path, Sequence};
+use super::sequence::{Path, PathStep, Sequence};
 
 /// Rows of a batch are kept to multiples of it where a chunk is cut short: the GEMMs' tile.
 pub(crate) const TILE_ROWS: u32 = 8;
 /// Share of the slack that prompts may take.
-const MARGIN: f64 = 0.8;
+pub(crate) const MARGIN: f64 = 0.8;
 /// Batches after which the cost of a pass is summed again though nobody came or went.
 const PASS_BATCHES: u64 = 64;
 
@@ -64,6 +64,12 @@ pub(crate) struct Clock {
     pub(crate) trial_from: u64,
     /// For each segment: sequences that decode and cross it.
     pub(crate) decoding: Vec<u32>,
+    /// Of these, sequences that have a target for gaps, in all.
+    paced_count: u32,
+    /// For each segment: microseconds of a batch of all that decode there, and the shortest gap that one of them wants.
+    parts: Vec<(f64, Micros)>,
+    /// Whether a sequence ever had a target for its first token.
+    pub(crate) has_firsts: bool,
     /// Time of a pass: each decoding sequence advances by one token. In microseconds, and when it was summed.
     pass_micros: f64,
     summed_at: Option<BatchId>,
@@ -92,33 +98,25 @@ impl Engine {
         self.clock.now + Micros::from(self.limits.regroup_wait_ms) * 1000
     }
 
-    /// The time by which the first token of a sequence that is admitted now is due.
-    pub(crate) fn first_token_due(&self) -> Option<Micros> {
-        (self.limits.ttft_ms > 0).then(|| self.clock.now + Micros::from(self.limits.ttft_ms) * 1000)
-    }
-
-    fn gap(&self) -> Micros {
-        Micros::from(self.limits.gap_ms) * 1000
-    }
-
     /// A token of a sequence came: the next one is due a gap later, unless one is under way already.
     pub(crate) fn token_came(&mut self, id: SequenceId) {
-        let (now, gap) = (self.clock.now, self.gap());
+        let now = self.clock.now;
         let sequence = &mut self.sequences[id];
         sequence.token_at = now;
         if sequence.is_decoding && sequence.promised_tokens == 0 {
-            sequence.due = (gap > 0).then_some(now + gap);
+            sequence.due = (sequence.gap > 0).then_some(now + sequence.gap);
         }
     }
 
     /// A batch that is being planned samples a token of a sequence: it will be there when the device has done all that it has.
     pub(crate) fn token_planned(&mut self, id: SequenceId, batch: BatchId) {
-        let (at, gap) = (self.clock.busy_until, self.gap());
+        let at = self.clock.busy_until;
         let sequence = &mut self.sequences[id];
-        sequence.due = (gap > 0).then_some(at + gap);
+        sequence.due = (sequence.gap > 0).then_some(at + sequence.gap);
         sequence.sampled_in = batch;
         if !std::mem::replace(&mut sequence.is_decoding, true) {
             sequence.path.steps.iter().for_each(|step| self.clock.decoding[step.segment.0 as usize] += 1);
+            self.clock.paced_count += u32::from(sequence.gap > 0);
             self.clock.summed_at = None;
         }
     }
@@ -128,6 +126,7 @@ impl Engine {
         let sequence = &mut self.sequences[id];
         if std::mem::take(&mut sequence.is_decoding) {
             sequence.path.steps.iter().for_each(|step| self.clock.decoding[step.segment.0 as usize] -= 1);
+            self.clock.paced_count -= u32::from(sequence.gap > 0);
             self.clock.summed_at = None;
         }
     }
@@ -178,19 +177,41 @@ impl Engine {
     pub(crate) fn pass_micros(&mut self) -> f64 {
         let latest = self.latest_batch();
         if self.clock.summed_at.is_none_or(|at| latest.0 >= at.0 + PASS_BATCHES) {
-            let cost = |(segment, count): (usize, &u32)| self.costs[segment].predict(*count).unwrap_or(0.0);
-            self.clock.pass_micros = self.clock.decoding.iter().enumerate().filter(|(_, count)| **count > 0).map(cost).sum();
+            let cost = |(count, costs): (&u32, &CostCurve)| if *count == 0 { 0.0 } else { costs.predict(*count).unwrap_or(0.0) };
+            self.clock.parts.clear();
+            self.clock.parts.extend(self.clock.decoding.iter().zip(&self.costs).map(|part| (cost(part), Micros::MAX)));
+            if self.clock.paced_count > 0 {
+                for sequence in self.sequences.iter().filter(|sequence| sequence.is_decoding && sequence.gap > 0) {
+                    for step in &sequence.path.steps {
+                        let (_, pace) = &mut self.clock.parts[step.segment.0 as usize];
+                        *pace = sequence.gap.min(*pace);
+                    }
+                }
+            }
+            self.clock.pass_micros = self.clock.parts.iter().map(|(cost, _)| cost).sum();
             self.clock.summed_at = Some(latest);
         }
         self.clock.pass_micros
     }
 
-    /// Microseconds that chunks of prompts may add before somebody's next token is late: the slack of the tightest sequence, less a pass
-    /// of all that decode. Where a pass alone takes the whole gap, chunks may take as long as a pass. None: no target, or nobody decodes.
-    pub(crate) fn chunk_budget(&mut self) -> Option<f64> {
-        if self.limits.gap_ms == 0 {
-            return None;
+    /// Microseconds of what will run before a token that is due, of a sequence that wants one every `gap`: a token for everybody who decodes
+    /// where one wants as many or more, where rows wait that should run before it, and in the segment that is being planned.
+    fn pass_before(&self, gap: Micros, due: Micros, planned: SegmentIndex) -> f64 {
+        let runs_before = |segment: usize, pace: Micros| {
+            pace <= gap || segment == planned.0 as usize || self.ready.due(SegmentIndex(segment as u32)).is_some_and(|at| at <= due)
+        };
+        let parts = self.clock.parts.iter().enumerate().filter(|(_, (cost, _))| *cost > 0.0);
+        parts.filter(|(segment, (_, pace))| runs_before(*segment, *pace)).map(|(_, (cost, _))| cost).sum()
+    }
+
+    /// Microseconds that chunks of prompts may add in a segment before somebody's next token is late. Of each target for gaps: the slack of
+    /// the tightest sequence that has it, less what runs before its token; where that alone takes the whole gap, chunks may take as long.
+    /// Infinite where nobody who decodes has a target.
+    pub(crate) fn chunk_budget(&mut self, planned: SegmentIndex) -> f64 {
+        if self.clock.paced_count == 0 {
+            return f64::INFINITY;
         }
+        self.pass_micros();
         // A token under way comes when its batch ends, as far as that is known by now.
         let coming = |sampled_in: BatchId| {
             let before = self.in_flight.iter().take_while(|batch| batch.id <= sampled_in);
@@ -199,22 +220,25 @@ impl Engine {
         };
         let is_coming = |sequence: &Sequence| self.in_flight.front().is_some_and(|oldest| oldest.id <= sequence.sampled_in);
         let latest = |sequence: &Sequence| if is_coming(sequence) { coming(sequence.sampled_in) } else { sequence.token_at };
-        let tightest = self.sequences.iter().filter(|sequence| sequence.is_decoding).map(latest).min()? + self.gap();
-        let slack = tightest.saturating_sub(self.clock.start()) as f64;
-        let pass = self.pass_micros();
-        Some(((slack - pass) * MARGIN).max(pass))
+        let mut tightest: Vec<(Micros, Micros)> = Vec::new();
+        for sequence in self.sequences.iter().filter(|sequence| sequence.is_decoding && sequence.gap > 0) {
+            let due = latest(sequence) + sequence.gap;
+            match tightest.iter_mut().find(|(gap, _)| *gap == sequence.gap) {
+                Some((_, first)) => *first = due.min(*first),
+                None => tightest.push((sequence.gap, due)),
+            }
+        }
+        let budget = |(gap, due): &(Micros, Micros)| {
+            let pass = self.pass_before(*gap, *due, planned);
+            let slack = due.saturating_sub(self.clock.start()) as f64;
+            if pass >= *gap as f64 { pass } else { ((slack - pass) * MARGIN).max(0.0) }
+        };
+        tightest.iter().map(budget).fold(f64::INFINITY, f64::min)
     }
 
-    /// Microseconds that `count` tokens add in every segment that they have still to cross, on top of the rows that are there anyway:
-    /// `rows` in this segment, and those that decode in the deeper ones.
+    /// Microseconds that `count` tokens of a prompt add. See `price`.
     pub(crate) fn chunk_price(&self, sequence: &Sequence, step: usize, rows: u32, count: u32) -> f64 {
-        let price = |(i, at): (usize, &super::sequence::PathStep)| {
-            let segment = at.segment.0 as usize;
-            let there = if i == step { rows } else { self.clock.decoding[segment] };
-            let cost = |rows| self.costs[segment].predict(rows).unwrap_or(0.0);
-            cost(there + count) - cost(there)
-        };
-        sequence.path.steps.iter().enumerate().skip(step).map(price).sum()
+        price(sequence, step, rows, count, &self.clock, &self.costs)
     }
 
     /// The most tokens of a prompt, up to `most`, whose price is within `budget`, keeping the rows of the batch to whole tiles; at least
@@ -228,4 +252,16 @@ impl Engine {
         count = count.max(floor.min(most));
         (count, price(count))
     }
+}
+
+/// Microseconds that `count` tokens add in every segment that they have still to cross, on top of the rows that are there anyway:
+/// `rows` in this segment, and those that decode in the deeper ones.
+pub(crate) fn price(sequence: &Sequence, step: usize, rows: u32, count: u32, clock: &Clock, costs: &[CostCurve]) -> f64 {
+    let price = |(i, at): (usize, &PathStep)| {
+        let segment = at.segment.0 as usize;
+        let there = if i == step { rows } else { clock.decoding[segment] };
+        let cost = |rows| costs[segment].predict(rows).unwrap_or(0.0);
+        cost(there + count) - cost(there)
+    };
+    sequence.path.steps.iter().enumerate().skip(step).map(price).sum()
 }

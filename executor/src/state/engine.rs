@@ -29,6 +29,7 @@ use super::sequence::{Admit, Reason, Sequence, SpanIndex, Status};
 use super::slab::Sequences;
 pub use super::span::HostSpan;
 use super::span::Span;
+use super::targets::first_row_due;
 use super::tenants::{OUTPUT_WEIGHT, Tenants};
 
 /// Handles that come back when a batch is done.
@@ -195,11 +196,12 @@ impl Engine {
             return Err((Code::TooManyRequests, format!("{} sequences wait already", self.tenants.waiting_count()), Retry::Elsewhere));
         }
         let tenant = self.tenants.named(&admit.tenant, admit.weight);
-        let (due, token_at) = (self.first_token_due(), self.clock.now);
+        let (gap, first_due, wanted_at) = self.wants(&admit.targets);
+        let token_at = self.clock.now;
         let span = &mut self.spans[admit.span.0 as usize];
         span.sequence_count += 1;
         let path = std::sync::Arc::clone(&span.path);
-        let (key, priority) = (admit.key.clone(), admit.priority);
+        let key = admit.key.clone();
         let id = self.sequences.add(|id| Sequence {
             id,
             key: admit.key,
@@ -215,7 +217,10 @@ impl Engine {
             domain: admit.domain,
             admitted_at: now,
             status: Status::Waiting,
-            due,
+            due: first_due,
+            gap,
+            first_due,
+            wanted_at,
             is_decoding: false,
             sampled_in: BatchId(0),
             token_at,
@@ -234,7 +239,7 @@ impl Engine {
             cached_tokens: 0,
         });
         self.by_key.insert(key, id);
-        self.tenants.add_waiting(tenant, priority, id);
+        self.tenants.add_waiting(tenant, self.sequences[id].turn());
         // A resumed sequence may already have all it asked for.
         if let Some(reason) = self.sequences[id].end_reason() {
             self.finish(id, reason);
@@ -396,7 +401,11 @@ impl Engine {
             return;
         }
         sequence.steps[step].queued = true;
-        let due = sequence.due.map_or(turn, |due| due.min(turn));
+        let due = match sequence.due {
+            Some(due) if sequence.is_decoding => due.min(turn),
+            Some(_) => first_row_due(sequence, step, &self.clock, &self.costs).min(turn),
+            None => turn,
+        };
         let entry = Entry { priority: sequence.priority, rank: sequence.rank, sequence: id, step: std::cmp::Reverse(step as u32), due };
         self.ready.push(sequence.path.steps[step].segment, entry, sequence.decodes(step), waits_until);
     }
@@ -443,7 +452,7 @@ impl Engine {
         let sequence = self.sequences.remove(id);
         self.spans[sequence.span.0 as usize].sequence_count -= 1;
         match sequence.status {
-            Status::Waiting => self.tenants.remove_waiting(sequence.tenant, sequence.priority, id),
+            Status::Waiting => self.tenants.remove_waiting(sequence.tenant, sequence.turn()),
             Status::Running => self.tenants.count_running(sequence.tenant, false),
         }
         self.by_key.remove(&sequence.key);

@@ -17,10 +17,10 @@ pub struct Limits {
     pub chunk_tokens_max: u32,
     /// How keys and values are stored; part of the numeric class.
     pub kv_format: KvFormat,
-    /// Milliseconds between two tokens of a sequence that are wanted; prompts are computed in the slack. 0: no target, and prompts are
-    /// bounded by `step_tokens_max` alone.
+    /// Milliseconds between two tokens of a sequence that are wanted, where its deployment does not say; prompts are computed in the slack. 0: no
+    /// target, and prompts are bounded by `step_tokens_max` alone.
     pub gap_ms: u32,
-    /// Milliseconds from admission to the first token that are wanted; 0: no target.
+    /// Milliseconds from admission to the first token that are wanted, where its deployment does not say; 0: no target.
     pub ttft_ms: u32,
     /// Milliseconds that one batch may be expected to take; chunks of prompts are cut to it. 0: any.
     pub batch_ms_max: u32,

@@ -11,6 +11,7 @@ use super::meeting::Trial;
 use super::ready::{Entries, Entry};
 use super::segments::SegmentIndex;
 use super::sequence::{Sequence, Status};
+use super::targets::ChunkTime;
 
 /// Rows of one sequence that run in the batch that is being planned.
 #[derive(Debug, Clone, Copy)]
@@ -29,8 +30,8 @@ struct Room {
     /// Rows that it has, and may have for the time that a batch may take.
     row_count: u32,
     rows_in_time: u32,
-    /// Microseconds that chunks of prompts may still add; None: any.
-    chunk_micros: Option<f64>,
+    /// Time that chunks of prompts may still add.
+    chunk_time: ChunkTime,
     /// Chunks that it has.
     chunk_count: u32,
 }
@@ -103,11 +104,11 @@ impl Engine {
                 most if taken.chunks.is_empty() => most.max(rows),
                 most => curve.rows_within(f64::from(most) * 1e3, rows),
             },
-            chunk_micros: if taken.chunks.is_empty() { None } else { self.chunk_budget() },
+            chunk_time: if taken.chunks.is_empty() { ChunkTime::default() } else { self.chunk_time(segment) },
             chunk_count: 0,
         };
         taken.decodes.sort_unstable();
-        taken.chunks.sort_unstable();
+        self.sort_chunks(&mut taken.chunks);
         let trial = self.trial();
         let mut others = self.part(segment, taken, trial);
         let is_parted = !others.is_empty();
@@ -201,10 +202,11 @@ impl Engine {
         if count < most && count > TILE_ROWS {
             count = (room.row_count + count) / TILE_ROWS * TILE_ROWS - room.row_count;
         }
-        if let (0, Some(budget)) = (step, room.chunk_micros.as_mut()) {
+        let budget = room.chunk_time.budget(sequence);
+        if step == 0 && budget < f64::INFINITY {
             let price;
-            (count, price) = self.chunk_within(sequence, step, room.row_count, count, *budget, floor);
-            *budget = (*budget - price).max(0.0);
+            (count, price) = self.chunk_within(sequence, step, room.row_count, count, budget, floor);
+            room.chunk_time.spend(price);
         }
         room.chunk_count += u32::from(count > 0);
         count
@@ -283,7 +285,7 @@ impl Engine {
         let sequence = &mut self.sequences[id];
         sequence.status = Status::Waiting;
         // In this order: a tenant whose only sequence gives way has not been away.
-        self.tenants.add_waiting(sequence.tenant, sequence.priority, id);
+        self.tenants.add_waiting(sequence.tenant, sequence.turn());
         self.tenants.count_running(sequence.tenant, false);
         self.counters.preemption_count += 1;
     }

@@ -188,6 +188,12 @@ impl Ready {
         (entries.decodes.len() as u32, entries.chunks.len() as u32)
     }
 
+    /// The earliest time at which a row of a segment should run that is ready there.
+    pub(crate) fn due(&self, segment: SegmentIndex) -> Option<Micros> {
+        let queue = &self.queues[segment.0 as usize];
+        (!queue.entries.is_empty()).then_some(queue.due)
+    }
+
     /// The earliest time at which a decode that is ready should have run; for tests.
     #[cfg(test)]
     pub(crate) fn earliest_decode(&self) -> Option<Micros> {

@@ -367,14 +367,16 @@ impl Engine {
         }
         self.ready.reset(&places);
         let ids: Vec<SequenceId> = self.sequences.iter().map(|sequence| sequence.id).collect();
-        for id in ids {
-            let sequence = &mut self.sequences[id];
+        for id in &ids {
+            let sequence = &mut self.sequences[*id];
             sequence.path = Arc::clone(&self.spans[sequence.span.0 as usize].path);
             assert_eq!(sequence.steps.len(), sequence.path.steps.len(), "steps were split and joined as the path was");
             sequence.steps.iter_mut().for_each(|step| step.queued = false);
-            (0..sequence.path.steps.len()).for_each(|step| self.enqueue(id, step));
         }
         self.count_decoding();
+        for id in ids {
+            (0..self.sequences[id].steps.len()).for_each(|step| self.enqueue(id, step));
+        }
     }
 
     /// Shares pages among the hosted blocks, and counts blocks.

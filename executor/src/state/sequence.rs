@@ -11,7 +11,8 @@ use super::clock::Micros;
 use super::lane::{Held, Lane};
 use super::pages::{HandleIndex, StretchIndex, TokenHash};
 use super::segments::SegmentIndex;
-use super::tenants::TenantIndex;
+use super::targets::Targets;
+use super::tenants::{TenantIndex, Turn};
 
 /// A hosted span, by its place in the engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -49,6 +50,8 @@ pub struct Admit {
     pub tenant: String,
     /// See `tenant`.
     pub weight: u32,
+    /// When its tokens are wanted.
+    pub targets: Targets,
     /// Pages are shared within one domain (with the numeric class and KV format already mixed in).
     pub domain: TokenHash,
 }
@@ -163,6 +166,11 @@ pub(crate) struct Sequence {
     pub(crate) status: Status,
     /// When its next token is due that no batch samples yet; None without a target.
     pub(crate) due: Option<Micros>,
+    /// Time between two tokens that is wanted; 0: any.
+    pub(crate) gap: Micros,
+    /// When its first token is due, if it has a target for that, and when it is wanted in any case: its place in the line of its tenant.
+    pub(crate) first_due: Option<Micros>,
+    pub(crate) wanted_at: Micros,
     /// Whether a token of it was sampled, or is being, since it last started; the latest batch that samples one; when the latest came.
     pub(crate) is_decoding: bool,
     pub(crate) sampled_in: BatchId,
@@ -220,6 +228,11 @@ impl Sequence {
             return count.min(link_rows_max.saturating_sub(in_flight));
         }
         count
+    }
+
+    /// Its place in the line of its tenant while it waits.
+    pub(crate) fn turn(&self) -> Turn {
+        (self.priority, self.wanted_at, self.id)
     }
 
     /// Whether the next row of a step is a decode: a token made here, not one of a prompt or of what is computed again.

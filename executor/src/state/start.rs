@@ -10,7 +10,7 @@ impl Engine {
     /// Gives pages and a place among the running to waiting sequences while they fit. A tenant below its share of the places does not wait
     /// for one above its share: a sequence of that one gives way.
     pub(crate) fn start_waiting(&mut self, now: Now) {
-        while let Some((tenant, priority, id)) = self.tenants.first() {
+        while let Some((tenant, (priority, _, id))) = self.tenants.first() {
             let running = self.sequences.len() - self.tenants.waiting_count();
             if running >= self.limits.sequences_max as usize {
                 if self.claim(tenant, priority) {
@@ -43,9 +43,9 @@ impl Engine {
     /// Starts a waiting sequence whose pages are there.
     pub(crate) fn start(&mut self, now: Now, id: SequenceId) {
         let sequence = &self.sequences[id];
-        let (tenant, priority, whole) = (sequence.tenant, sequence.priority, sequence.path.is_whole());
+        let (tenant, whole) = (sequence.tenant, sequence.path.is_whole());
         let tokens = sequence.tokens_max();
-        self.tenants.remove_waiting(tenant, priority, id);
+        self.tenants.remove_waiting(tenant, sequence.turn());
         self.tenants.count_running(tenant, true);
         let steps = self.sequences[id].steps.len();
         if whole {
@@ -68,6 +68,7 @@ impl Engine {
             let waited = now.saturating_sub(sequence.admitted_at);
             let cached_tokens = sequence.cached_tokens;
             self.outputs.push_back(Output::EmitStarted { sequence: id, waited, cached_tokens });
+            self.hurry(id);
         }
         (0..steps).for_each(|step| self.enqueue(id, step));
     }

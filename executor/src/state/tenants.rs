@@ -1,10 +1,11 @@
 //! Who among waiting sequences starts next: fair between tenants. Each tenant has a virtual counter of the service that it had (tokens,
-//! weighed, over its weight); of equal priority the tenant with the lowest goes first, and of one tenant the sequence that came first
-//! (Sheng et al., "Fairness in serving large language models", 2024).
+//! weighed, over its weight); of equal priority the tenant with the lowest goes first, and of one tenant the sequence whose first token
+//! is wanted first (Sheng et al., "Fairness in serving large language models", 2024).
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::batch::SequenceId;
+use super::clock::Micros;
 
 /// Service of a prompt token that is computed, and of a generated one.
 pub(crate) const INPUT_WEIGHT: u64 = 1;
@@ -17,13 +18,16 @@ const SCALE: u64 = 1 << 16;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct TenantIndex(u32);
 
+/// A waiting sequence's place in the line of its tenant: by priority, by when its first token is wanted, by arrival.
+pub(crate) type Turn = (i32, Micros, SequenceId);
+
 #[derive(Debug)]
 struct Tenant {
     weight: u32,
     /// Service so far, over the weight.
     counter: u64,
-    /// Sequences that wait: priority, then arrival.
-    waiting: BTreeSet<(i32, SequenceId)>,
+    /// Sequences that wait, in their order.
+    waiting: BTreeSet<Turn>,
     /// Sequences that run.
     running_count: u32,
 }
@@ -60,19 +64,19 @@ impl Tenants {
 
     /// A sequence waits. A tenant that had none gets no credit for the time that it was away: its counter is lifted to the lowest of those
     /// that wait, or to where counters stood when somebody last did.
-    pub(crate) fn add_waiting(&mut self, tenant: TenantIndex, priority: i32, id: SequenceId) {
+    pub(crate) fn add_waiting(&mut self, tenant: TenantIndex, turn: Turn) {
         if !self.tenants[tenant.0 as usize].is_active() {
             let lowest = self.tenants.iter().filter(|tenant| !tenant.waiting.is_empty()).map(|tenant| tenant.counter).min();
             let tenant = &mut self.tenants[tenant.0 as usize];
             tenant.counter = tenant.counter.max(lowest.unwrap_or(self.latest_counter));
         }
-        self.waiting_count += usize::from(self.tenants[tenant.0 as usize].waiting.insert((priority, id)));
+        self.waiting_count += usize::from(self.tenants[tenant.0 as usize].waiting.insert(turn));
     }
 
     /// A sequence no longer waits, if it did.
-    pub(crate) fn remove_waiting(&mut self, tenant: TenantIndex, priority: i32, id: SequenceId) {
+    pub(crate) fn remove_waiting(&mut self, tenant: TenantIndex, turn: Turn) {
         let tenant = &mut self.tenants[tenant.0 as usize];
-        if tenant.waiting.remove(&(priority, id)) {
+        if tenant.waiting.remove(&turn) {
             self.waiting_count -= 1;
             self.latest_counter = self.latest_counter.max(tenant.counter);
         }
@@ -85,14 +89,14 @@ impl Tenants {
     }
 
     /// The waiting sequence that is to start next.
-    pub(crate) fn first(&self) -> Option<(TenantIndex, i32, SequenceId)> {
+    pub(crate) fn first(&self) -> Option<(TenantIndex, Turn)> {
         let firsts = self.tenants.iter().enumerate().filter_map(|(index, tenant)| {
-            let (priority, id) = *tenant.waiting.first()?;
+            let turn = *tenant.waiting.first()?;
             // Equal service: who has less running for its weight.
             let running = u64::from(tenant.running_count) * SCALE / u64::from(tenant.weight);
-            Some((priority, tenant.counter, running, id, TenantIndex(index as u32)))
+            Some((turn.0, tenant.counter, running, turn, TenantIndex(index as u32)))
         });
-        firsts.min().map(|(priority, _, _, id, tenant)| (tenant, priority, id))
+        firsts.min().map(|(_, _, _, turn, tenant)| (tenant, turn))
     }
 
     /// A tenant had service: so many tokens, each of a weight.

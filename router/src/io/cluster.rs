@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ashlar_registry::record::{self, ExecutorRecord, Plan, TenantRecord};
+use ashlar_registry::record::{self, DeploymentRecord, ExecutorRecord, Plan, TenantRecord};
 use ashlar_registry::{Entry, Registry, RegistryError, Revision, Swap, key};
 use ashlar_wire::id::{ExecutorId, TenantName};
 use tokio::sync::watch;
@@ -52,6 +52,8 @@ pub struct ClusterState {
     pub plan_revision: Option<Revision>,
     /// Who may call.
     pub tenants: Tenants,
+    /// How models are deployed, by `tenant/name`; those that nothing is said of are left out.
+    pub deployments: BTreeMap<String, DeploymentRecord>,
 }
 
 /// Keeps the picture.
@@ -71,6 +73,7 @@ impl Cluster {
             plan: Plan::default(),
             plan_revision: None,
             tenants: Tenants::new(BTreeMap::new(), Without::Closed, [0; 32]),
+            deployments: BTreeMap::new(),
         };
         let (sender, state) = watch::channel(Arc::new(empty));
         let task = tokio::spawn(async move {
@@ -161,7 +164,9 @@ impl Follower {
         if !old.loaded && tenants.is_open() {
             tracing::info!("the server is open: it has no tenants, so everyone who can reach it is served");
         }
-        self.sender.send_replace(Arc::new(ClusterState { loaded: true, executors, departed, plan, plan_revision, tenants }));
+        let deployments = deployments(entries);
+        let state = ClusterState { loaded: true, executors, departed, plan, plan_revision, tenants, deployments };
+        self.sender.send_replace(Arc::new(state));
     }
 
     fn tenant_records(&self, entries: &BTreeMap<String, Entry>) -> BTreeMap<TenantName, TenantRecord> {
@@ -185,6 +190,11 @@ impl Follower {
             tracing::warn!(error = &error as &dyn std::error::Error, "keeping the keys as they were");
         }
     }
+}
+
+fn deployments(entries: &BTreeMap<String, Entry>) -> BTreeMap<String, DeploymentRecord> {
+    let named = entries.range(key::DEPLOYMENTS.to_owned()..).map_while(|(key, entry)| Some((key.strip_prefix(key::DEPLOYMENTS)?, entry)));
+    named.filter_map(|(model, entry)| Some((model.to_owned(), readable(entry)?))).collect()
 }
 
 fn readable<T: serde::de::DeserializeOwned>(entry: &Entry) -> Option<T> {

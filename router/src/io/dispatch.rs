@@ -26,7 +26,7 @@ use super::grpc::Clients;
 use crate::state::assembly::{ChainPath, ModelNotReady, Route, Scene, assemble};
 use crate::state::tenants::PUBLIC;
 use books::{Loads, Requests, Suspects};
-use running::Running;
+use running::{Caller, Running};
 
 /// How dispatch behaves.
 #[derive(Debug, Clone)]
@@ -200,7 +200,9 @@ impl Backend for Dispatch {
         };
         let cache_domain = state.tenants.cache_domain(&sequence.tenant);
         let weight = state.tenants.weight(&sequence.tenant);
-        let mut running = Running::new(self.shared.clone(), sequence, cache_domain, weight, place);
+        let deployment = state.deployments.get(&sequence.model.id).copied().unwrap_or_default();
+        let caller = Caller { cache_domain, weight, deployment };
+        let mut running = Running::new(self.shared.clone(), sequence, caller, place);
         running.open_first().await?;
         let events = futures::stream::unfold(running, |mut running| async move {
             let event = running.next().await?;

@@ -11,6 +11,7 @@ use crate::state::batch::{Batch, RowInput, SampledToken, SequenceId};
 use crate::state::engine::{Engine, Output};
 use crate::state::limits::Limits;
 use crate::state::sequence::{Admit, Reason, SpanIndex};
+use crate::state::targets::Targets;
 
 pub(super) fn admit(number: u64, span: SpanIndex, prompt: &[u32], count: u32, priority: i32) -> Admit {
     Admit {
@@ -24,6 +25,7 @@ pub(super) fn admit(number: u64, span: SpanIndex, prompt: &[u32], count: u32, pr
         priority,
         tenant: "ten_test".to_owned(),
         weight: 1,
+        targets: Targets::default(),
         domain: [7; 32],
     }
 }

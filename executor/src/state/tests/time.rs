@@ -17,7 +17,7 @@ pub(super) fn by_blocks_us(batch: &Batch) -> u64 {
 }
 
 /// Gaps between a sequence's tokens in microseconds.
-fn gaps(node: &Node, number: u64) -> Vec<u64> {
+pub(super) fn gaps(node: &Node, number: u64) -> Vec<u64> {
     node.emitted_us[&number].windows(2).map(|pair| pair[1] - pair[0]).collect()
 }
 
@@ -27,7 +27,7 @@ pub(super) fn percentile(mut values: Vec<u64>, share: f64) -> u64 {
 }
 
 /// Runs a node, admitting `(at_us, sequence)` as their times come, to the end.
-fn run(node: &mut Node, arrivals: Vec<(u64, Admit)>) {
+pub(super) fn run(node: &mut Node, arrivals: Vec<(u64, Admit)>) {
     run_until(node, arrivals, |_| false);
 }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use ashlar_registry::record::DeploymentRecord;
 use ashlar_wire::id::ExecutorId;
 use ashlar_wire::v1;
 use ashlar_wire::v1::sequence_event::Event;
@@ -20,13 +21,19 @@ use crate::state::assembly::{ChainPath, Route};
 use crate::state::journal::{Ends, Journal, Step, Then};
 use crate::state::loss::Loss;
 
+/// What the registry says of who asks, and of what is asked; it holds for all attempts.
+pub(super) struct Caller {
+    pub(super) cache_domain: [u8; 32],
+    pub(super) weight: u32,
+    pub(super) deployment: DeploymentRecord,
+}
+
 /// A sequence that has not ended.
 pub(super) struct Running {
     shared: Arc<Shared>,
     sequence: NewSequence,
     path: ChainPath,
-    cache_domain: [u8; 32],
-    tenant_weight: u32,
+    caller: Caller,
     number: u64,
     journal: Journal,
     attempt: Option<Attempt>,
@@ -41,7 +48,7 @@ struct Attempt {
 }
 
 impl Running {
-    pub(super) fn new(shared: Arc<Shared>, sequence: NewSequence, cache_domain: [u8; 32], tenant_weight: u32, place: Place) -> Self {
+    pub(super) fn new(shared: Arc<Shared>, sequence: NewSequence, caller: Caller, place: Place) -> Self {
         let number = shared.sequences_drawn.fetch_add(1, Ordering::Relaxed) + 1;
         let deadline = shared.options.deadline.map(|limit| (Instant::now() + limit, unix_ms(SystemTime::now() + limit)));
         let journal = Journal::new(Ends {
@@ -53,8 +60,7 @@ impl Running {
             path: shared.path(&sequence.model),
             shared,
             sequence,
-            cache_domain,
-            tenant_weight,
+            caller,
             number,
             journal,
             attempt: None,
@@ -219,7 +225,7 @@ impl Running {
             sequence_id: self.number,
             router_id: self.shared.router.0.clone(),
             tenant: sequence.tenant.0.clone(),
-            cache_domain: self.cache_domain.to_vec(),
+            cache_domain: self.caller.cache_domain.to_vec(),
             priority: sequence.priority,
             deadline_unix_ms: self.deadline.map_or(0, |(_, unix_ms)| unix_ms),
             epoch,
@@ -234,7 +240,9 @@ impl Running {
             stop_tokens: sequence.stop_tokens.clone(),
             sampling: Some(sequence.sampling.clone()),
             traceparent: self.traceparent(epoch),
-            tenant_weight: self.tenant_weight,
+            tenant_weight: self.caller.weight,
+            ttft_ms: self.caller.deployment.ttft_ms,
+            gap_ms: self.caller.deployment.gap_ms,
         }
     }
 

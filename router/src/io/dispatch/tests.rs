@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::sync::Mutex;
 
 use ashlar_registry::embedded::Embedded;
-use ashlar_registry::record::{self, ExecutorRecord, KeyRecord, Limits, Plan, SpanAssignment, TenantRecord};
+use ashlar_registry::record::{self, DeploymentRecord, ExecutorRecord, KeyRecord, Limits, Plan, SpanAssignment, TenantRecord};
 use ashlar_registry::{Registry, key};
 use ashlar_wire::id::RequestId;
 use ashlar_wire::v1;
@@ -159,6 +159,8 @@ impl Stage {
             executors.push(Arc::new(Scripted { acts: Mutex::new(acts.into()), admissions: Mutex::default() }));
         }
         registry.put(key::PLAN, &record::to_value(&plan), None).await.unwrap();
+        let deployment = DeploymentRecord { ttft_ms: Some(900), gap_ms: Some(0) };
+        registry.put(&key::deployment("public/m"), &record::to_value(&deployment), None).await.unwrap();
         let cluster = Cluster::start(registry.clone(), ClusterOptions { without: Without::Open, ..ClusterOptions::default() });
         cluster.loaded().await;
         let directory = tempfile::tempdir().unwrap();
@@ -241,6 +243,7 @@ async fn admission_carries_all_that_an_executor_needs() {
     assert_eq!((admission.prompt.as_slice(), admission.generated_tokens_max), (&[3, 4, 5][..], 20));
     assert_eq!((admission.stop_tokens.as_slice(), admission.cache_domain.len()), (&[EOS][..], 32));
     assert_eq!(admission.sampling.as_ref().unwrap().temperature, 0.5);
+    assert_eq!((admission.ttft_ms, admission.gap_ms), (Some(900), Some(0)), "the model's deployment");
     let span = admission.route[0].span.as_ref().unwrap();
     assert_eq!((span.from, span.to, span.lineage_from.len(), span.lineage_to.len()), (0, BLOCKS, 0, 32));
     let trace: Vec<usize> = admission.traceparent.split('-').map(str::len).collect();
