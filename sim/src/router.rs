@@ -66,6 +66,8 @@ pub(crate) struct Router {
     /// Models that have a name.
     pub(crate) named: BTreeSet<usize>,
     pub(crate) drawn: u64,
+    /// Chains that there was a route for.
+    served: BTreeSet<ChainDigest>,
     pub(crate) plan_pending: bool,
 }
 
@@ -83,6 +85,7 @@ impl Router {
             requests: BTreeMap::new(),
             named: BTreeSet::new(),
             drawn: 0,
+            served: BTreeSet::new(),
             plan_pending: false,
         }
     }
@@ -103,7 +106,11 @@ impl Router {
 
     /// Whether no name and no plan has a model's chain any more.
     fn is_gone(&self, model: usize, chain: &ChainDigest) -> bool {
-        !self.named.contains(&model) && !self.plan.assignments.values().flatten().any(|span| span.chain == *chain)
+        !self.named.contains(&model) && !self.is_planned(chain)
+    }
+
+    fn is_planned(&self, chain: &ChainDigest) -> bool {
+        self.plan.assignments.values().flatten().any(|span| span.chain == *chain)
     }
 
     /// Finds a route for a sequence and begins an attempt on it; what is to be sent, and to whom.
@@ -116,8 +123,12 @@ impl Router {
         let scene = Scene { executors: &self.records, plan: &self.plan, load: &self.loads, suspects: &suspects };
         let route = assemble(&model.path, scene, request.journal.pinned_class());
         let is_gone = self.is_gone(request.ask.model, &model.digest);
+        if route.is_ok() {
+            self.served.insert(model.digest);
+        }
+        let returns = route.is_err() && self.served.contains(&model.digest) && self.is_planned(&model.digest);
         let request = self.requests.get_mut(&number).expect("it has not ended");
-        let epoch = request.journal.begin(route, || is_gone)?;
+        let epoch = request.journal.begin(route, returns, || is_gone)?;
         let route = request.journal.route();
         let executors: Vec<ExecutorId> = route.executors().collect();
         executors.iter().for_each(|id| *self.loads.entry(id.clone()).or_default() += 1);

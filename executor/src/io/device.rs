@@ -70,7 +70,7 @@ struct Pools<B: Ops> {
 struct Pool<B: Ops> {
     kv: B::Kv,
     slot_count: usize,
-    /// Slots, from the first on, that have memory or once had none to wait for. The engine gives low slots out first.
+    /// Slots that were touched, from the first on: the order in which the engine gives out those that never were in use.
     touched: usize,
 }
 

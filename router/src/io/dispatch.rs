@@ -7,7 +7,7 @@ mod running;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use ashlar_registry::ChainDigest;
@@ -62,6 +62,8 @@ struct Shared {
     sequences_drawn: AtomicU64,
     draining: AtomicBool,
     loads: Arc<Loads>,
+    /// Chains that there was a route for since the start, by digest.
+    served: Mutex<BTreeSet<ChainDigest>>,
     requests: Arc<Requests>,
     suspects: Suspects,
     resumes: IntCounter,
@@ -89,9 +91,21 @@ impl Dispatch {
         let suspects = Suspects::new(options.suspect_for);
         let (sequences_drawn, draining) = (AtomicU64::new(0), AtomicBool::new(false));
         let (loads, requests) = (Arc::default(), Arc::default());
-        let shared =
-            Shared { router, catalog, cluster, clients, options, sequences_drawn, draining, loads, requests, suspects, resumes, lost };
-        let shared = Arc::new(shared);
+        let shared = Arc::new(Shared {
+            router,
+            catalog,
+            cluster,
+            clients,
+            options,
+            sequences_drawn,
+            draining,
+            loads,
+            served: Mutex::default(),
+            requests,
+            suspects,
+            resumes,
+            lost,
+        });
         tokio::spawn(close_unused(Arc::downgrade(&shared), shared.cluster.subscribe()));
         Ok(Self { shared })
     }
@@ -136,11 +150,23 @@ impl Shared {
         }
     }
 
+    /// Whether a chain that has no route now had one before and is to have one again: an executor of it starts again, or spans move.
+    fn will_be_served(&self, chain: ChainDigest, has_route: bool) -> bool {
+        let mut served = self.served.lock().unwrap_or_else(PoisonError::into_inner);
+        if has_route {
+            served.insert(chain);
+        }
+        !has_route && served.contains(&chain) && self.is_planned(chain)
+    }
+
+    fn is_planned(&self, chain: ChainDigest) -> bool {
+        self.cluster.state().plan.assignments.values().flatten().any(|span| span.chain == chain)
+    }
+
     /// Whether no name and no plan has the model's chain any more.
     fn is_gone(&self, model: &ModelView) -> bool {
         let (catalog, chain) = (self.catalog.view(), ChainDigest(model.chain_digest.0));
-        let planned = |state: &ClusterState| state.plan.assignments.values().flatten().any(|span| span.chain == chain);
-        catalog.loaded && !catalog.chains.contains_key(&chain) && !planned(&self.cluster.state())
+        catalog.loaded && !catalog.chains.contains_key(&chain) && !self.is_planned(chain)
     }
 
     fn sees(&self, state: &ClusterState, tenant: &TenantName, id: &str) -> bool {

@@ -58,6 +58,11 @@ impl ChainPath {
         Self { digest: ChainDigest(digest.0), lineages: lineages(&chain.blocks, &adapters) }
     }
 
+    /// Of the chain.
+    pub fn digest(&self) -> ChainDigest {
+        self.digest
+    }
+
     fn len(&self) -> u32 {
         u32::try_from(self.lineages.len()).expect("chains are short")
     }

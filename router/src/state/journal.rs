@@ -111,17 +111,17 @@ impl Journal {
         self.route.as_ref().map(|route| route.numeric_class.as_str()).filter(|_| !self.generated.is_empty())
     }
 
-    /// Begins the next attempt, on a route that assembly found for it. Returns its epoch. `is_gone` says whether no name and no plan
-    /// has the chain any more.
+    /// Begins the next attempt, on a route that assembly found for it. Returns its epoch. `returns`: the chain had a route for others
+    /// and will have one again. `is_gone` says whether no name and no plan has the chain any more.
     ///
     /// # Errors
     /// When there is no route, or only one that has refused: `handle_loss` says what follows.
-    pub fn begin(&mut self, route: Result<Route, ModelNotReady>, is_gone: impl FnOnce() -> bool) -> Result<u32, Loss> {
+    pub fn begin(&mut self, route: Result<Route, ModelNotReady>, returns: bool, is_gone: impl FnOnce() -> bool) -> Result<u32, Loss> {
         let begun = self.epoch > 0;
         let route = match route {
             Ok(route) => route,
             Err(_) if begun && is_gone() => return Err(Loss::gone()),
-            Err(error) => return Err(Loss::not_ready(error, begun)),
+            Err(error) => return Err(Loss::not_ready(error, begun || returns)),
         };
         if self.generated.is_empty()
             && let Some(error) = &self.refusal

@@ -53,9 +53,9 @@ pub struct Loss {
 }
 
 impl Loss {
-    /// No route leads to the chain's end; `begun`: one did before.
-    pub fn not_ready(error: ModelNotReady, begun: bool) -> Self {
-        let (code, next) = if begun { (Code::Unavailable, Next::AwaitRoute) } else { (Code::ModelNotReady, Next::GiveUp) };
+    /// No route leads to the chain's end; `had_route`: one did before, so an executor starts again or spans move, and one may soon do again.
+    pub fn not_ready(error: ModelNotReady, had_route: bool) -> Self {
+        let (code, next) = if had_route { (Code::Unavailable, Next::AwaitRoute) } else { (Code::ModelNotReady, Next::GiveUp) };
         Self { error: Refusal::new(code, error.reason), next, blamed: BTreeSet::new() }
     }
 

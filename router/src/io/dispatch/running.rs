@@ -122,7 +122,8 @@ impl Running {
     /// Assembles a route and calls its first executor.
     async fn open(&mut self) -> Result<(), Loss> {
         let route = self.shared.assemble(&self.path, self.journal.pinned_class(), self.journal.avoided());
-        let epoch = self.journal.begin(route, || self.shared.is_gone(&self.sequence.model))?;
+        let returns = self.shared.will_be_served(self.path.digest(), route.is_ok());
+        let epoch = self.journal.begin(route, returns, || self.shared.is_gone(&self.sequence.model))?;
         let route = self.journal.route();
         let admission = self.admission(route, epoch);
         let load = Loads::add(&self.shared.loads, route.executors().collect());

@@ -316,6 +316,34 @@ async fn stream_waits_for_an_executor_that_takes_over() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn request_that_comes_while_an_executor_starts_again_waits_for_it() {
+    let stage = Stage::whole([vec![]]).await;
+    let entry = stage.registry.get("executors/exe_a").await.unwrap().unwrap();
+    let mut empty: ExecutorRecord = record::parse(&entry).unwrap();
+    empty.spans.clear();
+    stage.run().await.1.unwrap();
+
+    stage.registry.put("executors/exe_a", &record::to_value(&empty), None).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let registry = stage.registry.clone();
+    tokio::spawn(async move {
+        tokio::time::sleep(Duration::from_millis(700)).await;
+        registry.put("executors/exe_a", &entry.value, None).await.unwrap();
+    });
+    let (tokens, end) = stage.run().await;
+    assert_eq!(tokens, Stage::wanted());
+    end.unwrap();
+
+    // Nobody is to hold it any more: then it is told at once.
+    stage.registry.put("executors/exe_a", &record::to_value(&empty), None).await.unwrap();
+    stage.registry.put(key::PLAN, &record::to_value(&Plan { generation: 8, ..Plan::default() }), None).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let began = tokio::time::Instant::now();
+    assert_eq!(stage.run().await.1.unwrap_err().code, Code::ModelNotReady);
+    assert!(began.elapsed() < Duration::from_millis(10), "{:?}", began.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
 async fn model_that_was_replaced_is_not_waited_for() {
     let stage = Stage::whole([vec![Act::DieAfter(3)]]).await;
     let mut events = stage.dispatch.start(stage.sequence(1)).await.unwrap();
