@@ -66,7 +66,12 @@ begin() {
   local streams flags=()
   streams=$(streams_of "$2")
   case $1 in
-    ashlar-*) flags=("${ashlar_flags[@]}") ;;
+    ashlar-*)
+      flags=("${ashlar_flags[@]}")
+      # Pages taken ahead are pages, but no figure of the server's tells how many.
+      kv_touch_bytes=''
+      [ "$2" != memory ] || kv_touch_bytes=0
+      ;;
     llama-*)
       # The context is of all slots together.
       local context=$((streams * STREAM_TOKENS)) told=3

@@ -7,6 +7,8 @@
 
 export ASHLAR_MODELS=${ASHLAR_MODELS:-$ROOT/target/models}
 READY_SECONDS=${READY_SECONDS:-900}
+# An idle Ashlar takes memory for KV pages ahead; its peers took theirs before they were ready.
+SETTLE_SECONDS=${SETTLE_SECONDS:-8}
 given_commit=${ASHLAR_COMMIT:-}
 read -ra ashlar_flags <<<"${ASHLAR_FLAGS:-}"
 read -ra llama_flags <<<"${LLAMA_FLAGS:-}"
@@ -141,7 +143,7 @@ serve() {
   port=$(free_port)
   case $variant in
     ashlar-*)
-      ASHLAR_EXECUTOR_THREADS=$threads ASHLAR_EXECUTOR_KV_FORMAT=$kv_format \
+      env ASHLAR_EXECUTOR_THREADS="$threads" ASHLAR_EXECUTOR_KV_FORMAT="$kv_format" ${kv_touch_bytes:+"ASHLAR_EXECUTOR_KV_TOUCH_BYTES=$kv_touch_bytes"} \
         "$ASHLAR_BIN" serve --zoo "$file" --listen "127.0.0.1:$port" "$@" >"$log" 2>&1 &
       ready=/ready
       ;;
@@ -158,6 +160,7 @@ serve() {
   esac
   server=$!
   wait_ready "http://127.0.0.1:$port$ready" || { end_tree "$server"; server=''; return 1; }
+  sleep "$SETTLE_SECONDS"
 }
 
 # finish VARIANT NAME: it no longer takes part. vLLM, which compiles for minutes at each start, is halted.
