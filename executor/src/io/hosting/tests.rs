@@ -26,7 +26,7 @@ impl Host {
         let zoo = Zoo::create_dir(folder.path()).await.unwrap();
         let mut chains = Vec::new();
         for name in models {
-            let options = AddOptions { model: ModelId::new("demo", *name).unwrap(), recipe: Recipe::Keep, parent: None, source: None };
+            let options = AddOptions { model: ModelId::new("demo", name).unwrap(), recipe: Recipe::Keep, parent: None, source: None };
             let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../demo").join(name);
             chains.push(add(&zoo, &path, &options, &Silent).await.unwrap().chain);
         }
