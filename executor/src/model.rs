@@ -7,6 +7,7 @@ pub mod alone;
 pub mod block;
 pub mod forward;
 pub mod load;
+pub mod outputs;
 pub mod philox;
 pub mod quality;
 pub mod rope;

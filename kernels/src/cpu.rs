@@ -29,6 +29,7 @@ mod scalar;
 mod scales;
 mod scores;
 mod segments;
+mod table;
 mod tiles;
 
 use std::marker::PhantomData;
@@ -36,10 +37,10 @@ use std::ops::Range;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 
-pub use crate::table::Table;
 pub use isa::{Isa, UnknownIsa};
 pub use kv::Kv;
 pub use pack::Linear;
+pub use table::Table;
 
 use crate::format::{CodeRow, TensorView};
 use crate::ops::{
@@ -260,7 +261,11 @@ impl Ops for Cpu {
     }
 
     fn table(&self, view: TensorView<'_>, keep: Arc<dyn AsRef<[u8]> + Send + Sync>) -> Result<Table, PackError> {
-        Table::new(view, keep)
+        crate::table::Table::new(view, keep).map(Table::stored)
+    }
+
+    fn table_of(&self, linear: &Arc<Linear>) -> Option<Table> {
+        Table::packed(linear)
     }
 
     fn kv(&self, shape: KvShape, slot_count: usize) -> Result<Kv, PackError> {

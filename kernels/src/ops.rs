@@ -308,6 +308,12 @@ pub trait Ops: Send + Sync + 'static {
     fn vector_f32(&self, values: &[f32]) -> Result<Self::Vector, PackError>;
     /// Takes a lookup table `[rows, width]`. `keep` owns the bytes (a map of the file), so that nothing is copied.
     fn table(&self, view: TensorView<'_>, keep: std::sync::Arc<dyn AsRef<[u8]> + Send + Sync>) -> Result<Self::Table, PackError>;
+    /// The table of the tensor that `linear` was packed from, its rows read out of the packed form with the bits that [`Ops::table`] gives;
+    /// `None` where the device or this layer cannot. The layer lives as long as the table.
+    fn table_of(&self, linear: &std::sync::Arc<Self::Linear>) -> Option<Self::Table> {
+        let _ = linear;
+        None
+    }
     /// Zeroed KV memory for `slot_count` pages; touched lazily.
     fn kv(&self, shape: KvShape, slot_count: usize) -> Result<Self::Kv, PackError>;
     /// Has the system put memory behind pages that will be used soon, so that no step waits for it. What they hold stays; a hint.

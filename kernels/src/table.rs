@@ -1,5 +1,5 @@
-//! A lookup table (token or position embedding) as both backends hold it: the stored bytes of whoever owns the map of
-//! the file, dequantised row by row when a row is asked for.
+//! A lookup table (token or position embedding) as it is stored: the bytes of whoever owns the map of the file, dequantised row
+//! by row when a row is asked for. The CPU has another form beside it (`cpu/table`), for tables that are packed anyway.
 
 use std::sync::Arc;
 

@@ -81,6 +81,9 @@ impl<B: Ops> Ops for Timed<B> {
     fn table(&self, view: TensorView<'_>, keep: Arc<dyn AsRef<[u8]> + Send + Sync>) -> Result<B::Table, PackError> {
         self.inner.table(view, keep)
     }
+    fn table_of(&self, linear: &Arc<B::Linear>) -> Option<B::Table> {
+        self.inner.table_of(linear)
+    }
     fn kv(&self, shape: KvShape, slot_count: usize) -> Result<B::Kv, PackError> {
         self.inner.kv(shape, slot_count)
     }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
-use ashlar_executor::model::alone::AloneLimits;
+use ashlar_executor::model::alone::{AloneLimits, load_chain};
 use ashlar_executor::model::block::LoadedBlock;
 use ashlar_executor::model::steps::Steps;
 use ashlar_kernels::cpu::{Cpu, CpuOptions, Isa, probe};
@@ -94,11 +94,7 @@ pub(crate) async fn run(args: StepArgs) -> anyhow::Result<()> {
     let zoo = Zoo::open_dir(&root).await?;
     let name = zoo.read_model(&args.model).await?;
     let ops = Arc::new(Timed::new(Cpu::new(CpuOptions { threads: args.threads, isa: args.isa, bf16_compute: args.bf16_compute })));
-    let mut blocks = Vec::new();
-    for digest in zoo.read_chain(name.chain).await?.blocks {
-        let mapped = zoo.map_block(digest).await?;
-        blocks.push(LoadedBlock::load(&*ops, &mapped.block, &mapped).with_context(|| format!("load block {digest}"))?);
-    }
+    let blocks = load_chain(&*ops, &zoo, name.chain).await?;
     tokio::task::spawn_blocking(move || measure(&args, ops, blocks)).await?
 }
 

@@ -21,6 +21,7 @@ pub use super::handle::{ExecutorHandle, SequenceEvents};
 use super::hosting::{HostedSpan, SpanKey};
 use super::links::Links;
 use super::metrics::ExecutorMetrics;
+use crate::model::outputs::{WeightBytes, total_bytes};
 use crate::model::sampler::{Sampler, SamplerParams};
 use crate::state::batch::{RowInput, SampledToken, SequenceId};
 use crate::state::engine::{Engine, Output};
@@ -301,13 +302,13 @@ impl<B: Ops> Driver<B> {
         let mut status = self.status.lock().expect("no holder panics");
         let wanted = self.hosted.iter().filter(|(key, _)| !self.retiring.contains_key(key));
         status.spans = wanted.map(|(_, (_, span))| span.to_wire()).collect();
-        let mut weight_bytes: BTreeMap<u32, u64> = BTreeMap::new();
+        let mut weights: BTreeMap<u32, WeightBytes> = BTreeMap::new();
         for (_, span) in self.hosted.values() {
-            for (block, bytes) in span.host.blocks.iter().zip(&span.block_bytes) {
-                weight_bytes.insert(block.0, *bytes);
+            for (block, bytes) in span.host.blocks.iter().zip(&span.block_weights) {
+                weights.insert(block.0, *bytes);
             }
         }
-        status.weight_bytes = weight_bytes.values().sum();
+        status.weight_bytes = total_bytes(weights.into_values());
         self.metrics.weight_bytes.set(i64::try_from(status.weight_bytes).unwrap_or(i64::MAX));
     }
 

@@ -20,6 +20,7 @@ use super::device::Command;
 use super::executor::Event;
 use super::metrics::ExecutorMetrics;
 use crate::model::block::LoadedBlock;
+use crate::model::outputs::{Outputs, WeightBytes, total_bytes};
 use crate::state::engine::HostSpan;
 use crate::state::segments::BlockIndex;
 
@@ -52,8 +53,8 @@ pub struct HostedSpan {
     pub key: SpanKey,
     /// What the engine needs.
     pub host: HostSpan,
-    /// Bytes of each block on the device.
-    pub block_bytes: Vec<u64>,
+    /// What each block takes on the device.
+    pub block_weights: Vec<WeightBytes>,
     /// Lineage before the first block; empty at the chain's start.
     pub lineage_from: Vec<u8>,
     /// Lineage after the last block.
@@ -124,7 +125,7 @@ pub enum HostError {
 
 struct Resident {
     index: BlockIndex,
-    bytes: u64,
+    weights: WeightBytes,
     kv_shape: Option<ashlar_kernels::ops::KvShape>,
     /// How far back it sees, if it is an attention block with a window.
     window: Option<u32>,
@@ -153,6 +154,8 @@ pub struct Hosting<B: Ops> {
     memory_bytes: u64,
     pages: PageLayout,
     resident: BTreeMap<Digest, Resident>,
+    /// Output projections that resident blocks hold.
+    outputs: Arc<Outputs<B>>,
     spans: BTreeSet<SpanKey>,
     /// Spans that finish what they have, until it has ended.
     retiring: FuturesUnordered<BoxFuture<'static, SpanKey>>,
@@ -185,6 +188,7 @@ impl<B: Ops> Hosting<B> {
             memory_bytes,
             pages,
             resident: BTreeMap::new(),
+            outputs: Arc::default(),
             spans: BTreeSet::new(),
             retiring: FuturesUnordered::new(),
             retiring_keys: BTreeSet::new(),
@@ -323,24 +327,27 @@ impl<B: Ops> Hosting<B> {
             begins_with_embed: from == 0,
             ends_with_head: to == chain.blocks.len(),
         };
-        let mut block_bytes = Vec::new();
-        for index in from..to {
+        let mut block_weights = Vec::new();
+        // The head first: a token table of the same tensor is read out of it.
+        for index in (from..to).rev() {
             let digest = chain.blocks[index];
             if !self.resident.contains_key(&digest) {
                 self.load_block(digest, index).await?;
             }
-            let resident = self.resident.get_mut(&digest).expect("just loaded");
-            resident.spans.insert(key.clone());
+            self.resident.get_mut(&digest).expect("just loaded").spans.insert(key.clone());
+        }
+        for digest in &chain.blocks[from..to] {
+            let resident = &self.resident[digest];
             host.blocks.push(resident.index);
             host.kv_shapes.push(resident.kv_shape);
             host.windows.push(resident.window);
-            block_bytes.push(resident.bytes);
+            block_weights.push(resident.weights);
         }
         tracing::info!(chain = %key.chain.short(), from, to, "hosting a span");
         Ok(HostedSpan {
             key: key.clone(),
             host,
-            block_bytes,
+            block_weights,
             lineage_from: from.checked_sub(1).map_or_else(Vec::new, |before| all_lineages[before].0.to_vec()),
             lineage_to: all_lineages[to - 1].0.to_vec(),
             vocab: chain.vocab,
@@ -349,11 +356,17 @@ impl<B: Ops> Hosting<B> {
         })
     }
 
+    /// Bytes of what is resident, and of `more` beside it. An output projection counts once while its head or an embedding that reads rows
+    /// out of it is resident, whichever was evicted first.
+    fn weight_bytes(&self, more: Option<WeightBytes>) -> u64 {
+        total_bytes(self.resident.values().map(|resident| resident.weights).chain(more))
+    }
+
     async fn load_block(&mut self, digest: Digest, index: usize) -> Result<(), HostError> {
         let mapped = self.zoo.map_block(digest).await?;
-        let ops = Arc::clone(&self.ops);
+        let (ops, outputs) = (Arc::clone(&self.ops), Arc::clone(&self.outputs));
         let task = tokio::task::spawn_blocking(move || {
-            let loaded = LoadedBlock::load(&*ops, &mapped.block, &mapped);
+            let loaded = LoadedBlock::load(&*ops, &mapped.block, &mapped, &outputs);
             // Verifying read every page. What is packed needs none of them any more, and of a table only rows that are asked for.
             mapped.tensors.values().for_each(MappedTensor::release_pages);
             loaded
@@ -362,11 +375,11 @@ impl<B: Ops> Hosting<B> {
             Ok(loaded) => loaded.map_err(|source| HostError::Load { block: digest, index, source: Box::new(source) })?,
             Err(panic) => std::panic::resume_unwind(panic.into_panic()),
         };
-        let bytes = loaded.bytes() as u64;
-        let used: u64 = self.resident.values().map(|resident| resident.bytes).sum();
+        let (weights, used) = (loaded.weights(), self.weight_bytes(None));
+        let block_bytes = self.weight_bytes(Some(weights)) - used;
         let free_bytes = self.memory_bytes.saturating_sub(used);
-        if bytes > free_bytes {
-            return Err(HostError::Memory { block: digest, block_bytes: bytes, free_bytes, memory_bytes: self.memory_bytes });
+        if block_bytes > free_bytes {
+            return Err(HostError::Memory { block: digest, block_bytes, free_bytes, memory_bytes: self.memory_bytes });
         }
         let (kv_shape, window) = (loaded.kv_shape(self.pages), loaded.window());
         let place = self.free.pop().unwrap_or_else(|| {
@@ -374,7 +387,10 @@ impl<B: Ops> Hosting<B> {
             BlockIndex(self.next - 1)
         });
         let _ = self.commands.send(Command::Load(place, Box::new(loaded)));
-        self.resident.insert(digest, Resident { index: place, bytes, kv_shape, window, spans: BTreeSet::new() });
+        self.resident.insert(digest, Resident { index: place, weights, kv_shape, window, spans: BTreeSet::new() });
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

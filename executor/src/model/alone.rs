@@ -11,6 +11,7 @@ use ashlar_zoo::store::{StoreError, Zoo};
 use super::block::LoadedBlock;
 use super::forward::{AttentionBatch, Forward, ForwardBatch, KvPools};
 use super::load::LoadError;
+use super::outputs::{Outputs, total_bytes};
 
 /// Why a chain could not be set up.
 #[derive(Debug, thiserror::Error)]
@@ -72,11 +73,7 @@ impl<B: Ops> Alone<B> {
     /// # Errors
     /// When the zoo, a block or the device fails.
     pub async fn load(ops: Arc<B>, zoo: &Zoo, chain: Digest, limits: AloneLimits) -> Result<Self, AloneError> {
-        let mut blocks = Vec::new();
-        for (index, digest) in zoo.read_chain(chain).await?.blocks.into_iter().enumerate() {
-            let mapped = zoo.map_block(digest).await?;
-            blocks.push(LoadedBlock::load(&*ops, &mapped.block, &mapped).map_err(|source| AloneError::Load { index, source })?);
-        }
+        let blocks = load_chain(&*ops, zoo, chain).await?;
         Ok(Self::new(ops, blocks, limits)?)
     }
 
@@ -99,7 +96,7 @@ impl<B: Ops> Alone<B> {
 
     /// Bytes of weights on the device.
     pub fn weight_bytes(&self) -> usize {
-        self.blocks.iter().map(LoadedBlock::bytes).sum()
+        total_bytes(self.blocks.iter().map(LoadedBlock::weights)) as usize
     }
 
     /// Logits of a row.
@@ -177,6 +174,21 @@ impl<B: Ops> Alone<B> {
         }
         self.computed_tokens = end;
     }
+}
+
+/// Loads all blocks of a chain onto a device, and nothing else is there.
+///
+/// # Errors
+/// When the zoo or a block fails.
+pub async fn load_chain<B: Ops>(ops: &B, zoo: &Zoo, chain: Digest) -> Result<Vec<LoadedBlock<B>>, AloneError> {
+    let (outputs, mut blocks) = (Outputs::default(), Vec::new());
+    // The head first: a token table of the same tensor is read out of it.
+    for (index, digest) in zoo.read_chain(chain).await?.blocks.into_iter().enumerate().rev() {
+        let mapped = zoo.map_block(digest).await?;
+        blocks.push(LoadedBlock::load(ops, &mapped.block, &mapped, &outputs).map_err(|source| AloneError::Load { index, source })?);
+    }
+    blocks.reverse();
+    Ok(blocks)
 }
 
 /// Takes the hidden rows to the host and back, as a link between executors does.

@@ -6,10 +6,12 @@ use std::sync::Arc;
 use ashlar_kernels::ops::{Activation, AttentionShape, KvShape, NormKind, Ops, PageLayout};
 use ashlar_zoo::manifest::Rope;
 
+use super::outputs::WeightBytes;
+
 /// A block whose weights are on device `B`.
 pub struct LoadedBlock<B: Ops> {
     pub(super) width: usize,
-    pub(super) bytes: usize,
+    pub(super) weights: WeightBytes,
     pub(super) kind: Kind<B>,
 }
 
@@ -19,9 +21,14 @@ impl<B: Ops> LoadedBlock<B> {
         self.width
     }
 
-    /// Bytes of weights: packed layers, vectors, and the mapped bytes of lookup tables.
+    /// What its weights take, and what of that other blocks may hold too.
+    pub fn weights(&self) -> WeightBytes {
+        self.weights
+    }
+
+    /// Bytes of weights, shared ones included.
     pub fn bytes(&self) -> usize {
-        self.bytes
+        (self.weights.own + self.weights.output.map_or(0, |(_, bytes)| bytes)) as usize
     }
 
     /// Shape of the KV pages that the block needs; `None` unless it is an attention block.
@@ -76,7 +83,7 @@ impl<B: Ops> std::fmt::Debug for LoadedBlock<B> {
             Kind::FeedForward(_) => "feed_forward",
             Kind::Head(_) => "head",
         };
-        f.debug_struct("LoadedBlock").field("kind", &kind).field("width", &self.width).field("bytes", &self.bytes).finish()
+        f.debug_struct("LoadedBlock").field("kind", &kind).field("width", &self.width).field("bytes", &self.bytes()).finish()
     }
 }
 
@@ -159,7 +166,7 @@ pub(super) struct Head<B: Ops> {
     pub(super) softcap: Option<f32>,
     pub(super) norm: NormWeights<B>,
     /// `[vocab, D]`.
-    pub(super) output: B::Linear,
+    pub(super) output: Arc<B::Linear>,
 }
 
 /// A norm over a row's D elements.

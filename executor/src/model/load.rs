@@ -5,10 +5,12 @@ use std::sync::Arc;
 
 use ashlar_kernels::format::{Dtype, TensorView};
 use ashlar_kernels::ops::{NormKind, Ops, PackError};
+use ashlar_zoo::digest::Digest;
 use ashlar_zoo::manifest::{Block, BlockKind, Norm, Rope};
 use ashlar_zoo::roles::ManifestError;
 
 use super::block::{Attention, Embed, FeedForward, Head, HeadNorm, Kind, LoadedBlock, LoadedRope, NormWeights};
+use super::outputs::{Outputs, WeightBytes};
 use super::rope;
 use super::source::{SourceError, TensorBytes, TensorSource};
 
@@ -56,29 +58,33 @@ pub enum LoadError {
 }
 
 impl<B: Ops> LoadedBlock<B> {
-    /// Loads a block: checks it, takes its tensors from `source` and packs them. Blocking and, for large blocks, slow.
+    /// Loads a block: checks it, takes its tensors from `source` and packs them. Blocking and, for large blocks, slow. A head before the
+    /// embedding: of its tensor no table is mapped then, where the device can read rows out of what `outputs` knows.
     ///
     /// # Errors
     /// The first thing that does not fit; nothing stays on the device then.
-    pub fn load(ops: &B, block: &Block, source: &dyn TensorSource) -> Result<Self, LoadError> {
+    pub fn load(ops: &B, block: &Block, source: &dyn TensorSource, outputs: &Outputs<B>) -> Result<Self, LoadError> {
         block.check()?;
-        let mut loader = Loader { ops, block, source, bytes: 0 };
+        let mut loader = Loader { ops, block, source, outputs, bytes: 0, output: None };
         let kind = match &block.params {
             BlockKind::Embed { scale } => Kind::Embed(loader.embed(*scale)?),
             BlockKind::Attention { .. } => Kind::Attention(loader.attention()?),
             BlockKind::FeedForward { .. } => Kind::FeedForward(loader.feed_forward()?),
             BlockKind::Head { .. } => Kind::Head(loader.head()?),
         };
-        Ok(Self { width: block.width as usize, bytes: loader.bytes, kind })
+        let weights = WeightBytes { own: loader.bytes as u64, output: loader.output };
+        Ok(Self { width: block.width as usize, weights, kind })
     }
 }
 
-/// One load in progress; `bytes` counts what the device holds so far.
+/// One load in progress; `bytes` counts what the device holds so far for this block alone, `output` what others may hold too.
 struct Loader<'a, B: Ops> {
     ops: &'a B,
     block: &'a Block,
     source: &'a dyn TensorSource,
+    outputs: &'a Outputs<B>,
     bytes: usize,
+    output: Option<(Digest, u64)>,
 }
 
 impl<B: Ops> Loader<'_, B> {
@@ -89,7 +95,7 @@ impl<B: Ops> Loader<'_, B> {
             scale,
             vocab: tokens.rows,
             position_count: positions.as_ref().map(|table| table.rows),
-            tokens: self.table("token.weight", tokens)?,
+            tokens: self.tokens("token.weight", tokens)?,
             positions: positions.map(|table| self.table("position.weight", table)).transpose()?,
         })
     }
@@ -155,8 +161,29 @@ impl<B: Ops> Loader<'_, B> {
             vocab,
             softcap: *softcap,
             norm: self.norm("norm.weight", Some("norm.bias"), norm)?,
-            output: self.linear(&["output.weight"])?,
+            output: self.output("output.weight")?,
         })
+    }
+
+    /// The tokens' table: read out of the output projection of the same tensor, if the device holds one and can, and else where it is mapped.
+    fn tokens(&mut self, role: &'static str, tensor: TensorBytes) -> Result<B::Table, LoadError> {
+        let digest = self.block.tensors[role].digest;
+        if let Some(output) = self.outputs.find(digest)
+            && let Some(table) = self.ops.table_of(&output)
+        {
+            self.output = Some((digest, self.ops.linear_bytes(&output) as u64));
+            return Ok(table);
+        }
+        self.table(role, tensor)
+    }
+
+    /// The output projection, packed unless the device holds one of the same tensor.
+    fn output(&mut self, role: &'static str) -> Result<Arc<B::Linear>, LoadError> {
+        let (tensor, digest) = (self.take(role)?, self.block.tensors[role].digest);
+        let output = self.outputs.find_or_pack(digest, || self.ops.linear(&[tensor.view()]));
+        let output = output.map_err(|source| LoadError::Pack { role, source })?;
+        self.output = Some((digest, self.ops.linear_bytes(&output) as u64));
+        Ok(output)
     }
 
     fn norm(&mut self, weight: &'static str, bias: Option<&'static str>, norm: &Norm) -> Result<NormWeights<B>, LoadError> {

@@ -8,6 +8,7 @@ use ashlar_kernels::ops::{KvPlace, Ops, PackError, Query};
 use super::alone::{AloneLimits, Pools};
 use super::block::LoadedBlock;
 use super::forward::{AttentionBatch, Forward, ForwardBatch};
+use super::outputs::total_bytes;
 
 /// A chain and its sequences.
 pub struct Steps<B: Ops> {
@@ -39,7 +40,7 @@ impl<B: Ops> Steps<B> {
 
     /// Bytes of weights on the device.
     pub fn weight_bytes(&self) -> usize {
-        self.blocks.iter().map(LoadedBlock::bytes).sum()
+        total_bytes(self.blocks.iter().map(LoadedBlock::weights)) as usize
     }
 
     /// Bytes of the weights that every step reads whole: all but the embedding, of which it reads a row a token.

@@ -10,6 +10,7 @@ use ashlar_zoo::manifest::{Block, BlockKind, Norm, Rope, RopeScaling, TensorRef}
 use ashlar_zoo::roles::{RoleShape, roles};
 
 use super::block::LoadedBlock;
+use super::outputs::Outputs;
 use super::philox;
 use super::source::{SourceError, TensorBytes, TensorSource};
 
@@ -67,6 +68,19 @@ impl Memory {
 
     /// The same weights, the matrices stored as `dtype`.
     pub(super) fn chain_as<B: Ops>(&mut self, ops: &B, dtype: Option<Dtype>) -> Vec<LoadedBlock<B>> {
+        let blocks = self.blocks(dtype);
+        blocks.iter().map(|block| LoadedBlock::load(ops, block, self, &Outputs::default()).unwrap()).collect()
+    }
+
+    /// The descriptors of such a chain, its head tied to its embedding.
+    pub(super) fn tied_blocks(&mut self, dtype: Option<Dtype>) -> Vec<Block> {
+        let mut blocks = self.blocks(dtype);
+        let tokens = blocks[0].tensors["token.weight"].clone();
+        blocks[5].tensors.insert("output.weight".to_owned(), tokens);
+        blocks
+    }
+
+    fn blocks(&mut self, dtype: Option<Dtype>) -> Vec<Block> {
         let kinds = [
             BlockKind::Embed { scale: 2.0 },
             attention(),
@@ -91,7 +105,7 @@ impl Memory {
             let tensors = blocks.iter_mut().flat_map(|block| block.tensors.values_mut());
             tensors.filter(|tensor| tensor.shape.len() == 2).for_each(|tensor| self.convert(tensor, dtype));
         }
-        blocks.iter().map(|block| LoadedBlock::load(ops, block, self).unwrap()).collect()
+        blocks
     }
 
     fn convert(&mut self, tensor: &mut TensorRef, dtype: Dtype) {

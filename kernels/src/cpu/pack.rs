@@ -88,7 +88,7 @@ pub(super) enum CodeWidth {
 }
 
 impl CodeWidth {
-    fn bits(self) -> usize {
+    pub(super) fn bits(self) -> usize {
         match self {
             Self::Bit => 1,
             Self::Nibble => 4,

@@ -7,6 +7,7 @@ mod linear_runs;
 mod machine;
 mod pairs;
 mod rows;
+mod tables;
 mod values;
 
 use std::sync::OnceLock;

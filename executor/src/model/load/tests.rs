@@ -10,7 +10,7 @@ use crate::model::testing::{Memory, RMS, VOCAB, WIDTH, attention};
 const PAGES: PageLayout = PageLayout { tokens: 32, format: KvFormat::Bf16 };
 
 fn load(block: &Block, memory: &Memory) -> Result<LoadedBlock<Reference>, LoadError> {
-    LoadedBlock::load(&Reference::default(), block, memory)
+    LoadedBlock::load(&Reference::default(), block, memory, &Outputs::default())
 }
 
 #[test]
