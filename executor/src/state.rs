@@ -9,6 +9,7 @@ mod advance;
 pub mod batch;
 mod boundary;
 pub mod canary;
+mod claim;
 mod clock;
 pub mod cost;
 pub mod counters;

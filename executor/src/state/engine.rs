@@ -16,6 +16,7 @@ pub use self::output::Output;
 use super::Now;
 use super::batch::{Batch, BatchId, Sample, SampledToken, SequenceId};
 use super::canary::Canary;
+use super::claim::Shortage;
 use super::clock::{Clock, InFlight, Micros};
 use super::cost::CostCurve;
 use super::counters::{Counters, Gauges};
@@ -30,7 +31,7 @@ use super::slab::Sequences;
 pub use super::span::HostSpan;
 use super::span::Span;
 use super::targets::first_row_due;
-use super::tenants::{OUTPUT_WEIGHT, Tenants};
+use super::tenants::{OUTPUT_WEIGHT, TenantIndex, Tenants};
 
 /// Handles that come back when a batch is done.
 #[derive(Debug)]
@@ -71,8 +72,10 @@ pub struct Engine {
     pub(crate) leaving: Vec<Leaving>,
     /// Pages that running sequences have left behind their windows in batches that are in flight.
     pub(crate) behind: Vec<Leaving>,
-    /// Whether a sequence that runs could not get its pages when the latest step was planned: nobody is started before it.
-    pub(crate) pages_short: bool,
+    /// Whether a sequence that runs could not get its pages when the latest step was planned, and whose.
+    pub(crate) pages_short: Option<Shortage>,
+    /// Pages of a class that tenants hold, in parts, if they were counted in this plan.
+    pub(crate) held: Option<(ClassIndex, BTreeMap<TenantIndex, u64>)>,
     next_batch: u64,
     pub(crate) counters: Counters,
     /// Distinct blocks hosted, and those that more than one span runs through.
@@ -112,7 +115,8 @@ impl Engine {
             costs: Vec::new(),
             leaving: Vec::new(),
             behind: Vec::new(),
-            pages_short: false,
+            pages_short: None,
+            held: None,
             next_batch: 0,
             counters: Counters::default(),
             block_counts: (0, 0),
@@ -209,7 +213,7 @@ impl Engine {
             span: admit.span,
             priority: admit.priority,
             tenant,
-            gave_way: false,
+            gave_way_at: None,
             rank: 0,
             stop_tokens: admit.stop_tokens,
             prompt_tokens: admit.prompt_tokens,

@@ -235,6 +235,24 @@ impl PagePool {
         }
     }
 
+    /// A class of which a handle in each of these stretches would together lack slots; None if there is none.
+    pub fn short_class(&self, stretches: impl Iterator<Item = StretchIndex> + Clone) -> Option<ClassIndex> {
+        let counts = stretches.clone().flat_map(|stretch| &self.stretches[stretch.0 as usize].counts);
+        let needed = |class: ClassIndex| stretches.clone().map(|stretch| self.slot_count(stretch, class)).sum::<usize>();
+        counts.map(|(class, _)| *class).find(|class| self.slots.available(*class) < needed(*class))
+    }
+
+    /// How many hold a handle.
+    pub fn holder_count(&self, handle: HandleIndex) -> u32 {
+        self.handles[handle.0 as usize].refs
+    }
+
+    /// Slots of a class that a handle of a stretch has.
+    pub fn slot_count(&self, stretch: StretchIndex, class: ClassIndex) -> usize {
+        let counts = &self.stretches[stretch.0 as usize].counts;
+        counts.iter().find(|(of, _)| *of == class).map_or(0, |(_, count)| *count)
+    }
+
     /// Who published a handle.
     pub fn maker(&self, handle: HandleIndex) -> u32 {
         self.handles[handle.0 as usize].maker

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::Now;
 use super::batch::{Batch, SequenceId};
+use super::claim::Shortage;
 use super::clock::{InFlight, Micros, TILE_ROWS};
 use super::engine::{Engine, Output};
 use super::meeting::Trial;
@@ -41,8 +42,11 @@ impl Engine {
     pub(crate) fn plan_step(&mut self, now: Now) {
         self.tell_time(now);
         // Pages that come back are first for those that run and lack them.
-        if !std::mem::take(&mut self.pages_short) || self.ready.is_empty() {
-            self.start_waiting(now);
+        self.held = None;
+        match self.pages_short.take().filter(|_| !self.ready.is_empty()) {
+            Some(Shortage::WithinShare) => {}
+            Some(Shortage::AboveShare) => self.start_waiting(now, true),
+            None => self.start_waiting(now, false),
         }
         self.break_stalls(now);
         while !self.ready.is_empty() {
@@ -74,7 +78,7 @@ impl Engine {
             if !self.fail_if_never_fits(latest, known) {
                 return;
             }
-            self.start_waiting(now);
+            self.start_waiting(now, false);
         }
     }
 
@@ -245,15 +249,14 @@ impl Engine {
     fn reserve_pages(&mut self, id: SequenceId, step: usize, count: u32) -> bool {
         let tokens = self.sequences[id].steps[step].computed + count;
         while !self.reserve_to(id, step, tokens) {
-            self.pages_short = true;
+            let shortage = self.shortage(id, step);
+            self.pages_short = self.pages_short.max(Some(shortage));
             // Pages are on their way back already: those of sequences that went, or its own behind its windows.
             if !self.leaving.is_empty() || self.behind.iter().any(|behind| behind.sequence == id) {
                 return false;
             }
-            let mine = (self.sequences[id].priority, id);
-            let victim = self.preemptible().filter(|other| *other > mine).max();
-            match victim {
-                Some((_, victim)) => self.preempt(victim),
+            match self.page_victim(id, step) {
+                Some(victim) => self.preempt(victim),
                 None => return false,
             }
         }
@@ -281,6 +284,7 @@ impl Engine {
 
     /// Takes a sequence's pages away; it waits, and resumes by computing again what is not cached.
     pub(crate) fn preempt(&mut self, id: SequenceId) {
+        self.held = None;
         self.release_all(id);
         let sequence = &mut self.sequences[id];
         sequence.status = Status::Waiting;

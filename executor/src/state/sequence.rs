@@ -154,8 +154,8 @@ pub(crate) struct Sequence {
     pub(crate) span: SpanIndex,
     pub(crate) priority: i32,
     pub(crate) tenant: TenantIndex,
-    /// Whether it gave way to another tenant once: it does not again, so that claims end.
-    pub(crate) gave_way: bool,
+    /// Tokens that it had computed when it gave way to another tenant, if it did.
+    pub(crate) gave_way_at: Option<u32>,
     /// Service that its tenant had had when it first started: of two prompts the one with less goes first.
     pub(crate) rank: u64,
     pub(crate) stop_tokens: Vec<u32>,
@@ -248,6 +248,12 @@ impl Sequence {
     /// Tokens that it has at its end, unless a stop token comes first.
     pub(crate) fn tokens_max(&self) -> u32 {
         self.prompt_tokens + self.generated_tokens_max.max(1)
+    }
+
+    /// Tokens whose pages it needs to start: what it knows, and one more; where the chain is cut over executors all that it may come to, as
+    /// the others would not know if it gave its pages back half-way.
+    pub(crate) fn tokens_to_start(&self) -> u32 {
+        if self.path.is_whole() { (self.tokens.len() as u32 + 1).min(self.tokens_max()) } else { self.tokens_max() }
     }
 
     /// Tokens generated so far, as far as this executor knows.

@@ -2,41 +2,29 @@
 
 use super::Now;
 use super::batch::SequenceId;
+use super::claim::Lack;
 use super::engine::{Engine, Output};
 use super::sequence::Status;
-use super::tenants::{INPUT_WEIGHT, TenantIndex};
+use super::tenants::INPUT_WEIGHT;
 
 impl Engine {
-    /// Gives pages and a place among the running to waiting sequences while they fit. A tenant below its share of the places does not wait
-    /// for one above its share: a sequence of that one gives way.
-    pub(crate) fn start_waiting(&mut self, now: Now) {
-        while let Some((tenant, (priority, _, id))) = self.tenants.first() {
-            let running = self.sequences.len() - self.tenants.waiting_count();
-            if running >= self.limits.sequences_max as usize {
-                if self.claim(tenant, priority) {
-                    continue;
-                }
-                return;
-            }
+    /// Gives pages and a place among the running to waiting sequences while they fit. A tenant below its share does not wait for one above
+    /// its share: a sequence of that one gives way. While one that runs is `short` of pages only tenants below their share start.
+    pub(crate) fn start_waiting(&mut self, now: Now, short: bool) {
+        while let Some((_, (_, _, id))) = self.tenants.first() {
             let sequence = &self.sequences[id];
             // It gave way while tokens of it were being sampled: they stand, and are part of what it starts again with.
             if sequence.promised_tokens > 0 {
                 return;
             }
-            let whole = sequence.path.is_whole();
-            // A cut chain cannot give its pages back half-way (the other executors would not know), so it starts
-            // only when all that it may need is there. Others need what they know, and one token more.
-            let tokens = if whole { sequence.tokens.len() as u32 + 1 } else { sequence.tokens_max() };
-            if !self.pages_suffice(self.span(sequence.span), tokens) {
-                if self.fail_if_never_fits(id, tokens) {
-                    continue;
-                }
-                if self.claim(tenant, priority) {
-                    continue;
-                }
-                return;
+            let tokens = sequence.tokens_to_start();
+            match self.lacks(id, tokens) {
+                None if short && !self.is_within_shares(id, tokens) => return,
+                None => self.start(now, id),
+                Some(Lack::Pages(_)) if self.fail_if_never_fits(id, tokens) => {}
+                Some(lack) if self.claim(id, tokens, lack) => {}
+                Some(_) => return,
             }
-            self.start(now, id);
         }
     }
 
@@ -44,18 +32,23 @@ impl Engine {
     pub(crate) fn start(&mut self, now: Now, id: SequenceId) {
         let sequence = &self.sequences[id];
         let (tenant, whole) = (sequence.tenant, sequence.path.is_whole());
-        let tokens = sequence.tokens_max();
+        let tokens = sequence.tokens_to_start();
         self.tenants.remove_waiting(tenant, sequence.turn());
         self.tenants.count_running(tenant, true);
         let steps = self.sequences[id].steps.len();
         if whole {
             self.reuse_pages(id);
-        } else {
-            for step in 0..steps {
-                let reserved = self.reserve_to(id, step, tokens);
-                assert!(reserved, "pages_suffice said so");
-            }
         }
+        // At once, so that nobody who starts next counts on the same pages. Where windows slide, what lies behind them makes room for the
+        // rest of a prompt.
+        for step in 0..steps {
+            let sequence = &self.sequences[id];
+            let slides = whole && sequence.path.steps[step].slides();
+            let first = sequence.steps[step].computed + self.limits.chunk_tokens_max;
+            let reserved = self.reserve_to(id, step, if slides { tokens.min(first) } else { tokens });
+            assert!(reserved, "nothing that it needs was lacking");
+        }
+        self.held = None;
         let sequence = &mut self.sequences[id];
         sequence.status = Status::Running;
         sequence.moved_at = self.clock.now;
@@ -71,25 +64,5 @@ impl Engine {
             self.hurry(id);
         }
         (0..steps).for_each(|step| self.enqueue(id, step));
-    }
-
-    /// Has the latest sequence of the tenant that is most above its share give way, for a tenant below its own; never one of higher
-    /// priority, and none twice. True if one did whose pages are back already.
-    fn claim(&mut self, tenant: TenantIndex, priority: i32) -> bool {
-        let places = self.limits.sequences_max;
-        // What gave way before comes back first.
-        if !self.leaving.is_empty() || !self.tenants.is_short(tenant, places) {
-            return false;
-        }
-        // One that had less service would only come back first.
-        let is_ahead = |above: &TenantIndex| self.tenants.counter(*above) >= self.tenants.counter(tenant);
-        let Some(above) = self.tenants.most_above(places).filter(is_ahead) else { return false };
-        let may = |id: SequenceId| self.sequences[id].tenant == above && !self.sequences[id].gave_way;
-        let victim = self.preemptible().filter(|(of, id)| *of >= priority && may(*id)).max();
-        if let Some((_, victim)) = victim {
-            self.preempt(victim);
-            self.sequences[victim].gave_way = true;
-        }
-        victim.is_some() && self.leaving.is_empty()
     }
 }

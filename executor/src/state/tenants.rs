@@ -115,23 +115,20 @@ impl Tenants {
         self.waiting_count
     }
 
-    /// A tenant's share of so many things among all that have sequences now; at least one.
-    fn share(&self, tenant: &Tenant, of: u32) -> u32 {
+    /// Tenants that have sequences now.
+    pub(crate) fn active_count(&self) -> usize {
+        self.tenants.iter().filter(|tenant| tenant.is_active()).count()
+    }
+
+    /// Sequences of a tenant that run.
+    pub(crate) fn running_count(&self, tenant: TenantIndex) -> u32 {
+        self.tenants[tenant.0 as usize].running_count
+    }
+
+    /// A tenant's share of so many things among all that have sequences now.
+    pub(crate) fn share(&self, tenant: TenantIndex, of: u64) -> u64 {
         let weights: u64 = self.tenants.iter().filter(|tenant| tenant.is_active()).map(|tenant| u64::from(tenant.weight)).sum();
-        ((u64::from(of) * u64::from(tenant.weight)).checked_div(weights).unwrap_or(0) as u32).max(1)
-    }
-
-    /// Whether a tenant runs fewer sequences than its share of the places.
-    pub(crate) fn is_short(&self, tenant: TenantIndex, places: u32) -> bool {
-        let tenant = &self.tenants[tenant.0 as usize];
-        tenant.running_count < self.share(tenant, places)
-    }
-
-    /// The tenant that runs the most sequences above its share of the places.
-    pub(crate) fn most_above(&self, places: u32) -> Option<TenantIndex> {
-        let above = |tenant: &Tenant| tenant.running_count.saturating_sub(self.share(tenant, places));
-        let (index, tenant) = self.tenants.iter().enumerate().max_by_key(|(_, tenant)| above(tenant))?;
-        (above(tenant) > 0).then_some(TenantIndex(index as u32))
+        (of * u64::from(self.tenants[tenant.0 as usize].weight)).checked_div(weights).unwrap_or(0)
     }
 
     /// The first fault of the books, given (waiting, running) sequences of each tenant.

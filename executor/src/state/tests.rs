@@ -10,6 +10,7 @@ mod node;
 mod recut;
 mod regroup;
 mod serving;
+mod shares;
 mod targets;
 mod time;
 mod windows;

@@ -73,7 +73,7 @@ fn a_chain_cut_over_two_engines_gives_the_same_tokens() {
 }
 
 /// Takes what one node has sent to the other.
-fn deliver(sent: Vec<Sent>, to: &mut Node) {
+pub(super) fn deliver(sent: Vec<Sent>, to: &mut Node) {
     for sent in sent {
         match sent {
             Sent::Rows(number, start, rows) => {
