@@ -1,6 +1,7 @@
-//! What planning costs: 32 models over 64 segments, 4 segments a sequence, all sequences decoding. One pass advances each sequence by
-//! one token through all of its segments. `cargo bench -p ashlar-executor --bench plan` prints the curve: the time that the engine takes
-//! for a pass (plans, and the results of batches), without a device. Goal: under 100 us of planning for 256 sequences.
+//! What planning costs: 32 models over 64 segments, 4 segments a sequence. One pass advances each sequence by one token through all of its
+//! segments. `cargo bench -p ashlar-executor --bench plan` prints a curve for each load: the time that the engine takes for a pass (plans,
+//! and the results of batches), without a device. Goal: under 100 us of planning for 256 sequences that decode. `-- LOAD SEQUENCES PASSES`
+//! runs one, for callgrind (`--toggle-collect='*Engine*poll_output*'`, likewise `handle_batch_done` and `handle_admit`).
 
 #![expect(clippy::disallowed_methods, reason = "a benchmark measures time")]
 
@@ -45,6 +46,26 @@ fn host(blocks: &[u32]) -> HostSpan {
     }
 }
 
+/// Who is there while passes are counted.
+struct Load {
+    name: &'static str,
+    /// Whether sequences end, and others come.
+    is_coming_and_going: bool,
+    /// Targets for gaps and for first tokens, in milliseconds; 0: none.
+    gap_ms: u32,
+    ttft_ms: u32,
+    /// Tenants, and sequences known for each one that may run.
+    tenants: u32,
+    known: u32,
+}
+
+const LOADS: [Load; 4] = [
+    Load { name: "decodes", is_coming_and_going: false, gap_ms: 0, ttft_ms: 0, tenants: 8, known: 1 },
+    Load { name: "prompts", is_coming_and_going: true, gap_ms: 0, ttft_ms: 0, tenants: 8, known: 1 },
+    Load { name: "targets", is_coming_and_going: true, gap_ms: 1000, ttft_ms: 5_000_000, tenants: 8, known: 1 },
+    Load { name: "tenants", is_coming_and_going: true, gap_ms: 0, ttft_ms: 0, tenants: 1000, known: 2 },
+];
+
 /// Time of a pass: planning, and taking the results of its batches.
 struct Cost {
     plan: Duration,
@@ -52,11 +73,13 @@ struct Cost {
     batches: u64,
 }
 
-fn pass_cost(sequence_count: u32, passes: u32) -> Cost {
+fn pass_cost(load: &Load, sequence_count: u32, passes: u32) -> Cost {
     let rows_max = sequence_count.max(256);
     let limits = Limits {
         sequences_max: sequence_count,
-        waiting_max: sequence_count,
+        waiting_max: 2 * sequence_count,
+        gap_ms: load.gap_ms,
+        ttft_ms: load.ttft_ms,
         step_tokens_max: rows_max,
         chunk_tokens_max: 64,
         hidden_rows_max: 4 * rows_max,
@@ -65,24 +88,27 @@ fn pass_cost(sequence_count: u32, passes: u32) -> Cost {
     };
     let mut engine = Engine::new(limits);
     let spans: Vec<_> = chains().iter().map(|chain| engine.handle_host(host(chain))).collect();
-    for number in 0..sequence_count {
-        let tokens: Vec<u32> = (0..24).map(|t| number * 31 + t).collect();
-        let admit = Admit {
+    let admit = |number: u32| {
+        let (prompt_tokens, generated_tokens_max) =
+            if load.is_coming_and_going { (40 + number % 80, 20 + number * 7 % 41) } else { (24, 1 << 20) };
+        Admit {
             key: SequenceKey { router: RouterId("rtr_bench".to_owned()), number: number.into() },
             epoch: 0,
             span: spans[number as usize % spans.len()],
-            prompt_tokens: tokens.len() as u32,
-            tokens,
-            generated_tokens_max: 1 << 20,
+            prompt_tokens,
+            tokens: (0..prompt_tokens).map(|t| number * 31 + t).collect(),
+            generated_tokens_max,
             stop_tokens: Vec::new(),
             priority: 0,
-            tenant: format!("ten_{}", number % 8),
+            tenant: format!("ten_{}", number % load.tenants),
             weight: 1,
             targets: Targets::default(),
             domain: [7; 32],
-        };
-        engine.handle_admit(Duration::ZERO, admit).expect("admitted");
-    }
+        }
+    };
+    let mut number = sequence_count * load.known;
+    (0..number).for_each(|number| engine.handle_admit(Duration::ZERO, admit(number)).map(|_| ()).expect("admitted"));
+    let mut now = Duration::ZERO;
     let mut in_flight = std::collections::VecDeque::new();
     let mut cost = Cost { plan: Duration::ZERO, results: Duration::ZERO, batches: 0 };
     // Sequences reach page borders at different passes once they have run a while.
@@ -90,13 +116,18 @@ fn pass_cost(sequence_count: u32, passes: u32) -> Cost {
     let mut done_tokens = 0;
     while done_tokens < tokens {
         let began = Instant::now();
-        while let Some(output) = engine.poll_output(Duration::ZERO) {
-            if let Output::RunBatch(batch) = output {
-                in_flight.push_back(batch);
+        while let Some(output) = engine.poll_output(now) {
+            match output {
+                Output::RunBatch(batch) => in_flight.push_back(batch),
+                Output::EmitFinished { .. } => {
+                    engine.handle_admit(now, admit(number)).expect("admitted");
+                    number += 1;
+                }
+                _ => {}
             }
         }
         let planned = began.elapsed();
-        let batch = in_flight.pop_front().expect("decodes never end");
+        let batch = in_flight.pop_front().expect("somebody always runs");
         let samples: Vec<Sample> = (batch.rows.iter())
             .filter_map(|rows| match rows.output {
                 RowOutput::Sample(Some(position)) => Some(Sample {
@@ -111,7 +142,8 @@ fn pass_cost(sequence_count: u32, passes: u32) -> Cost {
         let began = Instant::now();
         // As a device of weights takes: for each block what it reads, and something for each row.
         let elapsed = Duration::from_micros(30 + batch.blocks.len() as u64 * (40 + 4 * u64::from(batch.row_count)));
-        engine.handle_batch_done(Duration::ZERO, elapsed, samples);
+        now += elapsed;
+        engine.handle_batch_done(now, elapsed, samples);
         engine.recycle(batch);
         let taken = began.elapsed();
         if done_tokens > warm_tokens {
@@ -125,14 +157,23 @@ fn pass_cost(sequence_count: u32, passes: u32) -> Cost {
 }
 
 fn main() {
-    println!("sequences  batches  plan us  results us  plan ns for each row");
-    for sequences in [16, 32, 64, 128, 256, 512, 1024, 2048, 4096] {
-        let passes = (200_000 / sequences).clamp(32, 800);
-        // The best of several: others use this machine.
-        let costs: Vec<Cost> = (0..5).map(|_| pass_cost(sequences, passes)).collect();
-        let best = costs.iter().min_by_key(|cost| cost.plan).expect("five");
-        let us = |time: Duration| time.as_secs_f64() * 1e6;
-        let row_ns = us(best.plan) * 1e3 / f64::from(sequences) / 4.0;
-        println!("{sequences:9}  {:7}  {:7.1}  {:10.1}  {row_ns:8.1}", best.batches, us(best.plan), us(best.results));
+    let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
+    if let [name, sequences, passes] = &arguments[..] {
+        let load = LOADS.iter().find(|load| load.name == name).expect("a load of LOADS");
+        let number = |text: &str| text.parse().expect("a number");
+        pass_cost(load, number(sequences), number(passes));
+        return;
+    }
+    for load in &LOADS {
+        println!("{}: sequences  batches  plan us  results us  plan ns for each row", load.name);
+        for sequences in [16, 32, 64, 128, 256, 512, 1024, 2048, 4096] {
+            let passes = (200_000 / sequences).clamp(32, 800);
+            // The best of several: others use this machine.
+            let costs: Vec<Cost> = (0..5).map(|_| pass_cost(load, sequences, passes)).collect();
+            let best = costs.iter().min_by_key(|cost| cost.plan).expect("five");
+            let us = |time: Duration| time.as_secs_f64() * 1e6;
+            let row_ns = us(best.plan) * 1e3 / f64::from(sequences) / 4.0;
+            println!("{sequences:18}  {:7}  {:7.1}  {:10.1}  {row_ns:8.1}", best.batches, us(best.plan), us(best.results));
+        }
     }
 }

@@ -18,6 +18,7 @@ mod integrity;
 mod lane;
 pub mod limits;
 mod meeting;
+mod pace;
 pub mod pages;
 mod planner;
 mod ready;

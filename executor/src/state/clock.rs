@@ -1,6 +1,7 @@
 //! Time in plans: when each row is due, what is under way costs, and how much of a prompt may ride along without making anybody late.
 //! Where nobody has a target there is no such budget, and rows take turns. First tokens are in `targets`.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,6 +10,7 @@ use super::Now;
 use super::batch::{BatchId, SequenceId};
 use super::cost::{CostCurve, largest};
 use super::engine::Engine;
+use super::pace::{Pace, Paces};
 use super::segments::SegmentIndex;
 use super::sequence::{Path, PathStep, Sequence};
 
@@ -64,8 +66,10 @@ pub(crate) struct Clock {
     pub(crate) trial_from: u64,
     /// For each segment: sequences that decode and cross it.
     pub(crate) decoding: Vec<u32>,
-    /// Of these, sequences that have a target for gaps, in all.
-    paced_count: u32,
+    /// Of these, those that have a target for gaps.
+    pub(crate) paces: Paces,
+    /// Sequences that run and have no token yet since they last started, by when their first one is wanted.
+    pub(crate) prompts: BTreeSet<(Micros, SequenceId)>,
     /// For each segment: microseconds of a batch of all that decode there, and the shortest gap that one of them wants.
     parts: Vec<(f64, Micros)>,
     /// Whether a sequence ever had a target for its first token.
@@ -106,6 +110,10 @@ impl Engine {
         if sequence.is_decoding && sequence.promised_tokens == 0 {
             sequence.due = (sequence.gap > 0).then_some(now + sequence.gap);
         }
+        let sampled_in = sequence.sampled_in;
+        if sequence.is_decoding && sequence.gap > 0 && !self.is_in_flight(sampled_in) {
+            self.stands_still(id);
+        }
     }
 
     /// A batch that is being planned samples a token of a sequence: it will be there when the device has done all that it has.
@@ -113,10 +121,12 @@ impl Engine {
         let at = self.clock.busy_until;
         let sequence = &mut self.sequences[id];
         sequence.due = (sequence.gap > 0).then_some(at + sequence.gap);
-        sequence.sampled_in = batch;
-        if !std::mem::replace(&mut sequence.is_decoding, true) {
+        let was_decoding = std::mem::replace(&mut sequence.is_decoding, true);
+        let before = std::mem::replace(&mut sequence.sampled_in, batch);
+        self.clock.paces.token_planned(sequence, was_decoding.then_some(before), batch);
+        if !was_decoding {
+            self.clock.prompts.remove(&(sequence.wanted_at, id));
             sequence.path.steps.iter().for_each(|step| self.clock.decoding[step.segment.0 as usize] += 1);
-            self.clock.paced_count += u32::from(sequence.gap > 0);
             self.clock.summed_at = None;
         }
     }
@@ -126,8 +136,10 @@ impl Engine {
         let sequence = &mut self.sequences[id];
         if std::mem::take(&mut sequence.is_decoding) {
             sequence.path.steps.iter().for_each(|step| self.clock.decoding[step.segment.0 as usize] -= 1);
-            self.clock.paced_count -= u32::from(sequence.gap > 0);
+            self.clock.paces.stop(sequence);
             self.clock.summed_at = None;
+        } else {
+            self.clock.prompts.remove(&(sequence.wanted_at, id));
         }
     }
 
@@ -139,6 +151,7 @@ impl Engine {
         for sequence in self.sequences.iter().filter(|sequence| sequence.is_decoding) {
             sequence.path.steps.iter().for_each(|step| self.clock.decoding[step.segment.0 as usize] += 1);
         }
+        self.clock.paces.recount(self.segments.len(), self.sequences.iter().filter(|sequence| sequence.is_decoding));
         self.clock.summed_at = None;
     }
 
@@ -179,15 +192,9 @@ impl Engine {
         if self.clock.summed_at.is_none_or(|at| latest.0 >= at.0 + PASS_BATCHES) {
             let cost = |(count, costs): (&u32, &CostCurve)| if *count == 0 { 0.0 } else { costs.predict(*count).unwrap_or(0.0) };
             self.clock.parts.clear();
-            self.clock.parts.extend(self.clock.decoding.iter().zip(&self.costs).map(|part| (cost(part), Micros::MAX)));
-            if self.clock.paced_count > 0 {
-                for sequence in self.sequences.iter().filter(|sequence| sequence.is_decoding && sequence.gap > 0) {
-                    for step in &sequence.path.steps {
-                        let (_, pace) = &mut self.clock.parts[step.segment.0 as usize];
-                        *pace = sequence.gap.min(*pace);
-                    }
-                }
-            }
+            let parts = self.clock.decoding.iter().zip(&self.costs).enumerate();
+            let paces = &self.clock.paces;
+            self.clock.parts.extend(parts.map(|(i, part)| (cost(part), paces.shortest(i).unwrap_or(Micros::MAX))));
             self.clock.pass_micros = self.clock.parts.iter().map(|(cost, _)| cost).sum();
             self.clock.summed_at = Some(latest);
         }
@@ -208,32 +215,25 @@ impl Engine {
     /// the tightest sequence that has it, less what runs before its token; where that alone takes the whole gap, chunks may take as long.
     /// Infinite where nobody who decodes has a target.
     pub(crate) fn chunk_budget(&mut self, planned: SegmentIndex) -> f64 {
-        if self.clock.paced_count == 0 {
+        if self.clock.paces.is_empty() {
             return f64::INFINITY;
         }
         self.pass_micros();
+        self.settle_paces();
         // A token under way comes when its batch ends, as far as that is known by now.
         let coming = |sampled_in: BatchId| {
             let before = self.in_flight.iter().take_while(|batch| batch.id <= sampled_in);
             let predicted: Micros = before.map(|batch| batch.predicted).sum();
             self.clock.busy_until.saturating_sub(self.in_flight.iter().map(|batch| batch.predicted).sum()) + predicted
         };
-        let is_coming = |sequence: &Sequence| self.in_flight.front().is_some_and(|oldest| oldest.id <= sequence.sampled_in);
-        let latest = |sequence: &Sequence| if is_coming(sequence) { coming(sequence.sampled_in) } else { sequence.token_at };
-        let mut tightest: Vec<(Micros, Micros)> = Vec::new();
-        for sequence in self.sequences.iter().filter(|sequence| sequence.is_decoding && sequence.gap > 0) {
-            let due = latest(sequence) + sequence.gap;
-            match tightest.iter_mut().find(|(gap, _)| *gap == sequence.gap) {
-                Some((_, first)) => *first = due.min(*first),
-                None => tightest.push((sequence.gap, due)),
-            }
-        }
-        let budget = |(gap, due): &(Micros, Micros)| {
-            let pass = self.pass_before(*gap, *due, planned);
+        let latest = |pace: &Pace| self.first_still(pace).into_iter().chain(pace.first_coming().map(coming)).min();
+        let budget = |(gap, pace): (Micros, &Pace)| {
+            let due = latest(pace).expect("whoever decodes has a token, or one that is coming") + gap;
+            let pass = self.pass_before(gap, due, planned);
             let slack = due.saturating_sub(self.clock.start()) as f64;
-            if pass >= *gap as f64 { pass } else { ((slack - pass) * MARGIN).max(0.0) }
+            if pass >= gap as f64 { pass } else { ((slack - pass) * MARGIN).max(0.0) }
         };
-        tightest.iter().map(budget).fold(f64::INFINITY, f64::min)
+        self.clock.paces.iter().map(budget).fold(f64::INFINITY, f64::min)
     }
 
     /// Microseconds that `count` tokens of a prompt add. See `price`.

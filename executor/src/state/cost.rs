@@ -16,6 +16,8 @@ const APART_LEAST: f64 = 0.05;
 pub struct CostCurve {
     /// Microseconds at each of `POINTS`; None where nothing like it has run.
     micros: [Option<f64>; POINTS.len()],
+    /// The same with those between filled in, so that nobody has to search; of no meaning before anything ran.
+    filled: [f64; POINTS.len()],
 }
 
 impl CostCurve {
@@ -43,6 +45,7 @@ impl CostCurve {
             });
             self.level(point);
         }
+        self.fill();
     }
 
     /// Microseconds for a batch of so many rows; None before anything ran.
@@ -50,18 +53,11 @@ impl CostCurve {
         if rows == 0 {
             return Some(0.0);
         }
-        self.at(rows).or_else(|| {
-            let rows = f64::from(rows);
-            let known = || POINTS.iter().zip(&self.micros).filter_map(|(point, micros)| Some((f64::from(*point), (*micros)?)));
-            let below = known().take_while(|(point, _)| *point < rows).last();
-            let above = known().find(|(point, _)| *point >= rows);
-            match (below, above) {
-                (Some((p, low)), Some((q, high))) => Some(low + (high - low) * (rows - p) / (q - p)),
-                // Nothing as large has run: at worst each row costs as much as they do.
-                (Some((p, low)), None) => Some(low * rows / p),
-                (None, above) => above.map(|(_, high)| high),
-            }
-        })
+        let last = self.micros.iter().rposition(Option::is_some)?;
+        let (below, above, weight) = Self::between(rows);
+        let line = self.filled[below] * (1.0 - weight) + self.filled[above] * weight;
+        let (most, is_known) = (POINTS[POINTS.len() - 1], last + 1 == POINTS.len());
+        Some(if rows > most && !is_known { line * f64::from(rows) / f64::from(most) } else { line })
     }
 
     /// Whether batches of about so many rows have run.
@@ -105,6 +101,26 @@ impl CostCurve {
         }
         let below = above - 1;
         (below, above, f64::from(rows - POINTS[below]) / f64::from(POINTS[above] - POINTS[below]))
+    }
+
+    /// Fills in what lies between known points: a straight line, before the first as much as there, and beyond the last, where nothing as
+    /// large has run, as much for each row: that is the worst.
+    fn fill(&mut self) {
+        let mut known: Option<(usize, f64)> = None;
+        for point in 0..POINTS.len() {
+            let Some(high) = self.micros[point] else {
+                let (last, low) = known.unwrap_or_default();
+                self.filled[point] = low * f64::from(POINTS[point]) / f64::from(POINTS[last]);
+                continue;
+            };
+            let (from, low) = known.map_or((0, high), |(last, low)| (last, low));
+            for between in from..point {
+                let share = f64::from(POINTS[between] - POINTS[from]) / f64::from(POINTS[point] - POINTS[from]);
+                self.filled[between] = low + (high - low) * share;
+            }
+            self.filled[point] = high;
+            known = Some((point, high));
+        }
     }
 
     /// Levels other points to one that has changed, so that the curve does not fall.

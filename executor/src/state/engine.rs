@@ -324,6 +324,7 @@ impl Engine {
         let batch = self.in_flight.pop_front().expect("a batch was done that was never handed out");
         let done = batch.id;
         self.observe(&batch, elapsed);
+        self.clock.paces.batch_done(done);
         self.clock.busy_until = self.clock.now + self.in_flight.iter().map(|batch| batch.predicted).sum::<Micros>();
         for Sample { sequence: id, position, token } in samples {
             // It may have ended while the batch was in flight.

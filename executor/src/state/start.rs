@@ -51,6 +51,7 @@ impl Engine {
         self.held = None;
         let sequence = &mut self.sequences[id];
         sequence.status = Status::Running;
+        self.clock.prompts.insert((sequence.wanted_at, id));
         sequence.moved_at = self.clock.now;
         sequence.decodes_from = if whole { sequence.tokens.len() as u32 } else { sequence.base_tokens };
         if !sequence.started {

@@ -7,7 +7,7 @@ use super::cost::CostCurve;
 use super::engine::Engine;
 use super::ready::Entry;
 use super::segments::SegmentIndex;
-use super::sequence::{Sequence, Status};
+use super::sequence::Sequence;
 
 /// When a first token is wanted without a target, after its sequence came: later than with most targets, so that those go first, and no
 /// stream of them goes first for ever.
@@ -71,13 +71,11 @@ impl Engine {
         if new.first_due.is_none() {
             return;
         }
-        let is_prompt = |s: &&Sequence| s.status == Status::Running && !s.is_decoding && s.rank <= new.rank;
-        let is_later = |s: &&Sequence| (s.tenant, s.priority) == (new.tenant, new.priority) && s.wanted_at > new.wanted_at;
-        let later = self.sequences.iter().filter(is_prompt).filter(is_later);
-        let mut later: Vec<(Micros, SequenceId)> = later.map(|s| (s.wanted_at, s.id)).collect();
-        later.sort_unstable();
+        let is_behind = |s: &&Sequence| (s.tenant, s.priority) == (new.tenant, new.priority) && s.rank <= new.rank;
+        let later = self.clock.prompts.range((new.wanted_at + 1, SequenceId::new(0, 0))..).map(|(_, id)| &self.sequences[*id]);
+        let later: Vec<SequenceId> = later.filter(is_behind).map(|s| s.id).collect();
         let mut rank = new.rank;
-        for (_, later) in later.into_iter().rev() {
+        for later in later.into_iter().rev() {
             std::mem::swap(&mut self.sequences[later].rank, &mut rank);
         }
         self.sequences[id].rank = rank;
@@ -100,9 +98,12 @@ impl Engine {
         let mut firsts = (f64::INFINITY, 0);
         if self.clock.has_firsts {
             let start = self.clock.start();
-            for sequence in self.sequences.iter().filter(|s| s.status == Status::Running && !s.is_decoding) {
-                // One that is late already holds nobody up.
-                let Some(due) = sequence.first_due.filter(|due| *due > start) else { continue };
+            // One that is late already holds nobody up.
+            for (due, id) in self.clock.prompts.range((start + 1, SequenceId::new(0, 0))..) {
+                let (due, sequence) = (*due, &self.sequences[*id]);
+                if sequence.first_due.is_none() {
+                    continue;
+                }
                 let slack = ((due - start) as f64 - rest(sequence, 0, &self.clock, &self.costs)) * MARGIN;
                 if slack < firsts.0 {
                     firsts = (slack.max(0.0), due);

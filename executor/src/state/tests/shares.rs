@@ -83,6 +83,32 @@ fn few_long_sequences_do_not_keep_all_pages() {
     }
 }
 
+/// Blocks with windows of 17 and 33 tokens beside one that sees all: a step has three lanes, whose pages are of one class.
+#[test]
+fn shares_hold_where_windows_slide() {
+    let blocks = [2000, 501, 1001, 3, 1003, 502, 1005, 2001];
+    let mut node = Node::new(limits(60, 64, 64));
+    let span = node.engine.handle_host(host(&blocks, 0, blocks.len()));
+    for i in 0..4 {
+        node.admit(of("flood", admit(i, span, &[i as u32; 150], 600, 0)));
+    }
+    while node.engine.gauges().free_pages > 4 {
+        step(&mut node, 1);
+    }
+    for i in 0..4 {
+        node.admit(of(&format!("new_{i}"), admit(100 + i, span, &[9; 250], 40, 0)));
+        let steps = steps_to_first_token(&mut node, 100 + i);
+        assert!(steps <= 80, "newcomer {i} waits {steps} batches");
+        step(&mut node, 60);
+        assert!(node.finished.contains_key(&(100 + i)), "newcomer {i} has {} tokens", node.tokens[&(100 + i)].len());
+    }
+    assert!(node.finished.keys().all(|number| *number >= 100));
+    node.run_dry();
+    for i in 0..4 {
+        assert_eq!(node.tokens[&i], oracle(&blocks, &[i as u32; 150], 600), "sequence {i}");
+    }
+}
+
 #[test]
 fn one_sequence_does_not_keep_all_pages() {
     let (mut node, span) = node(limits(100, 64, 64));
