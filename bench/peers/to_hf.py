@@ -1,6 +1,7 @@
-"""Writes a GGUF file as the Hugging Face folder that vLLM reads: python to_hf.py IN.gguf FOLDER bfloat16|float32. Weights are the
+"""Writes a GGUF file as the Hugging Face folder that vLLM and mistral.rs read: python to_hf.py IN.gguf FOLDER bfloat16|float32. Weights are the
 file's, dequantised; configuration and tokenizer come out of its metadata."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -20,6 +21,11 @@ def main(source: Path, target: Path, dtype: torch.dtype):
     config.dtype = dtype
     model.to(dtype).save_pretrained(partial)
     AutoTokenizer.from_pretrained(**where).save_pretrained(partial)
+    # Where transformers kept it until its version 5, and mistral.rs looks for it.
+    file = partial / "config.json"
+    told = json.loads(file.read_text())
+    if "rope_theta" in (rope := told.get("rope_parameters") or {}):
+        file.write_text(json.dumps(told | {"rope_theta": rope["rope_theta"]}, indent=2) + "\n")
     partial.rename(target)
 
 
