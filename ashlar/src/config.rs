@@ -206,7 +206,7 @@ impl ExecutorConfig {
             hidden_rows_max: step_tokens_max.saturating_mul(4),
             link_rows_max: step_tokens_max.saturating_mul(2),
             kv_bytes,
-            kv_touch_bytes: self.kv_touch_bytes.unwrap_or(kv_bytes / 16).min(kv_bytes),
+            kv_touch_bytes: self.kv_touch_bytes.unwrap_or(kv_bytes / 16),
             boundary_bytes: self.boundary_bytes,
             prefix_cache: self.prefix_cache,
         };
@@ -217,10 +217,10 @@ impl ExecutorConfig {
     /// Checks that the memory asked for is there, before anything listens.
     ///
     /// # Errors
-    /// The key that asks for more than the machine has available.
+    /// The key that asks for more than is available to this process.
     pub fn check_memory(&self, available_bytes: u64) -> anyhow::Result<()> {
         for (key, bytes) in [("kv_bytes", self.kv_bytes), ("boundary_bytes", self.boundary_bytes)] {
-            ensure!(bytes <= available_bytes, "use executor.{key} = {bytes}: this machine has {available_bytes} bytes available");
+            ensure!(bytes <= available_bytes, "use executor.{key} = {bytes}: {available_bytes} bytes are available here");
         }
         Ok(())
     }

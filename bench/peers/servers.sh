@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Ashlar and its peers as servers that take turns, for run.sh, ../stalls.sh, ../models.sh and ../prefix.sh: what each is served from, how it starts and ends. Sourced
 # after scripts/lib.sh, never run. Whoever sources it sets `model`, `results` and `weights` (folders), `threads` and `kv_format`, and adds
-# `ashlar_flags`, `llama_flags` and `vllm_flags`, as ASHLAR_FLAGS, LLAMA_FLAGS and VLLM_FLAGS have them, where they belong.
+# `kv_touch_bytes` (of Ashlar, where it is not to be what it is by itself), `ashlar_flags`, `llama_flags` and `vllm_flags`, as ASHLAR_FLAGS, LLAMA_FLAGS and VLLM_FLAGS have them, where they belong.
 #
 # `server` is the process that runs now, at `port`, with the weights in `file`, whose hash is `hash`, and writes to `log`.
 

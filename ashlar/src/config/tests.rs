@@ -81,7 +81,7 @@ fn memory_that_the_machine_lacks_is_told_before_anything_starts() {
         let config = load(&[], &[&format!("executor.{key}=107374182400")]).unwrap();
         assert!(config.executor.check_memory(1 << 37).is_ok());
         let error = config.executor.check_memory(1 << 30).unwrap_err().to_string();
-        assert_eq!(error, format!("use executor.{key} = 107374182400: this machine has 1073741824 bytes available"));
+        assert_eq!(error, format!("use executor.{key} = 107374182400: 1073741824 bytes are available here"));
     }
 }
 
@@ -130,4 +130,6 @@ fn rows_of_a_batch_go_with_the_threads() {
 fn broken_relation_of_limits_is_a_sentence() {
     let executor = ExecutorConfig { sequences_max: 1000, step_tokens_max: 999, ..ExecutorConfig::default() };
     assert!(executor.limits(1 << 30, 2).unwrap_err().to_string().contains("sequences_max must not exceed step_tokens_max"));
+    let executor = ExecutorConfig { kv_bytes: 1 << 20, kv_touch_bytes: Some((1 << 20) + 1), ..ExecutorConfig::default() };
+    assert!(executor.limits(1 << 30, 2).unwrap_err().to_string().contains("kv_touch_bytes must not exceed kv_bytes"));
 }

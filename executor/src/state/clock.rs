@@ -24,6 +24,7 @@ const PASS_BATCHES: u64 = 64;
 /// Share of a new observation in what a batch more costs, and microseconds that it may grow by beside what it was.
 const OVERHEAD_RATE: f64 = 0.05;
 const BETWEEN_STEP: f64 = 20.0;
+
 /// Time since the executor started, in microseconds.
 pub(crate) type Micros = u64;
 

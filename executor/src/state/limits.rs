@@ -117,6 +117,7 @@ impl Limits {
             ),
             (self.hidden_rows_max >= self.step_tokens_max.saturating_mul(2), "hidden_rows_max must be at least twice step_tokens_max"),
             (self.link_rows_max >= self.chunk_tokens_max, "link_rows_max must be at least chunk_tokens_max"),
+            (self.kv_touch_bytes <= self.kv_bytes, "kv_touch_bytes must not exceed kv_bytes"),
         ];
         match rules.iter().find(|(holds, _)| !holds) {
             None => Ok(()),

@@ -1,4 +1,4 @@
-//! Which rows run next: the deepest ready segment, all sequences that wait there, decodes before chunks of prompts. Only rows that are
+//! Which rows run next: a segment (whose, is for `ready` and `meeting` to say), all sequences that wait there, decodes before chunks of prompts. Only rows that are
 //! ready are looked at. What a chosen row takes with it is in `advance`.
 
 use std::sync::Arc;
