@@ -189,7 +189,31 @@ pub struct Defaults {
     pub repetition_penalty: Option<f32>,
 }
 
-/// An adapter on one block (its format comes with adapters; the field is there so that lineages have room).
+/// What an adapter does to one matrix `W` of its block.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Change {
+    /// `y += scale * (x A^T) B^T` (LoRA, arXiv 2106.09685, section 4.1).
+    LowRank {
+        /// alpha / rank, or alpha / sqrt(rank) for rsLoRA.
+        scale: f32,
+        /// Shrink, `[rank, K]`.
+        a: TensorRef,
+        /// Expand, `[N, rank]`.
+        b: TensorRef,
+    },
+}
+
+/// An adapter on one block: what `adapters/<digest>.json` holds. It does not name its block, so that one adapter of equal
+/// bytes is one object wherever it is used.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Adapter {
+    /// By role of the matrix in the block (`q.weight`); not empty.
+    pub changes: BTreeMap<String, Change>,
+}
+
+/// An adapter on one block of a chain. A block has at most one.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct AdapterRef {
