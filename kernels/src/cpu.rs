@@ -13,6 +13,7 @@ mod elementwise;
 mod isa;
 mod kv;
 mod lanes;
+mod largest;
 mod linear;
 mod linear_float;
 mod linear_integer;
@@ -51,6 +52,7 @@ use attention::{Attend, Attention, TILE};
 use elementwise::{Gate, Map, MapElements, Rope};
 use isa::Proven;
 use kv::{Stored, Write};
+use largest::Largest;
 use linear::{Finish, Scratch};
 use memory::{Aligned, Shared};
 use norm::{Norm, NormHeads, NormRows};
@@ -448,6 +450,12 @@ impl Ops for Cpu {
 
     fn softcap(&self, x: &mut Buffer, element_count: usize, cap: f32) {
         self.map(x, element_count, Map::Softcap(cap));
+    }
+
+    fn largest(&self, x: &Buffer, width: usize, out: &mut [Option<u32>]) {
+        let (x, row_count) = (&x.0[..out.len() * width], out.len());
+        let out = Shared::new(out);
+        self.spread_rows(row_count, row_count * width, |rows| self.proven.run(Largest { x, width, out, rows }));
     }
 }
 

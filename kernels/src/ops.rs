@@ -414,4 +414,7 @@ pub trait Ops: Send + Sync + 'static {
     fn add(&self, acc: &mut Self::Buffer, x: &Self::Buffer, element_count: usize);
     /// `x = cap * tanh(x / cap)` over the first `element_count` elements.
     fn softcap(&self, x: &mut Self::Buffer, element_count: usize, cap: f32);
+    /// `out[t]` is the lowest index of the largest element of row t of dense rows `x[T, width]`, T = `out.len()`; `None` where no
+    /// element is above negative infinity. NaN counts as that.
+    fn largest(&self, x: &Self::Buffer, width: usize, out: &mut [Option<u32>]);
 }

@@ -263,6 +263,18 @@ impl Ops for Reference {
     fn softcap(&self, x: &mut Vec<f32>, element_count: usize, cap: f32) {
         x[..element_count].iter_mut().for_each(|x| *x = math::softcap(*x, cap));
     }
+
+    fn largest(&self, x: &Vec<f32>, width: usize, out: &mut [Option<u32>]) {
+        for (row, out) in out.iter_mut().enumerate() {
+            let (mut best, mut value) = (None, f32::NEG_INFINITY);
+            for (index, x) in x[row * width..][..width].iter().enumerate() {
+                if *x > value {
+                    (best, value) = (Some(index as u32), *x);
+                }
+            }
+            *out = best;
+        }
+    }
 }
 
 /// Parts as one f32 vector.

@@ -194,4 +194,7 @@ impl<B: Ops> Ops for Timed<B> {
     fn softcap(&self, x: &mut B::Buffer, element_count: usize, cap: f32) {
         self.time("softcap", |b| b.softcap(x, element_count, cap));
     }
+    fn largest(&self, x: &B::Buffer, width: usize, out: &mut [Option<u32>]) {
+        self.time("largest", |b| b.largest(x, width, out));
+    }
 }

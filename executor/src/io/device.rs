@@ -139,6 +139,8 @@ struct Device<B: Ops> {
     positions: Vec<u32>,
     index: Vec<u32>,
     logit_rows: Vec<u32>,
+    /// Where the logits of each of them are largest, if anybody asks.
+    largest: Vec<Option<u32>>,
     attention: Vec<AttentionScratch>,
 }
 
@@ -166,6 +168,7 @@ pub fn start<B: Ops>(
         positions: Vec::new(),
         index: Vec::new(),
         logit_rows: Vec::new(),
+        largest: Vec::new(),
         attention: Vec::new(),
         limits,
     };
@@ -359,6 +362,15 @@ impl<B: Ops> Device<B> {
         };
         self.forward.run(&blocks, &forward_batch, &mut self.pools);
 
+        // Tokens of one row after another would leave all threads but this one without work.
+        let takes_largest = |rows: &&Rows| match rows.output {
+            RowOutput::Sample(Some(_)) => self.samplers.get(&rows.sequence).is_some_and(|sampling| sampling.sampler.takes_largest()),
+            _ => false,
+        };
+        if order.iter().any(takes_largest) {
+            self.forward.largest_logits(&mut self.largest);
+        }
+
         self.index.clear();
         let mut link_out = Vec::new();
         let mut samples = Vec::new();
@@ -374,7 +386,11 @@ impl<B: Ops> Device<B> {
                 RowOutput::Sample(None) => {}
                 RowOutput::Sample(Some(position)) => {
                     let sampling = self.samplers.get_mut(&rows.sequence).expect("admitted before, and no batch follows a release");
-                    let token = match sampling.sampler.sample(self.forward.logits(logit_row), *position) {
+                    let sampled = match sampling.sampler.takes_largest() {
+                        true => sampling.sampler.sample_largest(self.largest[logit_row], self.forward.vocab()),
+                        false => sampling.sampler.sample(self.forward.logits(logit_row), *position),
+                    };
+                    let token = match sampled {
                         Ok(sampled) => {
                             sampling.sampler.accept(sampled.token);
                             Ok(SampledToken { token: sampled.token, logprob: sampled.logprob, top: sampled.top })

@@ -128,6 +128,18 @@ impl<B: Ops> Forward<B> {
         row
     }
 
+    /// For each logit row of the latest run that ended with a head, the lowest index of its largest logit; `None` where none is
+    /// above negative infinity.
+    pub fn largest_logits(&self, out: &mut Vec<Option<u32>>) {
+        out.resize(self.logit_row_count, None);
+        self.ops.largest(&self.work.logits.buffer, self.vocab, out);
+    }
+
+    /// Logits of a row: the vocabulary of the head that ended the latest run.
+    pub fn vocab(&self) -> usize {
+        self.vocab
+    }
+
     fn check(&self, blocks: &[&LoadedBlock<B>], batch: &ForwardBatch<'_>) {
         let rows = batch.row_count;
         assert!((1..=self.rows_max).contains(&rows), "{rows} rows, at most {}", self.rows_max);

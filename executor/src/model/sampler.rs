@@ -83,6 +83,24 @@ impl Sampler {
         })
     }
 
+    /// Whether [`Sampler::sample`] would choose the largest of the logits as they are and report nothing of them, so that
+    /// [`Sampler::sample_largest`] does as well.
+    pub fn takes_largest(&self) -> bool {
+        let params = &self.params;
+        params.is_greedy() && !params.logprobs && params.logit_bias.is_empty() && !params.has_penalty()
+    }
+
+    /// As [`Sampler::sample`] where [`Sampler::takes_largest`], of `vocab` logits whose largest is known: its lowest index, `None` if
+    /// none is above negative infinity.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn sample_largest(&self, largest: Option<u32>, vocab: usize) -> Result<Sampled, SampleError> {
+        debug_assert!(self.takes_largest());
+        let token = largest.ok_or(SampleError::NoCandidate { vocab })?;
+        Ok(Sampled { token, logprob: 0.0, top: Vec::new() })
+    }
+
     /// Counts a generated token.
     pub fn accept(&mut self, token: u32) {
         if self.params.has_penalty() {

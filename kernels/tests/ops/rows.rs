@@ -79,6 +79,20 @@ impl Case for Elements {
     }
 }
 
+/// Where rows are largest; 0 stands for nowhere.
+struct Largest {
+    x: Vec<f32>,
+    width: usize,
+}
+
+impl Case for Largest {
+    fn run<O: Ops>(&self, ops: &O) -> Vec<f32> {
+        let mut places = vec![Some(u32::MAX); self.x.len() / self.width];
+        ops.largest(&upload(ops, &self.x), self.width, &mut places);
+        places.into_iter().map(|place| place.map_or(0.0, |place| place as f32 + 1.0)).collect()
+    }
+}
+
 struct Lookup {
     table: Arc<Vec<u8>>,
     dtype: Dtype,
@@ -144,6 +158,25 @@ proptest! {
         for activation in ACTIVATIONS {
             check(&Elements { x: random.wild(row_count, 2 * width), row_count, width, activation });
         }
+    }
+
+    #[test]
+    fn the_first_of_the_largest_is_found(seed in any::<u64>(), row_count in 0usize..9) {
+        let mut random = Random(seed);
+        let width = 1 + random.below(3000);
+        // Few values, so that the largest is there more than once; both zeros, what is no number, and rows of nothing else.
+        let values = [0.0, -0.0, 1.0, -1.0, f32::NAN, -f32::NAN, f32::NEG_INFINITY, f32::INFINITY, 3.5e-39];
+        let mut x = Vec::new();
+        for _ in 0..row_count {
+            let kinds = 1 + random.below(values.len());
+            let (common, begin) = (random.below(3) > 0, random.below(values.len()));
+            x.extend((0..width).map(|_| match common && random.below(50) > 0 {
+                true => f32::NEG_INFINITY,
+                false => values[(begin + random.below(kinds)) % values.len()],
+            }));
+        }
+        check(&Largest { x, width });
+        check(&Largest { x: random.wild(row_count, width), width });
     }
 
     #[test]

@@ -70,6 +70,27 @@ fn greedy_takes_the_lowest_id_of_the_largest() {
 }
 
 #[test]
+fn only_what_changes_nothing_and_reports_nothing_takes_the_largest_as_it_is() {
+    let greedy = SamplerParams::default();
+    let plain = Sampler::new(SamplerParams { temperature: 1e-6, top_k: 5, top_p: 0.5, ..greedy.clone() }, &[1, 2], &[3]);
+    assert!(plain.takes_largest());
+    for (logits, largest) in [([0.0, 3.0, 3.0], Some(1)), ([f32::NAN; 3], None)] {
+        assert_eq!(plain.sample_largest(largest, 3), plain.sample(&mut logits.clone(), 7));
+    }
+    let others = [
+        SamplerParams { temperature: 0.5, ..greedy.clone() },
+        SamplerParams { presence_penalty: 0.1, ..greedy.clone() },
+        SamplerParams { frequency_penalty: -0.1, ..greedy.clone() },
+        SamplerParams { repetition_penalty: 1.1, ..greedy.clone() },
+        SamplerParams { logit_bias: vec![(0, 1.0)], ..greedy.clone() },
+        SamplerParams { logprobs: true, ..greedy },
+    ];
+    for params in others {
+        assert!(!Sampler::new(params.clone(), &[1], &[2]).takes_largest(), "{params:?}");
+    }
+}
+
+#[test]
 fn broken_logits_are_an_error_and_no_panic() {
     let all = SamplerParams { top_k: 2, top_p: 0.5, min_p: 0.1, logprobs: true, top_logprobs: 3, ..params() };
     for params in [SamplerParams::default(), params(), all] {
