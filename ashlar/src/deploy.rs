@@ -15,14 +15,15 @@ use crate::output;
 #[derive(Debug, Subcommand)]
 pub enum DeployCommand {
     /// Set targets of a model; those that are not named stay as they are
+    #[command(group = clap::ArgGroup::new("targets").required(true).multiple(true))]
     Set {
         /// TENANT/MODEL
         model: ModelId,
         /// Milliseconds from admission to the first token; 0: no target
-        #[arg(long)]
+        #[arg(long, group = "targets")]
         ttft_ms: Option<u32>,
         /// Milliseconds between two tokens; 0: no target
-        #[arg(long)]
+        #[arg(long, group = "targets")]
         gap_ms: Option<u32>,
     },
     /// List the models that have targets of their own

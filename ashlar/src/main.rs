@@ -107,12 +107,16 @@ async fn run(command: Command) -> anyhow::Result<()> {
         Command::Zoo(args) => zoo::run(args).await,
         Command::Tenant { config, command } => {
             let config = config.load()?;
-            let registry = server::open_registry(&config, server::Role::Serve).await?;
+            let registry = match command {
+                // Reads no record and writes none.
+                tenant::TenantCommand::Hash => server::open_registry(&config, server::Role::Serve).await?,
+                _ => server::open_lasting_registry(&config).await?,
+            };
             tenant::run(command, registry).await
         }
         Command::Deploy { config, command } => {
             let config = config.load()?;
-            let registry = server::open_registry(&config, server::Role::Serve).await?;
+            let registry = server::open_lasting_registry(&config).await?;
             deploy::run(command, registry).await
         }
         Command::Chat(args) => chat::run(args).await,

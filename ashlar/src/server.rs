@@ -94,6 +94,24 @@ pub async fn open_registry(config: &Config, role: Role) -> anyhow::Result<Arc<dy
     ashlar_registry::open(&url).await.with_context(|| format!("open registry {url}"))
 }
 
+/// Opens the registry for a command that changes it and ends.
+///
+/// # Errors
+/// As [`open_registry`], and when what is changed would be lost or is nobody's.
+pub async fn open_lasting_registry(config: &Config) -> anyhow::Result<Arc<dyn Registry>> {
+    let url = &config.registry.url;
+    if url == "memory:" {
+        bail!("change the registry: one in memory ends with this command; name that of the servers (etcd://HOST:PORT or file:PATH)");
+    }
+    if url.is_empty() && !config.zoo.root.is_dir() {
+        bail!(
+            "change the registry beside zoo {}: there is no such zoo; name one by --zoo, or a registry by --registry",
+            config.zoo.root.display()
+        );
+    }
+    open_registry(config, Role::Serve).await
+}
+
 /// An executor in this process, called without a network.
 struct Local(ExecutorHandle);
 

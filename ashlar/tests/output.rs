@@ -52,3 +52,21 @@ fn help_of_bench_says_where_to_begin() {
         assert!(help.contains(command), "{command}: {help}");
     }
 }
+
+#[test]
+fn what_would_change_nothing_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let nowhere = dir.path().join("nowhere");
+    let (root, nowhere) = (dir.path().to_str().unwrap(), nowhere.to_str().unwrap());
+    let set = ["deploy", "set", "a/b", "--gap-ms", "50"];
+    for (args, expected) in [
+        ([&set[..3], &["--zoo", root]].concat(), "required"),
+        ([&set[..], &["--registry", "memory:"]].concat(), "one in memory ends with this command"),
+        ([&set[..], &["--zoo", nowhere]].concat(), "there is no such zoo"),
+        (vec!["tenant", "key", "a", "--registry", "memory:"], "one in memory ends with this command"),
+    ] {
+        let output = run(&args, Stdio::piped());
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && output.stdout.is_empty() && error.contains(expected), "{args:?}: {error}");
+    }
+}

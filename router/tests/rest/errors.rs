@@ -105,6 +105,7 @@ async fn error_bodies_are_those_of_the_golden() {
         ("mixed prompts", json!({"prompt": ["a", 1]})),
         ("token out of range", json!({"prompt": [269]})),
         ("negative token", json!({"prompt": [-1]})),
+        ("token of more than 32 bits", json!({"prompt": [[1],[4_294_967_297_u64]]})),
         ("echo", json!({"echo": true})),
         ("suffix", json!({"suffix": "end"})),
         ("best_of", json!({"best_of": 2})),

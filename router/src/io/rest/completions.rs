@@ -76,14 +76,19 @@ fn read_prompts(raw: &RawValue, limits: &RestLimits) -> Result<Vec<Prompt>, ApiE
     let prompts: Vec<Prompt> = match inner {
         None => vec![Prompt::Text(parse(raw, "prompt", PROMPT)?)],
         Some(Some(b'"')) => parse::<Vec<String>>(raw, "prompt", PROMPT)?.into_iter().map(Prompt::Text).collect(),
-        Some(Some(b'[')) => parse::<Vec<Vec<u32>>>(raw, "prompt", PROMPT)?.into_iter().map(Prompt::Tokens).collect(),
+        Some(Some(b'[')) => parse::<Vec<Vec<i64>>>(raw, "prompt", PROMPT)?.into_iter().map(token_ids).collect(),
         Some(Some(b']')) => return Err(ApiError::of_param(Code::InvalidValue, "prompt", "`prompt` must not be empty")),
-        Some(_) => vec![Prompt::Tokens(parse(raw, "prompt", PROMPT)?)],
+        Some(_) => vec![token_ids(parse(raw, "prompt", PROMPT)?)],
     };
     if prompts.len() > limits.prompts_max as usize {
         return Err(wrong("prompt", &format!("at most {} prompts", limits.prompts_max)));
     }
     Ok(prompts)
+}
+
+/// An integer that cannot be a token id becomes one of no vocabulary.
+fn token_ids(integers: Vec<i64>) -> Prompt {
+    Prompt::Tokens(integers.into_iter().map(|integer| u32::try_from(integer).unwrap_or(u32::MAX)).collect())
 }
 
 /// The route.
