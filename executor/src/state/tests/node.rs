@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use ashlar_wire::id::{RouterId, SequenceKey};
 
-use super::device::{ModelDevice, PAGE, SHAPE};
+use super::device::{ModelDevice, PAGE, SHAPE, host_with};
 use crate::state::Now;
 use crate::state::batch::{Batch, RowInput, SampledToken, SequenceId};
 use crate::state::engine::{Engine, Output};
@@ -115,6 +115,14 @@ impl Node {
             late_us_most: 0,
             started_us: BTreeMap::new(),
         }
+    }
+
+    /// Hosts a whole chain with adapters, by place.
+    pub(super) fn host(&mut self, blocks: &[u32], adapters: &[(u32, u64)]) -> SpanIndex {
+        let span = self.engine.handle_host(host_with(blocks, adapters, 0, blocks.len()));
+        self.device.adapters.extend(adapters.iter().map(|(place, adapter)| ((span, *place), *adapter)));
+        self.engine.check_integrity().expect("integrity after a re-cut");
+        span
     }
 
     pub(super) fn admit(&mut self, admit: Admit) {
