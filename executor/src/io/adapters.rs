@@ -96,3 +96,76 @@ impl<B: Ops> Adapters<B> {
         runs
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use ashlar_kernels::format::Dtype;
+    use ashlar_kernels::ops::Activation;
+    use ashlar_kernels::reference::Reference;
+    use ashlar_zoo::digest::Digest;
+    use ashlar_zoo::manifest::{Adapter, Block, BlockKind, Change, Norm, TensorRef};
+
+    use super::*;
+    use crate::model::source::{SourceError, TensorBytes, TensorSource};
+    use crate::state::batch::{RowInput, RowOutput, SequenceId};
+
+    struct Zeros;
+
+    impl TensorSource for Zeros {
+        fn tensor(&self, tensor: &TensorRef) -> Result<TensorBytes, SourceError> {
+            let (rows, cols) = (tensor.shape[0] as usize, tensor.shape[1] as usize);
+            Ok(TensorBytes { dtype: Dtype::F32, rows, cols, keep: std::sync::Arc::new(vec![0u8; 4 * rows * cols]) })
+        }
+    }
+
+    fn adapter() -> Box<LoadedAdapter<Reference>> {
+        let tensor = |shape: &[u64]| TensorRef { digest: Digest([0; 32]), dtype: Dtype::F32, shape: shape.to_vec() };
+        let norm = Norm::Rms { eps: 1e-6, weight_offset: 0.0 };
+        let params = BlockKind::FeedForward { norm, activation: Activation::Relu, inner: 4, gated: false, post_norm: None };
+        let tensors = [("norm.weight", tensor(&[8])), ("up.weight", tensor(&[4, 8])), ("down.weight", tensor(&[8, 4]))];
+        let block = Block { width: 8, params, tensors: tensors.map(|(role, tensor)| (role.to_owned(), tensor)).into() };
+        let change = Change::LowRank { scale: 1.0, a: tensor(&[2, 8]), b: tensor(&[4, 2]) };
+        let adapter = Adapter { changes: [("up.weight".to_owned(), change)].into() };
+        Box::new(LoadedAdapter::load(&Reference::default(), &block, &adapter, &Zeros).unwrap())
+    }
+
+    /// Rows of spans, from some block of each on, through three blocks: what each block's rows have.
+    fn check(batch: &[(u32, u32, u32)], picture: &str) {
+        let mut adapters = Adapters::default();
+        (0..4).for_each(|index| adapters.load(AdapterIndex(index), adapter()));
+        // Span 0 has none; 1 and 2 share one; 3 begins a block later in its chain, and has the same as 1.
+        for (span, of_span) in [(1, vec![(1, 0), (2, 1), (4, 2)]), (2, vec![(2, 1), (3, 3)]), (3, vec![(0, 0), (1, 1), (3, 2)])] {
+            adapters.adapt(SpanIndex(span), of_span.into_iter().map(|(block, index)| (block, AdapterIndex(index))).collect());
+        }
+        let rows: Vec<Rows> = (batch.iter().enumerate())
+            .map(|(number, (span, block_from, count))| Rows {
+                sequence: SequenceId::new(number as u64, number),
+                start: 0,
+                count: *count,
+                span: SpanIndex(*span),
+                block_from: *block_from,
+                attention_from: 0,
+                input: RowInput::Link,
+                output: RowOutput::Link,
+            })
+            .collect();
+        let place = |adapter: &LoadedAdapter<Reference>| {
+            adapters.loaded.iter().position(|loaded| loaded.as_deref().is_some_and(|loaded| std::ptr::eq(loaded, adapter))).unwrap()
+        };
+        let runs = adapters.runs(&rows.iter().collect::<Vec<_>>(), 3);
+        let drawn: Vec<String> = runs.iter().map(|run| format!("{}:{:?}={}", run.block, run.rows, place(run.adapter))).collect();
+        assert_eq!(drawn.join(" "), picture);
+    }
+
+    #[test]
+    fn rows_of_one_adapter_that_lie_next_to_each_other_are_one_run() {
+        check(&[(0, 0, 5)], "");
+        check(&[(1, 0, 1), (0, 0, 1), (1, 0, 2)], "1:0..1=0 1:2..4=0 2:0..1=1 2:2..4=1");
+        check(&[(1, 0, 1), (1, 0, 2), (2, 0, 1)], "1:0..3=0 2:0..4=1");
+        check(&[(2, 2, 1), (1, 2, 1), (0, 2, 1), (1, 2, 1)], "0:0..2=1 0:3..4=1 1:0..1=3 2:1..2=2 2:3..4=2");
+        check(&[(3, 0, 2), (1, 1, 3)], "0:0..5=0 1:0..5=1");
+        check(&[(3, 1, 2), (1, 2, 3)], "0:0..5=1 2:0..5=2");
+        // One block's last run ends where the next block's first begins.
+        check(&[(2, 1, 1)], "1:0..1=1 2:0..1=3");
+    }
+}
