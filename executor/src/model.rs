@@ -3,6 +3,7 @@
 //! Start with `forward`. `alone` runs one sequence the plain way, for tests and as an oracle;
 //! `steps` runs many in lockstep, to be measured; `quality` says what a stored form of a model costs.
 
+pub mod adapter;
 pub mod alone;
 pub mod block;
 pub mod forward;

@@ -1,6 +1,9 @@
 //! A real executor over the demo family: eight sequences of several models at once, in chunks of any size, with and without
 //! a prefix cache, give the tokens that each gives alone. Level 1 of docs/numerics.md, on the real device thread.
 
+#[path = "support/adapters.rs"]
+mod adapters;
+
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,8 +11,10 @@ use std::time::Duration;
 use ashlar_executor::io::executor::{self, ExecutorHandle, Identity};
 use ashlar_executor::io::hosting::Hosting;
 use ashlar_executor::io::metrics::ExecutorMetrics;
+use ashlar_executor::model::alone::{Alone, AloneLimits};
 use ashlar_executor::state::limits::Limits;
 use ashlar_kernels::cpu::{Cpu, CpuOptions, Isa};
+use ashlar_kernels::format::Dtype;
 use ashlar_kernels::ops::{Bf16Compute, KvFormat, KvShape};
 use ashlar_registry::record::{ExecutorRecord, Plan, SpanAssignment, to_value};
 use ashlar_registry::{ChainDigest, Registry, Session, key};
@@ -37,15 +42,47 @@ async fn family_of(models: &str, names: &[&str]) -> Family {
     let folder = tempfile::tempdir().unwrap();
     let zoo = Zoo::create_dir(folder.path()).await.unwrap();
     let models = Path::new(env!("CARGO_MANIFEST_DIR")).join(models);
-    let mut chains = Vec::new();
+    let mut family = Family { _folder: folder, zoo, chains: Vec::new() };
     for name in names {
         let options = AddOptions { model: ModelId::new("demo", name).unwrap(), recipe: Recipe::Keep, parent: None, source: None };
-        let report = add(&zoo, &models.join(name), &options, &Silent).await.unwrap();
-        let chain = zoo.read_chain(report.chain).await.unwrap();
-        let lineage = lineages(&chain.blocks, &[]).last().unwrap().0.to_vec();
-        chains.push((report.chain, chain.blocks.len(), lineage));
+        let report = add(&family.zoo, &models.join(name), &options, &Silent).await.unwrap();
+        family.push(report.chain).await;
     }
-    Family { _folder: folder, zoo, chains }
+    family
+}
+
+impl Family {
+    async fn push(&mut self, digest: Digest) {
+        let chain = self.zoo.read_chain(digest).await.unwrap();
+        let adapters: Vec<(u32, Digest)> = chain.adapters.iter().map(|adapter| (adapter.block_index, adapter.digest)).collect();
+        let lineage = lineages(&chain.blocks, &adapters).last().unwrap().0.to_vec();
+        self.chains.push((digest, chain.blocks.len(), lineage));
+    }
+}
+
+/// One base, and models that differ in adapters alone: on two matrices, on all, and on some of the upper layers.
+async fn adapted_family() -> Family {
+    let mut family = family_of("../demo", &["base"]).await;
+    let all = ["q.weight", "k.weight", "v.weight", "o.weight"].as_slice();
+    let feed = ["gate.weight", "up.weight", "down.weight"].as_slice();
+    let recipe = |attention, feed_forward, rank, scale, dtype, from_layer, salt| adapters::Recipe {
+        attention,
+        feed_forward,
+        rank,
+        scale,
+        dtype,
+        from_layer,
+        salt,
+    };
+    for recipe in [
+        recipe(&["q.weight", "v.weight"], &[], 4, 2.0, Dtype::F32, 0, 1),
+        recipe(all, feed, 8, 1.0, Dtype::Bf16, 0, 2),
+        recipe(&["k.weight", "o.weight"], feed, 3, 4.0 / 3f32.sqrt(), Dtype::F16, 5, 3),
+    ] {
+        let chain = adapters::adapted(&family.zoo, family.chains[0].0, recipe).await;
+        family.push(chain).await;
+    }
+    family
 }
 
 async fn start(family: &Family, limits: Limits, options: CpuOptions) -> ExecutorHandle {
@@ -120,7 +157,7 @@ fn requests(family: &Family) -> Vec<v1::Admission> {
             let prompt: Vec<u32> = (0..30 + i as u32 * 5).map(|t| if t < 20 { 100 + t } else { (t * 37 + i as u32 * 11) % 2000 }).collect();
             let temperature = if i % 2 == 0 { 0.0 } else { 0.8 };
             let sampling = v1::Sampling { temperature, top_p: 0.95, logprobs: true, repetition_penalty: 1.1, ..v1::Sampling::default() };
-            admission(family, i, i as usize % MODELS.len(), prompt, sampling)
+            admission(family, i, i as usize % family.chains.len(), prompt, sampling)
         })
         .collect()
 }
@@ -129,13 +166,12 @@ fn limits() -> Limits {
     Limits { kv_bytes: 64 << 20, ..Limits::default() }
 }
 
-async fn eight_together_in_any_chunks(kv_format: KvFormat, bf16_compute: Bf16Compute) {
-    let family = family().await;
+async fn eight_together_in_any_chunks(family: &Family, kv_format: KvFormat, bf16_compute: Bf16Compute) {
     let limits = || Limits { kv_format, ..limits() };
     let scalar = CpuOptions { threads: 1, isa: Some(Isa::Scalar), bf16_compute };
-    let alone = start(&family, Limits { prefix_cache: false, ..limits() }, scalar).await;
+    let alone = start(family, Limits { prefix_cache: false, ..limits() }, scalar).await;
     let mut golden = Vec::new();
-    for request in requests(&family) {
+    for request in requests(family) {
         golden.push(tokens(&alone, request).await);
     }
     assert!(golden.iter().all(|tokens| tokens.len() == 24));
@@ -151,10 +187,10 @@ async fn eight_together_in_any_chunks(kv_format: KvFormat, bf16_compute: Bf16Com
         ("four batches in flight, little memory", Limits { batches_in_flight_max: 4, kv_bytes: 1 << 20, ..limits() }, 2),
     ];
     for (name, limits, threads) in cases {
-        let handle = start(&family, limits, CpuOptions { threads, isa: None, bf16_compute }).await;
+        let handle = start(family, limits, CpuOptions { threads, isa: None, bf16_compute }).await;
         // Twice: the second round meets a warm prefix cache.
         for round in 0..2 {
-            let all = requests(&family).into_iter().map(|mut request| {
+            let all = requests(family).into_iter().map(|mut request| {
                 request.sequence_id += 100 * round;
                 let handle = handle.clone();
                 tokio::spawn(async move { tokens(&handle, request).await })
@@ -170,17 +206,53 @@ async fn eight_together_in_any_chunks(kv_format: KvFormat, bf16_compute: Bf16Com
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn eight_together_in_any_chunks_give_the_tokens_of_each_alone() {
-    eight_together_in_any_chunks(KvFormat::F32, Bf16Compute::F32).await;
+    eight_together_in_any_chunks(&family().await, KvFormat::F32, Bf16Compute::F32).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn eight_together_over_bf16_pages_give_the_tokens_of_each_alone() {
-    eight_together_in_any_chunks(KvFormat::Bf16, Bf16Compute::F32).await;
+    eight_together_in_any_chunks(&family().await, KvFormat::Bf16, Bf16Compute::F32).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn eight_together_over_int8_pages_give_the_tokens_of_each_alone() {
-    eight_together_in_any_chunks(KvFormat::Int8, Bf16Compute::F32).await;
+    eight_together_in_any_chunks(&family().await, KvFormat::Int8, Bf16Compute::F32).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn eight_together_with_other_adapters_give_the_tokens_of_each_alone() {
+    eight_together_in_any_chunks(&adapted_family().await, KvFormat::F32, Bf16Compute::F32).await;
+}
+
+/// Each model with adapters gives what its chain gives without an engine, and pages of the base serve up to the first of them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn adapters_are_those_of_the_chain_and_share_what_lies_before_them() {
+    let family = adapted_family().await;
+    let prompt: Vec<u32> = (0..100).map(|t| (t * 37) % 2000).collect();
+    let handle = start(&family, limits(), CpuOptions { threads: 2, ..CpuOptions::default() }).await;
+    let mut seen = Vec::new();
+    for (model, (chain, ..)) in family.chains.iter().enumerate() {
+        let ops = Arc::new(Cpu::new(CpuOptions { threads: 1, ..CpuOptions::default() }));
+        let alone = AloneLimits { chunk_tokens_max: 64, tokens_max: 128, page_tokens: 16, kv_format: KvFormat::F32 };
+        let expected = Alone::load(ops, &family.zoo, *chain, alone).await.unwrap().greedy(&prompt, 24, 64).tokens;
+        let mut events = handle.run(admission(&family, model as u64, model, prompt.clone(), v1::Sampling::default()));
+        let (mut tokens, mut cached) = (Vec::new(), 0);
+        while let Some(event) = events.next().await {
+            match event {
+                v1::sequence_event::Event::Started(started) => cached = started.cached_tokens,
+                v1::sequence_event::Event::Token(token) => tokens.push(token.token),
+                v1::sequence_event::Event::Failed(failed) => panic!("{}: {}", failed.code, failed.message),
+                v1::sequence_event::Event::Finished(_) => {}
+            }
+        }
+        assert_eq!(tokens, expected, "model {model}");
+        assert!(!seen.contains(&tokens), "model {model} is like another");
+        seen.push(tokens);
+        // Six pages are full. The last model has adapters from layer 5 on: 11 of the blocks lie before.
+        let blocks = family.chains[0].1 as u32;
+        assert_eq!(cached, if model == 3 { 96 * 11 / blocks } else { 0 }, "model {model}");
+    }
+    handle.check_integrity().await.unwrap();
 }
 
 /// The same prompt for one model after another: what they share is computed once, and no token changes.
@@ -249,7 +321,7 @@ async fn what_lies_behind_a_window_is_given_back_and_changes_no_token() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn eight_together_from_bf16_activations_give_the_tokens_of_each_alone() {
-    eight_together_in_any_chunks(KvFormat::F32, Bf16Compute::Bf16).await;
+    eight_together_in_any_chunks(&family().await, KvFormat::F32, Bf16Compute::Bf16).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -45,7 +45,7 @@ pub use table::Table;
 
 use crate::format::{CodeRow, TensorView};
 use crate::ops::{
-    Activation, AttentionShape, Bf16Compute, Columns, KvFormat, KvPlace, KvShape, LinearRun, NormKind, Ops, PackError, Query,
+    Activation, AttentionShape, Bf16Compute, Columns, DiagonalPart, KvFormat, KvPlace, KvShape, LinearRun, NormKind, Ops, PackError, Query,
 };
 use crate::reference::concatenate;
 use attention::{Attend, Attention, TILE};
@@ -252,6 +252,10 @@ impl Ops for Cpu {
 
     fn linear(&self, parts: &[TensorView<'_>]) -> Result<Linear, PackError> {
         Linear::new(&self.pool, parts, self.bf16_compute)
+    }
+
+    fn linear_diagonal(&self, parts: &[DiagonalPart<'_>]) -> Result<Linear, PackError> {
+        Linear::diagonal(&self.pool, parts, self.bf16_compute)
     }
 
     fn vector(&self, parts: &[TensorView<'_>]) -> Result<Buffer, PackError> {

@@ -267,6 +267,15 @@ pub struct Query {
     pub position: u32,
 }
 
+/// A block on the diagonal of a layer ([`Ops::linear_diagonal`]).
+#[derive(Debug, Clone, Copy)]
+pub struct DiagonalPart<'a> {
+    /// Its weights, `[outputs, inputs]`.
+    pub weights: TensorView<'a>,
+    /// Where its outputs begin in a row of the result.
+    pub first_output: usize,
+}
+
 /// Rows of a batch that go through one layer.
 #[derive(Debug, Clone)]
 pub struct LinearRun<'a, L, V> {
@@ -302,6 +311,10 @@ pub trait Ops: Send + Sync + 'static {
     fn buffer(&self, element_count: usize) -> Result<Self::Buffer, PackError>;
     /// Packs a linear layer. `parts` are stacked along N (for example q, k, v); they agree in K, dtypes may differ.
     fn linear(&self, parts: &[TensorView<'_>]) -> Result<Self::Linear, PackError>;
+    /// Packs a layer of blocks on a diagonal: each part reads the inputs behind those of the parts before it and gives its own outputs, which
+    /// are disjoint and ascending. Outputs of no part stay as they are in [`Ops::linear_runs`] and [`Ops::linear_runs_add`], and nothing else takes
+    /// such a layer. So the expands of several matrices that lie in one row are one layer, whatever their ranks. The bits are those of each part alone.
+    fn linear_diagonal(&self, parts: &[DiagonalPart<'_>]) -> Result<Self::Linear, PackError>;
     /// Takes a vector, converting to f32. `parts` are concatenated.
     fn vector(&self, parts: &[TensorView<'_>]) -> Result<Self::Vector, PackError>;
     /// Takes a vector of f32 given by value.

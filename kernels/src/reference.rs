@@ -12,12 +12,14 @@ use std::sync::Arc;
 pub use crate::table::Table;
 
 use crate::format::{CodeRow, TensorView, dequantise};
-use crate::ops::{Activation, AttentionShape, Bf16Compute, Columns, KvPlace, KvShape, LinearRun, NormKind, Ops, PackError, Query};
+use crate::ops::{
+    Activation, AttentionShape, Bf16Compute, Columns, DiagonalPart, KvPlace, KvShape, LinearRun, NormKind, Ops, PackError, Query,
+};
 pub use attention::Kv;
-pub(crate) use linear::check_parts;
 #[cfg(test)]
 pub(crate) use linear::round_to_bf16;
 pub use linear::{Activations, Linear, quantise_activations};
+pub(crate) use linear::{check_diagonal, check_parts};
 
 /// The scalar backend.
 #[derive(Debug, Clone, Copy, Default)]
@@ -43,6 +45,10 @@ impl Ops for Reference {
 
     fn linear(&self, parts: &[TensorView<'_>]) -> Result<Linear, PackError> {
         Linear::new(parts, self.bf16_compute)
+    }
+
+    fn linear_diagonal(&self, parts: &[DiagonalPart<'_>]) -> Result<Linear, PackError> {
+        Linear::diagonal(parts, self.bf16_compute)
     }
 
     fn vector(&self, parts: &[TensorView<'_>]) -> Result<Vec<f32>, PackError> {
@@ -193,8 +199,10 @@ impl Ops for Reference {
         self.linear_runs(&mut y, outputs, x, inputs, runs);
         for LinearRun { linear, rows, .. } in runs {
             for row in rows.clone() {
-                let at = row * outputs.stride + outputs.offset;
-                acc[at..][..linear.outputs()].iter_mut().zip(&y[at..]).for_each(|(acc, y)| *acc += y);
+                for columns in linear.columns() {
+                    let at = row * outputs.stride + outputs.offset + columns.start;
+                    acc[at..][..columns.len()].iter_mut().zip(&y[at..]).for_each(|(acc, y)| *acc += y);
+                }
             }
         }
     }

@@ -76,7 +76,7 @@ impl Model {
             source: "sim".to_owned(),
         };
         let sized = SizedChain {
-            blocks: blocks.iter().map(|block| SizedBlock { digest: block.digest, bytes: block.bytes }).collect(),
+            blocks: blocks.iter().map(|block| SizedBlock { digest: block.digest, bytes: block.bytes, adapter: None }).collect(),
             borders: (3..blocks.len().saturating_sub(2) as u32).step_by(2).collect(),
         };
         let path = ChainPath::new(digest, &chain);

@@ -1,5 +1,5 @@
 //! Takes what no name leads to. Marks from names and their history, and from young objects that an `add` may just be
-//! writing; sweeps chains, then blocks, then tensors and assets, so that a killed run leaves nothing that points to what
+//! writing; sweeps chains, then blocks and adapters, then tensors and assets, so that a killed run leaves nothing that points to what
 //! is gone. Refuses to sweep when it cannot read all that it must follow.
 
 use std::collections::BTreeSet;
@@ -18,6 +18,8 @@ pub struct GcReport {
     pub chain_count: u64,
     /// Blocks taken.
     pub block_count: u64,
+    /// Adapters taken.
+    pub adapter_count: u64,
     /// Tensors taken.
     pub tensor_count: u64,
     /// Assets taken.
@@ -43,17 +45,18 @@ struct Marked {
 struct Marks {
     chains: BTreeSet<Digest>,
     blocks: BTreeSet<Digest>,
+    adapters: BTreeSet<Digest>,
     leaves: BTreeSet<Object>,
 }
 
 /// Sweeps unreferenced objects that are older than `grace`. With no grace at all nothing else may be adding.
 ///
 /// # Errors
-/// When a name, chain or block that is in use cannot be read, or the store fails; nothing more is taken then.
+/// When a name, chain, block or adapter that is in use cannot be read, or the store fails; nothing more is taken then.
 pub async fn collect(zoo: &Zoo, grace: Duration, dry_run: bool) -> Result<GcReport, StoreError> {
     // Listed before marking: what is written from here on is not in the lists, so it cannot be taken.
     let mut lists = Vec::new();
-    for folder in ["chains", "blocks", "tensors", "assets"] {
+    for folder in ["chains", "blocks", "adapters", "tensors", "assets"] {
         let metas = zoo.list(folder).await?;
         lists.push(metas.into_iter().filter_map(|meta| Some((object(&meta.location)?, meta))).collect::<Vec<_>>());
     }
@@ -75,6 +78,7 @@ pub async fn collect(zoo: &Zoo, grace: Duration, dry_run: bool) -> Result<GcRepo
         *match object {
             Object::Chain(_) => &mut report.chain_count,
             Object::Block(_) => &mut report.block_count,
+            Object::Adapter(_) => &mut report.adapter_count,
             Object::Asset(_) => &mut report.asset_count,
             _ => &mut report.tensor_count,
         } += 1;
@@ -91,6 +95,7 @@ impl Marks {
         match object {
             Object::Chain(digest) => self.chains.contains(digest),
             Object::Block(digest) => self.blocks.contains(digest),
+            Object::Adapter(digest) => self.adapters.contains(digest),
             other => self.leaves.contains(other),
         }
     }
@@ -103,16 +108,18 @@ async fn mark(zoo: &Zoo, lists: &[Vec<(Object, ObjectMeta)>], grace: Duration) -
         marks.chains.insert(name.chain);
         marks.chains.extend(name.history.iter().map(|past| past.chain));
     }
+    // A young chain, block or adapter is kept, so what it points to must be kept with it, be it old: an `add` took long.
     let young = |list: &[(Object, ObjectMeta)]| {
-        list.iter().filter(|(_, meta)| is_young(meta, grace)).map(|(object, _)| object.clone()).collect::<Vec<_>>()
+        let young = list.iter().filter(|(_, meta)| is_young(meta, grace));
+        young
+            .filter_map(|(object, _)| match object {
+                Object::Chain(digest) | Object::Block(digest) | Object::Adapter(digest) => Some(*digest),
+                _ => None,
+            })
+            .collect::<Vec<_>>()
     };
-    // A young chain or block is kept, so what it points to must be kept with it, be it old: an `add` took long.
-    let young_chains =
-        young(&lists[0]).into_iter().filter_map(|object| if let Object::Chain(digest) = object { Some(digest) } else { None });
-    let young_blocks =
-        young(&lists[1]).into_iter().filter_map(|object| if let Object::Block(digest) = object { Some(digest) } else { None });
     let mut unnamed_chains = BTreeSet::new();
-    for digest in young_chains {
+    for digest in young(&lists[0]) {
         if marks.chains.insert(digest) {
             unnamed_chains.insert(digest);
         }
@@ -126,23 +133,34 @@ async fn mark(zoo: &Zoo, lists: &[Vec<(Object, ObjectMeta)>], grace: Duration) -
         if !unnamed_chains.contains(digest) {
             named.chains.insert(*digest);
             named.blocks.extend(&chain.blocks);
+            named.adapters.extend(chain.adapters.iter().map(|adapter| adapter.digest));
             named.leaves.extend(assets.clone());
         }
         marks.blocks.extend(chain.blocks);
+        marks.adapters.extend(chain.adapters.iter().map(|adapter| adapter.digest));
         marks.leaves.extend(assets);
     }
-    let of_chains = marks.blocks.clone();
-    marks.blocks.extend(young_blocks);
+    let (blocks_of_chains, adapters_of_chains) = (marks.blocks.clone(), marks.adapters.clone());
+    marks.blocks.extend(young(&lists[1]));
+    marks.adapters.extend(young(&lists[2]));
+    let mut held = Vec::new();
     for digest in &marks.blocks {
-        let block = match zoo.read_block(*digest).await {
-            Err(StoreError::Damaged { .. } | StoreError::Missing { .. }) if !of_chains.contains(digest) => continue,
-            block => block?,
-        };
-        let tensors = block.tensors.values().map(|tensor| Object::Tensor(tensor.digest));
-        if named.blocks.contains(digest) {
-            named.leaves.extend(tensors.clone());
+        match zoo.read_block(*digest).await {
+            Err(StoreError::Damaged { .. } | StoreError::Missing { .. }) if !blocks_of_chains.contains(digest) => {}
+            block => held.extend(block?.tensors.into_values().map(|tensor| (named.blocks.contains(digest), tensor.digest))),
         }
-        marks.leaves.extend(tensors);
+    }
+    for digest in &marks.adapters {
+        match zoo.read_adapter(*digest).await {
+            Err(StoreError::Damaged { .. } | StoreError::Missing { .. }) if !adapters_of_chains.contains(digest) => {}
+            adapter => held.extend(adapter?.tensors().map(|(_, tensor)| (named.adapters.contains(digest), tensor.digest))),
+        }
+    }
+    for (is_named, tensor) in held {
+        if is_named {
+            named.leaves.insert(Object::Tensor(tensor));
+        }
+        marks.leaves.insert(Object::Tensor(tensor));
     }
     Ok(Marked { kept: marks, named })
 }

@@ -4,10 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Serialize;
 
+use crate::adapter::AdapterError;
 use crate::digest::{Digest, lineages};
-use crate::manifest::{Block, BlockKind, Chain, ModelName, TensorRef};
+use crate::manifest::{Adapter, AdapterRef, Block, BlockKind, Chain, Change, ModelName, TensorRef};
 use crate::model_id::ModelId;
-use crate::store::{StoreError, Zoo};
+use crate::store::{Object, StoreError, Zoo};
 use crate::tensor_file;
 
 /// A model and all its manifests.
@@ -21,6 +22,8 @@ pub struct Resolved {
     pub chain: Chain,
     /// The chain's blocks, in order.
     pub blocks: Vec<Block>,
+    /// The chain's adapters, by block index.
+    pub adapters: BTreeMap<usize, Adapter>,
 }
 
 /// One line of `zoo list`.
@@ -34,7 +37,9 @@ pub struct Listed {
     pub layer_count: usize,
     /// Positions it can take.
     pub context_tokens: u32,
-    /// Bytes of its distinct tensors.
+    /// Blocks that have an adapter.
+    pub adapter_count: usize,
+    /// Bytes of its distinct tensors, adapters included.
     pub bytes: u64,
     /// Of these, in no other model of the list.
     pub own_bytes: u64,
@@ -57,8 +62,10 @@ pub struct Shown {
     pub name: ModelName,
     /// The chain.
     pub chain: Chain,
-    /// Bytes of its distinct tensors.
+    /// Bytes of its distinct tensors, adapters included.
     pub bytes: u64,
+    /// Of these, bytes of adapters.
+    pub adapter_bytes: u64,
     /// Its blocks, in order.
     pub blocks: Vec<ShownBlock>,
 }
@@ -78,6 +85,21 @@ pub struct ShownBlock {
     pub bytes: u64,
     /// Dtypes of its matrices.
     pub dtypes: Vec<String>,
+    /// Other models that have it.
+    pub shared_with: Vec<String>,
+    /// What lies over it.
+    pub adapter: Option<ShownAdapter>,
+}
+
+/// An adapter of [`ShownBlock`].
+#[derive(Debug, Clone, Serialize)]
+pub struct ShownAdapter {
+    /// Its digest.
+    pub digest: Digest,
+    /// Rank of each matrix that it changes.
+    pub ranks: BTreeMap<String, u64>,
+    /// Bytes of its tensors.
+    pub bytes: u64,
     /// Other models that have it.
     pub shared_with: Vec<String>,
 }
@@ -114,6 +136,8 @@ pub struct Difference {
     pub params: bool,
     /// Roles whose tensors differ, or that only one has.
     pub roles: Vec<String>,
+    /// Roles that their adapters change in different ways.
+    pub adapted_roles: Vec<String>,
 }
 
 impl Zoo {
@@ -123,7 +147,7 @@ impl Zoo {
     /// The first manifest that is missing or damaged.
     pub async fn resolve(&self, id: &ModelId) -> Result<Resolved, StoreError> {
         let name = self.read_model(id).await?;
-        self.resolve_name(id, name, &mut BTreeMap::new()).await
+        self.resolve_name(id, name, &mut Cache::default()).await
     }
 
     /// All models, one line each; what cannot be resolved says why.
@@ -131,7 +155,7 @@ impl Zoo {
     /// # Errors
     /// When the store cannot list.
     pub async fn list_resolved(&self) -> Result<Vec<Listed>, StoreError> {
-        let mut cache = BTreeMap::new();
+        let mut cache = Cache::default();
         let mut resolved = Vec::new();
         for (id, name) in self.list_models().await? {
             let model = match name {
@@ -160,10 +184,12 @@ impl Zoo {
                 Ok(name) if other != *id => self.read_chain(name.chain).await.ok(),
                 _ => None,
             };
-            for block in chain.into_iter().flat_map(|chain| chain.blocks) {
-                holders.entry(block).or_default().insert(other.to_string());
+            let Some(chain) = chain else { continue };
+            for digest in chain.adapters.into_iter().map(|adapter| adapter.digest).chain(chain.blocks) {
+                holders.entry(digest).or_default().insert(other.to_string());
             }
         }
+        let shared_with = |digest: &Digest| holders.get(digest).into_iter().flatten().cloned().collect();
         let adapters: Vec<(u32, Digest)> = model.chain.adapters.iter().map(|adapter| (adapter.block_index, adapter.digest)).collect();
         let lineages = lineages(&model.chain.blocks, &adapters);
         let blocks = model.blocks.iter().enumerate().map(|(index, block)| {
@@ -176,11 +202,14 @@ impl Zoo {
                 lineage: lineages[index],
                 bytes: block.tensors.values().map(tensor_bytes).sum(),
                 dtypes: matrices.into_iter().collect(),
-                shared_with: holders.get(&digest).into_iter().flatten().cloned().collect(),
+                shared_with: shared_with(&digest),
+                adapter: model.adapters.get(&index).map(|adapter| shown_adapter(&model.chain, index, adapter, shared_with)),
             }
         });
         let (blocks, bytes) = (blocks.collect(), distinct_tensors(&model).values().sum());
-        Ok(Shown { model: id.to_string(), name: model.name, chain: model.chain, bytes, blocks })
+        let adapter_tensors: BTreeMap<Digest, u64> = adapter_tensors(&model).collect();
+        let adapter_bytes = adapter_tensors.values().sum();
+        Ok(Shown { model: id.to_string(), name: model.name, chain: model.chain, bytes, adapter_bytes, blocks })
     }
 
     /// How two models differ.
@@ -191,17 +220,35 @@ impl Zoo {
         Ok(diff(&self.resolve(a).await?, &self.resolve(b).await?))
     }
 
-    async fn resolve_name(&self, id: &ModelId, name: ModelName, cache: &mut BTreeMap<Digest, Block>) -> Result<Resolved, StoreError> {
+    async fn resolve_name(&self, id: &ModelId, name: ModelName, cache: &mut Cache) -> Result<Resolved, StoreError> {
         let chain = self.read_chain(name.chain).await?;
         let mut blocks = Vec::with_capacity(chain.blocks.len());
         for digest in &chain.blocks {
-            if !cache.contains_key(digest) {
-                cache.insert(*digest, self.read_block(*digest).await?);
+            if !cache.blocks.contains_key(digest) {
+                cache.blocks.insert(*digest, self.read_block(*digest).await?);
             }
-            blocks.push(cache[digest].clone());
+            blocks.push(cache.blocks[digest].clone());
         }
-        Ok(Resolved { id: id.clone(), name, chain, blocks })
+        let mut adapters = BTreeMap::new();
+        for AdapterRef { block_index, digest } in &chain.adapters {
+            if !cache.adapters.contains_key(digest) {
+                cache.adapters.insert(*digest, self.read_adapter(*digest).await?);
+            }
+            let (index, adapter) = (*block_index as usize, cache.adapters[digest].clone());
+            let damaged =
+                |e: AdapterError| StoreError::Damaged { object: Object::Adapter(*digest), reason: format!("over block {index}, {e}") };
+            adapter.check_against(&blocks[index]).map_err(damaged)?;
+            adapters.insert(index, adapter);
+        }
+        Ok(Resolved { id: id.clone(), name, chain, blocks, adapters })
     }
+}
+
+/// Manifests that were read for another model.
+#[derive(Default)]
+struct Cache {
+    blocks: BTreeMap<Digest, Block>,
+    adapters: BTreeMap<Digest, Adapter>,
 }
 
 /// Kind of a block, as it is written.
@@ -225,6 +272,7 @@ fn listed(id: &ModelId, model: Result<&Resolved, &StoreError>, owners: &BTreeMap
                 architecture,
                 layer_count: 0,
                 context_tokens: 0,
+                adapter_count: 0,
                 bytes: 0,
                 own_bytes: 0,
                 parent: None,
@@ -240,6 +288,7 @@ fn listed(id: &ModelId, model: Result<&Resolved, &StoreError>, owners: &BTreeMap
         architecture: model.chain.architecture.clone(),
         layer_count: model.blocks.len() / 2 - 1,
         context_tokens: model.chain.context_tokens,
+        adapter_count: model.adapters.len(),
         bytes: tensors.values().sum(),
         own_bytes: tensors.iter().filter(|(digest, _)| owners.get(digest) == Some(&1)).map(|(_, bytes)| bytes).sum(),
         parent: model.name.parent.clone(),
@@ -252,18 +301,22 @@ fn listed(id: &ModelId, model: Result<&Resolved, &StoreError>, owners: &BTreeMap
 fn diff(a: &Resolved, b: &Resolved) -> Diff {
     let (tensors_a, tensors_b) = (distinct_tensors(a), distinct_tensors(b));
     let (blocks_a, blocks_b): (BTreeSet<&Digest>, BTreeSet<&Digest>) = (a.chain.blocks.iter().collect(), b.chain.blocks.iter().collect());
-    let differs = |index: usize| a.chain.blocks.get(index) != b.chain.blocks.get(index);
+    let adapter = |model: &Resolved, index: usize| model.adapters.get(&index).cloned().unwrap_or(Adapter { changes: BTreeMap::new() });
+    let differs = |index: usize| a.chain.blocks.get(index) != b.chain.blocks.get(index) || adapter(a, index) != adapter(b, index);
     let longest = a.blocks.len().max(b.blocks.len());
     let common_prefix = (0..longest).find(|index| differs(*index)).unwrap_or(longest);
     let differences = (common_prefix..longest).filter(|index| differs(*index)).map(|index| {
         let pair = [a.blocks.get(index), b.blocks.get(index)];
         let roles: BTreeSet<&String> = pair.iter().flatten().flat_map(|block| block.tensors.keys()).collect();
         let tensor = |block: Option<&Block>, role: &str| block.and_then(|block| block.tensors.get(role).cloned());
+        let changes = [adapter(a, index).changes, adapter(b, index).changes];
+        let adapted: BTreeSet<&String> = changes.iter().flat_map(BTreeMap::keys).collect();
         Difference {
             index,
             kinds: pair.map(|block| block.map(|block| kind(&block.params))),
             params: pair[0].map(|block| &block.params) != pair[1].map(|block| &block.params),
             roles: roles.into_iter().filter(|role| tensor(pair[0], role) != tensor(pair[1], role)).cloned().collect(),
+            adapted_roles: adapted.into_iter().filter(|role| changes[0].get(*role) != changes[1].get(*role)).cloned().collect(),
         }
     });
     Diff {
@@ -280,7 +333,20 @@ fn diff(a: &Resolved, b: &Resolved) -> Diff {
 }
 
 fn distinct_tensors(model: &Resolved) -> BTreeMap<Digest, u64> {
-    model.blocks.iter().flat_map(|block| block.tensors.values()).map(|tensor| (tensor.digest, tensor_bytes(tensor))).collect()
+    let of_blocks = model.blocks.iter().flat_map(|block| block.tensors.values()).map(|tensor| (tensor.digest, tensor_bytes(tensor)));
+    of_blocks.chain(adapter_tensors(model)).collect()
+}
+
+fn adapter_tensors(model: &Resolved) -> impl Iterator<Item = (Digest, u64)> {
+    model.adapters.values().flat_map(Adapter::tensors).map(|(_, tensor)| (tensor.digest, tensor_bytes(tensor)))
+}
+
+fn shown_adapter(chain: &Chain, index: usize, adapter: &Adapter, shared_with: impl Fn(&Digest) -> Vec<String>) -> ShownAdapter {
+    let digest = chain.adapters.iter().find(|adapter| adapter.block_index as usize == index).expect("resolved from it").digest;
+    let rank = |Change::LowRank { a, .. }: &Change| a.shape[0];
+    let ranks = adapter.changes.iter().map(|(role, change)| (role.clone(), rank(change))).collect();
+    let tensors: BTreeMap<Digest, u64> = adapter.tensors().map(|(_, tensor)| (tensor.digest, tensor_bytes(tensor))).collect();
+    ShownAdapter { digest, ranks, bytes: tensors.values().sum(), shared_with: shared_with(&digest) }
 }
 
 fn tensor_bytes(tensor: &TensorRef) -> u64 {

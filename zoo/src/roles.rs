@@ -80,6 +80,9 @@ pub enum ManifestError {
     /// A chain that is no embed, attention and feed-forward pairs, and head.
     #[error("a chain of {0} blocks is not embed, (attention, feed_forward) pairs, head")]
     ChainLength(usize),
+    /// Adapters that are not ascending by block, or two on one block.
+    #[error("adapters are not ascending by block, one for each: block {0} comes too late")]
+    AdapterOrder(u32),
     /// Format version of a chain.
     #[error("format {0} is not known to this build")]
     Format(u32),
@@ -186,9 +189,12 @@ impl Chain {
         if defaults.into_iter().flatten().any(|value| !value.is_finite()) {
             return Err(ManifestError::Range("defaults"));
         }
-        match self.adapters.iter().any(|adapter| adapter.block_index as usize >= count) {
-            true => Err(ManifestError::Range("adapters.block_index")),
-            false => Ok(()),
+        if self.adapters.iter().any(|adapter| adapter.block_index as usize >= count) {
+            return Err(ManifestError::Range("adapters.block_index"));
+        }
+        match self.adapters.windows(2).find(|pair| pair[0].block_index >= pair[1].block_index) {
+            Some(pair) => Err(ManifestError::AdapterOrder(pair[1].block_index)),
+            None => Ok(()),
         }
     }
 }

@@ -17,7 +17,7 @@ use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt, PutMode};
 
 pub use error::{Object, Retry, StoreError};
-pub use read::MappedBlock;
+pub use read::{MappedAdapter, MappedBlock, MappedChange};
 pub use write::Put;
 
 use crate::canonical;
@@ -163,11 +163,12 @@ impl Zoo {
 pub(crate) fn key(object: &Object) -> Path {
     match object {
         Object::Format => Path::from("format.json"),
-        Object::Tensor(digest) | Object::TensorOf { tensor: digest, .. } => {
+        Object::Tensor(digest) | Object::TensorOf { tensor: digest, .. } | Object::TensorOfAdapter { tensor: digest, .. } => {
             let digest = digest.to_string();
             Path::from(format!("tensors/{}/{digest}", &digest[..2]))
         }
         Object::Block(digest) => Path::from(format!("blocks/{digest}.json")),
+        Object::Adapter(digest) => Path::from(format!("adapters/{digest}.json")),
         Object::Chain(digest) => Path::from(format!("chains/{digest}.json")),
         Object::Asset(digest) => Path::from(format!("assets/{digest}")),
         Object::Model(id) => Path::from(format!("models/{}/{}.json", id.tenant(), id.name())),
@@ -185,6 +186,7 @@ pub(crate) fn object(key: &Path) -> Option<Object> {
             digest.starts_with(shelf).then_some(Object::Tensor(parsed))
         }
         ["blocks", file] => Some(Object::Block(file.strip_suffix(".json")?.parse().ok()?)),
+        ["adapters", file] => Some(Object::Adapter(file.strip_suffix(".json")?.parse().ok()?)),
         ["chains", file] => Some(Object::Chain(file.strip_suffix(".json")?.parse().ok()?)),
         ["assets", file] => Some(Object::Asset(file.parse().ok()?)),
         ["models", tenant, file] => Some(Object::Model(ModelId::new(tenant, file.strip_suffix(".json")?).ok()?)),

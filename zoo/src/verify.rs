@@ -1,5 +1,6 @@
-//! Reads every object of a zoo and follows every name: what is damaged or missing, and which blocks and models that hits.
+//! Reads every object of a zoo and follows every name: what is damaged or missing, and which blocks, adapters and models that hits.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Serialize;
@@ -7,7 +8,7 @@ use serde::Serialize;
 use crate::digest::Digest;
 use crate::ingest::Progress;
 use crate::ingest::Stage;
-use crate::manifest::{Block, Chain};
+use crate::manifest::{Adapter, Block, Chain};
 use crate::store::{Object, StoreError, Zoo, object};
 
 /// What [`verify`] found.
@@ -34,6 +35,8 @@ pub struct Damage {
     pub reason: String,
     /// Blocks that need it.
     pub blocks: Vec<String>,
+    /// Adapters that need it.
+    pub adapters: Vec<String>,
     /// Names that need it.
     pub models: Vec<String>,
 }
@@ -42,6 +45,7 @@ pub struct Damage {
 #[derive(Default)]
 struct Needs {
     blocks: BTreeSet<String>,
+    adapters: BTreeSet<String>,
     models: BTreeSet<String>,
 }
 
@@ -54,8 +58,8 @@ pub async fn verify(zoo: &Zoo, progress: &dyn Progress) -> Result<VerifyReport, 
     let mut broken: BTreeMap<Object, String> = BTreeMap::new();
     let mut present = BTreeSet::new();
     let mut listed = Vec::new();
-    // Blocks and chains first: they are small, and tell who needs a damaged tensor.
-    for folder in ["chains", "blocks", "assets", "tensors"] {
+    // Manifests first: they are small, and tell who needs a damaged tensor.
+    for folder in ["chains", "blocks", "adapters", "assets", "tensors"] {
         let metas = zoo.list(folder).await?;
         listed.extend(metas.into_iter().filter_map(|meta| Some((object(&meta.location)?, meta.size))));
     }
@@ -86,7 +90,8 @@ pub async fn verify(zoo: &Zoo, progress: &dyn Progress) -> Result<VerifyReport, 
 
 fn damage(object: &Object, reason: String, needs: Option<&Needs>) -> Damage {
     let list = |set: fn(&Needs) -> &BTreeSet<String>| needs.map(|needs| set(needs).iter().cloned().collect()).unwrap_or_default();
-    Damage { object: object.to_string(), reason, blocks: list(|needs| &needs.blocks), models: list(|needs| &needs.models) }
+    let (blocks, adapters, models) = (list(|needs| &needs.blocks), list(|needs| &needs.adapters), list(|needs| &needs.models));
+    Damage { object: object.to_string(), reason, blocks, adapters, models }
 }
 
 /// Reads one object to its end.
@@ -96,6 +101,7 @@ fn damage(object: &Object, reason: String, needs: Option<&Needs>) -> Damage {
 pub(crate) async fn check(zoo: &Zoo, object: &Object) -> Result<(), StoreError> {
     match object {
         Object::Block(digest) => zoo.read_block(*digest).await.map(|_| ()),
+        Object::Adapter(digest) => zoo.read_adapter(*digest).await.map(|_| ()),
         Object::Chain(digest) => zoo.read_chain(*digest).await.map(|_| ()),
         Object::Asset(digest) => zoo.read_asset(*digest).await.map(|_| ()),
         Object::Tensor(digest) => {
@@ -106,7 +112,7 @@ pub(crate) async fn check(zoo: &Zoo, object: &Object) -> Result<(), StoreError> 
                 Err(StoreError::Damaged { object: object.clone(), reason: format!("its bytes have the digest {actual}") })
             }
         }
-        Object::Format | Object::TensorOf { .. } | Object::Model(_) => Ok(()),
+        Object::Format | Object::TensorOf { .. } | Object::TensorOfAdapter { .. } | Object::Model(_) => Ok(()),
     }
 }
 
@@ -119,6 +125,7 @@ async fn follow_names(
     let mut needs: BTreeMap<Object, Needs> = BTreeMap::new();
     let mut chains: BTreeMap<Digest, Option<Chain>> = BTreeMap::new();
     let mut blocks: BTreeMap<Digest, Option<Block>> = BTreeMap::new();
+    let mut adapters: BTreeMap<Digest, Option<Adapter>> = BTreeMap::new();
     for (id, name) in zoo.list_models().await? {
         report.model_count += 1;
         let model = id.to_string();
@@ -133,7 +140,7 @@ async fn follow_names(
         };
         for chain_digest in std::iter::once(name.chain).chain(name.history.iter().map(|past| past.chain)) {
             needs.entry(Object::Chain(chain_digest)).or_default().models.insert(model.clone());
-            if let std::collections::btree_map::Entry::Vacant(place) = chains.entry(chain_digest) {
+            if let Entry::Vacant(place) = chains.entry(chain_digest) {
                 place.insert(readable(zoo.read_chain(chain_digest).await)?);
             }
             let Some(chain) = &chains[&chain_digest] else { continue };
@@ -151,6 +158,27 @@ async fn follow_names(
                     let entry = needs.entry(Object::Tensor(tensor.digest)).or_default();
                     entry.models.insert(model.clone());
                     entry.blocks.insert(format!("{digest} (`{role}`)"));
+                }
+            }
+            for adapter in &chain.adapters {
+                let (digest, at) = (adapter.digest, adapter.block_index);
+                let object = Object::Adapter(digest);
+                let entry = needs.entry(object.clone()).or_default();
+                entry.models.insert(model.clone());
+                entry.adapters.insert(digest.to_string());
+                if let Entry::Vacant(place) = adapters.entry(digest) {
+                    place.insert(readable(zoo.read_adapter(digest).await)?);
+                }
+                let Some(adapter) = &adapters[&digest] else { continue };
+                for (role, tensor) in adapter.tensors() {
+                    let entry = needs.entry(Object::Tensor(tensor.digest)).or_default();
+                    entry.models.insert(model.clone());
+                    entry.adapters.insert(format!("{digest} (`{role}`)"));
+                }
+                // Sound alone, yet no adapter of this chain.
+                let block = blocks.get(&chain.blocks[at as usize]).and_then(Option::as_ref);
+                if let Some(Err(e)) = block.map(|block| adapter.check_against(block)) {
+                    broken.entry(object).or_insert_with(|| format!("over block {at} of chain {chain_digest}, {e}"));
                 }
             }
         }

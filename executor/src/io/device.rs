@@ -8,12 +8,15 @@ use std::time::Duration;
 
 use ashlar_kernels::ops::{KvPlace, KvShape, Ops, PackError, PageLayout, Query};
 
+use super::adapters::{AdapterIndex, Adapters, SpanAdapters};
+use crate::model::adapter::LoadedAdapter;
 use crate::model::block::LoadedBlock;
 use crate::model::forward::{AttentionBatch, Forward, ForwardBatch, KvPools};
 use crate::model::sampler::Sampler;
 use crate::state::batch::{Batch, RowInput, RowOutput, Rows, Sample, SampledToken, SequenceId};
 use crate::state::limits::Limits;
 use crate::state::segments::BlockIndex;
+use crate::state::sequence::SpanIndex;
 
 /// What the device thread is told.
 pub enum Command<B: Ops> {
@@ -21,6 +24,12 @@ pub enum Command<B: Ops> {
     Load(BlockIndex, Box<LoadedBlock<B>>),
     /// Drop a block.
     Evict(BlockIndex),
+    /// Take a loaded adapter.
+    LoadAdapter(AdapterIndex, Box<LoadedAdapter<B>>),
+    /// Drop an adapter.
+    EvictAdapter(AdapterIndex),
+    /// From now on the blocks of a span have these adapters.
+    Adapt(SpanIndex, SpanAdapters),
     /// A sequence whose tokens will be sampled here.
     Admit(SequenceId, Box<Sampler>),
     /// Forget a sequence.
@@ -59,6 +68,8 @@ pub enum Reply {
     Done(BatchDone),
     /// A block could not be taken for want of memory.
     LoadFailed(BlockIndex, PackError),
+    /// So an adapter.
+    LoadAdapterFailed(AdapterIndex, PackError),
 }
 
 struct Pools<B: Ops> {
@@ -129,6 +140,7 @@ struct Device<B: Ops> {
     limits: Limits,
     forward: Forward<B>,
     blocks: Vec<Option<Box<LoadedBlock<B>>>>,
+    adapters: Adapters<B>,
     pools: Pools<B>,
     /// Hidden rows between segments, by width; slots are those of the engine.
     hidden: BTreeMap<usize, B::Buffer>,
@@ -160,6 +172,7 @@ pub fn start<B: Ops>(
         ops,
         forward,
         blocks: Vec::new(),
+        adapters: Adapters::default(),
         pools,
         hidden: BTreeMap::new(),
         samplers: BTreeMap::new(),
@@ -192,6 +205,12 @@ impl<B: Ops> Device<B> {
                     }
                 }
                 Command::Evict(index) => self.blocks[index.0 as usize] = None,
+                Command::LoadAdapter(index, adapter) => match self.forward.reserve_adapter(&adapter) {
+                    Ok(()) => self.adapters.load(index, adapter),
+                    Err(error) => reply(Reply::LoadAdapterFailed(index, error)),
+                },
+                Command::EvictAdapter(index) => self.adapters.evict(index),
+                Command::Adapt(span, adapters) => self.adapters.adapt(span, adapters),
                 Command::Admit(sequence, sampler) => {
                     self.samplers.insert(sequence, Sampling { sampler, latest: None });
                 }
@@ -288,9 +307,9 @@ impl<B: Ops> Device<B> {
             .map(|index| self.blocks[index.0 as usize].as_deref().expect("the engine runs resident blocks only"))
             .collect();
         let width = blocks[0].width();
-        // Rows that stay come first, so that one scatter takes them from a dense prefix.
+        // Rows that stay come first, so that one scatter takes them from a dense prefix; then rows with the same adapters are together.
         let mut order: Vec<&Rows> = batch.rows.iter().collect();
-        order.sort_by_key(|rows| !matches!(rows.output, RowOutput::Hidden(_)));
+        order.sort_by_key(|rows| (!matches!(rows.output, RowOutput::Hidden(_)), self.adapters.key(rows)));
         let row_count = batch.row_count as usize;
 
         self.tokens.clear();
@@ -360,7 +379,8 @@ impl<B: Ops> Device<B> {
             attention: &attention,
             logit_rows: &self.logit_rows,
         };
-        self.forward.run(&blocks, &forward_batch, &mut self.pools);
+        let adapters = self.adapters.runs(&order, blocks.len());
+        self.forward.run(&blocks, &adapters, &forward_batch, &mut self.pools);
 
         // Tokens of one row after another would leave all threads but this one without work.
         let takes_largest = |rows: &&Rows| match rows.output {

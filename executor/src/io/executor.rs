@@ -15,6 +15,7 @@ use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
+use super::adapters::AdapterIndex;
 use super::attach::{Attachment, Downstream, FrameSender, LinkId, Listener, admission_key, frame_key};
 use super::device::{self, Command, Reply};
 pub use super::handle::{ExecutorHandle, SequenceEvents};
@@ -258,6 +259,10 @@ impl<B: Ops> Driver<B> {
                 tracing::error!(block = block.0, %error, "the device could not take a block that the budget allowed");
                 std::process::abort();
             }
+            Event::Device(DeviceReply(Reply::LoadAdapterFailed(adapter, error))) => {
+                tracing::error!(adapter = adapter.0, %error, "the device could not take an adapter that the budget allowed");
+                std::process::abort();
+            }
             Event::Host(span) => self.host(*span),
             Event::Retire(key, done) => {
                 self.retiring.insert(key, (Instant::now() + RETIRE_MAX, done));
@@ -272,6 +277,9 @@ impl<B: Ops> Driver<B> {
 
     fn host(&mut self, span: HostedSpan) {
         let index = self.engine.handle_host(span.host.clone());
+        if !span.adapters.is_empty() {
+            self.send(Command::Adapt(index, span.adapters.clone()));
+        }
         self.hosted.insert(span.key.clone(), (index, span));
         self.update_spans();
     }
@@ -285,8 +293,11 @@ impl<B: Ops> Driver<B> {
         let over: Vec<SpanKey> =
             self.retiring.iter().filter(|(key, (until, _))| is_over(key, *until)).map(|(key, _)| key.clone()).collect();
         for key in &over {
-            if let Some((index, _)) = self.hosted.remove(key) {
+            if let Some((index, span)) = self.hosted.remove(key) {
                 self.engine.handle_unhost(index);
+                if !span.adapters.is_empty() {
+                    self.send(Command::Adapt(index, Vec::new()));
+                }
             }
             if let Some((_, done)) = self.retiring.remove(key) {
                 let _ = done.send(());
@@ -302,13 +313,13 @@ impl<B: Ops> Driver<B> {
         let mut status = self.status.lock().expect("no holder panics");
         let wanted = self.hosted.iter().filter(|(key, _)| !self.retiring.contains_key(key));
         status.spans = wanted.map(|(_, (_, span))| span.to_wire()).collect();
-        let mut weights: BTreeMap<u32, WeightBytes> = BTreeMap::new();
+        let (mut weights, mut adapters) = (BTreeMap::<u32, WeightBytes>::new(), BTreeMap::<AdapterIndex, u64>::new());
         for (_, span) in self.hosted.values() {
-            for (block, bytes) in span.host.blocks.iter().zip(&span.block_weights) {
-                weights.insert(block.0, *bytes);
-            }
+            weights.extend(span.host.blocks.iter().map(|block| block.0).zip(span.block_weights.iter().copied()));
+            adapters.extend(span.adapters.iter().map(|(_, adapter)| *adapter).zip(span.adapter_bytes.iter().copied()));
         }
-        status.weight_bytes = total_bytes(weights.into_values());
+        status.weight_bytes = total_bytes(weights.into_values()) + adapters.values().sum::<u64>();
+        self.metrics.adapters_resident.set(adapters.len() as i64);
         self.metrics.weight_bytes.set(i64::try_from(status.weight_bytes).unwrap_or(i64::MAX));
     }
 

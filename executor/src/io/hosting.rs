@@ -9,16 +9,18 @@ use ashlar_registry::record::{ExecutorRecord, Plan, SpanAssignment};
 use ashlar_registry::{Registry, Session};
 use ashlar_wire::v1;
 use ashlar_zoo::digest::{Digest, lineages};
-use ashlar_zoo::store::Zoo;
+use ashlar_zoo::store::{MappedChange, Zoo};
 use ashlar_zoo::tensor::MappedTensor;
 use futures::StreamExt;
 use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
 use tokio::sync::{mpsc, oneshot};
 
+use super::adapters::{AdapterIndex, SpanAdapters};
 use super::device::Command;
 use super::executor::Event;
 use super::metrics::ExecutorMetrics;
+use crate::model::adapter::LoadedAdapter;
 use crate::model::block::LoadedBlock;
 use crate::model::outputs::{Outputs, WeightBytes, total_bytes};
 use crate::state::engine::HostSpan;
@@ -55,6 +57,10 @@ pub struct HostedSpan {
     pub host: HostSpan,
     /// What each block takes on the device.
     pub block_weights: Vec<WeightBytes>,
+    /// The adapters of its blocks.
+    pub adapters: SpanAdapters,
+    /// What each of these takes on the device, in bytes.
+    pub adapter_bytes: Vec<u64>,
     /// Lineage before the first block; empty at the chain's start.
     pub lineage_from: Vec<u8>,
     /// Lineage after the last block.
@@ -97,6 +103,19 @@ pub enum HostError {
         #[source]
         source: Box<crate::model::load::LoadError>,
     },
+    /// An adapter does not make sense, or not with its block.
+    #[error("load adapter {adapter} of chain {chain} onto block {index}")]
+    Adapter {
+        /// The adapter.
+        adapter: Digest,
+        /// The chain.
+        chain: Digest,
+        /// The block's place in it.
+        index: u32,
+        /// What is wrong.
+        #[source]
+        source: Box<crate::model::load::LoadError>,
+    },
     /// The span names blocks that the chain does not have.
     #[error("blocks {from}..{to} are not within the {count} blocks of chain {chain}")]
     Span {
@@ -110,12 +129,14 @@ pub enum HostError {
         count: usize,
     },
     /// The weights do not fit.
-    #[error("block {block} needs {block_bytes} bytes, {free_bytes} of {memory_bytes} are free for weights")]
+    #[error("{kind} {digest} needs {bytes} bytes, {free_bytes} of {memory_bytes} are free for weights")]
     Memory {
-        /// The block.
-        block: Digest,
+        /// `block` or `adapter`.
+        kind: &'static str,
+        /// Which.
+        digest: Digest,
         /// What it needs.
-        block_bytes: u64,
+        bytes: u64,
         /// What is free.
         free_bytes: u64,
         /// The budget.
@@ -131,6 +152,29 @@ struct Resident {
     window: Option<u32>,
     /// Spans that run through it.
     spans: BTreeSet<SpanKey>,
+}
+
+struct ResidentAdapter {
+    index: AdapterIndex,
+    bytes: u64,
+    /// Spans of chains that have it.
+    spans: BTreeSet<SpanKey>,
+}
+
+/// Places on the device, those that are free to be used first.
+#[derive(Debug, Default)]
+struct Places {
+    free: Vec<u32>,
+    next: u32,
+}
+
+impl Places {
+    fn take(&mut self) -> u32 {
+        self.free.pop().unwrap_or_else(|| {
+            self.next += 1;
+            self.next - 1
+        })
+    }
 }
 
 /// The plan that an entry holds. One that cannot be read is logged, and the plan before stays in force.
@@ -156,14 +200,15 @@ pub struct Hosting<B: Ops> {
     resident: BTreeMap<Digest, Resident>,
     /// Output projections that resident blocks hold.
     outputs: Arc<Outputs<B>>,
+    /// By adapter and block: where its outputs lie depends on both.
+    adapters: BTreeMap<(Digest, Digest), ResidentAdapter>,
     spans: BTreeSet<SpanKey>,
     /// Spans that finish what they have, until it has ended.
     retiring: FuturesUnordered<BoxFuture<'static, SpanKey>>,
     /// Their keys.
     retiring_keys: BTreeSet<SpanKey>,
-    /// Places of evicted blocks, to be used again.
-    free: Vec<BlockIndex>,
-    next: u32,
+    block_places: Places,
+    adapter_places: Places,
     /// Spans that failed, so that the same failure is logged once.
     failed: BTreeSet<SpanKey>,
 }
@@ -189,11 +234,12 @@ impl<B: Ops> Hosting<B> {
             pages,
             resident: BTreeMap::new(),
             outputs: Arc::default(),
+            adapters: BTreeMap::new(),
             spans: BTreeSet::new(),
             retiring: FuturesUnordered::new(),
             retiring_keys: BTreeSet::new(),
-            free: Vec::new(),
-            next: 0,
+            block_places: Places::default(),
+            adapter_places: Places::default(),
             failed: BTreeSet::new(),
         }
     }
@@ -306,8 +352,16 @@ impl<B: Ops> Hosting<B> {
         for digest in unused {
             let resident = self.resident.remove(&digest).expect("just listed");
             let _ = self.commands.send(Command::Evict(resident.index));
-            self.free.push(resident.index);
+            self.block_places.free.push(resident.index.0);
         }
+        self.adapters.retain(|_, adapter| {
+            adapter.spans.remove(key);
+            if adapter.spans.is_empty() {
+                let _ = self.commands.send(Command::EvictAdapter(adapter.index));
+                self.adapter_places.free.push(adapter.index.0);
+            }
+            !adapter.spans.is_empty()
+        });
     }
 
     async fn load_span(&mut self, key: &SpanKey) -> Result<HostedSpan, HostError> {
@@ -343,11 +397,24 @@ impl<B: Ops> Hosting<B> {
             host.windows.push(resident.window);
             block_weights.push(resident.weights);
         }
+        let (mut adapters, mut adapter_bytes) = (SpanAdapters::new(), Vec::new());
+        for adapter in chain.adapters.iter().filter(|adapter| (key.from..key.to).contains(&adapter.block_index)) {
+            let pair = (adapter.digest, chain.blocks[adapter.block_index as usize]);
+            if !self.adapters.contains_key(&pair) {
+                self.load_adapter(pair, key.chain, adapter.block_index).await?;
+            }
+            let resident = self.adapters.get_mut(&pair).expect("just loaded");
+            resident.spans.insert(key.clone());
+            adapters.push((adapter.block_index - key.from, resident.index));
+            adapter_bytes.push(resident.bytes);
+        }
         tracing::info!(chain = %key.chain.short(), from, to, "hosting a span");
         Ok(HostedSpan {
             key: key.clone(),
             host,
             block_weights,
+            adapters,
+            adapter_bytes,
             lineage_from: from.checked_sub(1).map_or_else(Vec::new, |before| all_lineages[before].0.to_vec()),
             lineage_to: all_lineages[to - 1].0.to_vec(),
             vocab: chain.vocab,
@@ -359,7 +426,16 @@ impl<B: Ops> Hosting<B> {
     /// Bytes of what is resident, and of `more` beside it. An output projection counts once while its head or an embedding that reads rows
     /// out of it is resident, whichever was evicted first.
     fn weight_bytes(&self, more: Option<WeightBytes>) -> u64 {
-        total_bytes(self.resident.values().map(|resident| resident.weights).chain(more))
+        let adapters: u64 = self.adapters.values().map(|adapter| adapter.bytes).sum();
+        total_bytes(self.resident.values().map(|resident| resident.weights).chain(more)) + adapters
+    }
+
+    fn check_memory(&self, kind: &'static str, digest: Digest, bytes: u64) -> Result<(), HostError> {
+        let free_bytes = self.memory_bytes.saturating_sub(self.weight_bytes(None));
+        if bytes > free_bytes {
+            return Err(HostError::Memory { kind, digest, bytes, free_bytes, memory_bytes: self.memory_bytes });
+        }
+        Ok(())
     }
 
     async fn load_block(&mut self, digest: Digest, index: usize) -> Result<(), HostError> {
@@ -375,19 +451,35 @@ impl<B: Ops> Hosting<B> {
             Ok(loaded) => loaded.map_err(|source| HostError::Load { block: digest, index, source: Box::new(source) })?,
             Err(panic) => std::panic::resume_unwind(panic.into_panic()),
         };
-        let (weights, used) = (loaded.weights(), self.weight_bytes(None));
-        let block_bytes = self.weight_bytes(Some(weights)) - used;
-        let free_bytes = self.memory_bytes.saturating_sub(used);
-        if block_bytes > free_bytes {
-            return Err(HostError::Memory { block: digest, block_bytes, free_bytes, memory_bytes: self.memory_bytes });
-        }
+        let weights = loaded.weights();
+        self.check_memory("block", digest, self.weight_bytes(Some(weights)) - self.weight_bytes(None))?;
         let (kv_shape, window) = (loaded.kv_shape(self.pages), loaded.window());
-        let place = self.free.pop().unwrap_or_else(|| {
-            self.next += 1;
-            BlockIndex(self.next - 1)
-        });
+        let place = BlockIndex(self.block_places.take());
         let _ = self.commands.send(Command::Load(place, Box::new(loaded)));
         self.resident.insert(digest, Resident { index: place, weights, kv_shape, window, spans: BTreeSet::new() });
+        Ok(())
+    }
+
+    async fn load_adapter(&mut self, pair: (Digest, Digest), chain: Digest, index: u32) -> Result<(), HostError> {
+        let (adapter, block) = pair;
+        let (mapped, block) = (self.zoo.map_adapter(adapter).await?, self.zoo.read_block(block).await?);
+        let ops = Arc::clone(&self.ops);
+        let task = tokio::task::spawn_blocking(move || {
+            let loaded = LoadedAdapter::load(&*ops, &block, &mapped.adapter, &mapped);
+            for MappedChange::LowRank { a, b, .. } in mapped.changes.values() {
+                [a, b].into_iter().for_each(MappedTensor::release_pages);
+            }
+            loaded
+        });
+        let loaded = match task.await {
+            Ok(loaded) => loaded.map_err(|source| HostError::Adapter { adapter, chain, index, source: Box::new(source) })?,
+            Err(panic) => std::panic::resume_unwind(panic.into_panic()),
+        };
+        let bytes = loaded.bytes() as u64;
+        self.check_memory("adapter", adapter, bytes)?;
+        let place = AdapterIndex(self.adapter_places.take());
+        let _ = self.commands.send(Command::LoadAdapter(place, Box::new(loaded)));
+        self.adapters.insert(pair, ResidentAdapter { index: place, bytes, spans: BTreeSet::new() });
         Ok(())
     }
 }

@@ -34,7 +34,9 @@ pub struct ExecutorMetrics {
     pub queue_seconds: Histogram,
     /// Time of each step on the device.
     pub step_seconds: Histogram,
-    /// Bytes of resident weights.
+    /// Distinct adapters on the device.
+    pub adapters_resident: IntGauge,
+    /// Bytes of resident weights, adapters included.
     pub weight_bytes: IntGauge,
     /// Bytes that KV pages may take.
     pub kv_bytes: IntGauge,
@@ -109,7 +111,8 @@ impl ExecutorMetrics {
             discarded_rows: counter("ashlar_discarded_rows_total", "Rows computed after a stop token that was not known yet.")?,
             queue_seconds: histogram("ashlar_queue_seconds", "Time from admission to the first chunk.", seconds())?,
             step_seconds: histogram("ashlar_step_seconds", "Time of a step on the device.", seconds())?,
-            weight_bytes: gauge("ashlar_weight_bytes", "Bytes of resident weights.")?,
+            adapters_resident: gauge("ashlar_adapters_resident", "Distinct adapters on the device, each on its block.")?,
+            weight_bytes: gauge("ashlar_weight_bytes", "Bytes of resident weights, adapters included.")?,
             kv_bytes: gauge("ashlar_kv_bytes", "Bytes that KV pages may take.")?,
             plan_generation: gauge("ashlar_plan_generation", "The newest plan that the executor obeys.")?,
             vllm_running: gauge("vllm:num_requests_running", "Alias of ashlar_sequences_running.")?,

@@ -8,8 +8,9 @@ use ashlar_kernels::ops::{KvFormat, KvPlace, KvShape, Ops, PackError, PageLayout
 use ashlar_zoo::digest::Digest;
 use ashlar_zoo::store::{StoreError, Zoo};
 
+use super::adapter::LoadedAdapter;
 use super::block::LoadedBlock;
-use super::forward::{AttentionBatch, Forward, ForwardBatch, KvPools};
+use super::forward::{AdapterRun, AttentionBatch, Forward, ForwardBatch, KvPools};
 use super::load::LoadError;
 use super::outputs::{Outputs, total_bytes};
 
@@ -23,6 +24,15 @@ pub enum AloneError {
     #[error("load block {index}")]
     Load {
         /// Its place in the chain.
+        index: usize,
+        /// Why.
+        #[source]
+        source: LoadError,
+    },
+    /// An adapter failed.
+    #[error("load the adapter of block {index}")]
+    Adapter {
+        /// The block's place in the chain.
         index: usize,
         /// Why.
         #[source]
@@ -56,6 +66,8 @@ impl AloneLimits {
 pub struct Alone<B: Ops> {
     ops: Arc<B>,
     blocks: Vec<LoadedBlock<B>>,
+    /// Those of the chain, by the block that each changes, ascending.
+    adapters: Vec<(usize, LoadedAdapter<B>)>,
     forward: Forward<B>,
     pools: Pools<B>,
     /// Page table of each attention block.
@@ -73,8 +85,8 @@ impl<B: Ops> Alone<B> {
     /// # Errors
     /// When the zoo, a block or the device fails.
     pub async fn load(ops: Arc<B>, zoo: &Zoo, chain: Digest, limits: AloneLimits) -> Result<Self, AloneError> {
-        let blocks = load_chain(&*ops, zoo, chain).await?;
-        Ok(Self::new(ops, blocks, limits)?)
+        let (blocks, adapters) = (load_chain(&*ops, zoo, chain).await?, load_adapters(&*ops, zoo, chain).await?);
+        Ok(Self::new(ops, blocks, limits)?.adapted(adapters)?)
     }
 
     /// Sets up a chain whose blocks are loaded: embed first, head last.
@@ -86,7 +98,17 @@ impl<B: Ops> Alone<B> {
         blocks.iter().try_for_each(|block| forward.reserve(block))?;
         let (pools, tables) = Pools::new(&*ops, &blocks, limits)?;
         let cuts = vec![blocks.len()];
-        Ok(Self { ops, blocks, forward, pools, tables, limits, computed_tokens: 0, cuts })
+        Ok(Self { ops, blocks, adapters: Vec::new(), forward, pools, tables, limits, computed_tokens: 0, cuts })
+    }
+
+    /// The same chain, changed by adapters: each with the place of its block, ascending.
+    ///
+    /// # Errors
+    /// When the device has no room.
+    pub fn adapted(mut self, adapters: Vec<(usize, LoadedAdapter<B>)>) -> Result<Self, PackError> {
+        adapters.iter().try_for_each(|(_, adapter)| self.forward.reserve_adapter(adapter))?;
+        self.adapters = adapters;
+        Ok(self)
     }
 
     /// Blocks of the chain.
@@ -94,9 +116,10 @@ impl<B: Ops> Alone<B> {
         self.blocks.len()
     }
 
-    /// Bytes of weights on the device.
+    /// Bytes of weights on the device, adapters included.
     pub fn weight_bytes(&self) -> usize {
-        total_bytes(self.blocks.iter().map(LoadedBlock::weights)) as usize
+        let adapters: usize = self.adapters.iter().map(|(_, adapter)| adapter.bytes()).sum();
+        total_bytes(self.blocks.iter().map(LoadedBlock::weights)) as usize + adapters
     }
 
     /// Logits of a row.
@@ -169,7 +192,10 @@ impl<B: Ops> Alone<B> {
                 attention: &attention[attention_from..attention_to],
                 logit_rows,
             };
-            self.forward.run(&blocks, &batch, &mut self.pools);
+            let within = self.adapters.iter().filter(|(block, _)| (from..to).contains(block));
+            let adapters: Vec<AdapterRun<'_, B>> =
+                within.map(|(block, adapter)| AdapterRun { block: block - from, rows: 0..tokens.len(), adapter }).collect();
+            self.forward.run(&blocks, &adapters, &batch, &mut self.pools);
             (from, attention_from) = (to, attention_to);
         }
         self.computed_tokens = end;
@@ -189,6 +215,21 @@ pub async fn load_chain<B: Ops>(ops: &B, zoo: &Zoo, chain: Digest) -> Result<Vec
     }
     blocks.reverse();
     Ok(blocks)
+}
+
+/// Loads the adapters of a chain, each with the place of its block.
+///
+/// # Errors
+/// When the zoo or an adapter fails.
+pub async fn load_adapters<B: Ops>(ops: &B, zoo: &Zoo, chain: Digest) -> Result<Vec<(usize, LoadedAdapter<B>)>, AloneError> {
+    let (chain, mut adapters) = (zoo.read_chain(chain).await?, Vec::new());
+    for adapter in &chain.adapters {
+        let (index, mapped) = (adapter.block_index as usize, zoo.map_adapter(adapter.digest).await?);
+        let block = zoo.read_block(chain.blocks[index]).await?;
+        let loaded = LoadedAdapter::load(ops, &block, &mapped.adapter, &mapped);
+        adapters.push((index, loaded.map_err(|source| AloneError::Adapter { index, source })?));
+    }
+    Ok(adapters)
 }
 
 /// Takes the hidden rows to the host and back, as a link between executors does.

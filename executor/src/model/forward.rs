@@ -2,10 +2,12 @@
 //! set. Every op is row-local, so a row's result does not depend on the rest of the batch (docs/numerics.md). It does not
 //! know which row belongs to whom; the engine builds [`ForwardBatch`].
 
+use std::ops::Range;
 use std::sync::Arc;
 
-use ashlar_kernels::ops::{Columns, KvPlace, KvShape, Ops, PackError, PageLayout, Query};
+use ashlar_kernels::ops::{Columns, KvPlace, KvShape, LinearRun, Ops, PackError, PageLayout, Query};
 
+use super::adapter::{LoadedAdapter, Projection};
 use super::block::{Attention, Embed, FeedForward, Head, HeadNorm, Kind, LoadedBlock, NormWeights};
 use super::workspace::Workspace;
 
@@ -33,6 +35,17 @@ pub struct AttentionBatch<'a> {
     pub queries: &'a [Query],
     /// Page tables that `queries` point into.
     pub tables: &'a [u32],
+}
+
+/// Rows that an adapter changes in one block of a run.
+#[derive(Debug)]
+pub struct AdapterRun<'a, B: Ops> {
+    /// The block, an attention or feed-forward block, by its place in the run.
+    pub block: usize,
+    /// The rows.
+    pub rows: Range<usize>,
+    /// The adapter, of that block.
+    pub adapter: &'a LoadedAdapter<B>,
 }
 
 /// The KV memory, by slot class.
@@ -84,6 +97,14 @@ impl<B: Ops> Forward<B> {
         Ok(())
     }
 
+    /// As [`Forward::reserve`], for an adapter of a block that was reserved.
+    ///
+    /// # Errors
+    /// When the device has no memory; the workspace stays usable for what was reserved before.
+    pub fn reserve_adapter(&mut self, adapter: &LoadedAdapter<B>) -> Result<(), PackError> {
+        self.work.reserve_adapter(&*self.ops, adapter, self.rows_max)
+    }
+
     /// `[T, D]`, dense: the output of a run that did not end with a head.
     pub fn hidden(&self) -> &B::Buffer {
         &self.work.hidden.buffer
@@ -94,23 +115,32 @@ impl<B: Ops> Forward<B> {
         &mut self.work.hidden.buffer
     }
 
-    /// Runs consecutive blocks of a chain. Allocates nothing.
+    /// Runs consecutive blocks of a chain, changed by `adapters`: ascending by block, and of one block by rows, which are disjoint. Allocates
+    /// nothing but room for more runs than a block ever had. A row's result does not depend on the adapters of others.
     ///
     /// # Panics
-    /// When the batch breaks a rule of [`ForwardBatch`], a block was not reserved, or an embed or head block is not at its end.
-    pub fn run(&mut self, blocks: &[&LoadedBlock<B>], batch: &ForwardBatch<'_>, kv: &mut dyn KvPools<B>) {
-        self.check(blocks, batch);
+    /// When the batch breaks a rule of [`ForwardBatch`], a block or adapter was not reserved, or an embed or head block is not at its end.
+    pub fn run(
+        &mut self,
+        blocks: &[&LoadedBlock<B>],
+        mut adapters: &[AdapterRun<'_, B>],
+        batch: &ForwardBatch<'_>,
+        kv: &mut dyn KvPools<B>,
+    ) {
+        self.check(blocks, adapters, batch);
         self.work.begin();
         let mut attention = batch.attention.iter();
-        for block in blocks {
+        for (index, block) in blocks.iter().enumerate() {
             let (rows, width) = (batch.row_count, block.width);
+            let (adapted, others) = adapters.split_at(adapters.iter().take_while(|run| run.block == index).count());
+            adapters = others;
             match &block.kind {
                 Kind::Embed(embed) => self.embed(embed, batch),
                 Kind::Attention(block) => {
                     let pages = attention.next().expect("counted in check");
-                    self.attend(block, width, batch, pages, kv);
+                    self.attend(block, adapted, width, batch, pages, kv);
                 }
-                Kind::FeedForward(feed) => self.feed(feed, width, rows),
+                Kind::FeedForward(feed) => self.feed(feed, adapted, width, rows),
                 Kind::Head(head) => self.project(head, width, batch.logit_rows),
             }
         }
@@ -140,7 +170,7 @@ impl<B: Ops> Forward<B> {
         self.vocab
     }
 
-    fn check(&self, blocks: &[&LoadedBlock<B>], batch: &ForwardBatch<'_>) {
+    fn check(&self, blocks: &[&LoadedBlock<B>], adapters: &[AdapterRun<'_, B>], batch: &ForwardBatch<'_>) {
         let rows = batch.row_count;
         assert!((1..=self.rows_max).contains(&rows), "{rows} rows, at most {}", self.rows_max);
         assert_eq!(batch.positions.len(), rows, "a position for each row");
@@ -171,6 +201,11 @@ impl<B: Ops> Forward<B> {
             assert!(self.work.hidden.elements() >= self.rows_max * block.width, "the block was not reserved");
         }
         assert!(attention.next().is_none(), "an attention batch for each attention block and no more");
+        assert!(adapters.is_sorted_by_key(|run| run.block), "adapters ascend by block");
+        for run in adapters {
+            let is_adapted = matches!(blocks[run.block].kind, Kind::Attention(_) | Kind::FeedForward(_));
+            assert!(is_adapted && run.rows.end <= rows, "an adapter is of an attention or feed-forward block, for rows that there are");
+        }
     }
 
     fn embed(&mut self, embed: &Embed<B>, batch: &ForwardBatch<'_>) {
@@ -184,6 +219,7 @@ impl<B: Ops> Forward<B> {
     fn attend(
         &mut self,
         block: &Attention<B>,
+        adapters: &[AdapterRun<'_, B>],
         width: usize,
         batch: &ForwardBatch<'_>,
         pages: &AttentionBatch<'_>,
@@ -198,6 +234,7 @@ impl<B: Ops> Forward<B> {
 
         norm(ops, &mut work.normed.buffer, &work.hidden.buffer, rows, width, &block.norm);
         ops.linear_apply(&mut work.wide.buffer, &work.normed.buffer, rows, &block.qkv, block.qkv_bias.as_ref());
+        work.adapt(ops, adapters, Projection::First, (Operand::Normed, width), (Target::Wide, stride));
         for (head_norm, columns) in [(&block.q_norm, q), (&block.k_norm, k)] {
             if let Some(HeadNorm { eps, weight_offset, weight }) = head_norm {
                 ops.norm_heads(&mut work.wide.buffer, rows, columns, block.head_dim, *weight_offset, *eps, weight);
@@ -211,22 +248,33 @@ impl<B: Ops> Forward<B> {
         let pool = kv.pool(shape.kv);
         ops.kv_write(pool, &work.wide.buffer, &shape, pages.places);
         ops.attend(&mut work.inner.buffer, &work.wide.buffer, pool, &shape, pages.queries, pages.tables);
-        work.project(ops, Operand::Inner, &block.output, block.output_bias.as_ref(), block.post_norm.as_ref(), rows, width);
+        let (linear, bias, post_norm) = (&block.output, block.output_bias.as_ref(), block.post_norm.as_ref());
+        work.project(ops, (Operand::Inner, q_width), Second { linear, bias, post_norm, adapters }, rows, width);
     }
 
-    fn feed(&mut self, block: &FeedForward<B>, width: usize, rows: usize) {
+    fn feed(&mut self, block: &FeedForward<B>, adapters: &[AdapterRun<'_, B>], width: usize, rows: usize) {
         let (ops, work) = (&*self.ops, &mut self.work);
         norm(ops, &mut work.normed.buffer, &work.hidden.buffer, rows, width, &block.norm);
-        let operand = if block.gated {
-            let (out, x) = (&mut work.inner.buffer, &work.normed.buffer);
-            ops.linear_gate(out, x, rows, &block.up, block.up_bias.as_ref(), block.activation);
+        let (up, up_bias, inner) = (&block.up, block.up_bias.as_ref(), block.inner);
+        let is_adapted = adapters.iter().any(|run| run.adapter.low_rank(Projection::First).is_some());
+        let operand = if block.gated && !is_adapted {
+            ops.linear_gate(&mut work.inner.buffer, &work.normed.buffer, rows, up, up_bias, block.activation);
             Operand::Inner
         } else {
-            ops.linear_apply(&mut work.wide.buffer, &work.normed.buffer, rows, &block.up, block.up_bias.as_ref());
-            ops.activate(&mut work.wide.buffer, rows * block.inner, block.activation);
-            Operand::Wide
+            // The bits of the other rows are those of `linear_gate`.
+            ops.linear_apply(&mut work.wide.buffer, &work.normed.buffer, rows, up, up_bias);
+            let outputs = if block.gated { 2 * inner } else { inner };
+            work.adapt(ops, adapters, Projection::First, (Operand::Normed, width), (Target::Wide, outputs));
+            if block.gated {
+                ops.gate(&mut work.inner.buffer, &work.wide.buffer, rows, inner, block.activation);
+                Operand::Inner
+            } else {
+                ops.activate(&mut work.wide.buffer, rows * inner, block.activation);
+                Operand::Wide
+            }
         };
-        work.project(ops, operand, &block.down, block.down_bias.as_ref(), block.post_norm.as_ref(), rows, width);
+        let (linear, bias, post_norm) = (&block.down, block.down_bias.as_ref(), block.post_norm.as_ref());
+        work.project(ops, (operand, inner), Second { linear, bias, post_norm, adapters }, rows, width);
     }
 
     /// Only the rows that want logits go through the final norm and the projection.
@@ -245,35 +293,80 @@ impl<B: Ops> Forward<B> {
     }
 }
 
-/// The buffer that a second projection reads.
+/// A buffer that a projection reads.
+#[derive(Debug, Clone, Copy)]
 enum Operand {
+    Normed,
     Inner,
     Wide,
 }
 
+/// A buffer that a projection writes.
+#[derive(Debug, Clone, Copy)]
+enum Target {
+    Wide,
+    Projected,
+    Hidden,
+}
+
+/// What goes back to the residual stream.
+struct Second<'a, B: Ops> {
+    linear: &'a B::Linear,
+    bias: Option<&'a B::Vector>,
+    post_norm: Option<&'a NormWeights<B>>,
+    adapters: &'a [AdapterRun<'a, B>],
+}
+
 impl<B: Ops> Workspace<B> {
-    /// `hidden += post_norm(operand W^T + bias)`.
-    fn project(
-        &mut self,
-        ops: &B,
-        operand: Operand,
-        linear: &B::Linear,
-        bias: Option<&B::Vector>,
-        post_norm: Option<&NormWeights<B>>,
-        rows: usize,
-        width: usize,
-    ) {
-        let x = match operand {
+    /// `hidden += post_norm(operand W^T + bias)`, rows of `operand` having so many elements.
+    fn project(&mut self, ops: &B, operand: (Operand, usize), second: Second<'_, B>, rows: usize, width: usize) {
+        let Second { linear, bias, post_norm, adapters } = second;
+        let x = match operand.0 {
+            Operand::Normed => &self.normed.buffer,
             Operand::Inner => &self.inner.buffer,
             Operand::Wide => &self.wide.buffer,
         };
         let Some(weights) = post_norm else {
-            return ops.linear_add(&mut self.hidden.buffer, x, rows, linear, bias);
+            ops.linear_add(&mut self.hidden.buffer, x, rows, linear, bias);
+            return self.adapt(ops, adapters, Projection::Second, operand, (Target::Hidden, width));
         };
         ops.linear_apply(&mut self.projected.buffer, x, rows, linear, bias);
+        self.adapt(ops, adapters, Projection::Second, operand, (Target::Projected, width));
         norm(ops, &mut self.normed.buffer, &self.projected.buffer, rows, width, weights);
         ops.add(&mut self.hidden.buffer, &self.normed.buffer, rows * width);
     }
+
+    /// `out += (x A^T) (s B)^T` for the rows that an adapter changes in this projection. `x` and `out` come with the elements of their rows.
+    fn adapt(&mut self, ops: &B, adapters: &[AdapterRun<'_, B>], projection: Projection, x: (Operand, usize), out: (Target, usize)) {
+        let runs = || adapters.iter().filter_map(|run| Some((run.rows.clone(), run.adapter.low_rank(projection)?)));
+        let Some(rank) = runs().map(|(_, low)| low.rank).max() else { return };
+        let row_count = runs().map(|(rows, _)| rows.end).max().unwrap_or(0);
+        assert!(self.low.elements() >= row_count * rank, "the adapter was not reserved");
+        let low_at = Columns::dense(rank);
+        let mut calls = recycled(std::mem::take(&mut self.runs));
+        calls.extend(runs().map(|(rows, low)| LinearRun { linear: &low.shrink, bias: None, rows }));
+        let from = match x.0 {
+            Operand::Normed => &self.normed.buffer,
+            Operand::Inner => &self.inner.buffer,
+            Operand::Wide => &self.wide.buffer,
+        };
+        ops.linear_runs(&mut self.low.buffer, low_at, from, Columns::dense(x.1), &calls);
+        calls.clear();
+        calls.extend(runs().map(|(rows, low)| LinearRun { linear: &low.expand, bias: None, rows }));
+        let onto = match out.0 {
+            Target::Wide => &mut self.wide.buffer,
+            Target::Projected => &mut self.projected.buffer,
+            Target::Hidden => &mut self.hidden.buffer,
+        };
+        ops.linear_runs_add(onto, Columns::dense(out.1), &self.low.buffer, low_at, &calls);
+        self.runs = recycled(calls);
+    }
+}
+
+/// The memory of a list whose runs are over: collecting in place keeps it.
+fn recycled<'b, L, V>(mut runs: Vec<LinearRun<'_, L, V>>) -> Vec<LinearRun<'b, L, V>> {
+    runs.clear();
+    runs.into_iter().map(|_| unreachable!("it is empty")).collect()
 }
 
 fn norm<B: Ops>(ops: &B, dst: &mut B::Buffer, src: &B::Buffer, rows: usize, width: usize, weights: &NormWeights<B>) {

@@ -5,8 +5,9 @@ use std::sync::Arc;
 
 use ashlar_kernels::format::{Dtype, TensorView};
 use ashlar_kernels::ops::{NormKind, Ops, PackError};
+use ashlar_zoo::adapter::AdapterError;
 use ashlar_zoo::digest::Digest;
-use ashlar_zoo::manifest::{Block, BlockKind, Norm, Rope};
+use ashlar_zoo::manifest::{Block, BlockKind, Norm, Rope, TensorRef};
 use ashlar_zoo::roles::ManifestError;
 
 use super::block::{Attention, Embed, FeedForward, Head, HeadNorm, Kind, LoadedBlock, LoadedRope, NormWeights};
@@ -14,12 +15,15 @@ use super::outputs::{Outputs, WeightBytes};
 use super::rope;
 use super::source::{SourceError, TensorBytes, TensorSource};
 
-/// Why a block could not be loaded.
+/// Why a block or an adapter could not be loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
     /// The descriptor contradicts itself.
     #[error("understand the block's descriptor")]
     Manifest(#[from] ManifestError),
+    /// An adapter contradicts itself, or its block.
+    #[error("fit the adapter to its block")]
+    Adapter(#[from] AdapterError),
     /// A tensor is not what the descriptor says. Shapes are `[rows, columns]`; a vector has one row.
     #[error("tensor `{role}` is {actual_dtype} {actual:?}, expected {expected_dtype} {expected:?}")]
     Tensor {
@@ -259,22 +263,24 @@ impl<B: Ops> Loader<'_, B> {
     }
 
     fn maybe(&self, role: &str) -> Result<Option<TensorBytes>, LoadError> {
-        let Some(reference) = self.block.tensors.get(role) else {
-            return Ok(None);
-        };
-        let tensor = self.source.tensor(reference).map_err(|source| LoadError::Source { role: role.to_owned(), source })?;
-        let expected = match *reference.shape.as_slice() {
-            [cols] => [1, cols as usize],
-            [rows, cols] => [rows as usize, cols as usize],
-            _ => unreachable!("the descriptor's check allows one or two dimensions"),
-        };
-        let actual = [tensor.rows, tensor.cols];
-        if actual == expected && tensor.dtype == reference.dtype {
-            return Ok(Some(tensor));
-        }
-        let (expected_dtype, actual_dtype) = (reference.dtype, tensor.dtype);
-        Err(LoadError::Tensor { role: role.to_owned(), expected, actual, expected_dtype, actual_dtype })
+        self.block.tensors.get(role).map(|reference| take(self.source, role, reference)).transpose()
     }
+}
+
+/// The bytes of a tensor in a role, if they are what a checked descriptor says.
+pub(super) fn take(source: &dyn TensorSource, role: &str, reference: &TensorRef) -> Result<TensorBytes, LoadError> {
+    let tensor = source.tensor(reference).map_err(|source| LoadError::Source { role: role.to_owned(), source })?;
+    let expected = match *reference.shape.as_slice() {
+        [cols] => [1, cols as usize],
+        [rows, cols] => [rows as usize, cols as usize],
+        _ => unreachable!("the descriptor's check allows one or two dimensions"),
+    };
+    let actual = [tensor.rows, tensor.cols];
+    if actual == expected && tensor.dtype == reference.dtype {
+        return Ok(tensor);
+    }
+    let (expected_dtype, actual_dtype) = (reference.dtype, tensor.dtype);
+    Err(LoadError::Tensor { role: role.to_owned(), expected, actual, expected_dtype, actual_dtype })
 }
 
 #[cfg(test)]

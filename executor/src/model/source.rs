@@ -5,8 +5,9 @@ use std::sync::Arc;
 
 use ashlar_kernels::format::{Dtype, TensorView};
 use ashlar_zoo::digest::Digest;
-use ashlar_zoo::manifest::TensorRef;
-use ashlar_zoo::store::MappedBlock;
+use ashlar_zoo::manifest::{Change, TensorRef};
+use ashlar_zoo::store::{MappedAdapter, MappedBlock, MappedChange};
+use ashlar_zoo::tensor::MappedTensor;
 
 /// Bytes of one tensor, kept alive by `keep`.
 #[derive(Clone)]
@@ -25,6 +26,12 @@ impl TensorBytes {
     /// The view that the op set takes.
     pub fn view(&self) -> TensorView<'_> {
         TensorView { dtype: self.dtype, rows: self.rows, cols: self.cols, bytes: (*self.keep).as_ref() }
+    }
+}
+
+impl From<&MappedTensor> for TensorBytes {
+    fn from(mapped: &MappedTensor) -> Self {
+        Self { dtype: mapped.dtype(), rows: mapped.rows(), cols: mapped.cols(), keep: Arc::new(mapped.clone()) }
     }
 }
 
@@ -58,6 +65,19 @@ impl TensorSource for MappedBlock {
     fn tensor(&self, tensor: &TensorRef) -> Result<TensorBytes, SourceError> {
         let role = self.block.tensors.iter().find(|(_, held)| *held == tensor).map(|(role, _)| role);
         let mapped = role.and_then(|role| self.tensors.get(role)).ok_or(SourceError::Missing(tensor.digest))?;
-        Ok(TensorBytes { dtype: mapped.dtype(), rows: mapped.rows(), cols: mapped.cols(), keep: Arc::new(mapped.clone()) })
+        Ok(mapped.into())
+    }
+}
+
+impl TensorSource for MappedAdapter {
+    fn tensor(&self, tensor: &TensorRef) -> Result<TensorBytes, SourceError> {
+        for (role, change) in &self.adapter.changes {
+            let Change::LowRank { a, b, .. } = change;
+            let Some(MappedChange::LowRank { a: mapped_a, b: mapped_b, .. }) = self.changes.get(role) else { continue };
+            if let Some((_, mapped)) = [(a, mapped_a), (b, mapped_b)].into_iter().find(|(held, _)| *held == tensor) {
+                return Ok(mapped.into());
+            }
+        }
+        Err(SourceError::Missing(tensor.digest))
     }
 }

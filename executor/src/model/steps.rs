@@ -5,14 +5,19 @@ use std::sync::Arc;
 
 use ashlar_kernels::ops::{KvPlace, Ops, PackError, Query};
 
+use super::adapter::LoadedAdapter;
 use super::alone::{AloneLimits, Pools};
 use super::block::LoadedBlock;
-use super::forward::{AttentionBatch, Forward, ForwardBatch};
+use super::forward::{AdapterRun, AttentionBatch, Forward, ForwardBatch};
 use super::outputs::total_bytes;
 
 /// A chain and its sequences.
 pub struct Steps<B: Ops> {
     blocks: Vec<LoadedBlock<B>>,
+    /// For each sequence its adapters, by the block that each changes, ascending; sequences beyond have none.
+    adapters: Vec<Vec<(usize, LoadedAdapter<B>)>>,
+    /// Whether steps have them.
+    are_adapted: bool,
     forward: Forward<B>,
     pools: Pools<B>,
     /// For each attention block the page tables of all sequences, one after another.
@@ -35,10 +40,31 @@ impl<B: Ops> Steps<B> {
         let all = AloneLimits { tokens_max: pages * limits.page_tokens, ..limits };
         let (pools, tables) = Pools::new(&*ops, &blocks, all)?;
         let vocab = blocks.iter().find_map(LoadedBlock::vocab).unwrap_or(1) as u32;
-        Ok(Self { blocks, forward, pools, tables, limits, sequence_count, vocab })
+        Ok(Self { blocks, adapters: Vec::new(), are_adapted: false, forward, pools, tables, limits, sequence_count, vocab })
     }
 
-    /// Bytes of weights on the device.
+    /// Takes adapters for the first sequences, one list each: each with the place of its block, ascending. Steps have them after
+    /// [`Steps::adapt`].
+    ///
+    /// # Errors
+    /// When the device has no room.
+    pub fn take_adapters(&mut self, adapters: Vec<Vec<(usize, LoadedAdapter<B>)>>) -> Result<(), PackError> {
+        adapters.iter().flatten().try_for_each(|(_, adapter)| self.forward.reserve_adapter(adapter))?;
+        self.adapters = adapters;
+        Ok(())
+    }
+
+    /// Whether steps from now on have the adapters that were taken.
+    pub fn adapt(&mut self, are_adapted: bool) {
+        self.are_adapted = are_adapted;
+    }
+
+    /// Bytes of the adapters of the first so many sequences, which every step with them reads whole.
+    pub fn adapter_bytes(&self, sequences: usize) -> usize {
+        self.adapters.iter().take(sequences).flatten().map(|(_, adapter)| adapter.bytes()).sum()
+    }
+
+    /// Bytes of weights on the device, but for adapters.
     pub fn weight_bytes(&self) -> usize {
         total_bytes(self.blocks.iter().map(LoadedBlock::weights)) as usize
     }
@@ -79,6 +105,12 @@ impl<B: Ops> Steps<B> {
         let blocks: Vec<&LoadedBlock<B>> = self.blocks.iter().collect();
         let batch =
             ForwardBatch { row_count: rows.len(), tokens: &tokens, positions: &positions, attention: &attention, logit_rows: &logit_rows };
-        self.forward.run(&blocks, &batch, &mut self.pools);
+        let mut adapters: Vec<AdapterRun<'_, B>> = Vec::new();
+        for (s, of_sequence) in self.adapters.iter().take(if self.are_adapted { sequences } else { 0 }).enumerate() {
+            let rows = s * rows_each..(s + 1) * rows_each;
+            adapters.extend(of_sequence.iter().map(|(block, adapter)| AdapterRun { block: *block, rows: rows.clone(), adapter }));
+        }
+        adapters.sort_by_key(|run| run.block);
+        self.forward.run(&blocks, &adapters, &batch, &mut self.pools);
     }
 }

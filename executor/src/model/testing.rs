@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use ashlar_kernels::format::{Dtype, quantise};
+use ashlar_kernels::format::{Dtype, dequantise, quantise};
 use ashlar_kernels::ops::{Activation, Ops};
 use ashlar_zoo::digest::Digest;
-use ashlar_zoo::manifest::{Block, BlockKind, Norm, Rope, RopeScaling, TensorRef};
+use ashlar_zoo::manifest::{Adapter, Block, BlockKind, Change, Norm, Rope, RopeScaling, TensorRef};
 use ashlar_zoo::roles::{RoleShape, roles};
 
 use super::block::LoadedBlock;
@@ -80,7 +80,8 @@ impl Memory {
         blocks
     }
 
-    fn blocks(&mut self, dtype: Option<Dtype>) -> Vec<Block> {
+    /// The descriptors of [`Memory::chain_as`].
+    pub(super) fn blocks(&mut self, dtype: Option<Dtype>) -> Vec<Block> {
         let kinds = [
             BlockKind::Embed { scale: 2.0 },
             attention(),
@@ -106,6 +107,37 @@ impl Memory {
             tensors.filter(|tensor| tensor.shape.len() == 2).for_each(|tensor| self.convert(tensor, dtype));
         }
         blocks
+    }
+
+    /// An adapter of some matrices of a block, filled with small random numbers.
+    pub(super) fn adapter(&mut self, block: &Block, roles: &[&str], rank: u64, scale: f32, dtype: Dtype) -> Adapter {
+        let change = |role: &&str| {
+            let [outputs, inputs] = block.tensors[*role].shape[..] else { unreachable!("a matrix") };
+            let (mut a, mut b) = (self.tensor(vec![rank, inputs]), self.tensor(vec![outputs, rank]));
+            [&mut a, &mut b].into_iter().for_each(|factor| self.convert(factor, dtype));
+            ((*role).to_owned(), Change::LowRank { scale, a, b })
+        };
+        Adapter { changes: roles.iter().map(change).collect() }
+    }
+
+    /// A block of f32 with an adapter merged into it: `W + s B A`, rounded once.
+    pub(super) fn merged(&mut self, block: &Block, adapter: &Adapter) -> Block {
+        let mut merged = block.clone();
+        for (role, Change::LowRank { scale, a, b }) in &adapter.changes {
+            let [weights, a, b] = [&block.tensors[role], a, b].map(|tensor| self.0[&tensor.digest].clone());
+            let (rank, cols) = (a.rows, a.cols);
+            let [mut values, a, b] = [&weights, &a, &b].map(|tensor| dequantise(&tensor.view()));
+            for (i, value) in values.iter_mut().enumerate() {
+                let (row, col) = (i / cols, i % cols);
+                let sum: f64 = (0..rank).map(|r| f64::from(b[row * rank + r]) * f64::from(a[r * cols + col])).sum();
+                *value = (f64::from(*value) + f64::from(*scale) * sum) as f32;
+            }
+            let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+            let digest = Digest::of(&bytes);
+            merged.tensors.insert(role.clone(), TensorRef { digest, ..block.tensors[role].clone() });
+            self.0.insert(digest, TensorBytes { keep: Arc::new(bytes), ..weights });
+        }
+        merged
     }
 
     fn convert(&mut self, tensor: &mut TensorRef, dtype: Dtype) {

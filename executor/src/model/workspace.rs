@@ -3,9 +3,10 @@
 
 use std::sync::Arc;
 
-use ashlar_kernels::ops::{Ops, PackError};
+use ashlar_kernels::ops::{LinearRun, Ops, PackError};
 use ashlar_zoo::manifest::Rope;
 
+use super::adapter::{LoadedAdapter, LowRank, Projection};
 use super::block::{Kind, LoadedBlock, LoadedRope};
 
 /// Buffers, each as wide as the widest block that was reserved. T is the row limit of a run.
@@ -14,7 +15,8 @@ pub(super) struct Workspace<B: Ops> {
     pub(super) hidden: Grown<B>,
     /// `[T, D]`: what a norm wrote.
     pub(super) normed: Grown<B>,
-    /// `[T, (H + 2K) * head_dim]` or `[T, 2 * inner]`: what the first projection wrote.
+    /// `[T, (H + 2K) * head_dim]`, or `[T, inner]` without a gate, or `[T, 2 * inner]` with one where an adapter changes it: what the first
+    /// projection wrote.
     pub(super) wide: Grown<B>,
     /// `[T, H * head_dim]` or `[T, inner]`: what the second projection reads.
     pub(super) inner: Grown<B>,
@@ -22,6 +24,10 @@ pub(super) struct Workspace<B: Ops> {
     pub(super) projected: Grown<B>,
     /// `[logit rows, vocab]`.
     pub(super) logits: Grown<B>,
+    /// `[T, R]`: what the shrinks of adapters wrote.
+    pub(super) low: Grown<B>,
+    /// Memory for the runs of one call, empty between calls.
+    pub(super) runs: Vec<LinearRun<'static, B::Linear, B::Vector>>,
     /// Cosines and sines of the ropes of this run.
     ropes: [RopeRows<B>; ROPES_MAX],
     /// The entry of `ropes` to fill next.
@@ -39,6 +45,8 @@ impl<B: Ops> Workspace<B> {
             inner: Grown::new(ops)?,
             projected: Grown::new(ops)?,
             logits: Grown::new(ops)?,
+            low: Grown::new(ops)?,
+            runs: Vec::new(),
             ropes: [rope()?, rope()?, rope()?, rope()?],
             rope_next: 0,
         })
@@ -66,6 +74,14 @@ impl<B: Ops> Workspace<B> {
             Kind::Head(head) => self.logits.grow(ops, logit_rows * head.vocab)?,
         }
         Ok(())
+    }
+
+    /// Grows every buffer to what `adapter` needs, as [`Workspace::reserve`] does.
+    pub(super) fn reserve_adapter(&mut self, ops: &B, adapter: &LoadedAdapter<B>, rows: usize) -> Result<(), PackError> {
+        let parts = [Projection::First, Projection::Second].map(|projection| adapter.low_rank(projection));
+        parts.into_iter().flatten().try_for_each(|low: &LowRank<B>| self.low.grow(ops, rows * low.rank))?;
+        // Gate and up are not activated as they are computed.
+        parts[0].map_or(Ok(()), |low| self.wide.grow(ops, rows * low.outputs))
     }
 
     /// Forgets the rope rows of the previous run, whose positions were others.

@@ -17,7 +17,8 @@ impl Engine {
         let sequence = &mut self.sequences[id];
         let path = &*sequence.path;
         let is_last = last + 1 == path.steps.len();
-        let attention_from = path.steps[step].attention_from;
+        let (block_from, attention_from) = (path.steps[step].from, path.steps[step].attention_from);
+        let of_span = sequence.span;
         let start = sequence.steps[step].computed;
         let end = start + count;
         let slots_from = batch.slots.len() as u32;
@@ -114,7 +115,7 @@ impl Engine {
         batch.span_count += usize::from(span.last_batch != batch.id);
         span.last_batch = batch.id;
         batch.row_count += count;
-        batch.rows.push(Rows { sequence: id, start, count, attention_from, input, output });
+        batch.rows.push(Rows { sequence: id, start, count, span: of_span, block_from, attention_from, input, output });
         if fills_page {
             (step..=last).for_each(|step| self.publish(id, step));
         }

@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::segments::{BlockIndex, SegmentIndex};
+use super::sequence::SpanIndex;
 
 /// A sequence inside one executor, in order of arrival. Its low bits are its place among those that are known at one time, so
 /// that nobody has to search for it.
@@ -69,6 +70,10 @@ pub struct Rows {
     pub start: u32,
     /// How many, at least one.
     pub count: u32,
+    /// The span of the sequence, and where in it the batch's first block is: what adapters its blocks have there.
+    pub span: SpanIndex,
+    /// See `span`.
+    pub block_from: u32,
     /// The batch's first attention block, counted among the attention blocks of the sequence's span.
     pub attention_from: u32,
     /// Where they come from.

@@ -71,13 +71,15 @@ impl Engine {
         let hosted: Vec<usize> = (0..self.spans.len()).filter(|&i| self.spans[i].hosted).collect();
         let blocks: Vec<Vec<BlockIndex>> = hosted.iter().map(|&i| self.spans[i].host.blocks.clone()).collect();
         let blocks: Vec<&[BlockIndex]> = blocks.iter().map(Vec::as_slice).collect();
-        let mut fresh = cut(&blocks, &BTreeSet::new());
+        let parted = self.parted_by_adapters(&hosted);
+        let mut fresh = cut(&blocks, &parted);
         let borders: BTreeSet<Border> = (fresh.paths.iter().zip(&blocks))
             .flat_map(|(path, blocks)| path.iter().skip(1).map(|(_, start)| (blocks[*start as usize - 1], blocks[*start as usize])))
             .collect();
-        let keep = self.borders_to_keep(&hosted, &borders);
+        let mut keep = self.borders_to_keep(&hosted, &borders);
         self.recut_after = None;
         if !keep.is_empty() {
+            keep.extend(&parted);
             fresh = cut(&blocks, &keep);
             self.recut_after = Some(BatchId(self.latest_batch().0 + RECUT_BATCHES));
         }
@@ -85,7 +87,7 @@ impl Engine {
         self.split_steps(&hosted, &starts);
         self.join_steps(&hosted, &starts);
         let names = self.name_segments(fresh.segments);
-        let forks = self.forks();
+        let forks = self.forks(&parted);
         for (path, &i) in fresh.paths.iter().zip(&hosted) {
             let span = &mut self.spans[i];
             let mut steps = Vec::with_capacity(path.len());
@@ -109,18 +111,44 @@ impl Engine {
         self.count_blocks();
     }
 
+    /// Borders between blocks that whole chains of one lineage run through together, but with other adapters from there on. They are batched
+    /// together on both sides; it is their keys and values before the border that they share, so there must be some.
+    fn parted_by_adapters(&self, hosted: &[usize]) -> BTreeSet<Border> {
+        let spans = || hosted.iter().map(|&i| &self.spans[i]).filter(|span| self.limits.prefix_cache && span.path.is_whole());
+        let mut next: BTreeMap<([u8; 32], BlockIndex), BTreeSet<[u8; 32]>> = BTreeMap::new();
+        for span in spans() {
+            for (pair, block) in span.host.lineages.windows(2).zip(&span.host.blocks[1..]) {
+                next.entry((pair[0], *block)).or_default().insert(pair[1]);
+            }
+        }
+        let mut borders = BTreeSet::new();
+        for span in spans() {
+            let from = span.attention.first().map_or(span.host.blocks.len(), |block| block.offset as usize + 1);
+            for i in from..span.host.blocks.len() {
+                if next[&(span.host.lineages[i - 1], span.host.blocks[i])].len() > 1 {
+                    borders.insert((span.host.blocks[i - 1], span.host.blocks[i]));
+                }
+            }
+        }
+        borders
+    }
+
     /// Where whole chains part that had the same lineage: what boundary handles there cover, by that lineage.
-    fn forks(&mut self) -> BTreeMap<[u8; 32], StretchIndex> {
-        let mut next: BTreeMap<[u8; 32], (BTreeSet<BlockIndex>, u32)> = BTreeMap::new();
+    fn forks(&mut self, parted: &BTreeSet<Border>) -> BTreeMap<[u8; 32], StretchIndex> {
+        let mut next: BTreeMap<[u8; 32], (BTreeSet<BlockIndex>, BTreeSet<[u8; 32]>, u32)> = BTreeMap::new();
         for span in self.spans.iter().filter(|span| span.hosted && span.path.is_whole()) {
-            for (lineage, block) in span.host.lineages.iter().zip(&span.host.blocks[1..]) {
-                let (blocks, width) = next.entry(*lineage).or_default();
-                blocks.insert(*block);
+            for (lineages, pair) in span.host.lineages.windows(2).zip(span.host.blocks.windows(2)) {
+                let (blocks, ways, width) = next.entry(lineages[0]).or_default();
+                blocks.insert(pair[1]);
+                if parted.contains(&(pair[0], pair[1])) {
+                    ways.insert(lineages[1]);
+                }
                 *width = span.host.width;
             }
         }
+        next.retain(|_, (blocks, ways, _)| (blocks.len() > 1 || ways.len() > 1) && self.limits.boundary_bytes > 0);
         let mut forks = BTreeMap::new();
-        for (lineage, (_, width)) in next.into_iter().filter(|(_, (blocks, _))| blocks.len() > 1 && self.limits.boundary_bytes > 0) {
+        for (lineage, (.., width)) in next {
             let class = self.pages.hidden_class(width, self.limits.page_tokens);
             let index = LineageIndex(self.lineages.len() as u32);
             let index = *self.lineages.entry(lineage).or_insert(index);

@@ -1,5 +1,6 @@
 //! The engine against a modelled device (`device`), driven event by event (`node`).
 
+mod adapters;
 mod any;
 mod boundary;
 mod device;
@@ -24,6 +25,10 @@ fn family() -> Vec<Vec<u32>> {
         vec![2100, 31, 1031, 32, 1032, 2101],
     ]
 }
+
+/// What adapters change in the chains of the family, by place: nothing; all, in two ways; what lies above the first blocks; one block.
+const CHANGES: [&[(u32, u64)]; 5] =
+    [&[], &[(1, 71), (2, 72), (3, 73), (4, 74)], &[(1, 81), (2, 82), (3, 83), (4, 84)], &[(3, 93), (4, 94)], &[(2, 95)]];
 
 /// The family with windows: in no attention block, in all, in every other one, or in those of the upper half.
 fn family_with(windows: Windows) -> Vec<Vec<u32>> {

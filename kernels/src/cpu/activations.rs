@@ -25,6 +25,8 @@ pub(super) struct Activations {
     /// As `scales`: `-offset * sum`, where a group's dot product with unsigned codes starts.
     pub(super) corrections: Aligned<i32>,
     pub(super) groups: Groups,
+    /// The column of the inputs that they begin with.
+    pub(super) first_input: usize,
     /// Of the weights' codes.
     pub(super) offset: i32,
     /// Codes between rows, a multiple of 64.
@@ -40,15 +42,16 @@ impl Activations {
             sums: Aligned::new(0).expect(none),
             corrections: Aligned::new(0).expect(none),
             groups: Groups::new(0, 1),
+            first_input: 0,
             offset: 0,
             stride: 0,
         }
     }
 
     /// Makes room for `row_count` rows; allocates only if it never had so much.
-    pub(super) fn prepare(&mut self, row_count: usize, weights: &IntegerWeights) -> Result<(), PackError> {
+    pub(super) fn prepare(&mut self, row_count: usize, weights: &IntegerWeights, first_input: usize) -> Result<(), PackError> {
         let groups = weights.groups;
-        (self.groups, self.offset) = (groups, weights.offset);
+        (self.groups, self.first_input, self.offset) = (groups, first_input, weights.offset);
         self.stride = groups.padded_inputs().next_multiple_of(64);
         if self.codes.len() < row_count * self.stride {
             self.codes = Aligned::new(row_count * self.stride)?;
@@ -61,9 +64,9 @@ impl Activations {
         Ok(())
     }
 
-    /// Whether these were quantised for such weights.
-    pub(super) fn suits(&self, weights: &IntegerWeights) -> bool {
-        self.groups == weights.groups && self.offset == weights.offset
+    /// Whether these were quantised for such weights that read inputs from `first_input` on.
+    pub(super) fn suits(&self, weights: &IntegerWeights, first_input: usize) -> bool {
+        self.groups == weights.groups && self.first_input == first_input && self.offset == weights.offset
     }
 }
 

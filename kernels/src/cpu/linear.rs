@@ -233,7 +233,7 @@ impl Call<'_> {
         let mut count = 0;
         for part in self.runs.iter().flat_map(|run| &run.linear.parts) {
             let Weights::Integer(weights) = &part.weights else { continue };
-            if scratch[..count].iter().any(|done| done.suits(weights)) {
+            if scratch[..count].iter().any(|done| done.suits(weights, part.first_input)) {
                 continue;
             }
             if scratch.len() == count {
@@ -241,13 +241,13 @@ impl Call<'_> {
             }
             let activations = &mut scratch[count];
             count += 1;
-            activations.prepare(self.rows_end(), weights).expect("memory for one batch's activations");
+            activations.prepare(self.rows_end(), weights, part.first_input).expect("memory for one batch's activations");
             let (groups, offset, stride) = (activations.groups, activations.offset, activations.stride);
             let codes = Shared::new(&mut activations.codes);
             let scales = Shared::new(&mut activations.scales);
             let sums = Shared::new(&mut activations.sums);
             let corrections = Shared::new(&mut activations.corrections);
-            let (x, x_at) = (self.x, self.inputs);
+            let (x, x_at) = (self.x, part.inputs_in(self.inputs));
             self.spread_rows::<QUANTISE_ROWS>(cpu, groups.inputs, |rows| {
                 cpu.proven.run(QuantiseRows { x, x_at, rows, groups, offset, stride, codes, scales, sums, corrections });
             });
@@ -258,12 +258,12 @@ impl Call<'_> {
         }
     }
 
-    /// Rounds the rows once for each distinct length among the layers that take them as bf16.
+    /// Rounds the rows once for each distinct run of columns among the layers that take them as bf16.
     fn round(&self, cpu: &Cpu, scratch: &mut Vec<Rounded>) {
         let mut count = 0;
         for part in self.runs.iter().flat_map(|run| &run.linear.parts) {
             let Weights::Pairs(weights) = &part.weights else { continue };
-            if scratch[..count].iter().any(|done| done.inputs == weights.inputs) {
+            if scratch[..count].iter().any(|done| (done.first_input, done.inputs) == (part.first_input, weights.inputs)) {
                 continue;
             }
             if scratch.len() == count {
@@ -271,10 +271,10 @@ impl Call<'_> {
             }
             let rounded = &mut scratch[count];
             count += 1;
-            rounded.prepare(self.rows_end(), weights.inputs).expect("memory for one batch's activations");
+            rounded.prepare(self.rows_end(), weights.inputs, part.first_input).expect("memory for one batch's activations");
             let inputs = rounded.inputs;
             let (pairs, exponents) = (Shared::new(&mut rounded.pairs), Shared::new(&mut rounded.exponents));
-            let (x, x_at) = (self.x, self.inputs);
+            let (x, x_at) = (self.x, part.inputs_in(self.inputs));
             self.spread_rows::<ROUND_ROWS>(cpu, inputs, |rows| {
                 cpu.proven.run(RoundRows { x, x_at, rows, inputs, pairs, exponents });
             });
@@ -326,7 +326,7 @@ impl Running<'_> {
         let direct =
             |onto, bias| Output { values: self.out, onto, stride: outputs.stride, first_row: 0, column, columns: part.outputs, bias };
         // `out` holds partial sums between passes over K, so only sums of a single pass may go onto something.
-        let one_pass = run.linear.inputs <= PASS;
+        let one_pass = part.inputs <= PASS;
         let (last, onto) = match finish {
             Finish::Store => (part, Onto::Nothing),
             Finish::Add => (part, Onto::Sum),
@@ -379,18 +379,23 @@ impl Running<'_> {
         places: Panels,
         output: Output<'_>,
     ) {
-        let Call { x, inputs: x_at, .. } = *self.call;
-        let (proven, inputs, first_row) = (self.cpu.proven, run.linear.inputs, run.rows.start);
+        let Call { x, inputs: all, .. } = *self.call;
+        let (proven, x_at, inputs, first_row) = (self.cpu.proven, part.inputs_in(all), part.inputs, run.rows.start);
         match &part.weights {
             Weights::F32(weights) => proven.run(FloatTiles::<F32> { x, x_at, inputs, weights, first_row, rows, panels, places, output }),
             Weights::F16(weights) => proven.run(FloatTiles::<F16> { x, x_at, inputs, weights, first_row, rows, panels, places, output }),
             Weights::Bf16(weights) => proven.run(FloatTiles::<Bf16> { x, x_at, inputs, weights, first_row, rows, panels, places, output }),
             Weights::Pairs(weights) => {
-                let x = self.rounded.iter().find(|x| x.inputs == inputs).expect("round has been here for every length");
+                let x = self.rounded.iter().find(|x| (x.first_input, x.inputs) == (part.first_input, inputs));
+                let x = x.expect("round has been here for every run of columns");
                 proven.run_pairs(PairTiles { x, weights, first_row, rows, panels, places, output });
             }
             Weights::Integer(weights) => {
-                let x = self.activations.iter().find(|x| x.suits(weights)).expect("quantise has been here for every grouping");
+                let x = self
+                    .activations
+                    .iter()
+                    .find(|x| x.suits(weights, part.first_input))
+                    .expect("quantise has been here for every grouping");
                 IntegerTiles { x, weights, first_row, rows, panels, places, output }.dispatch(proven);
             }
         }

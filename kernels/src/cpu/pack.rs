@@ -21,8 +21,8 @@ use super::pairs::{flush, smallest_exponent};
 use super::pool::Pool;
 use crate::SLICE;
 use crate::format::{CodeRow, Dtype, TensorView};
-use crate::ops::{Bf16Compute, PackError};
-use crate::reference::check_parts;
+use crate::ops::{Bf16Compute, Columns, DiagonalPart, PackError};
+use crate::reference::{check_diagonal, check_parts};
 
 /// Outputs of a panel.
 pub(super) const LANES: usize = 16;
@@ -38,6 +38,10 @@ pub struct Linear {
 /// Outputs that were packed from one tensor.
 #[derive(Debug)]
 pub(super) struct Part {
+    /// Where the inputs that it reads begin in a row: 0 but on a diagonal.
+    pub(super) first_input: usize,
+    /// K.
+    pub(super) inputs: usize,
     /// Where this part's outputs begin in a row of the result.
     pub(super) first_output: usize,
     pub(super) outputs: usize,
@@ -146,6 +150,22 @@ impl Groups {
 }
 
 impl Part {
+    fn new(
+        pool: &Pool,
+        view: &TensorView<'_>,
+        first_input: usize,
+        first_output: usize,
+        bf16_compute: Bf16Compute,
+    ) -> Result<Self, PackError> {
+        let weights = pack(pool, view, bf16_compute)?;
+        Ok(Self { first_input, inputs: view.cols, first_output, outputs: view.rows, weights })
+    }
+
+    /// Where the inputs lie that it reads, in rows whose layers read from the beginning of `columns`.
+    pub(super) fn inputs_in(&self, columns: Columns) -> Columns {
+        Columns { offset: columns.offset + self.first_input, ..columns }
+    }
+
     pub(super) fn panels(&self) -> usize {
         self.outputs.div_ceil(LANES)
     }
@@ -240,8 +260,18 @@ impl Linear {
         let mut parts = Vec::with_capacity(views.len());
         let mut outputs = 0;
         for view in views {
-            parts.push(Part { first_output: outputs, outputs: view.rows, weights: pack(pool, view, bf16_compute)? });
+            parts.push(Part::new(pool, view, 0, outputs, bf16_compute)?);
             outputs += view.rows;
+        }
+        Ok(Self { inputs, outputs, parts })
+    }
+
+    pub(super) fn diagonal(pool: &Pool, diagonal: &[DiagonalPart<'_>], bf16_compute: Bf16Compute) -> Result<Self, PackError> {
+        let (inputs, outputs) = check_diagonal(diagonal)?;
+        let (mut parts, mut first_input) = (Vec::with_capacity(diagonal.len()), 0);
+        for DiagonalPart { weights, first_output } in diagonal {
+            parts.push(Part::new(pool, weights, first_input, *first_output, bf16_compute)?);
+            first_input += weights.cols;
         }
         Ok(Self { inputs, outputs, parts })
     }

@@ -17,6 +17,8 @@ pub(super) struct Rounded {
     pub(super) pairs: Aligned<u32>,
     /// `[blocks][slices][rows of the block]`: see [`smallest_exponent`].
     pub(super) exponents: Aligned<u16>,
+    /// The column of the inputs that they begin with.
+    pub(super) first_input: usize,
     /// K.
     pub(super) inputs: usize,
 }
@@ -24,12 +26,12 @@ pub(super) struct Rounded {
 impl Rounded {
     pub(super) fn empty() -> Self {
         let none = "no memory is asked for";
-        Self { pairs: Aligned::new(0).expect(none), exponents: Aligned::new(0).expect(none), inputs: 0 }
+        Self { pairs: Aligned::new(0).expect(none), exponents: Aligned::new(0).expect(none), first_input: 0, inputs: 0 }
     }
 
     /// Makes room for `row_count` rows; allocates only if it never had so much.
-    pub(super) fn prepare(&mut self, row_count: usize, inputs: usize) -> Result<(), PackError> {
-        self.inputs = inputs;
+    pub(super) fn prepare(&mut self, row_count: usize, inputs: usize, first_input: usize) -> Result<(), PackError> {
+        (self.first_input, self.inputs) = (first_input, inputs);
         if self.pairs.len() < row_count * inputs.div_ceil(2) {
             self.pairs = Aligned::new(row_count * inputs.div_ceil(2))?;
         }

@@ -4,13 +4,23 @@ use half::bf16;
 
 use crate::SLICE;
 use crate::format::{CodeRow, Dtype, TensorView, dequantise_row};
-use crate::ops::{Bf16Compute, PackError};
+use crate::ops::{Bf16Compute, DiagonalPart, PackError};
 
 /// A linear layer `[N, K]`: each output row with its weights unpacked.
 #[derive(Debug)]
 pub struct Linear {
     inputs: usize,
+    outputs: usize,
     bytes: usize,
+    parts: Vec<Part>,
+}
+
+/// Outputs that read the same inputs.
+#[derive(Debug)]
+struct Part {
+    first_input: usize,
+    inputs: usize,
+    first_output: usize,
     rows: Vec<Row>,
 }
 
@@ -29,31 +39,32 @@ enum Row {
 impl Linear {
     pub(super) fn new(parts: &[TensorView<'_>], bf16_compute: Bf16Compute) -> Result<Self, PackError> {
         let inputs = check_parts(parts)?;
-        let mut rows = Vec::new();
-        for part in parts {
-            for row in 0..part.rows {
-                let mut codes = CodeRow::default();
-                rows.push(if let Some(group) = part.dtype.group() {
-                    codes.read(part, row);
-                    Row::Integer { group, codes }
-                } else {
-                    let mut weights = vec![0.0; inputs];
-                    dequantise_row(part, row, &mut codes, &mut weights);
-                    if part.dtype == Dtype::Bf16 && bf16_compute == Bf16Compute::Bf16 {
-                        weights.iter_mut().for_each(|w| *w = without_subnormal(*w));
-                        Row::Pairs(weights)
-                    } else {
-                        Row::Float(weights)
-                    }
-                });
-            }
+        let (mut outputs, mut stacked) = (0, Vec::with_capacity(parts.len()));
+        for view in parts {
+            stacked.push(Part::new(view, 0, outputs, bf16_compute));
+            outputs += view.rows;
         }
-        Ok(Self { inputs, bytes: parts.iter().map(|part| part.bytes.len()).sum(), rows })
+        Ok(Self { inputs, outputs, bytes: parts.iter().map(|part| part.bytes.len()).sum(), parts: stacked })
+    }
+
+    pub(super) fn diagonal(parts: &[DiagonalPart<'_>], bf16_compute: Bf16Compute) -> Result<Self, PackError> {
+        let (inputs, outputs) = check_diagonal(parts)?;
+        let (mut first_input, mut along) = (0, Vec::with_capacity(parts.len()));
+        for DiagonalPart { weights, first_output } in parts {
+            along.push(Part::new(weights, first_input, *first_output, bf16_compute));
+            first_input += weights.cols;
+        }
+        Ok(Self { inputs, outputs, bytes: parts.iter().map(|part| part.weights.bytes.len()).sum(), parts: along })
     }
 
     /// Outputs (N).
     pub fn outputs(&self) -> usize {
-        self.rows.len()
+        self.outputs
+    }
+
+    /// The outputs that it gives, in ranges.
+    pub(super) fn columns(&self) -> impl Iterator<Item = std::ops::Range<usize>> {
+        self.parts.iter().map(|part| part.first_output..part.first_output + part.rows.len())
     }
 
     /// Inputs (K).
@@ -67,6 +78,34 @@ impl Linear {
 
     /// One row: `out[N] = x[K] W^T + bias`.
     pub(super) fn row(&self, out: &mut [f32], x: &[f32], bias: Option<&[f32]>) {
+        for part in &self.parts {
+            let bias = bias.map(|bias| &bias[part.first_output..][..part.rows.len()]);
+            part.row(&mut out[part.first_output..][..part.rows.len()], &x[part.first_input..][..part.inputs], bias);
+        }
+    }
+}
+
+impl Part {
+    fn new(view: &TensorView<'_>, first_input: usize, first_output: usize, bf16_compute: Bf16Compute) -> Self {
+        let inputs = view.cols;
+        let row = |row| {
+            let mut codes = CodeRow::default();
+            if let Some(group) = view.dtype.group() {
+                codes.read(view, row);
+                return Row::Integer { group, codes };
+            }
+            let mut weights = vec![0.0; inputs];
+            dequantise_row(view, row, &mut codes, &mut weights);
+            if view.dtype == Dtype::Bf16 && bf16_compute == Bf16Compute::Bf16 {
+                weights.iter_mut().for_each(|w| *w = without_subnormal(*w));
+                return Row::Pairs(weights);
+            }
+            Row::Float(weights)
+        };
+        Self { first_input, inputs, first_output, rows: (0..view.rows).map(row).collect() }
+    }
+
+    fn row(&self, out: &mut [f32], x: &[f32], bias: Option<&[f32]>) {
         let mut quantised: Option<(usize, Activations)> = None;
         let mut rounded: Option<Vec<f32>> = None;
         for (n, row) in self.rows.iter().enumerate() {
@@ -98,6 +137,19 @@ pub(crate) fn check_parts(parts: &[TensorView<'_>]) -> Result<usize, PackError> 
         return Err(PackError::Parts("they have no inputs".to_owned()));
     }
     Ok(first.cols)
+}
+
+/// Checks the parts of a diagonal; how many inputs they read and outputs they span.
+pub(crate) fn check_diagonal(parts: &[DiagonalPart<'_>]) -> Result<(usize, usize), PackError> {
+    let (mut inputs, mut outputs) = (0, 0);
+    for DiagonalPart { weights, first_output } in parts {
+        check_parts(&[*weights])?;
+        if *first_output < outputs {
+            return Err(PackError::Parts(format!("output {first_output} is behind {outputs} of others")));
+        }
+        (inputs, outputs) = (inputs + weights.cols, first_output + weights.rows);
+    }
+    if parts.is_empty() { Err(PackError::Parts("there is none".to_owned())) } else { Ok((inputs, outputs)) }
 }
 
 fn float_dot(x: &[f32], w: &[f32]) -> f32 {

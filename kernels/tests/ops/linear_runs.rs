@@ -1,7 +1,8 @@
 //! Several layers in one call: equal bits over runs of different layers, formats and ranks, and those of each run alone.
 
 use ashlar_kernels::format::Dtype;
-use ashlar_kernels::ops::{Bf16Compute, Columns, LinearRun, Ops};
+use ashlar_kernels::ops::{Bf16Compute, Columns, DiagonalPart, LinearRun, Ops};
+use ashlar_kernels::reference::Reference;
 use proptest::prelude::*;
 
 use super::values::{Random, Tensor};
@@ -10,6 +11,8 @@ use super::{Case, assert_same, backends, backends_of, check, download, upload};
 /// A layer and how many rows go through it; `skip` rows before them belong to nobody.
 struct Run {
     parts: Vec<Tensor>,
+    /// For a diagonal the outputs that it leaves out before each part.
+    gaps: Option<Vec<usize>>,
     bias: Option<Vec<f32>>,
     skip: usize,
     row_count: usize,
@@ -30,19 +33,28 @@ impl RunsCase {
         let cols = 32 * (1 + random.below(20));
         let mut runs = Vec::new();
         for _ in 0..1 + random.below(6) {
-            let cols = if ranks { random.pick(&[1, 4, 8, 16, 40, 64]) } else { cols };
-            let parts: Vec<_> = (0..1 + random.below(2)).map(|_| (random.pick(dtypes), 1 + random.below(70))).collect();
-            let parts: Vec<_> = parts.into_iter().map(|(dtype, rows)| random.tensor(dtype, rows, cols)).collect();
-            let outputs = parts.iter().map(|part| part.rows).sum();
-            let bias = (random.below(3) == 0).then(|| random.tame(outputs));
-            runs.push(Run { parts, bias, skip: random.pick(&[0, 0, 0, 2]), row_count: random.pick(&[0, 1, 1, 1, 2, 3, 9, 17]) });
+            let rank = |random: &mut Random| random.pick(&[1, 3, 4, 8, 16, 40, 64]);
+            let cols = if ranks { rank(random) } else { cols };
+            let is_diagonal = ranks && random.below(2) == 0;
+            let parts: Vec<_> = (0..1 + random.below(3)).map(|_| (random.pick(dtypes), 1 + random.below(70))).collect();
+            let parts: Vec<_> = (parts.into_iter())
+                .map(|(dtype, rows)| {
+                    let cols = if is_diagonal { rank(random) } else { cols };
+                    random.tensor(dtype, rows, cols)
+                })
+                .collect();
+            let gaps = is_diagonal.then(|| parts.iter().map(|_| random.pick(&[0, 0, 7, 32])).collect());
+            let (skip, row_count) = (random.pick(&[0, 0, 0, 2]), random.pick(&[0, 1, 1, 1, 2, 3, 9, 17]));
+            let mut run = Run { parts, gaps, bias: None, skip, row_count };
+            run.bias = (random.below(3) == 0).then(|| random.tame(run.outputs()));
+            runs.push(run);
         }
         let rows = runs.iter().map(|run| run.skip + run.row_count).sum::<usize>() + random.below(2);
         let columns = |random: &mut Random, width: usize| {
             let (offset, behind) = (random.pick(&[0, 0, 5, 64]), random.pick(&[0, 0, 3]));
             Columns { stride: offset + width + behind, offset, width }
         };
-        let inputs = columns(random, runs.iter().map(|run| run.parts[0].cols).max().unwrap());
+        let inputs = columns(random, runs.iter().map(Run::inputs).max().unwrap());
         let outputs = columns(random, runs.iter().map(Run::outputs).max().unwrap());
         let (x, out) = (random.wild(rows, inputs.stride), random.wild(rows, outputs.stride));
         Self { x, inputs, out, outputs, runs, add: random.below(2) == 0, bf16_compute: random.pick(&[Bf16Compute::F32, Bf16Compute::Bf16]) }
@@ -62,12 +74,32 @@ impl RunsCase {
 
 impl Run {
     fn outputs(&self) -> usize {
-        self.parts.iter().map(|part| part.rows).sum()
+        self.parts.iter().map(|part| part.rows).sum::<usize>() + self.gaps.iter().flatten().sum::<usize>()
+    }
+
+    fn inputs(&self) -> usize {
+        if self.gaps.is_some() { self.parts.iter().map(|part| part.cols).sum() } else { self.parts[0].cols }
+    }
+
+    /// Each part with its first input and output.
+    fn places(&self) -> Vec<(&Tensor, usize, usize)> {
+        let (mut input, mut output) = (0, 0);
+        let mut places = Vec::new();
+        for (i, part) in self.parts.iter().enumerate() {
+            output += self.gaps.as_ref().map_or(0, |gaps| gaps[i]);
+            places.push((part, input, output));
+            input += if self.gaps.is_some() { part.cols } else { 0 };
+            output += part.rows;
+        }
+        places
     }
 
     fn load<O: Ops>(&self, ops: &O) -> (O::Linear, Option<O::Vector>) {
         let views: Vec<_> = self.parts.iter().map(Tensor::view).collect();
-        (ops.linear(&views).unwrap(), self.bias.as_ref().map(|bias| ops.vector_f32(bias).unwrap()))
+        let diagonal: Vec<_> =
+            self.places().into_iter().map(|(part, _, first_output)| DiagonalPart { weights: part.view(), first_output }).collect();
+        let linear = if self.gaps.is_some() { ops.linear_diagonal(&diagonal) } else { ops.linear(&views) };
+        (linear.unwrap(), self.bias.as_ref().map(|bias| ops.vector_f32(bias).unwrap()))
     }
 }
 
@@ -90,26 +122,28 @@ impl Case for RunsCase {
     }
 }
 
-/// Each run alone, dense, gives the bits that it has among the others; what belongs to no run stays.
+/// Each part of a run alone, dense, gives the bits that it has among the others; what belongs to no run stays.
 fn check_alone(case: &RunsCase, got: &[f32]) {
     let mut expected = case.out.clone();
     let cpu = &backends_of(case.bf16_compute)[0];
     for (run, rows) in case.runs.iter().zip(case.rows()) {
-        let (linear, bias) = run.load(cpu);
-        let (inputs, outputs) = (run.parts[0].cols, run.outputs());
-        for row in rows {
-            let mut out = upload(cpu, &case.out[row * case.outputs.stride + case.outputs.offset..][..outputs]);
-            let x = upload(cpu, &case.x[row * case.inputs.stride + case.inputs.offset..][..inputs]);
-            if case.add {
-                cpu.linear_add(&mut out, &x, 1, &linear, bias.as_ref());
-            } else {
-                cpu.linear_apply(&mut out, &x, 1, &linear, bias.as_ref());
+        for (part, first_input, first_output) in run.places() {
+            let (linear, outputs) = (cpu.linear(&[part.view()]).unwrap(), part.rows);
+            let bias = run.bias.as_ref().map(|bias| cpu.vector_f32(&bias[first_output..][..outputs]).unwrap());
+            for row in rows.clone() {
+                let at = row * case.outputs.stride + case.outputs.offset + first_output;
+                let mut out = upload(cpu, &case.out[at..][..outputs]);
+                let x = upload(cpu, &case.x[row * case.inputs.stride + case.inputs.offset + first_input..][..part.cols]);
+                if case.add {
+                    cpu.linear_add(&mut out, &x, 1, &linear, bias.as_ref());
+                } else {
+                    cpu.linear_apply(&mut out, &x, 1, &linear, bias.as_ref());
+                }
+                expected[at..][..outputs].copy_from_slice(&download(cpu, &out, outputs));
             }
-            let at = row * case.outputs.stride + case.outputs.offset;
-            expected[at..][..outputs].copy_from_slice(&download(cpu, &out, outputs));
         }
     }
-    assert_same("each run alone", &expected, got);
+    assert_same("each part alone", &expected, got);
 }
 
 const INT8: Dtype = Dtype::Int8 { group: 32 };
@@ -128,7 +162,7 @@ proptest! {
         check_alone(&case, &check(&case));
     }
 
-    /// The expand of adapters: K is the rank.
+    /// The expand of adapters: K is the rank, and several matrices in one row lie on a diagonal.
     #[test]
     fn mixed_ranks_have_the_bits_of_each_rank_alone(seed in any::<u64>()) {
         let mut random = Random(seed);
@@ -161,4 +195,15 @@ fn runs_that_share_a_row_are_refused() {
     let (x, mut out) = (upload(cpu, &[0.0; 9]), upload(cpu, &[0.0; 6]));
     let run = |rows| LinearRun { linear: &linear, bias: None, rows };
     cpu.linear_runs(&mut out, Columns::dense(2), &x, Columns::dense(3), &[run(0..2), run(1..3)]);
+}
+
+#[test]
+fn parts_of_a_diagonal_that_share_an_output_are_refused() {
+    let weights = Random(1).tensor(Dtype::F32, 4, 3);
+    let part = |first_output| DiagonalPart { weights: weights.view(), first_output };
+    let cpu = &backends()[0];
+    assert!(cpu.linear_diagonal(&[part(0), part(4)]).is_ok());
+    assert!(cpu.linear_diagonal(&[part(0), part(3)]).is_err());
+    assert!(Reference::default().linear_diagonal(&[part(5), part(0)]).is_err());
+    assert!(cpu.linear_diagonal(&[]).is_err());
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use ashlar_registry::ChainDigest;
 use ashlar_zoo::digest::Digest;
-use ashlar_zoo::manifest::{Block, Chain, ModelName};
+use ashlar_zoo::manifest::{Adapter, Block, Chain, Change, ModelName};
 use ashlar_zoo::model_id::ModelId;
 use ashlar_zoo::store::{StoreError, Zoo};
 use ashlar_zoo::tensor_file;
@@ -16,7 +16,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::backend::ModelView;
 use crate::state::assembly::ChainPath;
-use crate::state::placement::{SizedBlock, SizedChain};
+use crate::state::placement::{SizedAdapter, SizedBlock, SizedChain};
 
 /// Longest line of descent that is followed to a model's root.
 const GENERATIONS_MAX: usize = 32;
@@ -55,7 +55,7 @@ pub struct Catalog {
 struct Reader {
     zoo: Zoo,
     view: watch::Sender<Arc<CatalogView>>,
-    /// One refresh at a time; sizes of blocks that were read.
+    /// One refresh at a time; sizes of blocks and adapters that were read.
     block_bytes: Mutex<BTreeMap<Digest, u64>>,
 }
 
@@ -177,7 +177,16 @@ impl Reader {
                 None => weight_bytes(&self.zoo.read_block(*block).await?),
             };
             block_bytes.insert(*block, bytes);
-            blocks.push(SizedBlock { digest: *block, bytes });
+            blocks.push(SizedBlock { digest: *block, bytes, adapter: None });
+        }
+        for adapter in &chain.adapters {
+            let bytes = match block_bytes.get(&adapter.digest) {
+                Some(bytes) => *bytes,
+                None => adapter_bytes(&self.zoo.read_adapter(adapter.digest).await?),
+            };
+            block_bytes.insert(adapter.digest, bytes);
+            let block = &mut blocks[adapter.block_index as usize];
+            block.adapter = Some(SizedAdapter { digest: Digest::of(&[adapter.digest.0, block.digest.0].concat()), bytes });
         }
         let sized = SizedChain { borders: borders(blocks.len()), blocks };
         Ok(Arc::new(ChainEntry { path: ChainPath::new(digest, &chain), chain: Arc::new(chain), sized }))
@@ -209,6 +218,15 @@ fn weight_bytes(block: &Block) -> u64 {
     let bytes =
         block.tensors.values().map(|tensor| tensor_file::payload_bytes(tensor.dtype, &tensor.shape).map_or(u64::MAX, |bytes| bytes as u64));
     bytes.fold(0, u64::saturating_add)
+}
+
+/// Bytes that an adapter's factors take at most: packed, shrinks have sixteen outputs or a multiple, and expands may be f32.
+fn adapter_bytes(adapter: &Adapter) -> u64 {
+    let bytes = |Change::LowRank { a, b, .. }: &Change| {
+        let shrink = tensor_file::payload_bytes(a.dtype, &[a.shape[0].next_multiple_of(16), a.shape[1]]).unwrap_or(usize::MAX);
+        b.shape.iter().fold(4, |bytes: u64, dimension| bytes.saturating_mul(*dimension)).saturating_add(shrink as u64)
+    };
+    adapter.changes.values().map(bytes).fold(0, u64::saturating_add)
 }
 
 /// Borders of layers in `embed, (attention, feed_forward)*, head`: behind each feed-forward but the last, which stays with the head.

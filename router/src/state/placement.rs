@@ -29,13 +29,36 @@ pub struct ExecutorOffer {
     pub numeric_class: String,
 }
 
-/// A block and what it takes in memory.
+/// A block of a chain and what it takes in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SizedBlock {
     /// Identity: equal blocks are resident once.
     pub digest: Digest,
     /// Bytes of its weights.
     pub bytes: u64,
+    /// What the chain changes in it.
+    pub adapter: Option<SizedAdapter>,
+}
+
+/// An adapter of a block and what it takes beside it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SizedAdapter {
+    /// Identity of adapter and block together: chains that have both the same have it resident once.
+    pub digest: Digest,
+    /// Bytes of its factors.
+    pub bytes: u64,
+}
+
+impl SizedBlock {
+    /// What an executor holds for it, by identity.
+    fn parts(&self) -> impl Iterator<Item = (Digest, u64)> {
+        self.adapter.map(|adapter| (adapter.digest, adapter.bytes)).into_iter().chain([(self.digest, self.bytes)])
+    }
+
+    /// Bytes of all that.
+    fn all_bytes(&self) -> u128 {
+        self.parts().map(|(_, bytes)| u128::from(bytes)).sum()
+    }
 }
 
 /// A chain as placement sees it.

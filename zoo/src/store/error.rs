@@ -21,8 +21,19 @@ pub enum Object {
         /// Its role in the block.
         role: String,
     },
+    /// A tensor, and the adapter and place that refer to it.
+    TensorOfAdapter {
+        /// The tensor.
+        tensor: Digest,
+        /// The adapter.
+        adapter: Digest,
+        /// Role and factor (`q.weight.a`).
+        role: String,
+    },
     /// A block descriptor.
     Block(Digest),
+    /// An adapter descriptor.
+    Adapter(Digest),
     /// A chain manifest.
     Chain(Digest),
     /// A tokenizer, template or card.
@@ -37,7 +48,9 @@ impl fmt::Display for Object {
             Self::Format => f.write_str("format.json"),
             Self::Tensor(digest) => write!(f, "tensor {digest}"),
             Self::TensorOf { tensor, block, role } => write!(f, "tensor {tensor} (`{role}` of block {block})"),
+            Self::TensorOfAdapter { tensor, adapter, role } => write!(f, "tensor {tensor} (`{role}` of adapter {adapter})"),
             Self::Block(digest) => write!(f, "block {digest}"),
+            Self::Adapter(digest) => write!(f, "adapter {digest}"),
             Self::Chain(digest) => write!(f, "chain {digest}"),
             Self::Asset(digest) => write!(f, "asset {digest}"),
             Self::Model(id) => write!(f, "model {id}"),
@@ -130,8 +143,18 @@ impl StoreError {
     /// The same error, with a tensor named as the `role` of `block`.
     #[must_use]
     pub fn in_block(self, block: Digest, role: &str) -> Self {
+        self.with_tensor(|tensor| Object::TensorOf { tensor, block, role: role.to_owned() })
+    }
+
+    /// The same error, with a tensor named as the factor `role` (`q.weight.a`) of `adapter`.
+    #[must_use]
+    pub fn in_adapter(self, adapter: Digest, role: &str) -> Self {
+        self.with_tensor(|tensor| Object::TensorOfAdapter { tensor, adapter, role: role.to_owned() })
+    }
+
+    fn with_tensor(self, name: impl Fn(Digest) -> Object) -> Self {
         let name = |object| match object {
-            Object::Tensor(tensor) => Object::TensorOf { tensor, block, role: role.to_owned() },
+            Object::Tensor(tensor) => name(tensor),
             other => other,
         };
         match self {

@@ -11,7 +11,7 @@ use serde::de::DeserializeOwned;
 
 use super::{ASSET_BYTES_MAX, MANIFEST_BYTES_MAX, Object, StoreError, Zoo, key};
 use crate::digest::Digest;
-use crate::manifest::{Block, Chain, TensorRef};
+use crate::manifest::{Adapter, Block, Chain, Change, TensorRef};
 use crate::mapping::Mapping;
 use crate::tensor::{AlignedBytes, MappedTensor, TensorBytes};
 use crate::tensor_file;
@@ -25,6 +25,29 @@ pub struct MappedBlock {
     pub tensors: BTreeMap<String, MappedTensor>,
 }
 
+/// An adapter with its factors, all verified.
+#[derive(Debug, Clone)]
+pub struct MappedAdapter {
+    /// The descriptor.
+    pub adapter: Adapter,
+    /// Changes by role.
+    pub changes: BTreeMap<String, MappedChange>,
+}
+
+/// A [`Change`] with its tensors.
+#[derive(Debug, Clone)]
+pub enum MappedChange {
+    /// `y += scale * (x A^T) B^T`.
+    LowRank {
+        /// As in the descriptor.
+        scale: f32,
+        /// Shrink, `[rank, K]`.
+        a: MappedTensor,
+        /// Expand, `[N, rank]`.
+        b: MappedTensor,
+    },
+}
+
 impl Zoo {
     /// Reads a block descriptor.
     ///
@@ -34,6 +57,16 @@ impl Zoo {
         let block: Block = self.read_manifest(Object::Block(digest), digest).await?;
         block.check().map_err(|e| StoreError::Damaged { object: Object::Block(digest), reason: e.to_string() })?;
         Ok(block)
+    }
+
+    /// Reads an adapter descriptor. Whether it fits a block is [`Adapter::check_against`].
+    ///
+    /// # Errors
+    /// When it is missing or damaged, or the store fails.
+    pub async fn read_adapter(&self, digest: Digest) -> Result<Adapter, StoreError> {
+        let adapter: Adapter = self.read_manifest(Object::Adapter(digest), digest).await?;
+        adapter.check().map_err(|e| StoreError::Damaged { object: Object::Adapter(digest), reason: e.to_string() })?;
+        Ok(adapter)
     }
 
     /// Reads a chain manifest.
@@ -94,11 +127,27 @@ impl Zoo {
         Ok(MappedBlock { block, tensors })
     }
 
+    /// Loads an adapter with all its factors.
+    ///
+    /// # Errors
+    /// As [`Zoo::map_tensor`], with adapter, role and factor named.
+    pub async fn map_adapter(&self, digest: Digest) -> Result<MappedAdapter, StoreError> {
+        let adapter = self.read_adapter(digest).await?;
+        let mut changes = BTreeMap::new();
+        for (role, change) in &adapter.changes {
+            let Change::LowRank { scale, a, b } = change;
+            let a = self.map_tensor(a).await.map_err(|e| e.in_adapter(digest, &format!("{role}.a")))?;
+            let b = self.map_tensor(b).await.map_err(|e| e.in_adapter(digest, &format!("{role}.b")))?;
+            changes.insert(role.clone(), MappedChange::LowRank { scale: *scale, a, b });
+        }
+        Ok(MappedAdapter { adapter, changes })
+    }
+
     /// Digest of the object's bytes as they are stored now (for a tensor: of what its header says), to compare with its name.
     pub(crate) async fn stored_digest(&self, object: &Object) -> Result<Digest, StoreError> {
         let damaged = |reason: String| StoreError::Damaged { object: object.clone(), reason };
         match object {
-            Object::Tensor(_) | Object::TensorOf { .. } => {
+            Object::Tensor(_) | Object::TensorOf { .. } | Object::TensorOfAdapter { .. } => {
                 let bytes = self.load_tensor_bytes(object).await?;
                 let task = tokio::task::spawn_blocking(move || tensor_file::verify_alone(bytes.as_ref()));
                 task.await.expect("hashing does not panic").map_err(|e| damaged(e.to_string()))

@@ -10,7 +10,7 @@ use object_store::{ObjectStoreExt, PutPayload, WriteMultipart};
 use super::{Object, StoreError, Zoo, key};
 use crate::canonical;
 use crate::digest::Digest;
-use crate::manifest::{Block, Chain, TensorRef};
+use crate::manifest::{Adapter, Block, Chain, TensorRef};
 use crate::tensor_file;
 
 /// Objects above this go up in parts where the store is remote (S3 takes at most 5 GB in one put).
@@ -48,6 +48,20 @@ impl Zoo {
         let bytes = canonical::to_bytes(block);
         let digest = Digest::of(&bytes);
         Ok((digest, self.put(&Object::Block(digest), vec![bytes.into()]).await?))
+    }
+
+    /// Stores an adapter descriptor.
+    ///
+    /// # Errors
+    /// When the store fails.
+    ///
+    /// # Panics
+    /// When the adapter does not pass [`Adapter::check`]: ingest has checked it.
+    pub async fn put_adapter(&self, adapter: &Adapter) -> Result<(Digest, Put), StoreError> {
+        assert_eq!(adapter.check(), Ok(()));
+        let bytes = canonical::to_bytes(adapter);
+        let digest = Digest::of(&bytes);
+        Ok((digest, self.put(&Object::Adapter(digest), vec![bytes.into()]).await?))
     }
 
     /// Stores a chain manifest.

@@ -1,5 +1,8 @@
 //! Spans of the demo family come and go: what their blocks take together, counted beside what the device was given.
 
+#[path = "../../../tests/support/adapters.rs"]
+mod adapters;
+
 use std::path::Path;
 
 use ashlar_kernels::cpu::{Cpu, CpuOptions};
@@ -17,6 +20,7 @@ struct Host {
     commands: std::sync::mpsc::Receiver<Command<Cpu>>,
     /// What the device holds.
     blocks: BTreeMap<u32, Box<LoadedBlock<Cpu>>>,
+    adapters: BTreeMap<AdapterIndex, Box<LoadedAdapter<Cpu>>>,
     chains: Vec<Digest>,
 }
 
@@ -34,7 +38,7 @@ impl Host {
         let metrics = ExecutorMetrics::new(&prometheus::Registry::new()).unwrap();
         let ops = Arc::new(Cpu::new(CpuOptions { threads: 1, ..CpuOptions::default() }));
         let hosting = Hosting::new(ops, zoo, sender, mpsc::unbounded_channel().0, metrics, memory_bytes, PAGES);
-        Self { _folder: folder, hosting, commands, blocks: BTreeMap::new(), chains }
+        Self { _folder: folder, hosting, commands, blocks: BTreeMap::new(), adapters: BTreeMap::new(), chains }
     }
 
     /// Blocks `[from, to)` of a chain; all if `to` is 0.
@@ -61,10 +65,13 @@ impl Host {
             match command {
                 Command::Load(index, block) => assert!(self.blocks.insert(index.0, block).is_none()),
                 Command::Evict(index) => assert!(self.blocks.remove(&index.0).is_some()),
+                Command::LoadAdapter(index, adapter) => assert!(self.adapters.insert(index, adapter).is_none()),
+                Command::EvictAdapter(index) => assert!(self.adapters.remove(&index).is_some()),
                 _ => panic!("hosting loads and evicts"),
             }
         }
-        assert_eq!(self.hosting.weight_bytes(None), total_bytes(self.blocks.values().map(|block| block.weights())));
+        let adapters: usize = self.adapters.values().map(|adapter| adapter.bytes()).sum();
+        assert_eq!(self.hosting.weight_bytes(None), total_bytes(self.blocks.values().map(|block| block.weights())) + adapters as u64);
     }
 
     fn used(&self) -> u64 {
@@ -127,8 +134,95 @@ async fn a_tied_model_fits_memory_for_one_copy_of_its_table() {
     assert!(Host::new(&["base"], bytes).await.load(0, 0, 0).await.is_ok());
     let mut tight = Host::new(&["base"], bytes - 1).await;
     match tight.load(0, 0, 0).await {
-        Err(HostError::Memory { block_bytes, free_bytes, .. }) => assert!(block_bytes > free_bytes),
+        Err(HostError::Memory { bytes, free_bytes, .. }) => assert!(bytes > free_bytes),
         other => panic!("{other:?}"),
     }
     assert_eq!((tight.used(), tight.blocks.len()), (0, 0));
+}
+
+const UPPER: adapters::Recipe = adapters::Recipe {
+    attention: &["q.weight", "v.weight"],
+    feed_forward: &["down.weight"],
+    rank: 4,
+    scale: 0.5,
+    dtype: ashlar_kernels::format::Dtype::Bf16,
+    from_layer: 6,
+    salt: 1,
+};
+
+#[tokio::test]
+async fn an_adapter_is_resident_once_beside_the_blocks_of_its_base() {
+    let mut host = Host::new(&["base"], 1 << 30).await;
+    let base = host.load(0, 0, 0).await.unwrap();
+    let (base_bytes, block_count) = (host.used(), host.blocks.len());
+    let zoo = host.hosting.zoo.clone();
+    let first = adapters::adapted(&zoo, host.chains[0], UPPER).await;
+    // The same adapters from one layer up on, in another chain.
+    let second = adapters::adapted(&zoo, host.chains[0], adapters::Recipe { from_layer: 7, ..UPPER }).await;
+    host.chains.extend([first, second]);
+
+    // Two layers have two each.
+    let one = host.load(1, 0, 0).await.unwrap();
+    let one_bytes = host.used() - base_bytes;
+    assert_eq!((host.blocks.len(), host.adapters.len()), (block_count, 4));
+    assert!(one_bytes > 0);
+    let two = host.load(2, 0, 0).await.unwrap();
+    assert_eq!((host.used() - base_bytes, host.adapters.len()), (one_bytes, 4), "nothing is loaded twice");
+    host.evict(&one);
+    assert_eq!(host.adapters.len(), 2);
+    host.evict(&base);
+    assert_eq!((host.blocks.len(), host.adapters.len()), (block_count, 2), "the blocks are the other model's too");
+    host.evict(&two);
+    assert_eq!((host.used(), host.blocks.len(), host.adapters.len()), (0, 0, 0));
+
+    // A span brings the adapters of its own blocks.
+    let lower = host.load(1, 0, 13).await.unwrap();
+    assert_eq!(host.adapters.len(), 0);
+    let upper = host.load(1, 13, 0).await.unwrap();
+    assert_eq!(host.adapters.len(), 4);
+    let hosted = host.hosting.load_span(&upper).await.unwrap();
+    assert_eq!(hosted.adapters.iter().map(|(block, _)| *block).collect::<Vec<_>>(), [0, 1, 2, 3]);
+    assert_eq!(hosted.adapter_bytes.iter().sum::<u64>(), one_bytes);
+    host.evict(&lower);
+    host.evict(&upper);
+    assert_eq!(host.used(), 0);
+}
+
+#[tokio::test]
+async fn an_adapter_needs_memory_of_its_own() {
+    let mut host = Host::new(&["base"], 1 << 30).await;
+    let chain = adapters::adapted(&host.hosting.zoo, host.chains[0], UPPER).await;
+    host.chains.push(chain);
+    host.load(1, 0, 0).await.unwrap();
+    let mut tight = Host::new(&["base"], host.used() - 1).await;
+    tight.chains.push(adapters::adapted(&tight.hosting.zoo, tight.chains[0], UPPER).await);
+    match tight.load(1, 0, 0).await {
+        Err(HostError::Memory { kind: "adapter", bytes, free_bytes, .. }) => assert_eq!(bytes, free_bytes + 1),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!((tight.used(), tight.blocks.len(), tight.adapters.len()), (0, 0, 0));
+}
+
+#[tokio::test]
+async fn an_adapter_that_does_not_fit_its_block_is_refused_by_chain_block_and_role() {
+    let mut host = Host::new(&["base"], 1 << 30).await;
+    let zoo = host.hosting.zoo.clone();
+    let sound = adapters::adapted(&zoo, host.chains[0], UPPER).await;
+    let mut chain = zoo.read_chain(sound).await.unwrap();
+    // That of a feed-forward block on an attention block.
+    chain.adapters[0].digest = chain.adapters[1].digest;
+    let index = chain.adapters[0].block_index;
+    let (digest, _) = zoo.put_chain(&chain).await.unwrap();
+    host.chains.push(digest);
+    let error = host.load(1, 0, 0).await.unwrap_err();
+    let mut said = error.to_string();
+    let mut source = std::error::Error::source(&error);
+    while let Some(cause) = source {
+        said = format!("{said}: {cause}");
+        source = cause.source();
+    }
+    for named in [digest.to_string(), format!("block {index}"), "`down.weight`".to_owned()] {
+        assert!(said.contains(&named), "{said}: {named}");
+    }
+    assert_eq!((host.used(), host.adapters.len()), (0, 0));
 }

@@ -50,7 +50,7 @@ fn mixed_batch_gives_what_each_sequence_gives_alone() {
         let logit_rows = [last, 0, last / 2];
         let batch =
             ForwardBatch { row_count: rows.len(), tokens: &ids, positions: &positions, attention: &attention, logit_rows: &logit_rows };
-        forward.run(&blocks, &batch, &mut pools);
+        forward.run(&blocks, &[], &batch, &mut pools);
         for (i, row) in logit_rows.iter().enumerate() {
             let (s, p) = rows[*row as usize];
             let expected = if s == 0 { &first_rows[p] } else { &second_rows[p] };
@@ -73,6 +73,6 @@ fn run_without_logit_rows_gives_none() {
         .map(|(place, tables)| AttentionBatch { places: std::slice::from_ref(place), queries: &queries, tables })
         .collect();
     let batch = ForwardBatch { row_count: 1, tokens: &[3], positions: &[0], attention: &attention, logit_rows: &[] };
-    forward.run(&blocks.iter().collect::<Vec<_>>(), &batch, &mut pools);
+    forward.run(&blocks.iter().collect::<Vec<_>>(), &[], &batch, &mut pools);
     assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| forward.logits(0).len())).is_err());
 }

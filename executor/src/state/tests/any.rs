@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 
 use proptest::prelude::*;
 
-use super::device::{host, oracle};
+use super::device::oracle_with;
 use super::node::{BOUNDARY_BYTES, Node, admit, limits};
-use super::{Windows, family_with};
+use super::{CHANGES, Windows, family_with};
 use crate::state::limits::Limits;
 use crate::state::sequence::{Admit, SpanIndex};
 
@@ -15,27 +15,29 @@ proptest! {
     /// Whatever the mix, chunking, page pressure, preemption and cache state: the tokens of each sequence run alone.
     #[test]
     fn any_mix_gives_each_sequence_its_own_tokens(
-        requests in proptest::collection::vec((0usize..4, 1usize..60, 1u32..14, 0u32..3, 0i32..2, 0usize..4), 1..10),
+        requests in proptest::collection::vec((0usize..4, 0usize..CHANGES.len(), 1usize..60, 1u32..14, 0u32..3, 0i32..2, 0usize..4), 1..10),
         step in 4u32..40, chunk in 1u32..20, spare_pages in 0u64..60, prefix_cache: bool,
         boundary_pages in 0u64..9, in_flight in proptest::sample::select(vec![1u32, 2, 4]), gap_ms in 0u32..3, batch_ms_max in 0u32..2, stop in proptest::option::of(0u32..97), cancel in proptest::option::of(0u64..10),
-        windows in proptest::sample::select(Windows::ALL.as_slice()),
+        windows in proptest::sample::select(Windows::ALL.as_slice()), with_adapters: bool,
     ) {
         let family = family_with(windows);
         let chunk = chunk.min(step);
         // The largest sequence (74 tokens, 5 pages) on the widest chain's share must fit.
         let boundary_bytes = boundary_pages * BOUNDARY_BYTES;
         let mut node = Node::new(Limits { gap_ms, batch_ms_max, row_wait_ms: 1, prefix_cache, boundary_bytes, batches_in_flight_max: in_flight, ..limits(18 + spare_pages, step, chunk) });
-        let spans: Vec<SpanIndex> = family.iter().map(|blocks| node.engine.handle_host(host(blocks, 0, blocks.len()))).collect();
+        let mut spans: BTreeMap<(usize, usize), SpanIndex> = (0..4).map(|model| ((model, 0), node.host(&family[model], &[]))).collect();
         let mut sent = Vec::new();
         let mut expected = BTreeMap::new();
-        for (number, (model, length, count, salt, priority, steps)) in requests.iter().enumerate() {
+        for (number, (model, adapted, length, count, salt, priority, steps)) in requests.iter().enumerate() {
+            let changes = if with_adapters { *adapted } else { 0 };
+            let span = *spans.entry((*model, changes)).or_insert_with(|| node.host(&family[*model], CHANGES[changes]));
             let prompt: Vec<u32> = (0..*length as u32).map(|t| (t * 5 + salt) % 97).collect();
-            let mut tokens = oracle(&family[*model], &prompt, *count as usize);
+            let mut tokens = oracle_with(&family[*model], CHANGES[changes], &prompt, *count as usize);
             if let Some(end) = tokens.iter().position(|token| Some(*token) == stop) {
                 tokens.truncate(end + 1);
             }
             expected.insert(number as u64, tokens);
-            let admit = admit(number as u64, spans[*model], &prompt, *count, *priority);
+            let admit = admit(number as u64, span, &prompt, *count, *priority);
             let tenant = format!("ten_{}", number % 3);
             node.admit(Admit { stop_tokens: stop.into_iter().collect(), tenant, ..admit });
             for _ in 0..*steps {
@@ -68,7 +70,7 @@ enum Event {
 }
 
 fn event() -> impl Strategy<Value = Event> {
-    let chain = 0usize..5;
+    let chain = 0usize..5 + CHANGES.len();
     prop_oneof![
         2 => chain.clone().prop_map(Event::Host),
         1 => chain.clone().prop_map(Event::Unhost),
@@ -89,6 +91,9 @@ proptest! {
         let mut family = family_with(windows);
         // Ends inside another one, and shares its start.
         family.push([&family[0][..5], &[2001]].concat());
+        // And the first one with adapters.
+        let changes: Vec<&[(u32, u64)]> = std::iter::repeat_n(CHANGES[0], family.len()).chain(CHANGES).collect();
+        family.extend(std::iter::repeat_n(family[0].clone(), CHANGES.len()));
         let boundary_bytes = boundary_pages * BOUNDARY_BYTES;
         let mut node = Node::new(Limits { boundary_bytes, batches_in_flight_max: in_flight, ..limits(30 + spare_pages, step, chunk.min(step)) });
         let mut hosted: Vec<Option<SpanIndex>> = vec![None; family.len()];
@@ -97,7 +102,7 @@ proptest! {
         for (number, event) in events.into_iter().enumerate() {
             match event {
                 Event::Host(chain) if hosted[chain].is_none() => {
-                    hosted[chain] = Some(node.engine.handle_host(host(&family[chain], 0, family[chain].len())));
+                    hosted[chain] = Some(node.host(&family[chain], changes[chain]));
                 }
                 Event::Unhost(chain) => {
                     if let Some(span) = hosted[chain].take() {
@@ -113,7 +118,7 @@ proptest! {
                     if node.engine.handle_admit(crate::state::Now::ZERO, admit.clone()).is_ok() {
                         let id = node.id(number as u64).expect("admitted");
                         node.keys.insert(id, number as u64);
-                        expected.insert(number as u64, (chain, oracle(&family[chain], &prompt, count as usize)));
+                        expected.insert(number as u64, (chain, oracle_with(&family[chain], changes[chain], &prompt, count as usize)));
                     }
                 }
                 Event::Step(steps) => (0..steps).for_each(|_| {

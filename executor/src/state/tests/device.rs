@@ -7,6 +7,7 @@ use ashlar_kernels::ops::{KvFormat, KvShape};
 
 use crate::state::batch::{Batch, RowInput, RowOutput, Sample, SampledToken, SequenceId};
 use crate::state::segments::BlockIndex;
+use crate::state::sequence::SpanIndex;
 use crate::state::span::HostSpan;
 
 pub(super) const PAGE: u32 = 16;
@@ -39,6 +40,8 @@ pub(super) struct ModelDevice {
     pub(super) hidden: BTreeMap<u32, u64>,
     /// Page table by sequence and attention block of its span.
     pub(super) tables: BTreeMap<(SequenceId, u32), Vec<u32>>,
+    /// Adapters by span and place in it.
+    pub(super) adapters: BTreeMap<(SpanIndex, u32), u64>,
     /// Position and token that was sampled last, by sequence.
     pub(super) sampled: BTreeMap<SequenceId, (u32, u32)>,
 }
@@ -73,10 +76,11 @@ impl ModelDevice {
             };
             assert_eq!(values.len(), rows.count as usize);
             let mut attention = 0;
-            for block in batch.blocks.iter() {
+            for (place, block) in (rows.block_from..).zip(batch.blocks.iter()) {
+                let adapter = self.adapters.get(&(rows.span, place));
                 for (i, value) in values.iter_mut().enumerate() {
                     let position = rows.start + i as u32;
-                    *value = mix(&[u64::from(block.0), u64::from(position), *value]);
+                    *value = through(block.0, adapter.copied(), u64::from(position), *value);
                 }
                 if block.0 >= ATTENTION_BELOW {
                     continue;
@@ -116,8 +120,19 @@ impl ModelDevice {
     }
 }
 
+/// What becomes of a row in a block, before it looks at others.
+fn through(block: u32, adapter: Option<u64>, position: u64, value: u64) -> u64 {
+    let value = mix(&[u64::from(block), position, value]);
+    adapter.map_or(value, |adapter| mix(&[adapter, value]))
+}
+
 /// Tokens of a chain run alone, straight from the definition, with no engine.
 pub(super) fn oracle(blocks: &[u32], prompt: &[u32], count: usize) -> Vec<u32> {
+    oracle_with(blocks, &[], prompt, count)
+}
+
+/// The same for a chain with adapters, by place.
+pub(super) fn oracle_with(blocks: &[u32], adapters: &[(u32, u64)], prompt: &[u32], count: usize) -> Vec<u32> {
     let mut tokens = prompt.to_vec();
     let mut history: Vec<Vec<u64>> = vec![Vec::new(); blocks.len()];
     let mut computed = 0;
@@ -126,7 +141,8 @@ pub(super) fn oracle(blocks: &[u32], prompt: &[u32], count: usize) -> Vec<u32> {
         for position in computed..tokens.len() {
             let mut value = u64::from(tokens[position]);
             for (b, block) in blocks.iter().enumerate() {
-                value = mix(&[u64::from(*block), position as u64, value]);
+                let adapter = adapters.iter().find(|(place, _)| *place as usize == b).map(|(_, adapter)| *adapter);
+                value = through(*block, adapter, position as u64, value);
                 if *block < ATTENTION_BELOW {
                     history[b].push(value);
                     value = mix(&history[b][seen_from(*block, position as u32) as usize..]);
@@ -141,11 +157,19 @@ pub(super) fn oracle(blocks: &[u32], prompt: &[u32], count: usize) -> Vec<u32> {
 }
 
 pub(super) fn host(blocks: &[u32], from: usize, to: usize) -> HostSpan {
+    host_with(blocks, &[], from, to)
+}
+
+/// The same for a chain with adapters, by place.
+pub(super) fn host_with(blocks: &[u32], adapters: &[(u32, u64)], from: usize, to: usize) -> HostSpan {
     let mut lineage = [0u8; 32];
     let mut lineages = Vec::new();
-    for block in blocks {
+    for (b, block) in blocks.iter().enumerate() {
         let mut hasher = blake3::Hasher::new();
         hasher.update(&lineage).update(&block.to_le_bytes());
+        for (_, adapter) in adapters.iter().filter(|(place, _)| *place as usize == b) {
+            hasher.update(&adapter.to_le_bytes());
+        }
         lineage = *hasher.finalize().as_bytes();
         lineages.push(lineage);
     }

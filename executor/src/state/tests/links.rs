@@ -2,18 +2,19 @@
 
 use std::collections::BTreeMap;
 
-use super::device::{host, oracle};
-use super::family;
+use super::device::{host, oracle, oracle_with};
 use super::node::{Node, Sent, admit, limits};
+use super::{CHANGES, family};
 use crate::state::Now;
 use crate::state::limits::Limits;
 
 /// Runs sequences on a chain cut over two engines.
 fn run_cut(blocks: &[u32], at: usize, prompts: &[Vec<u32>], count: u32, limits: &Limits) -> BTreeMap<u64, Vec<u32>> {
     let (mut up, mut down) = (Node::new(limits.clone()), Node::new(limits.clone()));
-    let upper = up.engine.handle_host(host(blocks, 0, at));
-    let lower = down.engine.handle_host(host(blocks, at, blocks.len()));
+    // Sequence after sequence has other adapters.
+    let spans = CHANGES.map(|adapters| (up.host_part(blocks, adapters, 0..at), down.host_part(blocks, adapters, at..blocks.len())));
     for (i, prompt) in prompts.iter().enumerate() {
+        let (upper, lower) = spans[i % CHANGES.len()];
         up.admit(admit(i as u64, upper, prompt, count, 0));
         down.admit(admit(i as u64, lower, prompt, count, 0));
     }
@@ -67,7 +68,8 @@ fn a_chain_cut_over_two_engines_gives_the_same_tokens() {
     for at in 1..blocks.len() {
         let tokens = run_cut(blocks, at, &prompts, 7, &limits(400, 16, 7));
         for (i, prompt) in prompts.iter().enumerate() {
-            assert_eq!(tokens[&(i as u64)], oracle(blocks, prompt, 7), "cut before block {at}");
+            let expected = oracle_with(blocks, CHANGES[i % CHANGES.len()], prompt, 7);
+            assert_eq!(tokens[&(i as u64)], expected, "cut before block {at}");
         }
     }
 }

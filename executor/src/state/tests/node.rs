@@ -1,11 +1,12 @@
 //! One engine with its device. Integrity is checked after every event.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::ops::Range;
 use std::time::Duration;
 
 use ashlar_wire::id::{RouterId, SequenceKey};
 
-use super::device::{ModelDevice, PAGE, SHAPE};
+use super::device::{ModelDevice, PAGE, SHAPE, host_with};
 use crate::state::Now;
 use crate::state::batch::{Batch, RowInput, SampledToken, SequenceId};
 use crate::state::engine::{Engine, Output};
@@ -115,6 +116,20 @@ impl Node {
             late_us_most: 0,
             started_us: BTreeMap::new(),
         }
+    }
+
+    /// Hosts a whole chain with adapters, by place.
+    pub(super) fn host(&mut self, blocks: &[u32], adapters: &[(u32, u64)]) -> SpanIndex {
+        self.host_part(blocks, adapters, 0..blocks.len())
+    }
+
+    /// The same for a part of a chain.
+    pub(super) fn host_part(&mut self, blocks: &[u32], adapters: &[(u32, u64)], part: Range<usize>) -> SpanIndex {
+        let span = self.engine.handle_host(host_with(blocks, adapters, part.start, part.end));
+        let within = adapters.iter().filter(|(place, _)| part.contains(&(*place as usize)));
+        self.device.adapters.extend(within.map(|(place, adapter)| ((span, place - part.start as u32), *adapter)));
+        self.engine.check_integrity().expect("integrity after a re-cut");
+        span
     }
 
     pub(super) fn admit(&mut self, admit: Admit) {

@@ -2,8 +2,8 @@
 
 use ashlar_wire::id::ExecutorId;
 
-use super::SizedChain;
 use super::ledger::Ledger;
+use super::{SizedBlock, SizedChain};
 
 /// A chain's spans in order: `[from, to)` each, without gaps.
 pub(super) type Pattern = Vec<(u32, u32)>;
@@ -16,7 +16,7 @@ pub(super) fn spans_max(chain: &SizedChain) -> u32 {
 /// `count` spans whose sizes are as equal as the borders allow.
 pub(super) fn evenly(chain: &SizedChain, count: u32) -> Pattern {
     assert!(count >= 1 && count <= spans_max(chain), "the caller bounds the count");
-    let sum = |from: u32, to: u32| chain.span(from, to).iter().map(|block| u128::from(block.bytes)).sum::<u128>();
+    let sum = |from: u32, to: u32| chain.span(from, to).iter().map(SizedBlock::all_bytes).sum::<u128>();
     let whole = sum(0, chain.len());
     let mut cuts = vec![0];
     for index in 1..count {

@@ -15,7 +15,7 @@ pub(super) struct Shelf {
     pub(super) numeric_class: String,
     memory_bytes: u64,
     used_bytes: u64,
-    /// Bytes of each resident block, and in how many places of its spans it stands.
+    /// Bytes of each resident block and adapter, and in how many places of its spans it stands.
     resident: BTreeMap<Digest, (u64, u32)>,
     /// At most one span of a chain: `[from, to)`.
     spans: BTreeMap<ChainDigest, (u32, u32)>,
@@ -32,10 +32,10 @@ impl Shelf {
         self.memory_bytes - self.used_bytes
     }
 
-    /// Bytes that these blocks would add: each that is not resident, once.
+    /// Bytes that these blocks would add with their adapters: each that is not resident, once.
     pub(super) fn added_bytes(&self, blocks: &[SizedBlock]) -> u64 {
-        let new: BTreeMap<Digest, u64> =
-            blocks.iter().filter(|block| !self.resident.contains_key(&block.digest)).map(|block| (block.digest, block.bytes)).collect();
+        let parts = blocks.iter().flat_map(SizedBlock::parts);
+        let new: BTreeMap<Digest, u64> = parts.filter(|(digest, _)| !self.resident.contains_key(digest)).collect();
         new.values().fold(0, |sum, bytes| sum.saturating_add(*bytes))
     }
 
@@ -69,8 +69,8 @@ impl Ledger {
         let shelf = self.shelves.get_mut(executor).expect("an executor of the inventory");
         shelf.used_bytes += shelf.added_bytes(blocks);
         assert!(shelf.used_bytes <= shelf.memory_bytes, "the caller saw that it fits");
-        for block in blocks {
-            shelf.resident.entry(block.digest).or_insert((block.bytes, 0)).1 += 1;
+        for (digest, bytes) in blocks.iter().flat_map(SizedBlock::parts) {
+            shelf.resident.entry(digest).or_insert((bytes, 0)).1 += 1;
         }
         let before = shelf.spans.insert(span.chain, (span.from, span.to));
         assert!(before.is_none(), "one span of a chain for each executor");
@@ -80,12 +80,12 @@ impl Ledger {
     pub(super) fn remove(&mut self, chain: &ChainDigest, inventory: &Inventory) {
         for shelf in self.shelves.values_mut() {
             let Some((from, to)) = shelf.spans.remove(chain) else { continue };
-            for block in inventory.chains[chain].span(from, to) {
-                let (bytes, count) = shelf.resident.get_mut(&block.digest).expect("it was put");
+            for (digest, _) in inventory.chains[chain].span(from, to).iter().flat_map(SizedBlock::parts) {
+                let (bytes, count) = shelf.resident.get_mut(&digest).expect("it was put");
                 *count -= 1;
                 if *count == 0 {
                     shelf.used_bytes -= *bytes;
-                    shelf.resident.remove(&block.digest);
+                    shelf.resident.remove(&digest);
                 }
             }
         }

@@ -9,7 +9,7 @@ use ashlar_registry::record::{PlanPolicy, SpanAssignment};
 
 use super::cut::{self, Pattern};
 use super::keep::pattern;
-use super::{Inventory, Ledger, SizedChain, name};
+use super::{Inventory, Ledger, SizedBlock, SizedChain, name};
 
 /// What [`place`] arrived at.
 pub(super) struct Placed {
@@ -23,7 +23,7 @@ pub(super) struct Placed {
 pub(super) fn place(policy: &PlanPolicy, inventory: &Inventory, mut ledger: Ledger) -> Placed {
     // Larger chains first: small ones fit into what is left.
     let mut order: Vec<(&ChainDigest, &SizedChain)> = inventory.chains.iter().collect();
-    order.sort_by_key(|(digest, chain)| (Reverse(chain.blocks.iter().map(|block| u128::from(block.bytes)).sum::<u128>()), **digest));
+    order.sort_by_key(|(digest, chain)| (Reverse(chain.blocks.iter().map(SizedBlock::all_bytes).sum::<u128>()), **digest));
     let placings: Vec<Placing<'_>> =
         order.into_iter().map(|(digest, chain)| Placing { policy, inventory, digest: *digest, chain }).collect();
     let mut changed = true;

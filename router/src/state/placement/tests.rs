@@ -6,9 +6,14 @@ use proptest::prelude::*;
 
 use super::*;
 
-/// A chain of `(block, bytes)` pairs: an embedding, layers of two blocks, a head; equal names are equal blocks.
+/// A chain of `(block, bytes)` pairs: an embedding, layers of two blocks, a head; equal names are equal blocks. `block+adapter` has an adapter
+/// of an eighth of the bytes.
 fn chain(blocks: &[(String, u64)]) -> SizedChain {
-    let sized = |(name, bytes): &(String, u64)| SizedBlock { digest: Digest::of(name.as_bytes()), bytes: *bytes };
+    let sized = |(name, bytes): &(String, u64)| {
+        let (block, adapter) = name.split_once('+').map_or((name.as_str(), None), |(block, _)| (block, Some(name)));
+        let adapter = adapter.map(|both| SizedAdapter { digest: Digest::of(both.as_bytes()), bytes: bytes / 8 });
+        SizedBlock { digest: Digest::of(block.as_bytes()), bytes: *bytes, adapter }
+    };
     let len = blocks.len() as u32;
     let borders = (3..len.saturating_sub(2)).step_by(2).collect();
     SizedChain { blocks: blocks.iter().map(sized).collect(), borders }
@@ -80,7 +85,7 @@ fn draw(planned: &Planned, inventory: &Inventory, names: &BTreeMap<ChainDigest, 
 
 fn used_bytes(inventory: &Inventory, spans: &[SpanAssignment]) -> u64 {
     let blocks = spans.iter().flat_map(|span| inventory.chains[&span.chain].span(span.from, span.to));
-    blocks.map(|block| (block.digest, block.bytes)).collect::<BTreeMap<_, _>>().values().sum()
+    blocks.flat_map(SizedBlock::parts).collect::<BTreeMap<_, _>>().values().sum()
 }
 
 /// What holds of every plan.

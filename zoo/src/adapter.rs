@@ -1,0 +1,152 @@
+//! What an adapter may be, alone and over a block: the paragraph "Adapters" of docs/block-format.md as code. Every adapter
+//! that is read is checked; whoever puts one over a block asks [`Adapter::check_against`] as well. It does no IO.
+
+use ashlar_kernels::format::Dtype;
+
+use crate::manifest::{Adapter, Block, Change, TensorRef};
+use crate::roles::{DIMENSION_MAX, RoleShape, roles};
+
+/// Largest rank that is believed. PEFT's are 4 to 256 and vLLM serves at most 512; at twice that an adapter weighs as much as the
+/// matrices of a 2048-wide model, so that a full fine-tune is the better form. It bounds what an executor keeps for each row.
+pub const RANK_MAX: u64 = 1024;
+
+/// Matrices that an adapter can change: the linear ones of attention and feed-forward blocks.
+pub const ADAPTED_ROLES: [&str; 7] = ["q.weight", "k.weight", "v.weight", "o.weight", "gate.weight", "up.weight", "down.weight"];
+
+/// What is wrong with an adapter.
+#[derive(Debug, thiserror::Error, PartialEq)]
+pub enum AdapterError {
+    /// It changes nothing, so it should not be there.
+    #[error("it changes nothing")]
+    Empty,
+    /// A role that no adapter can change.
+    #[error("`{0}` is no matrix that an adapter can change")]
+    Role(String),
+    /// A scale that makes everything infinite.
+    #[error("`{role}` has the scale {scale}")]
+    Scale {
+        /// Role.
+        role: String,
+        /// The scale.
+        scale: f32,
+    },
+    /// Factors that are no `[rank, K]` and `[N, rank]`.
+    #[error("`{role}` has factors of shapes {a:?} and {b:?}, not [rank, K] and [N, rank]")]
+    Factors {
+        /// Role.
+        role: String,
+        /// Shape of a.
+        a: Vec<u64>,
+        /// Shape of b.
+        b: Vec<u64>,
+    },
+    /// More rank than is believed.
+    #[error("`{role}` has rank {rank}, more than {RANK_MAX}")]
+    Rank {
+        /// Role.
+        role: String,
+        /// Its rank.
+        rank: u64,
+    },
+    /// Factors of a format that is for weights alone.
+    #[error("`{role}` has a factor of type {dtype}, not f32, f16 or bf16")]
+    Dtype {
+        /// Role.
+        role: String,
+        /// The format.
+        dtype: Dtype,
+    },
+    /// A matrix that the block does not have.
+    #[error("`{0}` is no matrix of this block")]
+    Absent(String),
+    /// A matrix of another shape.
+    #[error("`{role}` changes a matrix of shape {actual:?}, the block's is {expected:?}")]
+    Shape {
+        /// Role.
+        role: String,
+        /// `[N, K]` of the change.
+        actual: [u64; 2],
+        /// Shape in the block.
+        expected: RoleShape,
+    },
+}
+
+impl Change {
+    /// The tensors of it, by the name that the descriptor gives them.
+    pub fn tensors(&self) -> [(&'static str, &TensorRef); 2] {
+        let Self::LowRank { a, b, .. } = self;
+        [("a", a), ("b", b)]
+    }
+}
+
+impl Adapter {
+    /// The tensors of all changes, each with its place (`q.weight.a`).
+    pub fn tensors(&self) -> impl Iterator<Item = (String, &TensorRef)> {
+        self.changes.iter().flat_map(|(role, change)| change.tensors().map(|(factor, tensor)| (format!("{role}.{factor}"), tensor)))
+    }
+
+    /// Checks roles, scales, shapes and formats, as far as they can be without the block.
+    ///
+    /// # Errors
+    /// The first thing that is wrong.
+    pub fn check(&self) -> Result<(), AdapterError> {
+        if self.changes.is_empty() {
+            return Err(AdapterError::Empty);
+        }
+        self.changes.iter().try_for_each(|(role, change)| check_change(role, change))
+    }
+
+    /// Checks that the block has the matrices that this changes, in these shapes. Call [`Adapter::check`] first.
+    ///
+    /// # Errors
+    /// The first matrix that is not there or is another.
+    pub fn check_against(&self, block: &Block) -> Result<(), AdapterError> {
+        let roles = roles(block.width, &block.params);
+        for (role, change) in &self.changes {
+            let shape = roles.iter().find(|known| known.name == role && block.tensors.contains_key(role)).map(|known| known.shape);
+            let Some(expected) = shape else { return Err(AdapterError::Absent(role.clone())) };
+            let (rows, cols, _) = dimensions(role, change)?;
+            if !expected.fits(&[rows, cols]) {
+                return Err(AdapterError::Shape { role: role.clone(), actual: [rows, cols], expected });
+            }
+        }
+        Ok(())
+    }
+}
+
+fn check_change(role: &str, change: &Change) -> Result<(), AdapterError> {
+    let Change::LowRank { scale, .. } = change;
+    if !ADAPTED_ROLES.contains(&role) {
+        return Err(AdapterError::Role(role.to_owned()));
+    }
+    if !scale.is_finite() {
+        return Err(AdapterError::Scale { role: role.to_owned(), scale: *scale });
+    }
+    let (_, _, rank) = dimensions(role, change)?;
+    if rank > RANK_MAX {
+        return Err(AdapterError::Rank { role: role.to_owned(), rank });
+    }
+    match change.tensors().iter().find(|(_, tensor)| !matches!(tensor.dtype, Dtype::F32 | Dtype::F16 | Dtype::Bf16)) {
+        Some((_, tensor)) => Err(AdapterError::Dtype { role: role.to_owned(), dtype: tensor.dtype }),
+        None => Ok(()),
+    }
+}
+
+/// N, K and rank.
+fn dimensions(role: &str, change: &Change) -> Result<(u64, u64, u64), AdapterError> {
+    let Change::LowRank { a, b, .. } = change;
+    match (a.shape.as_slice(), b.shape.as_slice()) {
+        ([rank, cols], [rows, b_rank]) if rank == b_rank && [rank, cols, rows].iter().all(|dim| (1..=bound()).contains(*dim)) => {
+            Ok((*rows, *cols, *rank))
+        }
+        _ => Err(AdapterError::Factors { role: role.to_owned(), a: a.shape.clone(), b: b.shape.clone() }),
+    }
+}
+
+/// Heads times their size is the largest dimension of a matrix.
+fn bound() -> u64 {
+    u64::from(DIMENSION_MAX) * u64::from(DIMENSION_MAX)
+}
+
+#[cfg(test)]
+mod tests;
