@@ -1,6 +1,10 @@
 //! `ashlar bench step`: whole steps of a model of the zoo on this process's own device, without engine and server: how long a step
-//! takes, what share of the read bandwidth that is, how many barriers it has, and which ops the time goes to.
+//! takes, what share of the read bandwidth that is, how many barriers it has, and which ops the time goes to. With `--adapter-rank` decode steps
+//! alternate with steps whose rows all have adapters of their own.
 
+mod adapters;
+
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,7 +15,8 @@ use ashlar_executor::model::block::LoadedBlock;
 use ashlar_executor::model::steps::Steps;
 use ashlar_kernels::cpu::{Cpu, CpuOptions, Isa, probe};
 use ashlar_kernels::ops::{Bf16Compute, KvFormat, Ops};
-use ashlar_kernels::timed::Timed;
+use ashlar_kernels::timed::{OpTime, Timed};
+use ashlar_zoo::manifest::Block;
 use ashlar_zoo::model_id::ModelId;
 use ashlar_zoo::store::Zoo;
 use serde_json::json;
@@ -60,6 +65,12 @@ pub(crate) struct StepArgs {
     /// Tokens of a prompt computed in one step, comma-separated
     #[arg(long, value_name = "TOKENS", value_delimiter = ',', default_value = "128,512", allow_negative_numbers = true, value_parser = whole(1, ROWS_MAX))]
     prefill: Vec<usize>,
+    /// Also time decode steps whose sequences each have an adapter of their own, of this rank
+    #[arg(long, value_name = "RANK", allow_negative_numbers = true, value_parser = whole(1, adapters::RANK))]
+    adapter_rank: Option<usize>,
+    /// Matrices that the adapters change, comma-separated
+    #[arg(long, value_name = "MATRICES", value_delimiter = ',', default_value = "q,k,v,o,gate,up,down", value_parser = adapters::matrix)]
+    adapter_matrices: Vec<String>,
     /// Seconds for each cell
     #[arg(long, default_value_t = 2.0)]
     seconds: f64,
@@ -95,10 +106,14 @@ pub(crate) async fn run(args: StepArgs) -> anyhow::Result<()> {
     let name = zoo.read_model(&args.model).await?;
     let ops = Arc::new(Timed::new(Cpu::new(CpuOptions { threads: args.threads, isa: args.isa, bf16_compute: args.bf16_compute })));
     let blocks = load_chain(&*ops, &zoo, name.chain).await?;
-    tokio::task::spawn_blocking(move || measure(&args, ops, blocks)).await?
+    let mut descriptors = Vec::new();
+    for block in zoo.read_chain(name.chain).await?.blocks {
+        descriptors.push(zoo.read_block(block).await?);
+    }
+    tokio::task::spawn_blocking(move || measure(&args, ops, blocks, &descriptors)).await?
 }
 
-fn measure(args: &StepArgs, ops: Arc<Timed<Cpu>>, blocks: Vec<LoadedBlock<Timed<Cpu>>>) -> anyhow::Result<()> {
+fn measure(args: &StepArgs, ops: Arc<Timed<Cpu>>, blocks: Vec<LoadedBlock<Timed<Cpu>>>, descriptors: &[Block]) -> anyhow::Result<()> {
     output::line(format_args!("{}, {}", args.model, ops.describe()))?;
     let cells: Vec<Cell> = args.decode.iter().map(|n| Cell::Decode(*n)).chain(args.prefill.iter().map(|n| Cell::Prefill(*n))).collect();
     let rows_max = args.decode.iter().chain(&args.prefill).max().copied().unwrap_or(1);
@@ -106,6 +121,11 @@ fn measure(args: &StepArgs, ops: Arc<Timed<Cpu>>, blocks: Vec<LoadedBlock<Timed<
     let limits = AloneLimits { chunk_tokens_max: rows_max, tokens_max, page_tokens: PAGE_TOKENS, kv_format: args.kv_format };
     let sequences = args.decode.iter().max().copied().unwrap_or(1);
     let mut steps = Steps::new(Arc::clone(&ops), blocks, limits, sequences).context("make room for the sequences")?;
+    if let Some(rank) = args.adapter_rank {
+        steps
+            .take_adapters(adapters::noise(&*ops, descriptors, &args.adapter_matrices, rank, sequences)?)
+            .context("make room for adapters")?;
+    }
     let bandwidth = probe::read_bandwidth(ops.inner(), PROBE_BYTES).context("probe the machine")?;
     output::line(format_args!(
         "read bandwidth {:.1} GB/s; a decode step reads {:.1} MB of weights, so {:.0} steps/s at most",
@@ -114,10 +134,10 @@ fn measure(args: &StepArgs, ops: Arc<Timed<Cpu>>, blocks: Vec<LoadedBlock<Timed<
         bandwidth / steps.read_bytes() as f64
     ))?;
     let [step, best, median, rate, share, barriers] = ["step", "best ms", "median ms", "tokens/s", "of bandwidth", "barriers"];
-    output::line(format_args!("{step:>16}  {best:>9}  {median:>9}  {rate:>9}  {share:>12}  {barriers:>8}"))?;
+    output::line(format_args!("{step:>18}  {best:>9}  {median:>9}  {rate:>9}  {share:>12}  {barriers:>8}"))?;
     let mut reported = Vec::new();
     for cell in cells {
-        reported.push(measure_cell(args, &ops, &mut steps, bandwidth, cell)?);
+        reported.extend(measure_cell(args, &ops, &mut steps, bandwidth, cell)?);
     }
     let Some(path) = &args.json else { return Ok(()) };
     let report = json!({
@@ -129,6 +149,7 @@ fn measure(args: &StepArgs, ops: Arc<Timed<Cpu>>, blocks: Vec<LoadedBlock<Timed<
         "context": args.context,
         "kv_format": args.kv_format.to_string(),
         "bf16_compute": args.bf16_compute.to_string(),
+        "adapter_rank": args.adapter_rank,
         "read_bytes_per_second": bandwidth,
         "weight_bytes_of_a_step": steps.read_bytes(),
         "cells": reported,
@@ -136,45 +157,81 @@ fn measure(args: &StepArgs, ops: Arc<Timed<Cpu>>, blocks: Vec<LoadedBlock<Timed<
     std::fs::write(path, serde_json::to_string_pretty(&report)? + "\n").with_context(|| format!("write {}", path.display()))
 }
 
-#[expect(clippy::disallowed_methods, reason = "a measurement reads the real clock")]
+/// What steps of one kind took.
+#[derive(Debug, Default)]
+struct Timing {
+    times: Vec<Duration>,
+    barriers: u64,
+    ops: BTreeMap<&'static str, OpTime>,
+}
+
+/// Measures one cell, and with adapters the same in turns with it.
 fn measure_cell(
     args: &StepArgs,
     ops: &Timed<Cpu>,
     steps: &mut Steps<Timed<Cpu>>,
     bandwidth: f64,
     cell: Cell,
-) -> anyhow::Result<serde_json::Value> {
-    let (name, tokens) = match cell {
-        Cell::Decode(sequences) => (format!("decode {sequences}"), sequences),
-        Cell::Prefill(rows) => (format!("prefill {rows}"), rows),
+) -> anyhow::Result<Vec<serde_json::Value>> {
+    let (name, tokens, kinds) = match cell {
+        Cell::Decode(sequences) => (format!("decode {sequences}"), sequences, if args.adapter_rank.is_some() { 2 } else { 1 }),
+        Cell::Prefill(rows) => (format!("prefill {rows}"), rows, 1),
     };
-    let mut step = || match cell {
-        Cell::Decode(sequences) => steps.step(sequences, args.context, 1),
-        Cell::Prefill(rows) => steps.step(1, 0, rows),
-    };
-    step();
-    ops.take();
-    let barriers_before = ops.inner().barriers();
-    let mut times = Vec::new();
-    let begin = Instant::now();
-    while times.len() < 3 || begin.elapsed() < Duration::from_secs_f64(args.seconds) {
-        let start = Instant::now();
-        step();
-        times.push(start.elapsed());
+    let timings = take_turns(args, ops, steps, cell, kinds);
+    let read_bytes = [steps.read_bytes(), steps.read_bytes() + steps.adapter_bytes(tokens)];
+    let mut reported = Vec::new();
+    for (kind, timing) in timings.into_iter().enumerate() {
+        let name = if kind == 0 { name.clone() } else { format!("{name} adapted") };
+        reported.push(report(args, name, tokens, timing, read_bytes[kind] as f64 / bandwidth)?);
     }
+    Ok(reported)
+}
+
+/// Steps in turns: the first kind without adapters, the second with them.
+#[expect(clippy::disallowed_methods, reason = "a measurement reads the real clock")]
+fn take_turns(args: &StepArgs, ops: &Timed<Cpu>, steps: &mut Steps<Timed<Cpu>>, cell: Cell, kinds: usize) -> Vec<Timing> {
+    let mut step = |kind| {
+        steps.adapt(kind == 1);
+        match cell {
+            Cell::Decode(sequences) => steps.step(sequences, args.context, 1),
+            Cell::Prefill(rows) => steps.step(1, 0, rows),
+        }
+    };
+    (0..kinds).for_each(&mut step);
+    ops.take();
+    let mut timings: Vec<Timing> = (0..kinds).map(|_| Timing::default()).collect();
+    let begin = Instant::now();
+    while timings[0].times.len() < 3 || begin.elapsed() < Duration::from_secs_f64(args.seconds) {
+        for (kind, timing) in timings.iter_mut().enumerate() {
+            let (barriers, start) = (ops.inner().barriers(), Instant::now());
+            step(kind);
+            timing.times.push(start.elapsed());
+            timing.barriers += ops.inner().barriers() - barriers;
+            for (name, op) in ops.take() {
+                let sum = timing.ops.entry(name).or_default();
+                (sum.calls, sum.time) = (sum.calls + op.calls, sum.time + op.time);
+            }
+        }
+    }
+    timings
+}
+
+/// Prints what steps of one kind took, of which reading their weights alone would take so many seconds.
+fn report(args: &StepArgs, name: String, tokens: usize, timing: Timing, read_seconds: f64) -> anyhow::Result<serde_json::Value> {
+    let Timing { mut times, barriers, ops } = timing;
     times.sort_unstable();
     let (best, median) = (times[0].as_secs_f64(), times[times.len() / 2].as_secs_f64());
-    let barriers = (ops.inner().barriers() - barriers_before) as f64 / times.len() as f64;
-    let share = steps.read_bytes() as f64 / bandwidth / median;
-    let of_bandwidth = if matches!(cell, Cell::Decode(1)) { format!("{:.0}%", share * 100.0) } else { "-".to_owned() };
+    let barriers = barriers as f64 / times.len() as f64;
+    let share = read_seconds / median;
+    let of_bandwidth = if name.starts_with("decode 1 ") || name == "decode 1" { format!("{:.0}%", share * 100.0) } else { "-".to_owned() };
     output::line(format_args!(
-        "{name:>16}  {:>9.3}  {:>9.3}  {:>9.0}  {of_bandwidth:>12}  {barriers:>8.0}",
+        "{name:>18}  {:>9.3}  {:>9.3}  {:>9.0}  {of_bandwidth:>12}  {barriers:>8.0}",
         best * 1e3,
         median * 1e3,
         tokens as f64 / median
     ))?;
     let total: Duration = times.iter().sum();
-    let mut of_ops: Vec<_> = ops.take().into_iter().collect();
+    let mut of_ops: Vec<_> = ops.into_iter().collect();
     of_ops.sort_by_key(|(_, op)| std::cmp::Reverse(op.time));
     if args.ops {
         for (name, op) in &of_ops {
