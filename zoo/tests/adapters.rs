@@ -213,6 +213,54 @@ async fn fused_modules_are_split_by_rows_and_share_their_a() {
     }
 }
 
+/// Adapters as peft itself saves them; executor/tests/goldens.rs has their numbers.
+#[tokio::test]
+async fn every_tiny_adapter_is_taken_with_each_of_its_values() {
+    let dir = tempfile::tempdir().unwrap();
+    let zoo = Zoo::create_dir(&dir.path().join("zoo")).await.unwrap();
+    let mut seen = BTreeMap::new();
+    for entry in std::fs::read_dir(tiny().join("../adapters")).unwrap() {
+        let path = entry.unwrap().path();
+        let golden: serde_json::Value = serde_json::from_slice(&std::fs::read(path.join("golden.json")).unwrap()).unwrap();
+        let (name, base) = (path.file_name().unwrap().to_str().unwrap().to_owned(), golden["base"].as_str().unwrap());
+        add_dir(&zoo, &tiny().join(base), &format!("base/{base}"), Recipe::Keep).await.unwrap();
+        let report = add_dir(&zoo, &path, &format!("tiny/{name}"), Recipe::Keep).await.unwrap_or_else(|e| panic!("{name}: {e}"));
+        let chain = zoo.read_chain(report.chain).await.unwrap();
+        // Whatever became of them, the file's bytes are those of what is new: A once for all parts of a fused module.
+        let file = std::fs::read(path.join("adapter_model.safetensors")).unwrap();
+        let header = u64::from_le_bytes(file[..8].try_into().unwrap());
+        assert_eq!(report.bytes_new, file.len() as u64 - 8 - header, "{name}");
+        let mut scales = BTreeMap::new();
+        for block in blocks_with_adapters(&chain) {
+            for (role, (scale, ..)) in changes(&zoo, &chain, block).await {
+                scales.insert((block, role), scale);
+            }
+        }
+        seen.insert(name, (scales, report.blocks.total - report.blocks.present));
+    }
+    let scale = |name: &str, block: u32, role: &str| seen[name].0[&(block, role.to_owned())];
+    assert_eq!(
+        seen.iter().map(|(name, (scales, blocks))| (name.as_str(), scales.len(), *blocks)).collect::<Vec<_>>(),
+        [
+            ("gpt2-fused", 2 * 4, 0),
+            ("llama-bias-whole", 3, 7),
+            ("llama-patterns", 2 * 7, 0),
+            ("llama-qv", 2 * 2, 0),
+            ("phi3-fused", 2 * 6, 0),
+            ("qwen2-layer", 7, 0),
+        ]
+    );
+    assert_eq!(scale("llama-qv", 1, "q.weight"), 2.0);
+    // Rank 3 and alpha 6; rank 5 in layer 1 alone; an alpha of its own in layer 0 alone; ranks by a regular expression.
+    assert_eq!(scale("llama-patterns", 1, "q.weight"), (6.0 / 3f64.sqrt()) as f32);
+    assert_eq!(scale("llama-patterns", 2, "down.weight"), (6.0 / 8f64.sqrt()) as f32);
+    assert_eq!(scale("llama-patterns", 4, "down.weight"), (6.0 / 5f64.sqrt()) as f32);
+    assert_eq!(scale("llama-patterns", 1, "o.weight"), (2.0 / 8f64.sqrt()) as f32);
+    assert_eq!(scale("llama-patterns", 3, "o.weight"), (6.0 / 8f64.sqrt()) as f32);
+    assert_eq!(scale("llama-patterns", 3, "k.weight"), 3.0);
+    assert_eq!(scale("llama-patterns", 4, "up.weight"), (3.5 / 8f64.sqrt()) as f32);
+}
+
 #[tokio::test]
 async fn whole_tensors_make_blocks_of_their_own() {
     let fixture = fixture().await;
