@@ -11,10 +11,14 @@ for folder in "$demo"/base "$demo"/*/; do
   folder=${folder%/}
   name=$(basename "$folder")
   if [ "$name" = base ] && [ "$added" -gt 0 ]; then continue; fi
-  # An adapter alone is no model; it is attached once the zoo takes adapters.
-  if [ ! -f "$folder/config.json" ]; then continue; fi
   parent=()
-  if [ "$name" != base ]; then parent=(--parent demo/base); fi
+  if [ -f "$folder/adapter_config.json" ]; then
+    parent=(--base demo/base)
+  elif [ ! -f "$folder/config.json" ]; then
+    continue
+  elif [ "$name" != base ]; then
+    parent=(--parent demo/base)
+  fi
   "$ashlar" zoo add "$folder" --name "demo/$name" --zoo "$zoo" "${parent[@]}"
   added=$((added + 1))
 done

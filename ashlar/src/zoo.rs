@@ -31,7 +31,13 @@ pub(crate) struct ZooArgs {
 /// What to do with the zoo.
 #[derive(Debug, Subcommand)]
 pub(crate) enum ZooCommand {
-    /// Add a checkpoint: a Hugging Face directory (safetensors) or a GGUF file
+    /// Add a checkpoint (a Hugging Face directory with safetensors, or a GGUF file) or a PEFT LoRA adapter over a model that is here
+    ///
+    /// A directory with adapter_config.json and adapter_model.safetensors is an adapter. It shares all blocks of its base, which is sought by
+    /// the name that adapter_config.json gives, or named with --base:
+    ///
+    ///     ashlar zoo add my-lora --name acme/my-lora --base acme/llama
+    #[command(verbatim_doc_comment)]
     Add {
         /// Directory or .gguf file
         path: PathBuf,
@@ -105,12 +111,15 @@ pub(crate) struct Naming {
     /// TENANT/MODEL
     #[arg(long)]
     name: ModelId,
-    /// Store weights as f32, bf16, int8 or int4 (groups of 32), or as they are
+    /// Store weights as f32, bf16, int8 or int4 (groups of 32), or as they are; an adapter's factors always stay as they are
     #[arg(long, default_value = "keep")]
     dtype: Recipe,
     /// TENANT/MODEL that it was tuned from
     #[arg(long)]
     parent: Option<ModelId>,
+    /// TENANT/MODEL that an adapter is over [default: the one model whose name or source adapter_config.json asks for]
+    #[arg(long, conflicts_with = "parent")]
+    base: Option<ModelId>,
 }
 
 /// Runs `ashlar zoo`.
@@ -168,10 +177,16 @@ pub(crate) async fn run(args: ZooArgs) -> anyhow::Result<()> {
 }
 
 async fn add(zoo: &Zoo, path: &std::path::Path, naming: &Naming, source: Option<String>) -> anyhow::Result<()> {
-    if let Some(parent) = &naming.parent {
-        zoo.resolve(parent).await.with_context(|| format!("use --parent {parent}"))?;
+    if naming.base.is_some() && !ingest::is_adapter(path) {
+        bail!("--base is for PEFT adapters, and {} is none; --parent says what a full model was tuned from", path.display());
     }
-    let options = AddOptions { model: naming.name.clone(), recipe: naming.dtype, parent: naming.parent.clone(), source };
+    let given = [("--parent", &naming.parent), ("--base", &naming.base)];
+    let given = given.into_iter().find_map(|(flag, model)| Some((flag, model.as_ref()?)));
+    if let Some((flag, model)) = given {
+        zoo.resolve(model).await.with_context(|| format!("use {flag} {model}"))?;
+    }
+    let parent = given.map(|(_, model)| model.clone());
+    let options = AddOptions { model: naming.name.clone(), recipe: naming.dtype, parent, source };
     let report = ingest::add(zoo, path, &options, &*progress::for_terminal()).await.with_context(|| format!("add {}", path.display()))?;
     Ok(print_added(&report)?)
 }
@@ -199,7 +214,8 @@ fn print_added(report: &AddReport) -> Result<(), OutputError> {
         output::line(format_args!("note: {note}"))?;
     }
     let verb = if report.replaced.is_some() { "now points to" } else { "is" };
-    output::line(format_args!("{} {verb} chain {} ({})", report.model, report.chain.short(), report.architecture))
+    let over = report.base.as_ref().map(|base| format!(" over {base}")).unwrap_or_default();
+    output::line(format_args!("{} {verb} chain {} ({}{over})", report.model, report.chain.short(), report.architecture))
 }
 
 fn print<T: serde::Serialize>(json: bool, value: &T, table: impl FnOnce() -> String) -> anyhow::Result<()> {

@@ -7,7 +7,8 @@ use std::path::Path;
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
-use support::Checkpoint;
+use support::peft::Peft;
+use support::{Checkpoint, D};
 
 fn zoo(root: &Path, args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_ashlar")).arg("zoo").args(args).env("ASHLAR_ZOO", root).output().unwrap()
@@ -45,9 +46,36 @@ fn the_commands_say_what_is_there() {
     assert!(ok(&root, &["verify"]).contains("all sound; 0 unreferenced"));
     ok(&root, &["rm", "demo/b"]);
     let gc = ok(&root, &["gc", "--grace", "0", "--dry-run"]);
-    assert!(gc.starts_with("would free ") && gc.contains("1 chains, 1 blocks, 1 tensors, 0 assets"), "{gc}");
+    assert!(gc.starts_with("would free ") && gc.contains("1 chains, 1 blocks, 0 adapters, 1 tensors, 0 assets"), "{gc}");
     ok(&root, &["gc", "--grace", "0"]);
     assert!(!zoo(&root, &["show", "demo/b"]).status.success());
+}
+
+#[test]
+fn an_adapter_is_added_over_its_base_and_shown_beside_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let (root, base, lora) = (dir.path().join("zoo"), dir.path().join("base"), dir.path().join("lora"));
+    let (base, path) = (base.to_str().unwrap(), lora.to_str().unwrap());
+    Checkpoint::llama(1).write(Path::new(base));
+    Peft::over("org/unknown").lora("model.layers.1.self_attn.q_proj", (D, D), 4, 1).write(&lora);
+    ok(&root, &["add", base, "--name", "demo/base"]);
+    let failed = |args: &[&str]| String::from_utf8(zoo(&root, args).stderr).unwrap();
+    let lost = failed(&["add", path, "--name", "demo/lora"]);
+    assert!(lost.contains("asks for the base `org/unknown`") && lost.contains("give it with --base TENANT/MODEL"), "{lost}");
+    let wrong = failed(&["add", base, "--name", "demo/b", "--base", "demo/base"]);
+    assert!(wrong.contains("--base is for PEFT adapters"), "{wrong}");
+    let added = ok(&root, &["add", path, "--name", "demo/lora", "--base", "demo/base", "--dtype", "int8"]);
+    assert!(added.starts_with("6 of 6 blocks, 0 of 1 adapters, 21 of 23 tensors already here; 2.0 kB new of 387 kB\n"), "{added}");
+    assert!(added.contains("demo/lora is chain ") && added.ends_with("(llama over demo/base)\n"), "{added}");
+    let list = ok(&root, &["list"]);
+    assert!(list.lines().any(|line| line.starts_with("demo/lora") && line.contains("demo/base") && line.contains("2.0 kB")), "{list}");
+    let shown = ok(&root, &["show", "demo/lora"]);
+    assert!(shown.contains("on 1 of 6 blocks, 2.0 kB") && shown.contains(" + adapter") && shown.contains("q:4"), "{shown}");
+    let diff = ok(&root, &["diff", "demo/base", "demo/lora"]);
+    assert!(diff.contains("the first 3 in a row") && diff.contains("3  attention  q.weight (adapter)"), "{diff}");
+    let json: serde_json::Value = serde_json::from_str(&ok(&root, &["list", "--json"])).unwrap();
+    assert_eq!((&json[1]["adapter_count"], &json[1]["own_bytes"]), (&1.into(), &2048.into()));
+    assert!(ok(&root, &["verify"]).contains("all sound; 0 unreferenced"));
 }
 
 #[test]

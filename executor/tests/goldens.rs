@@ -1,9 +1,10 @@
-//! Tiny models of every family against Hugging Face transformers (scripts/goldens/golden.py says how the goldens were taken), and the
+//! Tiny models of every family against Hugging Face transformers, and tiny adapters over them against PEFT (scripts/goldens/golden.py says how the goldens were taken), and the
 //! promise of docs/numerics.md: the same bits from every backend, whatever the chunks, the pages and the cuts of the chain.
 
 mod support;
 
 use std::collections::BTreeSet;
+use std::path::Path;
 
 use ashlar_executor::model::alone::{Alone, AloneLimits};
 use ashlar_kernels::cpu::{Cpu, CpuOptions, Isa};
@@ -26,13 +27,14 @@ struct Golden {
     prompt: Vec<u32>,
     decode: Vec<u32>,
     margins: Vec<f32>,
+    /// Of an adapter, the family that it is over.
+    base: Option<String>,
     #[serde(skip)]
     rows: Vec<Vec<f32>>,
 }
 
 impl Golden {
-    fn read(family: &str) -> Self {
-        let folder = data("tiny").join(family);
+    fn read(folder: &Path) -> Self {
         let mut golden: Self = read_json(&folder.join("golden.json"));
         let bytes = std::fs::read(folder.join("logits.safetensors")).unwrap();
         let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
@@ -60,12 +62,24 @@ impl Golden {
     }
 }
 
-/// Runs one family; prints and bounds its largest difference.
+/// Runs one family.
 fn check(family: &str, recipe: Recipe, tolerance: f32) {
-    let golden = Golden::read(family);
     let folder = data("tiny").join(family);
     let gguf = folder.join("model.gguf");
     let home = Home::of(if gguf.is_file() { &gguf } else { &folder }, recipe);
+    check_home(&format!("{family} {recipe:?}"), &Golden::read(&folder), &home, tolerance);
+}
+
+/// Runs one adapter over its base, which the recipe is for.
+fn check_adapter(name: &str, recipe: Recipe, tolerance: f32) {
+    let folder = data("adapters").join(name);
+    let golden = Golden::read(&folder);
+    let base = data("tiny").join(golden.base.as_ref().expect("an adapter has a base"));
+    check_home(&format!("{name} {recipe:?}"), &golden, &Home::of_last(&[&base, &folder], recipe), tolerance);
+}
+
+/// Runs one model; prints and bounds its largest difference.
+fn check_home(family: &str, golden: &Golden, home: &Home, tolerance: f32) {
     let limits = |page_tokens| AloneLimits { chunk_tokens_max: 64, tokens_max: 80, page_tokens, kv_format: KvFormat::F32 };
 
     let mut reference = home.load(Reference::default(), limits(16));
@@ -75,7 +89,7 @@ fn check(family: &str, recipe: Recipe, tolerance: f32) {
         a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
     };
     let worst = truth.iter().zip(&golden.rows).map(difference).fold(0.0, f32::max);
-    println!("{family} {recipe:?}: largest logit difference {worst:.2e}");
+    println!("{family}: largest logit difference {worst:.2e}");
     assert!(worst < tolerance, "{family}: largest logit difference {worst:.2e}");
     let first = golden.rows.len() - golden.decode.len() - 1;
     for (step, token) in golden.decode.iter().enumerate() {
@@ -112,6 +126,17 @@ macro_rules! families {
     };
 }
 
+macro_rules! adapters {
+    ($($test:ident $adapter:literal)*) => {
+        $(#[test]
+        fn $test() {
+            check_adapter($adapter, Recipe::Keep, TOLERANCE);
+        })*
+
+        const ADAPTERS: &[&str] = &[$($adapter),*];
+    };
+}
+
 macro_rules! gguf_families {
     ($($test:ident $family:literal)*) => {
         $(#[test]
@@ -140,6 +165,15 @@ families! {
     qwen3_with_windows_matches_transformers "qwen3-window"
 }
 
+adapters! {
+    adapter_on_conv1d_matches_peft "gpt2-fused"
+    adapter_with_biases_and_a_head_matches_peft "llama-bias-whole"
+    adapter_with_patterns_matches_peft "llama-patterns"
+    adapter_on_q_and_v_matches_peft "llama-qv"
+    adapter_on_fused_matrices_matches_peft "phi3-fused"
+    adapter_on_one_layer_matches_peft "qwen2-layer"
+}
+
 gguf_families! {
     gguf_gemma3_matches_transformers "gguf-gemma3"
     gguf_gpt2_matches_transformers "gguf-gpt2"
@@ -156,6 +190,7 @@ fn quantised_recipes_have_the_same_bits_everywhere() {
     for recipe in [Recipe::Int8, Recipe::Int4, Recipe::Bf16] {
         check("llama", recipe, f32::INFINITY);
         check("gemma3", recipe, f32::INFINITY);
+        check_adapter("llama-patterns", recipe, f32::INFINITY);
     }
 }
 
@@ -163,7 +198,7 @@ fn quantised_recipes_have_the_same_bits_everywhere() {
 #[test]
 fn bf16_activations_have_the_same_bits_everywhere() {
     for family in ["llama", "gemma3", "qwen2"] {
-        let golden = Golden::read(family);
+        let golden = Golden::read(&data("tiny").join(family));
         let home = Home::of(&data("tiny").join(family), Recipe::Bf16);
         let limits = AloneLimits { chunk_tokens_max: 64, tokens_max: 80, page_tokens: 16, kv_format: KvFormat::F32 };
         let bits = |rows: &[Vec<f32>]| rows.iter().flatten().map(|x| x.to_bits()).collect::<Vec<u32>>();
@@ -183,9 +218,12 @@ fn bf16_activations_have_the_same_bits_everywhere() {
 
 #[test]
 fn every_golden_is_listed() {
-    let listed: BTreeSet<String> = FAMILIES.iter().chain(GGUF_FAMILIES).map(|name| (*name).to_owned()).collect();
-    let entries = std::fs::read_dir(data("tiny")).unwrap().map(|entry| entry.unwrap());
-    let found: BTreeSet<String> =
-        entries.filter(|entry| entry.path().is_dir()).map(|entry| entry.file_name().into_string().unwrap()).collect();
-    assert_eq!(listed, found);
+    let families: Vec<&str> = FAMILIES.iter().chain(GGUF_FAMILIES).copied().collect();
+    for (folder, listed) in [("tiny", families.as_slice()), ("adapters", ADAPTERS)] {
+        let listed: BTreeSet<String> = listed.iter().map(|name| (*name).to_owned()).collect();
+        let entries = std::fs::read_dir(data(folder)).unwrap().map(|entry| entry.unwrap());
+        let found: BTreeSet<String> =
+            entries.filter(|entry| entry.path().is_dir()).map(|entry| entry.file_name().into_string().unwrap()).collect();
+        assert_eq!(listed, found);
+    }
 }

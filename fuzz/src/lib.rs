@@ -1,6 +1,7 @@
 //! Fuzz targets as ordinary functions: whatever the bytes, they return. `tests/smoke.rs` mutates a small corpus against
 //! each for a few seconds; a longer run is `ASHLAR_FUZZ_SECONDS=600 cargo test -p ashlar-fuzz`.
 
+pub mod adapter;
 pub mod gguf;
 pub mod manifest;
 pub mod mutate;

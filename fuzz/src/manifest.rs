@@ -2,7 +2,7 @@
 
 use ashlar_zoo::canonical;
 use ashlar_zoo::family::{self, Config};
-use ashlar_zoo::manifest::{Block, Chain, ModelName};
+use ashlar_zoo::manifest::{Adapter, Block, Chain, ModelName};
 use ashlar_zoo::tensor_file;
 
 /// What is read reads back the same; what does not fit is refused.
@@ -11,6 +11,11 @@ pub fn manifest(data: &[u8]) {
         && block.check().is_ok()
     {
         assert_eq!(serde_json::from_slice::<Block>(&canonical::to_bytes(&block)).ok(), Some(block));
+    }
+    if let Ok(adapter) = serde_json::from_slice::<Adapter>(data)
+        && adapter.check().is_ok()
+    {
+        assert_eq!(serde_json::from_slice::<Adapter>(&canonical::to_bytes(&adapter)).ok(), Some(adapter));
     }
     if let Ok(chain) = serde_json::from_slice::<Chain>(data)
         && chain.check().is_ok()

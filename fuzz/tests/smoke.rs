@@ -41,6 +41,11 @@ fn gguf() {
 }
 
 #[test]
+fn adapter() {
+    run("adapter", ashlar_fuzz::adapter::adapter);
+}
+
+#[test]
 fn manifest() {
     run("manifest", ashlar_fuzz::manifest::manifest);
 }

@@ -6,6 +6,7 @@ pub mod config;
 pub mod gguf;
 mod hf;
 pub mod names;
+pub mod peft;
 mod rope;
 
 use ashlar_kernels::ops::Activation;

@@ -19,6 +19,8 @@ use crate::ingest::{Progress, Stage};
 pub const ENDPOINT_DEFAULT: &str = "https://huggingface.co";
 /// Largest answer of the API that is read.
 const LISTING_BYTES_MAX: usize = 64 << 20;
+/// What a repository of a PEFT adapter has, and a card.
+const ADAPTER_FILES: [&str; 3] = ["adapter_config.json", "adapter_model.safetensors", "README.md"];
 /// Small files of a model, taken where they are there.
 const SMALL_FILES: &[&str] =
     &["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "README.md"];
@@ -305,6 +307,13 @@ pub async fn pull(hub: &Hub, options: &PullOptions, downloads: &Path, progress: 
         }
         files.push(find(file).ok_or_else(|| HubError::NoFile { repo: repo.clone(), file: file.clone() })?);
         path.push(file);
+    } else if find(ADAPTER_FILES[0]).is_some() {
+        // As `add` does, which takes a directory with both for an adapter.
+        let [_, weights, _] = ADAPTER_FILES;
+        if find(weights).is_none() {
+            return Err(HubError::NoFile { repo, file: format!("{weights} (pickled weights are never read)") });
+        }
+        files.extend(ADAPTER_FILES.iter().filter_map(|name| find(name)));
     } else if let Some(sibling) = find(index) {
         fetch.file(&sibling).await?;
         for shard in shards(&directory.join(index))? {
@@ -317,7 +326,8 @@ pub async fn pull(hub: &Hub, options: &PullOptions, downloads: &Path, progress: 
                 .ok_or_else(|| HubError::NoFile { repo: repo.clone(), file: format!("{file} (for a GGUF file name it with --file)") })?,
         );
     }
-    if options.file.is_none() {
+    let is_adapter = files.first().is_some_and(|file| file.rfilename == ADAPTER_FILES[0]);
+    if options.file.is_none() && !is_adapter {
         files.splice(0..0, SMALL_FILES.iter().filter_map(|name| find(name)));
     }
     progress.begin(Stage::Download, files.iter().map(Sibling::bytes).sum());

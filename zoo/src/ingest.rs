@@ -1,6 +1,7 @@
-//! From a checkpoint on disk to blocks in the zoo. Start with [`add`]. Order: open and parse everything, plan and check
+//! From a checkpoint or adapter on disk to blocks in the zoo. Start with [`add`]. Order: open and parse everything, plan and check
 //! every tensor, hash the converted bytes, and only then write: payloads, blocks and assets, the chain, the name.
 
+mod adapter;
 mod add;
 mod checkpoint;
 mod convert;
@@ -11,6 +12,7 @@ mod text;
 
 use std::path::PathBuf;
 
+pub use adapter::{PeftError, is_adapter};
 pub use add::{AddOptions, add};
 pub use checkpoint::Checkpoint;
 pub use convert::Recipe;
@@ -33,13 +35,32 @@ pub enum IngestError {
         /// What was looked for.
         reason: &'static str,
     },
-    /// A PEFT directory.
+    /// adapter_config.json.
+    #[error("the adapter cannot be served")]
+    AdapterConfig(#[source] ConfigError),
+    /// A tensor of an adapter.
+    #[error(transparent)]
+    Peft(#[from] PeftError),
+    /// No base is named.
+    #[error("adapter_config.json does not say what base the adapter is over: give it with --base TENANT/MODEL")]
+    BaseUnsaid,
+    /// The base that the adapter names is not one model here.
+    #[error("the adapter asks for the base `{wanted}`, and {count} models here have that name or source: give it with --base TENANT/MODEL")]
+    BaseUnclear {
+        /// As adapter_config.json has it.
+        wanted: String,
+        /// Models that it may mean.
+        count: usize,
+    },
+    /// The base is itself base and adapter.
     #[error(
-        "{path} is a PEFT adapter (it has adapter_config.json): unmerged adapters come with a later version; merge it into its base first"
+        "{base} has adapters of its own, and a block has at most one: give {parent} with --base, and see that the adapter was trained over it"
     )]
-    Adapter {
-        /// Path.
-        path: PathBuf,
+    BaseAdapted {
+        /// The base that was given.
+        base: crate::model_id::ModelId,
+        /// What it is over.
+        parent: String,
     },
     /// A small file of the checkpoint could not be read.
     #[error("failed to read {path}")]

@@ -76,11 +76,6 @@ async fn each_is_refused_by_name_before_anything_is_written() {
             "tokenizer.json cannot be loaded",
         ),
         (
-            "adapter",
-            Box::new(|c| drop(c.files.insert("adapter_config.json".to_owned(), b"{}".to_vec()))),
-            "adapters come with a later version",
-        ),
-        (
             "index of nothing",
             Box::new(|c| {
                 drop(c.files.insert("model.safetensors.index.json".to_owned(), br#"{"weight_map":{"a":"../a.safetensors"}}"#.to_vec()))

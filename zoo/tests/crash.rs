@@ -13,7 +13,8 @@ use ashlar_zoo::store::Zoo;
 use ashlar_zoo::verify::verify;
 use faulty::FaultyStore;
 use object_store::memory::InMemory;
-use support::{Checkpoint, add_dir};
+use support::peft::Peft;
+use support::{Checkpoint, D, add_dir};
 
 async fn over(inner: &Arc<InMemory>, changes: i64, torn: bool) -> Zoo {
     // Opening only reads, so the count is of the changes under test.
@@ -29,6 +30,9 @@ async fn assert_sound(inner: &Arc<InMemory>, when: &str) {
         let model = zoo.resolve(&id).await.unwrap_or_else(|e| panic!("{when}: {e}"));
         for block in &model.chain.blocks {
             zoo.map_block(*block).await.unwrap_or_else(|e| panic!("{when}: {e}"));
+        }
+        for adapter in &model.chain.adapters {
+            zoo.map_adapter(adapter.digest).await.unwrap_or_else(|e| panic!("{when}: {e}"));
         }
     }
 }
@@ -60,6 +64,79 @@ async fn an_add_that_dies_at_any_change_leaves_a_sound_zoo_and_can_be_repeated()
         }
     }
     panic!("the add never finished");
+}
+
+/// An adapter on q of both layers, and a head of its own.
+fn peft() -> Peft {
+    let mut peft = Peft::over("a");
+    for layer in 0..2 {
+        peft.lora(&format!("model.layers.{layer}.self_attn.q_proj"), (D, D), 4, 1);
+    }
+    peft.tensor("model.norm.weight", vec![D], 1).config["modules_to_save"] = serde_json::json!(["norm"]);
+    peft
+}
+
+#[tokio::test]
+async fn an_add_or_gc_of_an_adapter_that_dies_at_any_change_leaves_a_sound_zoo() {
+    let dir = tempfile::tempdir().unwrap();
+    Checkpoint::llama(1).write(&dir.path().join("a"));
+    peft().write(&dir.path().join("lora"));
+    // 5 tensors, a block, 2 adapters, chain and name; gc takes all but the name.
+    for (is_add, expected) in [(true, 10), (false, 9)] {
+        let mut finished = None;
+        for (changes, torn) in (0..200).flat_map(|changes| [(changes, false), (changes, true)]) {
+            let inner = Arc::new(InMemory::new());
+            let zoo = Zoo::create(inner.clone(), "memory").await.unwrap();
+            add_dir(&zoo, &dir.path().join("a"), "demo/a", Recipe::Keep).await.unwrap();
+            let ended = if is_add {
+                add_dir(&over(&inner, changes, torn).await, &dir.path().join("lora"), "demo/lora", Recipe::Keep).await.is_ok()
+            } else {
+                add_dir(&zoo, &dir.path().join("lora"), "demo/lora", Recipe::Keep).await.unwrap();
+                zoo.remove_model(&"demo/lora".parse().unwrap()).await.unwrap();
+                gc::collect(&over(&inner, changes, torn).await, Duration::ZERO, false).await.is_ok()
+            };
+            assert_sound(&inner, &format!("add {is_add}, {changes} changes, torn {torn}")).await;
+            if !is_add {
+                assert_closed(&inner).await;
+            }
+            if ended {
+                finished = Some(changes);
+                break;
+            }
+            let again = add_dir(&zoo, &dir.path().join("lora"), "demo/lora", Recipe::Keep).await.unwrap();
+            assert_eq!(zoo.read_model(&"demo/lora".parse().unwrap()).await.unwrap().chain, again.chain);
+        }
+        assert_eq!(finished, Some(expected), "add {is_add}");
+    }
+}
+
+#[tokio::test]
+async fn what_an_adapter_uses_of_its_base_is_renewed_so_that_gc_leaves_it() {
+    let dir = tempfile::tempdir().unwrap();
+    Checkpoint::llama(1).write(&dir.path().join("a"));
+    peft().write(&dir.path().join("lora"));
+    let root = dir.path().join("zoo");
+    let zoo = Zoo::create_dir(&root).await.unwrap();
+    add_dir(&zoo, &dir.path().join("a"), "demo/a", Recipe::Keep).await.unwrap();
+    let old = std::time::SystemTime::now() - Duration::from_secs(40 * 60);
+    for entry in walk(&root) {
+        std::fs::File::options().append(true).open(entry).unwrap().set_modified(old).unwrap();
+    }
+    add_dir(&zoo, &dir.path().join("lora"), "demo/lora", Recipe::Keep).await.unwrap();
+    for name in ["demo/a", "demo/lora"] {
+        zoo.remove_model(&name.parse().unwrap()).await.unwrap();
+    }
+    let report = gc::collect(&zoo, Duration::from_secs(30 * 60), false).await.unwrap();
+    // The base's own chain, its head, and the norm that only that has, are of no use to the adapter.
+    assert_eq!((report.chain_count, report.block_count, report.tensor_count, report.asset_count), (1, 1, 1, 0), "{report:?}");
+
+    // A store that is no directory has objects renewed by writing them again: here each, for none is younger than no grace at all.
+    let inner = Arc::new(InMemory::new());
+    let zoo = Zoo::create(inner.clone(), "memory").await.unwrap();
+    add_dir(&zoo, &dir.path().join("a"), "demo/a", Recipe::Keep).await.unwrap();
+    let zoo = zoo.with_grace(Duration::ZERO);
+    add_dir(&zoo, &dir.path().join("lora"), "demo/lora", Recipe::Keep).await.unwrap();
+    assert_sound(&inner, "renewed").await;
 }
 
 #[tokio::test]
@@ -101,9 +178,16 @@ async fn assert_closed(inner: &Arc<InMemory>) {
     let digests =
         |folder: &str| keys.iter().filter_map(|key| key.strip_prefix(folder)?.strip_suffix(".json")?.parse().ok()).collect::<Vec<_>>();
     for chain in digests("chains/") {
-        for block in zoo.read_chain(chain).await.unwrap().blocks {
+        let chain = zoo.read_chain(chain).await.unwrap();
+        for block in chain.blocks {
             zoo.read_block(block).await.unwrap();
         }
+        for adapter in chain.adapters {
+            zoo.read_adapter(adapter.digest).await.unwrap();
+        }
+    }
+    for adapter in digests("adapters/") {
+        zoo.map_adapter(adapter).await.unwrap();
     }
     for block in digests("blocks/") {
         zoo.map_block(block).await.unwrap();

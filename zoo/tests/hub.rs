@@ -17,7 +17,8 @@ use axum::routing::get;
 use futures::StreamExt;
 use serde_json::json;
 use sha2::{Digest, Sha256};
-use support::{Checkpoint, add_dir};
+use support::peft::Peft;
+use support::{Checkpoint, D, add_dir};
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 
@@ -173,6 +174,30 @@ async fn a_model_is_pulled_and_can_be_added() {
     let zoo = Zoo::create_dir(&dir.path().join("zoo")).await.unwrap();
     add_dir(&zoo, &pulled.path, "demo/a", Recipe::Keep).await.unwrap();
     assert_eq!(stand.seen.lock().unwrap().len(), 1);
+}
+
+#[tokio::test]
+async fn an_adapter_is_pulled_and_can_be_added_over_its_base() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut peft = Peft::over("org/base");
+    peft.lora("model.layers.0.self_attn.q_proj", (D, D), 4, 1).write(dir.path());
+    let read = |name: &str| (name.to_owned(), std::fs::read(dir.path().join(name)).unwrap());
+    let mut files = BTreeMap::from([read("adapter_config.json"), read("adapter_model.safetensors")]);
+    files.insert("tokenizer.json".to_owned(), b"not asked for".to_vec());
+    let (_, folder, pulled) = try_pull(Stand { files: Mutex::new(files.clone()), ..Stand::default() }, None).await;
+    let pulled = pulled.unwrap();
+    assert!(!pulled.path.join("tokenizer.json").exists());
+    let zoo = Zoo::create_dir(&folder.path().join("zoo")).await.unwrap();
+    Checkpoint::llama(1).write(&folder.path().join("base"));
+    add_dir(&zoo, &folder.path().join("base"), "demo/base", Recipe::Keep).await.unwrap();
+    let report = add_dir(&zoo, &pulled.path, "demo/lora", Recipe::Keep).await.unwrap();
+    assert_eq!((report.adapters.total, report.base), (1, Some("demo/base".parse().unwrap())));
+    // Pickled factors are not fetched.
+    let pickled = files.remove("adapter_model.safetensors").unwrap();
+    files.insert("adapter_model.bin".to_owned(), pickled);
+    let (_, _folder, pulled) = try_pull(Stand { files: Mutex::new(files), ..Stand::default() }, None).await;
+    let error = pulled.unwrap_err().to_string();
+    assert_eq!(error, "org/model has no adapter_model.safetensors (pickled weights are never read)");
 }
 
 #[tokio::test]

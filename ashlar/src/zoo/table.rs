@@ -29,7 +29,7 @@ fn row<const N: usize>(cells: [&str; N]) -> Vec<String> {
 }
 
 pub(super) fn list(models: &[Listed]) -> String {
-    let mut rows = vec![row(["MODEL", "FAMILY", "LAYERS", "CONTEXT", "SIZE", "OWN", "PARENT", "CHAIN"])];
+    let mut rows = vec![row(["MODEL", "FAMILY", "LAYERS", "CONTEXT", "ADAPTERS", "SIZE", "OWN", "PARENT", "CHAIN"])];
     for model in models {
         if let Some(error) = &model.error {
             rows.push(vec![model.model.clone(), format!("(broken: {error})")]);
@@ -40,13 +40,14 @@ pub(super) fn list(models: &[Listed]) -> String {
             model.architecture.clone(),
             model.layer_count.to_string(),
             model.context_tokens.to_string(),
+            if model.adapter_count == 0 { "-".to_owned() } else { model.adapter_count.to_string() },
             human_bytes(model.bytes),
             human_bytes(model.own_bytes),
             model.parent.clone().unwrap_or_else(|| "-".to_owned()),
             model.chain.map(|chain| chain.short()).unwrap_or_default(),
         ]);
     }
-    columns(&rows, &[2, 3, 4, 5])
+    columns(&rows, &[2, 3, 4, 5, 6])
 }
 
 pub(super) fn show(model: &Shown) -> String {
@@ -61,6 +62,7 @@ pub(super) fn show(model: &Shown) -> String {
         vec!["width, vocabulary".to_owned(), format!("{}, {}", chain.width, chain.vocab)],
         vec!["context".to_owned(), format!("{} tokens", chain.context_tokens)],
         vec!["size".to_owned(), human_bytes(model.bytes)],
+        vec!["adapters".to_owned(), adapters(model)],
         vec!["bos, eos".to_owned(), format!("{}, {}", or_none(chain.tokens.bos.map(|id| id.to_string())), eos.join(" "))],
         vec!["tokenizer".to_owned(), digest(chain.assets.tokenizer)],
         vec!["chat template".to_owned(), digest(chain.assets.chat_template)],
@@ -80,8 +82,28 @@ pub(super) fn show(model: &Shown) -> String {
             block.dtypes.join(","),
             block.shared_with.join(","),
         ]);
+        if let Some(adapter) = &block.adapter {
+            let ranks: Vec<String> =
+                adapter.ranks.iter().map(|(role, rank)| format!("{}:{rank}", role.trim_end_matches(".weight"))).collect();
+            rows.push(vec![
+                String::new(),
+                " + adapter".to_owned(),
+                adapter.digest.short(),
+                String::new(),
+                human_bytes(adapter.bytes),
+                ranks.join(","),
+                adapter.shared_with.join(","),
+            ]);
+        }
     }
     format!("{}\n{}", columns(&facts, &[]), columns(&rows, &[0, 4]))
+}
+
+fn adapters(model: &Shown) -> String {
+    match model.chain.adapters.len() {
+        0 => "-".to_owned(),
+        count => format!("on {count} of {} blocks, {}", model.blocks.len(), human_bytes(model.adapter_bytes)),
+    }
 }
 
 pub(super) fn diff(diff: &Diff) -> String {
@@ -113,6 +135,7 @@ pub(super) fn diff(diff: &Diff) -> String {
         if difference.params {
             what.insert(0, "hyper-parameters".to_owned());
         }
+        what.extend(difference.adapted_roles.iter().map(|role| format!("{role} (adapter)")));
         rows.push(vec![difference.index.to_string(), kind, what.join(" ")]);
     }
     out.push('\n');
@@ -125,6 +148,9 @@ pub(super) fn verify(report: &VerifyReport) -> String {
         out.push_str(&format!("{}: {}\n", damage.object, damage.reason));
         for block in &damage.blocks {
             out.push_str(&format!("  block {block}\n"));
+        }
+        for adapter in &damage.adapters {
+            out.push_str(&format!("  adapter {adapter}\n"));
         }
         if !damage.models.is_empty() {
             out.push_str(&format!("  models {}\n", damage.models.join(", ")));
@@ -143,10 +169,11 @@ pub(super) fn verify(report: &VerifyReport) -> String {
 pub(super) fn gc(report: &GcReport, dry_run: bool) -> String {
     let verb = if dry_run { "would free" } else { "freed" };
     let mut out = format!(
-        "{verb} {}: {} chains, {} blocks, {} tensors, {} assets",
+        "{verb} {}: {} chains, {} blocks, {} adapters, {} tensors, {} assets",
         human_bytes(report.bytes),
         report.chain_count,
         report.block_count,
+        report.adapter_count,
         report.tensor_count,
         report.asset_count
     );

@@ -20,13 +20,23 @@ pub(crate) struct Home {
 impl Home {
     /// Adds the checkpoint at `path` to a new zoo.
     pub(crate) fn of(path: &Path, recipe: Recipe) -> Self {
+        Self::of_last(&[path], recipe)
+    }
+
+    /// Adds checkpoints and adapters over them to a new zoo, in this order; the model is the last of them.
+    pub(crate) fn of_last(paths: &[&Path], recipe: Recipe) -> Self {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let folder = tempfile::tempdir().unwrap();
-        let options = AddOptions { model: ModelId::new("golden", "model").unwrap(), recipe, parent: None, source: None };
         let (zoo, chain) = runtime.block_on(async {
             let zoo = Zoo::create_dir(folder.path()).await.unwrap();
-            let report = add(&zoo, path, &options, &Silent).await.unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-            (zoo, report.chain)
+            let mut chain = None;
+            for (index, path) in paths.iter().enumerate() {
+                let model = ModelId::new("golden", &format!("model-{index}")).unwrap();
+                let options = AddOptions { model, recipe, parent: None, source: None };
+                let report = add(&zoo, path, &options, &Silent).await.unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+                chain = Some(report.chain);
+            }
+            (zoo, chain.expect("a path"))
         });
         Self { _folder: folder, runtime, zoo, chain }
     }

@@ -67,6 +67,11 @@ impl Config {
         self.map.get(key).filter(|value| !value.is_null())
     }
 
+    /// All keys, in the order of the file.
+    pub fn keys(&self) -> impl Iterator<Item = &str> {
+        self.map.keys().map(String::as_str)
+    }
+
     /// Whether the key is there at all, be it null.
     pub fn has_key(&self, key: &str) -> bool {
         self.map.contains_key(key)

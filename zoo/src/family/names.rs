@@ -77,6 +77,20 @@ pub enum Rows {
 }
 
 impl Names {
+    /// What transformers names the modules of a family, within the model itself; by a chain's architecture.
+    pub fn of_architecture(architecture: &str) -> Option<Self> {
+        match architecture {
+            "llama" | "mistral" | "qwen2" | "qwen3" | "gemma2" | "gemma3" | "phi3" => Some(Self::Llama {
+                body: String::new(),
+                head: String::new(),
+                fused: architecture == "phi3",
+                sandwich: architecture.starts_with("gemma"),
+            }),
+            "gpt2" => Some(Self::Gpt2 { prefix: String::new() }),
+            _ => None,
+        }
+    }
+
     /// The source of a role.
     pub fn piece(&self, place: Place, params: &BlockKind, role: &str) -> Piece {
         match self {

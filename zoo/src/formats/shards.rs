@@ -51,7 +51,11 @@ pub fn is_plain_name(name: &str) -> bool {
     plain && !name.contains(['/', '\\', '\0', ':'])
 }
 
-fn add(files: &mut TensorFiles, path: &Path) -> Result<(), FormatError> {
+/// Maps one file's tensors beside those that are there.
+///
+/// # Errors
+/// When it cannot be read, is malformed, or repeats a name.
+pub(crate) fn add(files: &mut TensorFiles, path: &Path) -> Result<(), FormatError> {
     let io = |source| FormatError::Io { path: path.to_owned(), source };
     let file = Mapping::open(path).map_err(io)?;
     let entries = safetensors::parse(file.as_ref()).map_err(|source| FormatError::Safetensors { path: path.to_owned(), source })?;

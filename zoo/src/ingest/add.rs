@@ -10,6 +10,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt, stream};
 
+use super::adapter;
 use super::checkpoint::Checkpoint;
 use super::convert::Recipe;
 use super::plan::{self, Plan, TensorPlan};
@@ -17,6 +18,7 @@ use super::report::{AddReport, Progress, Shared, Stage};
 use super::text::{self, Text};
 use super::{IngestError, gather};
 use crate::digest::Digest;
+use crate::formats::TensorFiles;
 use crate::manifest::{Assets, Block, Chain, ModelName, Past, TensorRef};
 use crate::model_id::ModelId;
 use crate::store::{Put, StoreError, Zoo};
@@ -35,17 +37,20 @@ pub struct AddOptions {
     pub model: ModelId,
     /// Conversion.
     pub recipe: Recipe,
-    /// The model that it was tuned from, if the user says so.
+    /// The model that it was tuned from, if the user says so; of an adapter its base, which is sought where this says nothing.
     pub parent: Option<ModelId>,
     /// Where it came from, in place of the path's last component (a hub name).
     pub source: Option<String>,
 }
 
-/// Adds the checkpoint at `path` under a name.
+/// Adds the checkpoint or PEFT adapter at `path` under a name.
 ///
 /// # Errors
-/// What is wrong with the checkpoint (nothing is written then), or how the store failed (no name changes then).
+/// What is wrong with it (nothing is written then), or how the store failed (no name changes then).
 pub async fn add(zoo: &Zoo, path: &Path, options: &AddOptions, progress: &dyn Progress) -> Result<AddReport, IngestError> {
+    if adapter::is_adapter(path) {
+        return adapter::add(zoo, path, options, progress).await;
+    }
     let (owned, recipe) = (path.to_owned(), options.recipe);
     let opened = tokio::task::spawn_blocking(move || {
         let checkpoint = Checkpoint::open(&owned)?;
@@ -54,21 +59,23 @@ pub async fn add(zoo: &Zoo, path: &Path, options: &AddOptions, progress: &dyn Pr
         Ok::<_, IngestError>((checkpoint, plan, text))
     });
     let (checkpoint, mut plan, text) = opened.await.expect("reading a checkpoint does not panic")?;
-    let checkpoint = Arc::new(checkpoint);
+    let files = &checkpoint.tensors;
     let tensor_plans: Vec<Arc<TensorPlan>> = std::mem::take(&mut plan.tensors).into_iter().map(Arc::new).collect();
 
-    let (refs, kept) = hash(&checkpoint, &tensor_plans, progress).await?;
-    let stored = store_tensors(zoo, &checkpoint, &tensor_plans, &refs, kept, progress).await?;
+    let (refs, kept) = hash(files, &tensor_plans, progress).await?;
+    let stored = store_tensors(zoo, files, &tensor_plans, &refs, kept, progress).await?;
     let (blocks, block_count) = store_blocks(zoo, checkpoint.decoder.width, &plan, &refs).await?;
     let chain = chain(&checkpoint, &plan, blocks, &text, store_assets(zoo, &text).await?, options);
     let (chain, _) = zoo.put_chain(&chain).await?;
-    let replaced = name(zoo, options, chain).await?;
+    let replaced = name(zoo, options, options.parent.as_ref().map(ToString::to_string), chain).await?;
     Ok(AddReport {
         model: options.model.clone(),
         chain,
         replaced,
         architecture: checkpoint.decoder.architecture.to_owned(),
+        base: None,
         blocks: block_count,
+        adapters: Shared::default(),
         tensors: stored.count,
         bytes_total: stored.bytes_total,
         bytes_new: stored.bytes_new,
@@ -77,21 +84,21 @@ pub async fn add(zoo: &Zoo, path: &Path, options: &AddOptions, progress: &dyn Pr
 }
 
 /// Payloads by index, where they were converted and kept.
-type Kept = BTreeMap<usize, Bytes>;
+pub(super) type Kept = BTreeMap<usize, Bytes>;
 
 /// Identity of every tensor as it will be stored. Finds values that are not finite before anything is written.
-async fn hash(
-    checkpoint: &Arc<Checkpoint>,
+pub(super) async fn hash(
+    files: &Arc<TensorFiles>,
     plans: &[Arc<TensorPlan>],
     progress: &dyn Progress,
 ) -> Result<(Vec<TensorRef>, Kept), IngestError> {
     progress.begin(Stage::Hash, plans.iter().map(|plan| target_bytes(plan)).sum());
     let hashed = stream::iter(plans).map(|plan| {
-        let (checkpoint, plan) = (checkpoint.clone(), plan.clone());
+        let (files, plan) = (files.clone(), plan.clone());
         async move {
             let bytes = target_bytes(&plan);
             let hashed = blocking(move || {
-                let payload = gather::payload(&checkpoint.tensors, &plan)?;
+                let payload = gather::payload(&files, &plan)?;
                 let digest = tensor_file::digest(plan.target, &plan.shape, &payload);
                 let tensor = TensorRef { digest, dtype: plan.target, shape: plan.shape.clone() };
                 Ok((tensor, (plan.source != plan.target).then_some(payload)))
@@ -117,15 +124,17 @@ async fn hash(
     Ok((refs, kept))
 }
 
-struct Stored {
-    count: Shared,
-    bytes_total: u64,
-    bytes_new: u64,
+/// What [`store_tensors`] did.
+pub(super) struct Stored {
+    pub(super) count: Shared,
+    pub(super) bytes_total: u64,
+    pub(super) bytes_new: u64,
 }
 
-async fn store_tensors(
+/// Stores what is not there.
+pub(super) async fn store_tensors(
     zoo: &Zoo,
-    checkpoint: &Arc<Checkpoint>,
+    files: &Arc<TensorFiles>,
     plans: &[Arc<TensorPlan>],
     refs: &[TensorRef],
     mut kept: Kept,
@@ -141,10 +150,10 @@ async fn store_tensors(
             let put = match zoo.keep_tensor(tensor).await? {
                 true => Put::Present,
                 false => {
-                    let (checkpoint, plan) = (checkpoint.clone(), plan.clone());
+                    let (files, plan) = (files.clone(), plan.clone());
                     let payload = match kept {
                         Some(payload) => payload,
-                        None => blocking(move || gather::payload(&checkpoint.tensors, &plan)).await?,
+                        None => blocking(move || gather::payload(&files, &plan)).await?,
                     };
                     zoo.put_tensor(tensor, payload).await?
                 }
@@ -204,8 +213,7 @@ fn chain(checkpoint: &Checkpoint, plan: &Plan, blocks: Vec<Digest>, text: &Text,
 }
 
 /// Points the name to the chain, keeping what it pointed to as history. Returns the chain that it replaced.
-async fn name(zoo: &Zoo, options: &AddOptions, chain: Digest) -> Result<Option<Digest>, IngestError> {
-    let parent = options.parent.as_ref().map(ToString::to_string);
+pub(super) async fn name(zoo: &Zoo, options: &AddOptions, parent: Option<String>, chain: Digest) -> Result<Option<Digest>, IngestError> {
     for _ in 0..NAME_ATTEMPTS {
         let current = match zoo.read_model(&options.model).await {
             Ok(current) => Some(current),
@@ -247,6 +255,6 @@ fn concurrency() -> usize {
     std::thread::available_parallelism().map_or(2, std::num::NonZero::get).clamp(1, 8)
 }
 
-async fn blocking<T: Send + 'static>(task: impl FnOnce() -> Result<T, IngestError> + Send + 'static) -> Result<T, IngestError> {
+pub(super) async fn blocking<T: Send + 'static>(task: impl FnOnce() -> Result<T, IngestError> + Send + 'static) -> Result<T, IngestError> {
     tokio::task::spawn_blocking(task).await.expect("conversion does not panic")
 }

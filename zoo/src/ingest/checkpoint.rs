@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use super::IngestError;
 use crate::family::{self, Config, Decoder};
@@ -18,7 +19,7 @@ pub struct Checkpoint {
     /// Last component of the path.
     pub source: String,
     /// Weights.
-    pub tensors: TensorFiles,
+    pub tensors: Arc<TensorFiles>,
     /// What the family makes of its configuration.
     pub decoder: Decoder,
     /// The rest, by container.
@@ -45,9 +46,7 @@ impl Checkpoint {
     /// # Errors
     /// What is missing, malformed or not supported.
     pub fn open(path: &Path) -> Result<Self, IngestError> {
-        // `.` and links are named by where they lead.
-        let named = path.canonicalize().map_err(|source| IngestError::Io { path: path.to_owned(), source })?;
-        let source = named.file_name().map_or_else(|| "checkpoint".to_owned(), |name| name.to_string_lossy().into_owned());
+        let source = source_name(path)?;
         if path.is_dir() {
             return open_directory(path, source);
         }
@@ -60,9 +59,6 @@ impl Checkpoint {
 }
 
 fn open_directory(path: &Path, source: String) -> Result<Checkpoint, IngestError> {
-    if path.join("adapter_config.json").exists() {
-        return Err(IngestError::Adapter { path: path.to_owned() });
-    }
     if !path.join("config.json").exists() {
         return Err(IngestError::NoCheckpoint { path: path.to_owned(), reason: "it has no config.json" });
     }
@@ -79,7 +75,7 @@ fn open_directory(path: &Path, source: String) -> Result<Checkpoint, IngestError
     let tensors = shards::open(path)?;
     let decoder = family::from_config(&config, &|name| tensors.get(name).is_some())?;
     let kind = Kind::Directory(Box::new(Directory { path: path.to_owned(), config, generation_config, tokenizer_config }));
-    Ok(Checkpoint { source, tensors, decoder, kind })
+    Ok(Checkpoint { source, tensors: Arc::new(tensors), decoder, kind })
 }
 
 fn open_gguf(path: &Path, source: String) -> Result<Checkpoint, IngestError> {
@@ -88,7 +84,7 @@ fn open_gguf(path: &Path, source: String) -> Result<Checkpoint, IngestError> {
     let mut tensors = TensorFiles::default();
     tensors.add(file, parsed.tensors).map_err(|reason| FormatError::Tensors { path: path.to_owned(), reason })?;
     let decoder = family::gguf::decoder(&parsed.metadata, &tensors)?;
-    Ok(Checkpoint { source, tensors, decoder, kind: Kind::Gguf(parsed.metadata) })
+    Ok(Checkpoint { source, tensors: Arc::new(tensors), decoder, kind: Kind::Gguf(parsed.metadata) })
 }
 
 impl family::gguf::Tensors for TensorFiles {
@@ -100,6 +96,12 @@ impl family::gguf::Tensors for TensorFiles {
         let view = self.view(name).filter(|view| view.rows == 1)?;
         Some(ashlar_kernels::format::dequantise(&view).into_iter().map(f64::from).collect())
     }
+}
+
+/// Last component of the path; `.` and links are named by where they lead.
+pub(super) fn source_name(path: &Path) -> Result<String, IngestError> {
+    let named = path.canonicalize().map_err(|source| IngestError::Io { path: path.to_owned(), source })?;
+    Ok(named.file_name().map_or_else(|| "checkpoint".to_owned(), |name| name.to_string_lossy().into_owned()))
 }
 
 /// Reads a small file that may be absent.
@@ -122,7 +124,7 @@ fn not_plain() -> std::io::Error {
     std::io::Error::new(std::io::ErrorKind::InvalidInput, "not a plain file")
 }
 
-fn read_config(dir: &Path, name: &str) -> Result<Option<Config>, IngestError> {
+pub(super) fn read_config(dir: &Path, name: &str) -> Result<Option<Config>, IngestError> {
     let Some(bytes) = read_small(&dir.join(name), CONFIG_BYTES_MAX)? else { return Ok(None) };
     Ok(Some(Config::parse(&bytes, name)?))
 }

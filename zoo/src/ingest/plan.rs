@@ -34,7 +34,7 @@ pub(super) struct BlockPlan {
 }
 
 /// A tensor to store: where it comes from and what it becomes.
-#[derive(Debug, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub(super) struct TensorPlan {
     pub(super) piece: Piece,
     pub(super) source: Dtype,
@@ -220,7 +220,7 @@ fn used_as(role: &Role) -> Use {
 }
 
 /// Shape of what `piece` takes out of a source of this shape; `None` when it does not fit.
-fn target_shape(piece: &Piece, source: &[u64]) -> Option<Vec<u64>> {
+pub(super) fn target_shape(piece: &Piece, source: &[u64]) -> Option<Vec<u64>> {
     tensor_file::rows_cols(source)?;
     let mut shape = source.to_vec();
     if piece.transposed {

@@ -14,7 +14,8 @@ pub struct Shared {
     pub present: u64,
 }
 
-/// What an `add` did. Displays as "61 of 62 blocks, 271 of 272 tensors already here; 1.8 MB new of 269 MB".
+/// What an `add` did. Displays as "61 of 62 blocks, 271 of 272 tensors already here; 1.8 MB new of 269 MB", of an adapter as
+/// "18 of 18 blocks, 0 of 16 adapters, 130 of 194 tensors already here; 102 kB new of 2.1 MB".
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
 pub struct AddReport {
     /// The name.
@@ -26,8 +27,13 @@ pub struct AddReport {
     pub replaced: Option<Digest>,
     /// Family.
     pub architecture: String,
+    /// The model that an adapter is over.
+    #[serde(serialize_with = "as_text_if_any")]
+    pub base: Option<ModelId>,
     /// Distinct blocks.
     pub blocks: Shared,
+    /// Distinct adapters.
+    pub adapters: Shared,
     /// Distinct tensors.
     pub tensors: Shared,
     /// Bytes of the model's distinct tensors.
@@ -40,14 +46,22 @@ pub struct AddReport {
 
 impl fmt::Display for AddReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { blocks, tensors, .. } = self;
-        write!(f, "{} of {} blocks, {} of {} tensors already here; ", blocks.present, blocks.total, tensors.present, tensors.total)?;
+        let Self { blocks, adapters, tensors, .. } = self;
+        write!(f, "{} of {} blocks, ", blocks.present, blocks.total)?;
+        if self.base.is_some() {
+            write!(f, "{} of {} adapters, ", adapters.present, adapters.total)?;
+        }
+        write!(f, "{} of {} tensors already here; ", tensors.present, tensors.total)?;
         write!(f, "{} new of {}", human_bytes(self.bytes_new), human_bytes(self.bytes_total))
     }
 }
 
 fn as_text<S: serde::Serializer>(id: &ModelId, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_str(id)
+}
+
+fn as_text_if_any<S: serde::Serializer>(id: &Option<ModelId>, serializer: S) -> Result<S::Ok, S::Error> {
+    serde::Serialize::serialize(&id.as_ref().map(ToString::to_string), serializer)
 }
 
 /// Bytes in powers of 1000, with two or three digits: "0 B", "1.8 MB", "269 MB".

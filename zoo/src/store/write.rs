@@ -5,7 +5,7 @@ use std::fs::File;
 use std::time::SystemTime;
 
 use bytes::Bytes;
-use object_store::{ObjectStoreExt, PutPayload, WriteMultipart};
+use object_store::{ObjectMeta, ObjectStoreExt, PutPayload, WriteMultipart};
 
 use super::{Object, StoreError, Zoo, key};
 use crate::canonical;
@@ -106,6 +106,27 @@ impl Zoo {
                 Err(other) => return Err(other),
             }
         }
+        self.touch(object, &meta).await
+    }
+
+    /// Makes sure that `gc` leaves an object for a grace period that is in use already, and so is not read to its end here.
+    ///
+    /// # Errors
+    /// When it is missing, or the store fails.
+    pub(crate) async fn renew(&self, object: &Object) -> Result<(), StoreError> {
+        let missing = || StoreError::Missing { object: object.clone() };
+        let meta = self.head(object).await?.ok_or_else(missing)?;
+        if self.touch(object, &meta).await? {
+            return Ok(());
+        }
+        match self.inner.root {
+            Some(_) => Err(missing()),
+            None => self.write(object, vec![self.read(object, u64::MAX).await?]).await,
+        }
+    }
+
+    /// Renews an object that is older than half the grace period. Returns whether it is young now: a remote store must write it again.
+    async fn touch(&self, object: &Object, meta: &ObjectMeta) -> Result<bool, StoreError> {
         let age = SystemTime::now().duration_since(meta.last_modified.into()).unwrap_or_default();
         if age <= self.inner.grace / 2 {
             return Ok(true);
@@ -132,6 +153,12 @@ impl Zoo {
         if self.keep(object, len as u64).await? {
             return Ok(Put::Present);
         }
+        self.write(object, parts).await?;
+        Ok(if present { Put::Present } else { Put::New })
+    }
+
+    async fn write(&self, object: &Object, parts: Vec<Bytes>) -> Result<(), StoreError> {
+        let len: usize = parts.iter().map(Bytes::len).sum();
         let key = key(object);
         let failed = |source| StoreError::Store { action: "write", key: key.to_string(), source };
         if len > ONE_PUT_BYTES_MAX && self.inner.root.is_none() {
@@ -145,6 +172,6 @@ impl Zoo {
         } else {
             self.inner.store.put(&key, PutPayload::from_iter(parts)).await.map_err(failed)?;
         }
-        Ok(if present { Put::Present } else { Put::New })
+        Ok(())
     }
 }

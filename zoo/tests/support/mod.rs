@@ -1,6 +1,8 @@
 //! Small checkpoints made on the spot, honest or broken, for the tests of this folder.
 #![allow(dead_code, unreachable_pub, reason = "each test includes this file and uses a part")]
 
+pub mod peft;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -86,18 +88,23 @@ impl Checkpoint {
     }
 
     pub fn safetensors(&self) -> Vec<u8> {
-        let (mut header, mut data) = (serde_json::Map::new(), Vec::new());
-        for (name, (shape, values)) in &self.tensors {
-            let start = data.len();
-            data.extend(values.iter().flat_map(|value| value.to_le_bytes()));
-            header.insert(name.clone(), json!({"dtype": "F32", "shape": shape, "data_offsets": [start, data.len()]}));
-        }
-        let header = Value::Object(header).to_string();
-        let mut file = (header.len() as u64).to_le_bytes().to_vec();
-        file.extend_from_slice(header.as_bytes());
-        file.extend_from_slice(&data);
-        file
+        safetensors(&self.tensors)
     }
+}
+
+/// A safetensors file of f32 tensors.
+pub fn safetensors(tensors: &BTreeMap<String, (Vec<usize>, Vec<f32>)>) -> Vec<u8> {
+    let (mut header, mut data) = (serde_json::Map::new(), Vec::new());
+    for (name, (shape, values)) in tensors {
+        let start = data.len();
+        data.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+        header.insert(name.clone(), json!({"dtype": "F32", "shape": shape, "data_offsets": [start, data.len()]}));
+    }
+    let header = Value::Object(header).to_string();
+    let mut file = (header.len() as u64).to_le_bytes().to_vec();
+    file.extend_from_slice(header.as_bytes());
+    file.extend_from_slice(&data);
+    file
 }
 
 /// A byte-level tokenizer of `size` ids.

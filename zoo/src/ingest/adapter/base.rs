@@ -1,0 +1,90 @@
+//! The model that an adapter is over: named by the user, or the one model whose name or source is what the adapter asks for.
+
+use crate::ingest::IngestError;
+use crate::manifest::{Block, Chain};
+use crate::model_id::ModelId;
+use crate::store::Zoo;
+
+/// A base, read.
+#[derive(Debug)]
+pub(super) struct Base {
+    pub(super) id: ModelId,
+    pub(super) chain: Chain,
+    pub(super) blocks: Vec<Block>,
+}
+
+/// Finds and reads it. `wanted` is what adapter_config.json asks for.
+pub(super) async fn find(zoo: &Zoo, wanted: Option<&str>, given: Option<&ModelId>) -> Result<Base, IngestError> {
+    let id = match given {
+        Some(id) => id.clone(),
+        None => seek(zoo, wanted).await?,
+    };
+    let model = zoo.resolve(&id).await?;
+    match model.chain.adapters.is_empty() {
+        true => Ok(Base { id, chain: model.chain, blocks: model.blocks }),
+        false => Err(IngestError::BaseAdapted { base: id, parent: model.name.parent.unwrap_or_else(|| "its own base".to_owned()) }),
+    }
+}
+
+async fn seek(zoo: &Zoo, wanted: Option<&str>) -> Result<ModelId, IngestError> {
+    let Some(wanted) = wanted else { return Err(IngestError::BaseUnsaid) };
+    let (mut full, mut last) = (Vec::new(), Vec::new());
+    for (id, name) in zoo.list_models().await? {
+        // What cannot be read cannot be the base; `verify` tells of it.
+        let chain = match name {
+            Ok(name) => zoo.read_chain(name.chain).await.ok(),
+            Err(_) => None,
+        };
+        let Some(chain) = chain.filter(|chain| chain.adapters.is_empty()) else { continue };
+        match matches(wanted, &id, &chain.source) {
+            Some(Match::Full) => full.push(id),
+            Some(Match::Last) => last.push(id),
+            None => {}
+        }
+    }
+    let mut found = if full.is_empty() { last } else { full };
+    match (found.len(), found.pop()) {
+        (1, Some(id)) => Ok(id),
+        (count, _) => Err(IngestError::BaseUnclear { wanted: wanted.chars().take(200).collect(), count }),
+    }
+}
+
+#[derive(Debug, PartialEq)]
+enum Match {
+    /// All of it.
+    Full,
+    /// The last component: `base` of `org/base` or `/checkpoints/base`.
+    Last,
+}
+
+fn matches(wanted: &str, id: &ModelId, source: &str) -> Option<Match> {
+    let component = |path: &str| path.rsplit('/').next().unwrap_or_default().to_owned();
+    let wanted = wanted.trim_end_matches('/');
+    // A pulled model's source ends in its commit.
+    let source = source.split('@').next().unwrap_or_default();
+    if wanted == source || wanted == id.to_string() {
+        return Some(Match::Full);
+    }
+    let last = component(wanted);
+    (last == id.name() || last == component(source)).then_some(Match::Last)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Match, matches};
+
+    #[test]
+    fn a_base_is_known_by_its_name_its_source_or_the_last_component() {
+        for (wanted, id, source, expected) in [
+            ("org/base", "demo/x", "org/base@0123456789ab", Some(Match::Full)),
+            ("demo/x", "demo/x", "checkpoint", Some(Match::Full)),
+            ("x", "demo/y", "x", Some(Match::Full)),
+            ("/checkpoints/base/", "demo/base", "other", Some(Match::Last)),
+            ("org/base", "demo/y", "other-org/base@0123456789ab", Some(Match::Last)),
+            ("org/base", "demo/base-2", "base-2", None),
+            ("org/base", "base/y", "base.gguf", None),
+        ] {
+            assert_eq!(matches(wanted, &id.parse().unwrap(), source), expected, "{wanted} {id} {source}");
+        }
+    }
+}
