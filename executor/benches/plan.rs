@@ -233,7 +233,8 @@ fn main() {
         let load = LOADS.iter().find(|load| load.name == name).expect("a load of LOADS");
         let number = |text: &str| text.parse().expect("a number");
         let cost = pass_cost(load, number(sequences), number(passes));
-        println!("{} batches a pass, {} sequences gave way in 1000 passes", cost.batches, cost.gave_way);
+        println!("a pass: {:?} of plans, {:?} of results, {} batches", cost.plan, cost.results, cost.batches);
+        println!("{} sequences gave way in 1000 passes", cost.gave_way);
         return;
     }
     for load in &LOADS {
