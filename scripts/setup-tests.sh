@@ -8,6 +8,7 @@ bin=$ROOT/.venv/bin
 
 need_build_packages
 command -v python3 >/dev/null || need_packages python3
+command -v valgrind >/dev/null || need_packages valgrind
 python3 -c 'import ensurepip' 2>/dev/null || need_packages python3-venv
 
 if [ ! -x "$bin/python" ]; then

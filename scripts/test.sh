@@ -72,7 +72,7 @@ deny() {
 }
 
 # Binaries and tests in one call and with one set of features, so that no dependency is built twice.
-build() { cargo build --workspace --bins --tests --locked; }
+build() { cargo build --workspace --bins --tests --bench plan --locked; }
 
 # The fuzz targets are ordinary tests; they get more seconds here than a plain `cargo test` gives them.
 tests() {
@@ -85,6 +85,9 @@ tests() {
 }
 
 doctests() { cargo test --doc --workspace --locked; }
+
+# Gated by retired instructions, which are the same however busy the machine is.
+planning() { scripts/planning-cost.sh; }
 
 # The sources of the CUDA kernels, on the CPU and in one order of warps; scripts/emulate-cuda.sh alone takes three.
 cuda() {
@@ -106,6 +109,7 @@ stage deny deny
 stage_or_stop build build
 stage tests tests
 stage doctests doctests
+stage planning planning
 stage cuda cuda
 stage chart chart
 stage e2e end_to_end

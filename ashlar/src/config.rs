@@ -116,7 +116,8 @@ pub struct ExecutorConfig {
     pub batch_ms_max: u32,
     /// Milliseconds that a ready row lets others go first, at most.
     pub row_wait_ms: u32,
-    /// Milliseconds that a ready row lets others go first, at most, so that models that share its segment run it together; 0: rows do not wait.
+    /// Milliseconds that a ready row lets others go first, at most, so that models that share its segment run it together, and never longer than
+    /// a pass and a half; 0: rows do not wait.
     pub regroup_wait_ms: u32,
     /// Batches that the device has at one time: one that it computes, the others next.
     pub batches_in_flight_max: u32,

@@ -14,6 +14,7 @@ mod clock;
 pub mod cost;
 pub mod counters;
 pub mod engine;
+mod holdings;
 mod integrity;
 mod lane;
 pub mod limits;

@@ -110,6 +110,10 @@ impl Engine {
             }
         }
         let slides = path.steps[step..=last].iter().any(PathStep::slides);
+        if is_last && !sequence.is_giver && sequence.may_give_way(page_tokens) {
+            sequence.is_giver = true;
+            self.holdings.list_giver(sequence, &self.spans[sequence.span.0 as usize].pages);
+        }
         let has_more = sequence.ready_count(step, self.limits.link_rows_max) > 0;
         let span = &mut self.spans[sequence.span.0 as usize];
         batch.span_count += usize::from(span.last_batch != batch.id);
@@ -124,6 +128,9 @@ impl Engine {
         }
         if samples_token {
             self.token_planned(id, batch.id);
+        }
+        if step == 0 && self.sequences[id].begins_by.is_some() {
+            self.look_at_first(id);
         }
         if keeps_out {
             self.publish_boundary(id, step);

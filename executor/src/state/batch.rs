@@ -15,6 +15,9 @@ pub struct SequenceId(u64);
 impl SequenceId {
     /// Sequences that may be known at one time.
     pub const PLACES_MAX: usize = 1 << 20;
+    /// Below and above all, for ranges.
+    pub(crate) const LEAST: Self = Self(0);
+    pub(crate) const MOST: Self = Self(u64::MAX);
 
     /// The id of the `number`th sequence to arrive, at `place`.
     pub(crate) fn new(number: u64, place: usize) -> Self {

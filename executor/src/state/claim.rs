@@ -2,17 +2,15 @@
 //! one comes that has less than its share and had less service, sequences of who is above its share give way until it starts. So nobody
 //! waits for another tenant's sequence to end. A sequence that gave way does so again only when it is a page further, so it ends.
 
-use std::collections::BTreeMap;
-
 use super::batch::SequenceId;
 use super::engine::Engine;
-use super::pages::{ClassIndex, HandleIndex};
-use super::sequence::{Sequence, Status};
+use super::pages::ClassIndex;
+use super::sequence::Sequence;
 use super::tenants::TenantIndex;
 use ashlar_wire::code::{Code, Retry};
 
 /// What a sequence lacks to start, or to go on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Lack {
     /// A place among those that run.
     Place,
@@ -29,9 +27,6 @@ pub(crate) enum Shortage {
     WithinShare,
 }
 
-/// Things are counted in parts, so that a page that several hold is divided among them.
-const PARTS: u64 = 1 << 8;
-
 impl Engine {
     /// What a sequence of so many tokens lacks to start.
     pub(crate) fn lacks(&self, id: SequenceId, tokens: u32) -> Option<Lack> {
@@ -44,7 +39,7 @@ impl Engine {
 
     /// Whether a waiting sequence is within its tenant's share, among others that have sequences: a tenant without any that run may have
     /// one in any case.
-    pub(crate) fn is_within_share(&mut self, id: SequenceId, tokens: u32, lack: Lack) -> bool {
+    pub(crate) fn is_within_share(&self, id: SequenceId, tokens: u32, lack: Lack) -> bool {
         if self.tenants.active_count() < 2 {
             return false;
         }
@@ -54,15 +49,12 @@ impl Engine {
             Lack::Place => 1,
             Lack::Pages(class) => self.pages_needed(id, tokens).filter(|(of, _)| *of == class).map(|(_, count)| count as u64).sum(),
         };
-        let held = self.held(lack, tenant);
-        self.tenants.running_count(tenant) == 0 || held + needed * PARTS <= self.share(lack, tenant)
+        self.tenants.running_count(tenant) == 0 || self.holdings.held(lack, tenant) + needed <= self.share(lack, tenant)
     }
 
     /// The same for all pages that it needs.
-    pub(crate) fn is_within_shares(&mut self, id: SequenceId, tokens: u32) -> bool {
-        let classes: Vec<ClassIndex> = self.pages_needed(id, tokens).map(|(class, _)| class).collect();
-        let mut is_within = |class: ClassIndex| self.is_within_share(id, tokens, Lack::Pages(class));
-        classes.into_iter().all(&mut is_within)
+    pub(crate) fn is_within_shares(&self, id: SequenceId, tokens: u32) -> bool {
+        self.pages_needed(id, tokens).all(|(class, _)| self.is_within_share(id, tokens, Lack::Pages(class)))
     }
 
     /// Has the latest sequence of the tenant that is most above its share give way, for a waiting one of a tenant within its own; never one of
@@ -72,61 +64,50 @@ impl Engine {
         if !self.leaving.is_empty() || !self.is_within_share(id, tokens, lack) {
             return false;
         }
+        self.holdings.settle(lack, &self.tenants);
         let (tenant, priority) = (self.sequences[id].tenant, self.sequences[id].priority);
-        let mut victim = None;
-        for other in self.sequences.iter().filter(|other| other.status == Status::Running && other.priority >= priority) {
-            if other.tenant == tenant || !self.may_give_way(other) || !self.holds(other, lack) {
-                continue;
-            }
-            let above = self.held_known(lack, other.tenant).saturating_sub(self.share(lack, other.tenant));
-            if above > 0 && self.tenants.counter(other.tenant) >= self.tenants.counter(tenant) {
-                victim = victim.max(Some((above, other.priority, other.id)));
-            }
-        }
-        if let Some((_, _, victim)) = victim {
+        let gives = |of: &TenantIndex| *of != tenant && self.tenants.counter(*of) >= self.tenants.counter(tenant);
+        let victim = self.above(lack).filter(gives).find_map(|of| self.giver(of, lack, priority));
+        if let Some(victim) = victim {
             self.give_way(victim);
         }
         victim.is_some() && self.leaving.is_empty()
     }
 
     /// What it is that a running sequence lacks pages for a step.
-    pub(crate) fn shortage(&mut self, id: SequenceId, step: usize) -> Shortage {
+    pub(crate) fn shortage(&self, id: SequenceId, step: usize) -> Shortage {
         let class = self.short_class(id, step).filter(|_| self.tenants.active_count() > 1);
-        let (tenant, lack) = (self.sequences[id].tenant, class.map(Lack::Pages));
-        let is_above = lack.is_some_and(|lack| self.held(lack, tenant) >= self.share(lack, tenant));
+        let is_above = class.is_some_and(|class| self.has_its_share(Lack::Pages(class), self.sequences[id].tenant));
         if is_above { Shortage::AboveShare } else { Shortage::WithinShare }
     }
 
-    /// Who gives way to a running sequence that lacks pages, if anybody does: the lowest priority, latest, and never an earlier one of its own
-    /// tenant. A tenant within its share takes from one above its own, however early that came, and is spared by it, unless it had had more service when it started.
+    /// Who gives way to a running sequence that lacks pages, if anybody does: the lowest priority, of that a tenant above its share, the latest,
+    /// and never an earlier one of its own tenant. A tenant within its share takes from one above its own, however early that came, and is
+    /// spared by it.
     pub(crate) fn page_victim(&mut self, id: SequenceId, step: usize) -> Option<SequenceId> {
         let mine = &self.sequences[id];
         let (priority, tenant, rank) = (mine.priority, mine.tenant, mine.rank);
-        let later = |other: &(i32, SequenceId)| *other > (priority, id);
+        let (lowest, last) = self.preemptible().next().filter(|(lowest, _)| *lowest >= priority)?;
+        let later = |other: &SequenceId| (lowest, *other) > (priority, id);
         if self.tenants.active_count() < 2 {
-            return self.preemptible().filter(later).max().map(|(_, victim)| victim);
+            return Some(last).filter(later);
         }
         let lack = Lack::Pages(self.short_class(id, step)?);
-        let is_above = self.held(lack, tenant) >= self.share(lack, tenant);
-        let mut victim = None;
-        for (of, other) in self.preemptible() {
-            let sequence = &self.sequences[other];
-            if other == id || of < priority {
-                continue;
-            }
-            let its = sequence.tenant;
-            let its_above = self.held_known(lack, its) > self.share(lack, its);
-            // A prompt is counted at once, so who has just started is measured by what its tenant had had then.
-            let (i_had_less, it_had_less) = (rank <= self.tenants.counter(its), sequence.rank <= self.tenants.counter(tenant));
-            let is_spared = of == priority && its != tenant && is_above && !its_above && it_had_less;
-            let may_take =
-                its != tenant && !is_above && its_above && i_had_less && self.may_give_way(sequence) && self.holds(sequence, lack);
-            if may_take || later(&(of, other)) && !is_spared {
-                victim = victim.max(Some((of, its_above, other)));
-            }
-        }
-        let (_, _, victim) = victim?;
-        if !later(&(self.sequences[victim].priority, victim)) {
+        self.holdings.settle(lack, &self.tenants);
+        let is_above = self.has_its_share(lack, tenant);
+        let latest_of = |of: TenantIndex| {
+            let mut all = self.holdings.whole_of(of, lowest);
+            all.find(|other| self.sequences[*other].has_pages()).filter(later)
+        };
+        // A prompt is counted at once, so who has just started is measured by what its tenant had had then.
+        let may_take = |from: TenantIndex| from != tenant && !is_above && rank <= self.tenants.counter(from);
+        let giver_of = |of: TenantIndex| self.giver(of, lack, lowest).filter(|_| may_take(of));
+        let of_above = self.above(lack).find_map(|of| latest_of(of).or_else(|| giver_of(of)));
+        let victim = of_above.or_else(|| match is_above && lowest == priority {
+            true => latest_of(tenant),
+            false => Some(last).filter(later),
+        })?;
+        if !later(&victim) {
             self.mark(victim);
         }
         Some(victim)
@@ -143,14 +124,6 @@ impl Engine {
         self.pages.short_class(lanes.iter().map(|lane| lane.stretch))
     }
 
-    /// Whether a sequence may give way to another tenant: it never did, or is a page further by now. One of a cut chain fails and is tried
-    /// again by the router, so it must have gained a page since it came.
-    fn may_give_way(&self, sequence: &Sequence) -> bool {
-        let computed = sequence.steps.last().map_or(0, |step| step.computed);
-        let from = if sequence.path.is_whole() { sequence.gave_way_at } else { Some(sequence.base_tokens) };
-        from.is_none_or(|from| computed >= from + self.limits.page_tokens)
-    }
-
     fn mark(&mut self, id: SequenceId) {
         let sequence = &mut self.sequences[id];
         sequence.gave_way_at = sequence.steps.last().map(|step| step.computed);
@@ -162,56 +135,44 @@ impl Engine {
             self.preempt(id);
             return;
         }
-        self.held = None;
         let message = "its tenant is above its share, and another one's sequence waited".to_owned();
         self.fail(id, Code::Unavailable, message, Retry::Same);
     }
 
+    /// The latest sequence of a tenant that may give way to another one and holds what that one lacks, of this priority or a lower one.
+    fn giver(&self, tenant: TenantIndex, lack: Lack, priority: i32) -> Option<SequenceId> {
+        self.holdings.givers(tenant, lack, priority).find(|id| self.holds(&self.sequences[*id], lack))
+    }
+
+    /// Whether a sequence that runs holds any of what somebody lacks: mostly, but all that it has may lie behind windows.
     fn holds(&self, sequence: &Sequence, lack: Lack) -> bool {
-        match lack {
-            Lack::Place => true,
-            Lack::Pages(class) => self.page_counts(sequence, class).next().is_some(),
-        }
+        let Lack::Pages(class) = lack else { return true };
+        let mut lanes = sequence.path.steps.iter().zip(&sequence.steps).flat_map(|(at, state)| at.lanes.iter().zip(&state.lanes));
+        lanes.any(|(lane, held)| !held.handles.is_empty() && self.pages.slot_count(lane.stretch, class) > 0)
     }
 
-    /// Handles of a sequence with pages of a class, a lane at a time, and how many such pages each of them has.
-    fn page_counts<'a>(&'a self, sequence: &'a Sequence, class: ClassIndex) -> impl Iterator<Item = (&'a [HandleIndex], usize)> {
-        let steps = sequence.path.steps.iter().zip(&sequence.steps);
-        let lanes = steps.flat_map(|(at, state)| at.lanes.iter().zip(&state.lanes)).filter(|(_, held)| !held.handles.is_empty());
-        let counts = lanes.map(move |(lane, held)| (&held.handles[..], self.pages.slot_count(lane.stretch, class)));
-        counts.filter(|(_, count)| *count > 0)
+    /// Tenants above their share, the most so first, as `Holdings::settle` has put them.
+    fn above(&self, lack: Lack) -> impl Iterator<Item = TenantIndex> {
+        self.holdings.above(lack, move |weight| self.share_of(lack, weight))
     }
 
-    /// What a tenant's running sequences hold, in parts. Pages are counted once a plan.
-    fn held(&mut self, lack: Lack, tenant: TenantIndex) -> u64 {
-        if let Lack::Pages(class) = lack
-            && self.held.as_ref().is_none_or(|(of, _)| *of != class)
-        {
-            let mut held: BTreeMap<TenantIndex, u64> = BTreeMap::new();
-            for sequence in self.sequences.iter().filter(|sequence| sequence.status == Status::Running) {
-                let parts = |(handles, count): (&[HandleIndex], usize)| -> u64 {
-                    handles.iter().map(|handle| count as u64 * PARTS / u64::from(self.pages.holder_count(*handle))).sum()
-                };
-                *held.entry(sequence.tenant).or_default() += self.page_counts(sequence, class).map(parts).sum::<u64>();
-            }
-            self.held = Some((class, held));
-        }
-        self.held_known(lack, tenant)
+    /// Whether a tenant holds no less than its share.
+    fn has_its_share(&self, lack: Lack, tenant: TenantIndex) -> bool {
+        self.holdings.held(lack, tenant) >= self.share(lack, tenant)
     }
 
-    /// The same, when it was counted.
-    fn held_known(&self, lack: Lack, tenant: TenantIndex) -> u64 {
-        match lack {
-            Lack::Place => u64::from(self.tenants.running_count(tenant)) * PARTS,
-            Lack::Pages(_) => self.held.as_ref().and_then(|(_, held)| held.get(&tenant).copied()).unwrap_or(0),
-        }
-    }
-
-    /// A tenant's share, in parts; of the places at least one.
+    /// A tenant's share; of the places at least one, of the pages one of those that no two tenants hold.
     fn share(&self, lack: Lack, tenant: TenantIndex) -> u64 {
+        self.share_of(lack, self.tenants.weight(tenant))
+    }
+
+    fn share_of(&self, lack: Lack, weight: u32) -> u64 {
         match lack {
-            Lack::Place => self.tenants.share(tenant, self.limits.sequences_max.into()).max(1) * PARTS,
-            Lack::Pages(class) => self.tenants.share(tenant, self.pages.slot_count_max(class) as u64 * PARTS),
+            Lack::Place => self.tenants.share(weight, self.limits.sequences_max.into()).max(1),
+            Lack::Pages(class) => {
+                let all = self.pages.slot_count_max(class) as u64;
+                self.tenants.share(weight, all.saturating_sub(self.holdings.common(class)))
+            }
         }
     }
 }

@@ -13,13 +13,19 @@ use super::engine::Engine;
 use super::pace::{Pace, Paces};
 use super::segments::SegmentIndex;
 use super::sequence::{Path, PathStep, Sequence};
+use super::targets::Firsts;
+use super::tenants::TenantIndex;
 
 /// Rows of a batch are kept to multiples of it where a chunk is cut short: the GEMMs' tile.
 pub(crate) const TILE_ROWS: u32 = 8;
 /// Share of the slack that prompts may take.
 pub(crate) const MARGIN: f64 = 0.8;
 /// Batches after which the cost of a pass is summed again though nobody came or went.
-const PASS_BATCHES: u64 = 64;
+pub(crate) const PASS_BATCHES: u64 = 64;
+
+/// Passes that a row lets siblings catch up, at most. In one each of them comes by once; the half is for what batches cost for their own
+/// sake, and for prompts between them.
+pub(crate) const REGROUP_PASSES: f64 = 1.5;
 
 /// Share of a new observation in what a batch more costs, and microseconds that it may grow by beside what it was.
 const OVERHEAD_RATE: f64 = 0.05;
@@ -50,7 +56,7 @@ impl InFlight {
 }
 
 /// What the engine knows of time.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Clock {
     /// The latest time that it was told.
     pub(crate) now: Micros,
@@ -69,15 +75,39 @@ pub(crate) struct Clock {
     pub(crate) decoding: Vec<u32>,
     /// Of these, those that have a target for gaps.
     pub(crate) paces: Paces,
-    /// Sequences that run and have no token yet since they last started, by when their first one is wanted.
-    pub(crate) prompts: BTreeSet<(Micros, SequenceId)>,
+    /// Sequences that run and have no token yet since they last started: of each tenant and priority by when their first one is wanted.
+    pub(crate) prompts: BTreeSet<(TenantIndex, i32, Micros, SequenceId)>,
+    /// Those whose first token has a target and is not late, by when the rest of the prompt has to begin to be in time.
+    pub(crate) firsts: Firsts,
     /// For each segment: microseconds of a batch of all that decode there, and the shortest gap that one of them wants.
     parts: Vec<(f64, Micros)>,
-    /// Whether a sequence ever had a target for its first token.
-    pub(crate) has_firsts: bool,
+    /// Passes that a row lets siblings catch up, at most: `REGROUP_PASSES`.
+    pub(crate) regroup_passes: f64,
     /// Time of a pass: each decoding sequence advances by one token. In microseconds, and when it was summed.
     pass_micros: f64,
     summed_at: Option<BatchId>,
+}
+
+impl Default for Clock {
+    fn default() -> Self {
+        Self {
+            now: 0,
+            busy_until: 0,
+            done_at: 0,
+            between: 0.0,
+            within: 0.0,
+            joined_count: 0,
+            trial_from: 0,
+            decoding: Vec::new(),
+            paces: Paces::default(),
+            prompts: BTreeSet::new(),
+            firsts: Firsts::default(),
+            parts: Vec::new(),
+            regroup_passes: REGROUP_PASSES,
+            pass_micros: 0.0,
+            summed_at: None,
+        }
+    }
 }
 
 impl Clock {
@@ -98,9 +128,11 @@ impl Engine {
         self.clock.now + Micros::from(self.limits.row_wait_ms) * 1000
     }
 
-    /// Until when a row that becomes ready now lets others go first, so that siblings run with it.
+    /// Until when a row that becomes ready now lets others go first, so that siblings run with it: no longer than it takes all of them to
+    /// come by.
     pub(crate) fn regroup_due(&self) -> Micros {
-        self.clock.now + Micros::from(self.limits.regroup_wait_ms) * 1000
+        let most = Micros::from(self.limits.regroup_wait_ms) * 1000;
+        self.clock.now + most.min((self.clock.pass_micros * self.clock.regroup_passes) as Micros)
     }
 
     /// A token of a sequence came: the next one is due a gap later, unless one is under way already.
@@ -126,7 +158,7 @@ impl Engine {
         let before = std::mem::replace(&mut sequence.sampled_in, batch);
         self.clock.paces.token_planned(sequence, was_decoding.then_some(before), batch);
         if !was_decoding {
-            self.clock.prompts.remove(&(sequence.wanted_at, id));
+            self.clock.forget_prompt(sequence);
             sequence.path.steps.iter().for_each(|step| self.clock.decoding[step.segment.0 as usize] += 1);
             self.clock.summed_at = None;
         }
@@ -140,7 +172,7 @@ impl Engine {
             self.clock.paces.stop(sequence);
             self.clock.summed_at = None;
         } else {
-            self.clock.prompts.remove(&(sequence.wanted_at, id));
+            self.clock.forget_prompt(sequence);
         }
     }
 

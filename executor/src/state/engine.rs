@@ -20,6 +20,7 @@ use super::claim::Shortage;
 use super::clock::{Clock, InFlight, Micros};
 use super::cost::CostCurve;
 use super::counters::{Counters, Gauges};
+use super::holdings::Holdings;
 use super::lane::Held;
 use super::limits::Limits;
 use super::pages::{ClassIndex, HandleIndex, LineageIndex, PagePool, TokenHash};
@@ -31,7 +32,7 @@ use super::slab::Sequences;
 pub use super::span::HostSpan;
 use super::span::Span;
 use super::targets::first_row_due;
-use super::tenants::{OUTPUT_WEIGHT, TenantIndex, Tenants};
+use super::tenants::{OUTPUT_WEIGHT, Tenants};
 
 /// Handles that come back when a batch is done.
 #[derive(Debug)]
@@ -74,8 +75,8 @@ pub struct Engine {
     pub(crate) behind: Vec<Leaving>,
     /// Whether a sequence that runs could not get its pages when the latest step was planned, and whose.
     pub(crate) pages_short: Option<Shortage>,
-    /// Pages of a class that tenants hold, in parts, if they were counted in this plan.
-    pub(crate) held: Option<(ClassIndex, BTreeMap<TenantIndex, u64>)>,
+    /// What tenants hold, and who may give it back.
+    pub(crate) holdings: Holdings,
     next_batch: u64,
     pub(crate) counters: Counters,
     /// Distinct blocks hosted, and those that more than one span runs through.
@@ -116,7 +117,7 @@ impl Engine {
             leaving: Vec::new(),
             behind: Vec::new(),
             pages_short: None,
-            held: None,
+            holdings: Holdings::default(),
             next_batch: 0,
             counters: Counters::default(),
             block_counts: (0, 0),
@@ -200,6 +201,7 @@ impl Engine {
             return Err((Code::TooManyRequests, format!("{} sequences wait already", self.tenants.waiting_count()), Retry::Elsewhere));
         }
         let tenant = self.tenants.named(&admit.tenant, admit.weight);
+        self.holdings.weigh(tenant);
         let (gap, first_due, wanted_at) = self.wants(&admit.targets);
         let token_at = self.clock.now;
         let span = &mut self.spans[admit.span.0 as usize];
@@ -214,6 +216,7 @@ impl Engine {
             priority: admit.priority,
             tenant,
             gave_way_at: None,
+            is_giver: false,
             rank: 0,
             stop_tokens: admit.stop_tokens,
             prompt_tokens: admit.prompt_tokens,
@@ -225,6 +228,7 @@ impl Engine {
             gap,
             first_due,
             wanted_at,
+            begins_by: None,
             is_decoding: false,
             sampled_in: BatchId(0),
             token_at,
@@ -421,6 +425,7 @@ impl Engine {
         sequence.tokens.push(token.token);
         self.counters.generated_tokens += 1;
         self.tenants.charge(sequence.tenant, 1, OUTPUT_WEIGHT);
+        let is_first = sequence.begins_by.is_some();
         self.outputs.push_back(Output::EmitToken { sequence: id, index, token });
         if (sequence.tokens.len() as u32).is_multiple_of(self.limits.page_tokens) {
             let steps = sequence.steps.len();
@@ -432,6 +437,9 @@ impl Engine {
         if let Some(reason) = self.sequences[id].end_reason() {
             self.finish(id, reason);
             return;
+        }
+        if is_first {
+            self.look_at_first(id);
         }
         self.token_came(id);
         self.enqueue(id, 0);
@@ -454,6 +462,9 @@ impl Engine {
 
     fn remove(&mut self, id: SequenceId) {
         self.release_all(id);
+        if self.sequences[id].status == Status::Running {
+            self.stop_running(id);
+        }
         let sequence = self.sequences.remove(id);
         self.spans[sequence.span.0 as usize].sequence_count -= 1;
         match sequence.status {
@@ -474,11 +485,11 @@ impl Engine {
         let (first, most) = (lanes().map(|held| held.from).min().unwrap_or(0), lanes().map(Held::to).max().unwrap_or(0));
         let mut handles = Vec::with_capacity(if is_in_flight { lanes().map(|held| held.handles.len()).sum() } else { 0 });
         for page in (first..most).rev() {
-            for held in lanes().rev() {
-                match held.get(page) {
-                    Some(handle) if is_in_flight => handles.push(handle),
-                    Some(handle) => self.pages.release(handle),
-                    None => {}
+            for handle in lanes().rev().filter_map(|held| held.get(page)) {
+                self.holdings.leave(sequence.tenant, handle, self.pages.slot_counts(handle));
+                match is_in_flight {
+                    true => handles.push(handle),
+                    false => self.pages.release(handle),
                 }
             }
         }

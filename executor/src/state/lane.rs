@@ -105,7 +105,8 @@ impl Engine {
         if handles.is_empty() {
             return;
         }
-        let last_batch = sequence.last_batch;
+        let (last_batch, tenant) = (sequence.last_batch, sequence.tenant);
+        handles.iter().for_each(|handle| self.holdings.leave(tenant, *handle, self.pages.slot_counts(*handle)));
         if self.is_in_flight(last_batch) {
             self.behind.push(Leaving { sequence: id, last_batch, handles });
         } else {

@@ -26,8 +26,8 @@ pub struct Limits {
     pub batch_ms_max: u32,
     /// Milliseconds that a ready row lets others go first, at most.
     pub row_wait_ms: u32,
-    /// Milliseconds that a ready row lets others go first, at most, so that siblings run its segment together with it; 0: rows do not wait for
-    /// siblings, and the deepest segment goes first.
+    /// Milliseconds that a ready row lets others go first, at most, so that siblings run its segment together with it, and never longer than
+    /// a pass and a half; 0: rows do not wait for siblings, and the deepest segment goes first.
     pub regroup_wait_ms: u32,
     /// Batches handed to the device and not done. From 2 on the device finds the next one waiting whenever it ends one.
     pub batches_in_flight_max: u32,
@@ -61,7 +61,7 @@ impl Default for Limits {
             ttft_ms: 0,
             batch_ms_max: 0,
             row_wait_ms: 200,
-            regroup_wait_ms: 20,
+            regroup_wait_ms: 200,
             batches_in_flight_max: 2,
             sequences_max: 64,
             waiting_max: 1024,

@@ -179,10 +179,10 @@ impl Engine {
             return Err(format!("of gaps (sequences, first batch, first token) are {wanted:?}, kept as {kept:?}"));
         }
         let is_prompt = |sequence: &&Sequence| sequence.status == Status::Running && !sequence.is_decoding;
-        let prompts: BTreeSet<_> = self.sequences.iter().filter(is_prompt).map(|sequence| (sequence.wanted_at, sequence.id)).collect();
+        let prompts: BTreeSet<_> = self.sequences.iter().filter(is_prompt).map(Sequence::prompt_place).collect();
         if prompts != self.clock.prompts {
             return Err(format!("{} prompts run, {} are listed, or others", prompts.len(), self.clock.prompts.len()));
         }
-        Ok(())
+        self.check_firsts()
     }
 }

@@ -65,6 +65,13 @@ struct Handle {
     newer: Option<HandleIndex>,
 }
 
+/// Ends of a list of cached and unheld handles.
+#[derive(Debug, Clone, Copy, Default)]
+struct Ends {
+    oldest: Option<HandleIndex>,
+    newest: Option<HandleIndex>,
+}
+
 /// The pool.
 #[derive(Debug, Clone)]
 pub struct PagePool {
@@ -74,9 +81,9 @@ pub struct PagePool {
     handles: Vec<Handle>,
     free: Vec<HandleIndex>,
     index: BTreeMap<HandleKey, HandleIndex>,
-    /// Ends of the list of cached and unheld handles.
-    oldest: Option<HandleIndex>,
-    newest: Option<HandleIndex>,
+    /// Ends of the lists of cached and unheld handles: of keys and values, and of hidden rows. One never makes room for the other, so neither
+    /// is looked through for the other.
+    ends: [Ends; 2],
     evicted_pages: u64,
     /// For stretches of keys and values before a fork: what boundary handles there cover, which are of use only together with theirs.
     forks: BTreeMap<StretchIndex, Vec<StretchIndex>>,
@@ -92,8 +99,7 @@ impl PagePool {
             handles: Vec::new(),
             free: Vec::new(),
             index: BTreeMap::new(),
-            oldest: None,
-            newest: None,
+            ends: [Ends::default(); 2],
             evicted_pages: 0,
             forks: BTreeMap::new(),
         }
@@ -212,7 +218,7 @@ impl PagePool {
     pub fn touch(&mut self, key: &HandleKey) {
         if let Some(handle) = self.index.get(key).copied().filter(|handle| self.handles[handle.0 as usize].refs == 0) {
             self.unlink(handle);
-            self.link(handle, self.newest);
+            self.link_newest(handle);
         }
     }
 
@@ -242,11 +248,6 @@ impl PagePool {
         counts.map(|(class, _)| *class).find(|class| self.slots.available(*class) < needed(*class))
     }
 
-    /// How many hold a handle.
-    pub fn holder_count(&self, handle: HandleIndex) -> u32 {
-        self.handles[handle.0 as usize].refs
-    }
-
     /// Slots of a class that a handle of a stretch has.
     pub fn slot_count(&self, stretch: StretchIndex, class: ClassIndex) -> usize {
         let counts = &self.stretches[stretch.0 as usize].counts;
@@ -272,7 +273,7 @@ impl PagePool {
             self.slots.unhold(*class, *count);
         }
         if is_cached {
-            self.link(handle, self.newest);
+            self.link_newest(handle);
         } else {
             self.free_handle(handle);
         }
@@ -312,7 +313,7 @@ impl PagePool {
             let stretch = self.handles[handle.0 as usize].stretch;
             self.stretches[stretch.0 as usize].counts.iter().any(|(known, _)| *known == class)
         };
-        let mut at = self.oldest;
+        let mut at = self.ends[usize::from(!self.slots.is_kv(class))].oldest;
         while let Some(handle) = at.filter(|handle| !has_class(*handle)) {
             at = self.handles[handle.0 as usize].newer;
         }
@@ -358,15 +359,27 @@ impl PagePool {
         self.free.push(handle);
     }
 
+    /// The ends of the list of a handle.
+    fn ends(&mut self, handle: HandleIndex) -> &mut Ends {
+        let stretch = &self.stretches[self.handles[handle.0 as usize].stretch.0 as usize];
+        &mut self.ends[usize::from(!self.slots.is_kv(stretch.classes[0]))]
+    }
+
+    /// Puts an unheld handle into the list of cached ones, as the one that was used last.
+    fn link_newest(&mut self, handle: HandleIndex) {
+        let newest = self.ends(handle).newest;
+        self.link(handle, newest);
+    }
+
     /// Puts an unheld handle into the list of cached ones, right after `older`.
     fn link(&mut self, handle: HandleIndex, older: Option<HandleIndex>) {
         let newer = match older {
             Some(older) => self.handles[older.0 as usize].newer.replace(handle),
-            None => self.oldest.replace(handle),
+            None => self.ends(handle).oldest.replace(handle),
         };
         match newer {
             Some(newer) => self.handles[newer.0 as usize].older = Some(handle),
-            None => self.newest = Some(handle),
+            None => self.ends(handle).newest = Some(handle),
         }
         let entry = &mut self.handles[handle.0 as usize];
         (entry.older, entry.newer) = (older, newer);
@@ -377,11 +390,11 @@ impl PagePool {
         let (older, newer) = (entry.older.take(), entry.newer.take());
         match older {
             Some(older) => self.handles[older.0 as usize].newer = newer,
-            None => self.oldest = newer,
+            None => self.ends(handle).oldest = newer,
         }
         match newer {
             Some(newer) => self.handles[newer.0 as usize].older = older,
-            None => self.newest = older,
+            None => self.ends(handle).newest = older,
         }
     }
 }

@@ -42,7 +42,6 @@ impl Engine {
     pub(crate) fn plan_step(&mut self, now: Now) {
         self.tell_time(now);
         // Pages that come back are first for those that run and lack them.
-        self.held = None;
         match self.pages_short.take().filter(|_| !self.ready.is_empty()) {
             Some(Shortage::WithinShare) => {}
             Some(Shortage::AboveShare) => self.start_waiting(now, true),
@@ -67,10 +66,10 @@ impl Engine {
             }
             // Rows are ready and none can run: pages or hidden rows are held by sequences that wait for each other. The
             // latest gives way until the first can go on. Links are waited for, never broken.
-            let Some((_, latest)) = self.preemptible().max() else { return };
+            let Some((_, latest)) = self.preemptible().next() else { return };
             // Sequences of cut chains may lack the hidden rows that the only other one holds, and hold the pages that it lacks.
             let holds_hidden = self.sequences[latest].steps.iter().any(|step| !step.hidden.is_empty());
-            if self.preemptible().count() > 1 || self.hosts_cut_chains && holds_hidden {
+            if self.preemptible().nth(1).is_some() || self.hosts_cut_chains && holds_hidden {
                 self.preempt(latest);
                 continue;
             }
@@ -238,11 +237,9 @@ impl Engine {
         batch
     }
 
-    /// Sequences that hold pages and could start over: chains that are whole here.
-    pub(crate) fn preemptible(&self) -> impl Iterator<Item = (i32, SequenceId)> + '_ {
-        let holds =
-            |s: &&Sequence| s.status == Status::Running && s.steps.iter().flat_map(|step| &step.lanes).any(|held| !held.handles.is_empty());
-        self.sequences.iter().filter(holds).filter(|s| s.path.is_whole()).map(|s| (s.priority, s.id))
+    /// Sequences that hold pages and could start over: chains that are whole here. Of the lowest priority and latest first.
+    pub(crate) fn preemptible(&self) -> impl Iterator<Item = (i32, SequenceId)> {
+        self.holdings.whole().filter(|(_, id)| self.sequences[*id].has_pages())
     }
 
     /// Reserves pages so that `count` more tokens can be computed by a step, preempting later sequences if it must.
@@ -267,14 +264,19 @@ impl Engine {
     pub(crate) fn reserve_to(&mut self, id: SequenceId, step: usize, tokens: u32) -> bool {
         let pages = tokens.div_ceil(self.limits.page_tokens);
         let sequence = &mut self.sequences[id];
+        let tenant = sequence.tenant;
         let (lanes, state) = (&sequence.path.steps[step].lanes, &mut sequence.steps[step]);
         while state.reserved < pages {
             for (l, lane) in lanes.iter().enumerate() {
                 let Some(handle) = self.pages.reserve(lane.stretch) else {
                     let others = state.lanes[..l].iter_mut().filter_map(|held| held.handles.pop());
-                    others.for_each(|handle| self.pages.release(handle));
+                    for handle in others {
+                        self.holdings.leave(tenant, handle, self.pages.slot_counts(handle));
+                        self.pages.release(handle);
+                    }
                     return false;
                 };
+                self.holdings.take(tenant, handle, self.pages.slot_counts(handle));
                 state.lanes[l].handles.push(handle);
             }
             state.reserved += 1;
@@ -284,8 +286,8 @@ impl Engine {
 
     /// Takes a sequence's pages away; it waits, and resumes by computing again what is not cached.
     pub(crate) fn preempt(&mut self, id: SequenceId) {
-        self.held = None;
         self.release_all(id);
+        self.stop_running(id);
         let sequence = &mut self.sequences[id];
         sequence.status = Status::Waiting;
         // In this order: a tenant whose only sequence gives way has not been away.

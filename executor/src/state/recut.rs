@@ -107,6 +107,7 @@ impl Engine {
         }
         self.tie_boundaries(&hosted);
         self.hosts_cut_chains = hosted.iter().any(|&i| !self.spans[i].path.is_whole());
+        self.holdings = self.count_holdings();
         self.follow_paths();
         self.count_blocks();
     }

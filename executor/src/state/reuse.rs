@@ -104,6 +104,8 @@ impl Engine {
                     let behind = if handles.first().as_ref().is_some_and(is_foreign) { from as usize } else { 0 };
                     made_elsewhere = behind + handles.iter().filter(is_foreign).count();
                 }
+                let tenant = self.sequences[id].tenant;
+                handles.iter().for_each(|handle| self.holdings.take(tenant, *handle, self.pages.slot_counts(*handle)));
                 self.sequences[id].steps[s].lanes[l] = Held { from, handles };
             }
             let next = counts.get(s + 1).copied().unwrap_or(0);

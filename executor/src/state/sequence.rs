@@ -156,6 +156,8 @@ pub(crate) struct Sequence {
     pub(crate) tenant: TenantIndex,
     /// Tokens that it had computed when it gave way to another tenant, if it did.
     pub(crate) gave_way_at: Option<u32>,
+    /// Whether it runs and may give way to another tenant: `Holdings` lists it.
+    pub(crate) is_giver: bool,
     /// Service that its tenant had had when it first started: of two prompts the one with less goes first.
     pub(crate) rank: u64,
     pub(crate) stop_tokens: Vec<u32>,
@@ -171,6 +173,9 @@ pub(crate) struct Sequence {
     /// When its first token is due, if it has a target for that, and when it is wanted in any case: its place in the line of its tenant.
     pub(crate) first_due: Option<Micros>,
     pub(crate) wanted_at: Micros,
+    /// When the rest of its prompt was to begin for a first token in time, and tokens of that rest, when somebody looked last; None where
+    /// that does not count: no target, late already, or a token is there. `Firsts` lists it.
+    pub(crate) begins_by: Option<(Micros, u32)>,
     /// Whether a token of it was sampled, or is being, since it last started; the latest batch that samples one; when the latest came.
     pub(crate) is_decoding: bool,
     pub(crate) sampled_in: BatchId,
@@ -228,6 +233,21 @@ impl Sequence {
             return count.min(link_rows_max.saturating_sub(in_flight));
         }
         count
+    }
+
+    /// Whether it holds pages at all.
+    pub(crate) fn has_pages(&self) -> bool {
+        self.steps.iter().flat_map(|step| &step.lanes).any(|held| !held.handles.is_empty())
+    }
+
+    /// Its place among the prompts that run.
+    pub(crate) fn prompt_place(&self) -> (TenantIndex, i32, Micros, SequenceId) {
+        (self.tenant, self.priority, self.wanted_at, self.id)
+    }
+
+    /// Tokens that it knows and the first step has not computed.
+    pub(crate) fn rest_tokens(&self) -> u32 {
+        self.known_tokens().saturating_sub(self.steps[0].computed)
     }
 
     /// Its place in the line of its tenant while it waits.

@@ -48,10 +48,9 @@ impl Engine {
             let reserved = self.reserve_to(id, step, if slides { tokens.min(first) } else { tokens });
             assert!(reserved, "nothing that it needs was lacking");
         }
-        self.held = None;
         let sequence = &mut self.sequences[id];
         sequence.status = Status::Running;
-        self.clock.prompts.insert((sequence.wanted_at, id));
+        self.holdings.start(sequence);
         sequence.moved_at = self.clock.now;
         sequence.decodes_from = if whole { sequence.tokens.len() as u32 } else { sequence.base_tokens };
         if !sequence.started {
@@ -64,6 +63,9 @@ impl Engine {
             self.outputs.push_back(Output::EmitStarted { sequence: id, waited, cached_tokens });
             self.hurry(id);
         }
+        self.clock.prompts.insert(self.sequences[id].prompt_place());
+        self.look_at_first(id);
+        self.list_giver(id);
         (0..steps).for_each(|step| self.enqueue(id, step));
     }
 }

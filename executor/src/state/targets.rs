@@ -1,17 +1,21 @@
 //! First tokens on time: the targets that a deployment gives a sequence, and what they change. Priority and fairness come first: targets
 //! order the sequences of one tenant, and those of tenants that had equal service. Gaps between tokens are in `clock`.
 
-use super::batch::SequenceId;
-use super::clock::{Clock, MARGIN, Micros, price};
+use std::collections::BTreeSet;
+
+use super::batch::{BatchId, SequenceId};
+use super::clock::{Clock, MARGIN, Micros, PASS_BATCHES, price};
 use super::cost::CostCurve;
 use super::engine::Engine;
 use super::ready::Entry;
 use super::segments::SegmentIndex;
-use super::sequence::Sequence;
+use super::sequence::{Sequence, Status};
 
 /// When a first token is wanted without a target, after its sequence came: later than with most targets, so that those go first, and no
 /// stream of them goes first for ever.
 const PATIENCE: Micros = 10_000_000;
+/// Of those whose first token is due soonest for what is left to compute, how many a plan looks at.
+const FIRSTS_LOOKED_AT: usize = 4;
 
 /// What a deployment wants of the time of tokens. None: what the executor is set to. 0: no target.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -60,7 +64,6 @@ impl Engine {
         let gap = micros(targets.gap_ms.unwrap_or(self.limits.gap_ms));
         let ttft = micros(targets.ttft_ms.unwrap_or(self.limits.ttft_ms));
         let first_due = (ttft > 0).then_some(self.clock.now + ttft);
-        self.clock.has_firsts |= first_due.is_some();
         (gap, first_due, first_due.unwrap_or(self.clock.now + PATIENCE))
     }
 
@@ -71,9 +74,10 @@ impl Engine {
         if new.first_due.is_none() {
             return;
         }
-        let is_behind = |s: &&Sequence| (s.tenant, s.priority) == (new.tenant, new.priority) && s.rank <= new.rank;
-        let later = self.clock.prompts.range((new.wanted_at + 1, SequenceId::new(0, 0))..).map(|(_, id)| &self.sequences[*id]);
-        let later: Vec<SequenceId> = later.filter(is_behind).map(|s| s.id).collect();
+        let (tenant, priority) = (new.tenant, new.priority);
+        let behind = (tenant, priority, new.wanted_at + 1, SequenceId::LEAST)..=(tenant, priority, Micros::MAX, SequenceId::MOST);
+        let later = self.clock.prompts.range(behind).map(|(.., id)| &self.sequences[*id]);
+        let later: Vec<SequenceId> = later.filter(|s| s.rank <= new.rank).map(|s| s.id).collect();
         let mut rank = new.rank;
         for later in later.into_iter().rev() {
             std::mem::swap(&mut self.sequences[later].rank, &mut rank);
@@ -95,22 +99,94 @@ impl Engine {
     /// Time that chunks may add to a batch of a segment.
     pub(crate) fn chunk_time(&mut self, segment: SegmentIndex) -> ChunkTime {
         let gaps = self.chunk_budget(segment);
+        let firsts = self.first_slack();
+        ChunkTime { gaps, firsts }
+    }
+
+    /// Microseconds that chunks may add before somebody's first token is late, and when that is due. Of those who have to begin first, a few: what is
+    /// kept of the others may be off by what curves have changed since somebody looked.
+    fn first_slack(&mut self) -> (f64, Micros) {
         let mut firsts = (f64::INFINITY, 0);
-        if self.clock.has_firsts {
-            let start = self.clock.start();
-            // One that is late already holds nobody up.
-            for (due, id) in self.clock.prompts.range((start + 1, SequenceId::new(0, 0))..) {
-                let (due, sequence) = (*due, &self.sequences[*id]);
-                if sequence.first_due.is_none() {
-                    continue;
-                }
-                let slack = ((due - start) as f64 - rest(sequence, 0, &self.clock, &self.costs)) * MARGIN;
-                if slack < firsts.0 {
-                    firsts = (slack.max(0.0), due);
-                }
+        if self.clock.firsts.by_begin.is_empty() {
+            return firsts;
+        }
+        let latest = self.latest_batch();
+        if self.clock.firsts.looked_at.is_none_or(|at| latest.0 >= at.0 + PASS_BATCHES) {
+            self.clock.firsts.looked_at = Some(latest);
+            let ids: Vec<SequenceId> = self.clock.firsts.by_begin.iter().map(|(_, id)| *id).collect();
+            ids.into_iter().for_each(|id| self.look_at_first(id));
+        }
+        let start = self.clock.start();
+        // One that is late already holds nobody up.
+        let is_early = |(_, id): &&(Micros, SequenceId)| self.sequences[*id].first_due.is_some_and(|due| due > start);
+        for (_, id) in self.clock.firsts.by_begin.iter().filter(is_early).take(FIRSTS_LOOKED_AT) {
+            let sequence = &self.sequences[*id];
+            let due = sequence.first_due.expect("only those are listed");
+            let slack = ((due - start) as f64 - rest(sequence, 0, &self.clock, &self.costs)) * MARGIN;
+            if slack < firsts.0 {
+                firsts = (slack.max(0.0), due);
             }
         }
-        ChunkTime { gaps, firsts }
+        firsts
+    }
+
+    /// Puts a prompt that runs where it belongs among those whose first token has a target: when it starts, when a chunk of it enters the
+    /// chain, and now and then. One that is late leaves them for good.
+    pub(crate) fn look_at_first(&mut self, id: SequenceId) {
+        let sequence = &self.sequences[id];
+        let due = sequence.first_due.filter(|due| !sequence.is_decoding && *due > self.clock.now);
+        let begins_by = due.map(|due| {
+            let rest = rest(sequence, 0, &self.clock, &self.costs);
+            (due.saturating_sub(rest as Micros), sequence.rest_tokens())
+        });
+        self.clock.firsts.place(&mut self.sequences[id], begins_by);
+    }
+
+    /// Whether those are listed whose first token has a target and is not late, with what is left of their prompts.
+    pub(crate) fn check_firsts(&self) -> Result<(), String> {
+        let listed: BTreeSet<_> = self.sequences.iter().filter_map(|s| s.begins_by.map(|(at, _)| (at, s.id))).collect();
+        if listed != self.clock.firsts.by_begin {
+            return Err(format!("{} first tokens have targets, {} are listed, or others", listed.len(), self.clock.firsts.by_begin.len()));
+        }
+        for sequence in self.sequences.iter() {
+            let is_prompt = sequence.status == Status::Running && !sequence.is_decoding;
+            let has_target = is_prompt && sequence.first_due.is_some();
+            let is_late = sequence.first_due.is_some_and(|due| due <= self.clock.now);
+            let tokens = sequence.begins_by.map(|(_, tokens)| tokens);
+            if tokens.is_some() && !has_target
+                || tokens.is_none() && has_target && !is_late
+                || tokens.is_some_and(|n| n != sequence.rest_tokens())
+            {
+                let (id, left) = (sequence.id, sequence.rest_tokens());
+                return Err(format!("the first token of sequence {id:?} is listed with {tokens:?} tokens before it, {left} are left"));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Prompts that run and whose first token has a target.
+#[derive(Debug, Default)]
+pub(crate) struct Firsts {
+    /// By `Sequence::begins_by`.
+    by_begin: BTreeSet<(Micros, SequenceId)>,
+    /// The batch after which all were looked at last.
+    looked_at: Option<BatchId>,
+}
+
+impl Firsts {
+    fn place(&mut self, sequence: &mut Sequence, begins_by: Option<(Micros, u32)>) {
+        let before = std::mem::replace(&mut sequence.begins_by, begins_by);
+        before.map(|(at, _)| self.by_begin.remove(&(at, sequence.id)));
+        self.by_begin.extend(begins_by.map(|(at, _)| (at, sequence.id)));
+    }
+}
+
+impl Clock {
+    /// A sequence that ran without a token has one, or no longer runs.
+    pub(crate) fn forget_prompt(&mut self, sequence: &mut Sequence) {
+        self.prompts.remove(&sequence.prompt_place());
+        self.firsts.place(sequence, None);
     }
 }
 

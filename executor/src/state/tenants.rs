@@ -18,6 +18,16 @@ const SCALE: u64 = 1 << 16;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct TenantIndex(u32);
 
+impl TenantIndex {
+    pub(crate) fn at(place: usize) -> Self {
+        Self(place as u32)
+    }
+
+    pub(crate) fn place(self) -> usize {
+        self.0 as usize
+    }
+}
+
 /// A waiting sequence's place in the line of its tenant: by priority, by when its first token is wanted, by arrival.
 pub(crate) type Turn = (i32, Micros, SequenceId);
 
@@ -195,9 +205,19 @@ impl Tenants {
         self.tenants[tenant.0 as usize].running_count
     }
 
-    /// A tenant's share of so many things among all that have sequences now.
-    pub(crate) fn share(&self, tenant: TenantIndex, of: u64) -> u64 {
-        (of * u64::from(self.tenants[tenant.0 as usize].weight)).checked_div(self.active_weight).unwrap_or(0)
+    /// A tenant's weight.
+    pub(crate) fn weight(&self, tenant: TenantIndex) -> u32 {
+        self.tenants[tenant.0 as usize].weight
+    }
+
+    /// Tenants that ever had a sequence.
+    pub(crate) fn count(&self) -> usize {
+        self.tenants.len()
+    }
+
+    /// The share that a weight has of so many things among all tenants that have sequences now.
+    pub(crate) fn share(&self, weight: u32, of: u64) -> u64 {
+        (of * u64::from(weight)).checked_div(self.active_weight).unwrap_or(0)
     }
 
     /// The first fault of the books, given (waiting, running) sequences of each tenant.

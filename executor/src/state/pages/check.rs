@@ -8,16 +8,19 @@ impl PagePool {
     /// Checks that every handle is free, cached or held exactly `held[handle]` times. Returns the first fault.
     pub fn check(&self, held: &BTreeMap<HandleIndex, u32>) -> Result<(), String> {
         let mut cached = vec![false; self.handles.len()];
-        let (mut at, mut before) = (self.oldest, None);
-        while let Some(handle) = at {
-            let entry = &self.handles[handle.0 as usize];
-            if entry.older != before || std::mem::replace(&mut cached[handle.0 as usize], true) {
-                return Err(format!("the list of cached handles is broken at {handle:?}"));
+        for (ends, is_kv) in self.ends.iter().zip([true, false]) {
+            let (mut at, mut before) = (ends.oldest, None);
+            while let Some(handle) = at {
+                let entry = &self.handles[handle.0 as usize];
+                let is_stray = self.slots.is_kv(self.stretches[entry.stretch.0 as usize].classes[0]) != is_kv;
+                if entry.older != before || is_stray || std::mem::replace(&mut cached[handle.0 as usize], true) {
+                    return Err(format!("the list of cached handles is broken at {handle:?}"));
+                }
+                (before, at) = (at, entry.newer);
             }
-            (before, at) = (at, entry.newer);
-        }
-        if self.newest != before {
-            return Err(format!("the newest cached handle is {:?}, the list ends at {before:?}", self.newest));
+            if ends.newest != before {
+                return Err(format!("the newest cached handle is {:?}, the list ends at {before:?}", ends.newest));
+            }
         }
         let mut free = vec![false; self.handles.len()];
         self.free.iter().for_each(|handle| free[handle.0 as usize] = true);

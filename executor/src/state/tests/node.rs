@@ -81,6 +81,10 @@ pub(super) struct Node {
     pub(super) late_us_most: u64,
     /// When each sequence started.
     pub(super) started_us: BTreeMap<u64, u64>,
+    /// Since when each step of a sequence has rows ready, by how much it had computed then, and of which kind of `waited_us_most` they are.
+    ready_since: BTreeMap<(SequenceId, usize, u32), (u64, usize)>,
+    /// The longest that a decode was ready and did not run, a row of a prompt within its chain, and one that is to enter it.
+    pub(super) waited_us_most: [u64; 3],
 }
 
 /// What leaves a node for its neighbour.
@@ -115,6 +119,8 @@ impl Node {
             batch_us_most: 0,
             late_us_most: 0,
             started_us: BTreeMap::new(),
+            ready_since: BTreeMap::new(),
+            waited_us_most: [0; 3],
         }
     }
 
@@ -194,6 +200,7 @@ impl Node {
         if let Some(due) = self.engine.ready.earliest_decode() {
             self.late_us_most = self.late_us_most.max(self.now_us.saturating_sub(due));
         }
+        self.watch();
         let Some((batch, link_rows, handed_us)) = self.in_flight.pop_front() else { return false };
         let elapsed_us = self.cost_us.map_or(100, |cost| cost(&batch));
         if self.cost_us.is_some() {
@@ -209,6 +216,22 @@ impl Node {
         self.engine.recycle(batch);
         self.engine.check_integrity().expect("integrity after a batch");
         true
+    }
+
+    /// Notes how long rows have been ready, and how long those had been that were planned just now.
+    fn watch(&mut self) {
+        let mut ready = BTreeMap::new();
+        for sequence in self.engine.sequences.iter() {
+            for (i, step) in sequence.steps.iter().enumerate().filter(|(_, step)| step.queued) {
+                let rows = (sequence.id, i, step.computed);
+                let kind = if sequence.decodes(i) { 0 } else { 1 + usize::from(i == 0) };
+                let since = self.ready_since.get(&rows).copied().unwrap_or((self.now_us, kind));
+                ready.insert(rows, since);
+            }
+        }
+        for (since, kind) in std::mem::replace(&mut self.ready_since, ready).into_values() {
+            self.waited_us_most[kind] = self.waited_us_most[kind].max(self.now_us - since);
+        }
     }
 
     pub(super) fn run_dry(&mut self) {
