@@ -55,10 +55,11 @@ fn one_seed_is_the_same_twice() {
     assert!(both[0].tokens > 0);
 }
 
-/// Cut chains that waited for each other (50, 3969), a chunk that no longer fitted (4315), hidden rows held by one that lacked pages (5741).
+/// Cut chains that waited for each other (50, 3969), a chunk that no longer fitted (4315), hidden rows held by one that lacked pages (5741),
+/// three segments that became one while several spans had sequences in them (5628).
 #[test]
 fn seeds_that_once_failed() {
-    for seed in [50, 3969, 4315, 5741] {
+    for seed in [50, 3969, 4315, 5628, 5741] {
         if let Err(failure) = run(&Options { seed, ..Options::default() }) {
             panic!("{failure}");
         }

@@ -285,66 +285,84 @@ impl Engine {
 
     /// Joins steps of present paths where the new cut has no border.
     fn join_steps(&mut self, hosted: &[usize], starts: &[Vec<u32>]) {
-        let mut done: BTreeSet<(StretchIndex, StretchIndex)> = BTreeSet::new();
-        for (&i, starts) in hosted.iter().zip(starts) {
-            while let Some(step) = (1..self.spans[i].path.steps.len()).find(|s| !starts.contains(&self.spans[i].path.steps[*s].from)) {
-                let mut path = (*self.spans[i].path).clone();
-                let lower = path.steps.remove(step);
-                let upper = path.steps[step - 1].clone();
-                let windows: BTreeSet<_> = upper.lanes.iter().chain(&lower.lanes).map(|lane| lane.window).collect();
-                let mut lanes = Vec::with_capacity(windows.len());
-                for window in windows {
-                    let stretch = |step: &PathStep| step.lane_of(window).map(|lane| step.lanes[lane].stretch);
-                    let stretch = match (stretch(&upper), stretch(&lower)) {
-                        (Some(first), Some(second)) => {
-                            if done.insert((first, second)) {
-                                let held = self.held_pairs(first, second);
-                                self.pages.join(first, second, &held);
-                            }
-                            self.pages.whole(first, second)
-                        }
-                        (one, other) => one.or(other).expect("one of them has the lane"),
-                    };
-                    lanes.push(Lane { window, stretch });
-                }
-                for sequence in self.sequences.iter_mut().filter(|sequence| sequence.span.0 as usize == i) {
-                    let mut lower_state = sequence.steps.remove(step);
-                    let state = &mut sequence.steps[step - 1];
-                    (state.hidden, state.found) = (lower_state.hidden, lower_state.found);
-                    // The rows of these were read already: nothing is hidden between steps that are joined.
-                    let passed = std::mem::replace(&mut state.boundary, lower_state.boundary);
-                    passed.into_iter().rev().for_each(|kept| self.pages.release(kept.handle));
-                    // Handles of both have become those of the upper one.
-                    let mut take = |lane: &Lane| match (upper.lane_of(lane.window), lower.lane_of(lane.window)) {
-                        (Some(lane), _) => std::mem::take(&mut state.lanes[lane]),
-                        (None, lane) => std::mem::take(&mut lower_state.lanes[lane.expect("one of them has the lane")]),
-                    };
-                    state.lanes = lanes.iter().map(&mut take).collect();
-                    state.published = state.published.min(lower_state.published);
-                    (state.reserved, state.told) = match (upper.lanes.is_empty(), lower.lanes.is_empty()) {
-                        (false, false) => (state.reserved, state.told.min(lower_state.told)),
-                        (true, false) => (lower_state.reserved, lower_state.told),
-                        (_, true) => (state.reserved, state.told),
-                    };
-                }
-                let attention_count = upper.attention_count + lower.attention_count;
-                // An upper step without attention blocks begins at those of the lower one.
-                path.steps[step - 1] = PathStep { attention_count, lanes, fork: lower.fork, ..upper };
-                self.spans[i].path = Arc::new(path);
+        loop {
+            let first_gone = |i: usize, starts: &[u32]| {
+                let steps = &self.spans[i].path.steps;
+                (1..steps.len()).find(|s| !starts.contains(&steps[*s].from))
+            };
+            let joining: Vec<(usize, usize)> =
+                hosted.iter().zip(starts).filter_map(|(&i, starts)| Some((i, first_gone(i, starts)?))).collect();
+            if joining.is_empty() {
+                return;
             }
+            self.join_once(&joining);
         }
     }
 
-    /// For each held handle of a stretch the one of the next stretch for the same tokens of the same sequence.
-    fn held_pairs(&self, first: StretchIndex, second: StretchIndex) -> BTreeMap<HandleIndex, HandleIndex> {
+    /// Joins one step of each of these spans to the one before it. Spans that have stretches in common come to every one of them in the same
+    /// call, as they had the same borders: handles are joined once, with those that all their sequences hold.
+    fn join_once(&mut self, joining: &[(usize, usize)]) {
+        let mut done: BTreeSet<(StretchIndex, StretchIndex)> = BTreeSet::new();
+        for (n, &(i, step)) in joining.iter().enumerate() {
+            let mut path = (*self.spans[i].path).clone();
+            let lower = path.steps.remove(step);
+            let upper = path.steps[step - 1].clone();
+            let windows: BTreeSet<_> = upper.lanes.iter().chain(&lower.lanes).map(|lane| lane.window).collect();
+            let mut lanes = Vec::with_capacity(windows.len());
+            for window in windows {
+                let stretch = |step: &PathStep| step.lane_of(window).map(|lane| step.lanes[lane].stretch);
+                let stretch = match (stretch(&upper), stretch(&lower)) {
+                    (Some(first), Some(second)) => {
+                        if done.insert((first, second)) {
+                            let held = self.held_pairs(first, second, &joining[n..]);
+                            self.pages.join(first, second, &held);
+                        }
+                        self.pages.whole(first, second)
+                    }
+                    (one, other) => one.or(other).expect("one of them has the lane"),
+                };
+                lanes.push(Lane { window, stretch });
+            }
+            for sequence in self.sequences.iter_mut().filter(|sequence| sequence.span.0 as usize == i) {
+                let mut lower_state = sequence.steps.remove(step);
+                let state = &mut sequence.steps[step - 1];
+                (state.hidden, state.found) = (lower_state.hidden, lower_state.found);
+                // The rows of these were read already: nothing is hidden between steps that are joined.
+                let passed = std::mem::replace(&mut state.boundary, lower_state.boundary);
+                passed.into_iter().rev().for_each(|kept| self.pages.release(kept.handle));
+                // Handles of both have become those of the upper one.
+                let mut take = |lane: &Lane| match (upper.lane_of(lane.window), lower.lane_of(lane.window)) {
+                    (Some(lane), _) => std::mem::take(&mut state.lanes[lane]),
+                    (None, lane) => std::mem::take(&mut lower_state.lanes[lane.expect("one of them has the lane")]),
+                };
+                state.lanes = lanes.iter().map(&mut take).collect();
+                state.published = state.published.min(lower_state.published);
+                (state.reserved, state.told) = match (upper.lanes.is_empty(), lower.lanes.is_empty()) {
+                    (false, false) => (state.reserved, state.told.min(lower_state.told)),
+                    (true, false) => (lower_state.reserved, lower_state.told),
+                    (_, true) => (state.reserved, state.told),
+                };
+            }
+            let attention_count = upper.attention_count + lower.attention_count;
+            // An upper step without attention blocks begins at those of the lower one.
+            path.steps[step - 1] = PathStep { attention_count, lanes, fork: lower.fork, ..upper };
+            self.spans[i].path = Arc::new(path);
+        }
+    }
+
+    /// For each held handle of a stretch the one of the next stretch for the same tokens of the same sequence, where the steps that have them are
+    /// joined now: of each of these spans the lower one.
+    fn held_pairs(&self, first: StretchIndex, second: StretchIndex, joining: &[(usize, usize)]) -> BTreeMap<HandleIndex, HandleIndex> {
+        let joining: BTreeMap<usize, usize> = joining.iter().copied().collect();
         let mut pairs = BTreeMap::new();
         for sequence in self.sequences.iter() {
-            let lanes = self.span(sequence.span).path.steps.iter().map(|step| &step.lanes).zip(&sequence.steps);
-            let held = |wanted| {
-                let mut all = lanes.clone().flat_map(|(lanes, state)| lanes.iter().zip(&state.lanes));
+            let Some(&step) = joining.get(&(sequence.span.0 as usize)) else { continue };
+            let held = |step: usize, wanted| {
+                let lanes = &self.span(sequence.span).path.steps[step].lanes;
+                let mut all = lanes.iter().zip(&sequence.steps[step].lanes);
                 all.find(|(lane, _)| lane.stretch == wanted).map(|(_, held)| &held.handles)
             };
-            if let (Some(upper), Some(lower)) = (held(first), held(second)) {
+            if let (Some(upper), Some(lower)) = (held(step - 1, first), held(step, second)) {
                 pairs.extend(upper.iter().copied().zip(lower.iter().copied()));
             }
         }
