@@ -56,10 +56,11 @@ fn one_seed_is_the_same_twice() {
 }
 
 /// Cut chains that waited for each other (50, 3969), a chunk that no longer fitted (4315), hidden rows held by one that lacked pages (5741),
-/// three segments that became one while several spans had sequences in them (5628).
+/// three segments that became one while several spans had sequences in them (5628), pages
+/// that were known from an earlier cut when they were joined (8256).
 #[test]
 fn seeds_that_once_failed() {
-    for seed in [50, 3969, 4315, 5628, 5741] {
+    for seed in [50, 3969, 4315, 5628, 5741, 8256] {
         if let Err(failure) = run(&Options { seed, ..Options::default() }) {
             panic!("{failure}");
         }

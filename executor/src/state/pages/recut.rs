@@ -107,7 +107,7 @@ impl PagePool {
             entry.stretch = whole;
             if let Some(tokens) = tokens.filter(|_| same_tokens) {
                 entry.tokens = Some(tokens);
-                self.index.insert(HandleKey { tokens, stretch: whole }, handle);
+                self.rename(handle, tokens);
             }
         }
         // What is left of the second stretch has no first part.
