@@ -2,6 +2,7 @@
 //! that it brings make blocks of their own. The order is a checkpoint's: parse, plan and check all, hash, and only then write.
 
 mod base;
+mod complete;
 mod error;
 mod keys;
 mod plan;
