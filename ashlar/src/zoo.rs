@@ -31,10 +31,14 @@ pub(crate) struct ZooArgs {
 /// What to do with the zoo.
 #[derive(Debug, Subcommand)]
 pub(crate) enum ZooCommand {
-    /// Add a checkpoint (a Hugging Face directory with safetensors, or a GGUF file) or a PEFT LoRA adapter over a model that is here
+    /// Add a checkpoint, or a PEFT LoRA adapter over a model that is here
     ///
-    /// A directory with adapter_config.json and adapter_model.safetensors is an adapter. It shares all blocks of its base, which is sought by
-    /// the name that adapter_config.json gives, or named with --base:
+    /// A checkpoint is a Hugging Face directory with safetensors, or a GGUF file.
+    ///
+    /// A directory with adapter_config.json and adapter_model.safetensors is an
+    /// adapter. It shares all blocks of its base, which is named with --base, or else
+    /// the one model whose name or source adapter_config.json asks for, or (with a
+    /// note) the one that has at least the last part of it, `base` of `org/base`:
     ///
     ///     ashlar zoo add my-lora --name acme/my-lora --base acme/llama
     #[command(verbatim_doc_comment)]
@@ -117,7 +121,7 @@ pub(crate) struct Naming {
     /// TENANT/MODEL that it was tuned from
     #[arg(long)]
     parent: Option<ModelId>,
-    /// TENANT/MODEL that an adapter is over [default: the one model whose name or source adapter_config.json asks for]
+    /// TENANT/MODEL that an adapter is over [default: the one that adapter_config.json asks for]
     #[arg(long, conflicts_with = "parent")]
     base: Option<ModelId>,
 }
@@ -177,8 +181,11 @@ pub(crate) async fn run(args: ZooArgs) -> anyhow::Result<()> {
 }
 
 async fn add(zoo: &Zoo, path: &std::path::Path, naming: &Naming, source: Option<String>) -> anyhow::Result<()> {
+    if matches!(path.try_exists(), Ok(false)) {
+        bail!("add {}: it does not exist", path.display());
+    }
     if naming.base.is_some() && !ingest::is_adapter(path) {
-        bail!("--base is for PEFT adapters, and {} is none; --parent says what a full model was tuned from", path.display());
+        bail!("add {}: --base is for PEFT adapters, and it is none; --parent says what a full model was tuned from", path.display());
     }
     let given = [("--parent", &naming.parent), ("--base", &naming.base)];
     let given = given.into_iter().find_map(|(flag, model)| Some((flag, model.as_ref()?)));

@@ -63,10 +63,13 @@ fn an_adapter_is_added_over_its_base_and_shown_beside_it() {
     let lost = failed(&["add", path, "--name", "demo/lora"]);
     assert!(lost.contains("asks for the base `org/unknown`") && lost.contains("give it with --base TENANT/MODEL"), "{lost}");
     let wrong = failed(&["add", base, "--name", "demo/b", "--base", "demo/base"]);
-    assert!(wrong.contains("--base is for PEFT adapters"), "{wrong}");
+    assert!(wrong.contains(&format!("failed to add {base}: --base is for PEFT adapters, and it is none; ")), "{wrong}");
+    let absent = failed(&["add", "nowhere", "--name", "demo/b", "--base", "demo/base"]);
+    assert!(absent.contains("failed to add nowhere: it does not exist"), "{absent}");
     let added = ok(&root, &["add", path, "--name", "demo/lora", "--base", "demo/base", "--dtype", "int8"]);
     assert!(added.starts_with("6 of 6 blocks, 0 of 1 adapters, 21 of 23 tensors already here; 2.0 kB new of 387 kB\n"), "{added}");
-    assert!(added.contains("demo/lora is chain ") && added.ends_with("(llama over demo/base)\n"), "{added}");
+    let note = "\nnote: the adapter asks for org/unknown, and demo/base has neither that name nor that source\n";
+    assert!(added.contains(note) && added.contains("demo/lora is chain ") && added.ends_with("(llama over demo/base)\n"), "{added}");
     let list = ok(&root, &["list"]);
     assert!(list.lines().any(|line| line.starts_with("demo/lora") && line.contains("demo/base") && line.contains("2.0 kB")), "{list}");
     let shown = ok(&root, &["show", "demo/lora"]);
@@ -87,6 +90,7 @@ fn errors_are_one_sentence_and_fail() {
     assert!(String::from_utf8_lossy(&output.stderr).contains("no zoo at"));
     let output = zoo(&root, &["add", "nowhere", "--name", "demo/a"]);
     assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("failed to add nowhere: it does not exist"));
     for args in [["add", "x", "--name", "../a"], ["add", "x", "--name", "demo"], ["rm", "demo/..", "", ""]] {
         let args: Vec<&str> = args.into_iter().filter(|arg| !arg.is_empty()).collect();
         assert_eq!(zoo(&root, &args).status.code(), Some(2), "{args:?}");

@@ -45,12 +45,12 @@ pub enum IngestError {
     #[error("adapter_config.json does not say what base the adapter is over: give it with --base TENANT/MODEL")]
     BaseUnsaid,
     /// The base that the adapter names is not one model here.
-    #[error("the adapter asks for the base `{wanted}`, and {count} models here have that name or source: give it with --base TENANT/MODEL")]
+    #[error("the adapter asks for the base `{wanted}`, and {} models here have that name or source{}: give it with --base TENANT/MODEL", .found.len(), some_of(.found))]
     BaseUnclear {
         /// As adapter_config.json has it.
         wanted: String,
         /// Models that it may mean.
-        count: usize,
+        found: Vec<crate::model_id::ModelId>,
     },
     /// The base is itself base and adapter.
     #[error(
@@ -160,4 +160,14 @@ pub enum IngestError {
     /// Names changed faster than we could follow.
     #[error("model {0} is being changed by others; try again")]
     Contended(crate::model_id::ModelId),
+}
+
+/// Up to four of the models, in brackets; nothing where there are none.
+fn some_of(models: &[crate::model_id::ModelId]) -> String {
+    let names: Vec<String> = models.iter().take(4).map(ToString::to_string).collect();
+    match models.len() {
+        0 => String::new(),
+        1..=4 => format!(" ({})", names.join(", ")),
+        _ => format!(" ({}, ...)", names.join(", ")),
+    }
 }

@@ -162,7 +162,7 @@ async fn a_change_that_is_zero_is_left_out() {
     assert_eq!(blocks_with_adapters(&chain), [3]);
     assert_eq!(changes(&fixture.zoo, &chain, 3).await.keys().collect::<Vec<_>>(), ["q.weight"]);
     assert_eq!(report.tensors.total, 23);
-    assert_eq!(report.notes, ["3 changes are zero and were left out"]);
+    assert_eq!(report.notes[1..], ["3 changes are zero and were left out"]);
     peft.config["lora_alpha"] = json!(0);
     let report = fixture.add(&peft, "still").await.unwrap();
     assert_eq!((report.adapters.total, report.bytes_new), (0, 0));
@@ -317,14 +317,34 @@ async fn the_base_is_the_one_that_is_asked_for_or_given() {
     assert_eq!(fixture.chain(&given).await.source, "org/given@0123");
     let error = add(&fixture.zoo, &path, &options("demo/unknown"), &Silent).await.unwrap_err();
     assert_eq!(message(error), "model demo/unknown is not in the zoo");
+    assert!(given.notes.is_empty(), "nothing was asked for");
+    // Another than the one that is asked for is the user's choice.
+    for (asked, notes) in [
+        ("org/other", &["the adapter asks for org/other, and demo/base has neither that name nor that source"][..]),
+        ("org/base", &[]),
+        ("demo/base", &[]),
+    ] {
+        wanted(json!(asked)).write(&path);
+        assert_eq!(add(&fixture.zoo, &path, &options("demo/base"), &Silent).await.unwrap().notes, notes, "{asked}");
+    }
+    // The last component alone is a guess.
+    let guessed = fixture.add(&peft, "base-lora").await.unwrap();
+    assert_eq!(guessed.notes, ["the adapter asks for org/base; taking demo/base: --base names another"]);
     // Two of that name; the model with adapters, of that source, is no base.
-    fixture.add(&peft, "base-lora").await.unwrap();
     let error = add(&fixture.zoo, &path, &options("demo/base-lora"), &Silent).await.unwrap_err();
     assert!(message(error).contains("demo/base-lora has adapters of its own"), "and names demo/base");
     add_dir(&fixture.zoo, &fixture.dir.path().join("base"), "other/base", Recipe::Keep).await.unwrap();
     let error = fixture.add(&peft, "none").await.unwrap_err();
-    assert!(message(error).contains("`org/base`, and 2 models here"));
-    assert!(fixture.add(&wanted(json!("other/base")), "full").await.is_ok(), "a whole name decides");
+    assert!(message(error).contains("`org/base`, and 2 models here have that name or source (demo/base, other/base): give it"));
+    let full = fixture.add(&wanted(json!("other/base")), "full").await.unwrap();
+    assert_eq!((full.base, full.notes), (Some("other/base".parse().unwrap()), Vec::new()), "a whole name decides");
+    for index in 0..3 {
+        add_dir(&fixture.zoo, &fixture.dir.path().join("base"), &format!("more{index}/base"), Recipe::Keep).await.unwrap();
+    }
+    let error = fixture.add(&peft, "none").await.unwrap_err();
+    assert!(
+        message(error).contains("and 5 models here have that name or source (demo/base, more0/base, more1/base, more2/base, ...): give")
+    );
 }
 
 #[tokio::test]

@@ -155,6 +155,22 @@ async fn each_is_refused_by_name_before_anything_is_written() {
             }),
             "which demo/base does not have",
         ),
+        ("a save that failed", edit(|p| p.tensors.clear()), "has neither LoRA factors nor tensors saved whole"),
+        (
+            "a target without tensors",
+            config("target_modules", json!(["q_proj", "o_proj"])),
+            "target_modules in adapter_config.json names `o_proj`, of which adapter_model.safetensors has no tensors",
+        ),
+        (
+            "a head without tensors",
+            config("modules_to_save", json!(["lm_head"])),
+            "modules_to_save in adapter_config.json names `lm_head`, of which adapter_model.safetensors has no tensors",
+        ),
+        (
+            "a layer without factors",
+            config("target_modules", json!(["q_proj"])),
+            "names `model.layers.1.self_attn.q_proj`, of which adapter_model.safetensors has no factors",
+        ),
     ];
     let dir = tempfile::tempdir().unwrap();
     let zoo = Zoo::create_dir(&dir.path().join("zoo")).await.unwrap();
@@ -208,6 +224,53 @@ async fn files_that_are_missing_or_lie_are_told_apart() {
         }
         let error = chain(&add_dir(&zoo, &path, "demo/a", Recipe::Keep).await.expect_err(what));
         assert!(error.contains(message), "{what}: {error}");
+    }
+}
+
+/// Where peft itself leaves modules out, what is not there is a note at most.
+#[tokio::test]
+async fn what_the_configuration_explains_is_not_missing() {
+    let dir = tempfile::tempdir().unwrap();
+    let zoo = Zoo::create_dir(&dir.path().join("zoo")).await.unwrap();
+    Checkpoint::llama(1).write(&dir.path().join("base"));
+    add_dir(&zoo, &dir.path().join("base"), "demo/base", Recipe::Keep).await.unwrap();
+    let first = "`model.layers.1.self_attn.q_proj` has no factors, though its like in other layers has";
+    for (what, change, notes) in [
+        ("one layer", json!({"target_modules": ["q_proj"], "layers_to_transform": [0]}), &[][..]),
+        ("a whole path", json!({"target_modules": [Q]}), &[]),
+        ("excluded", json!({"target_modules": ["q_proj"], "exclude_modules": ["model.layers.1.self_attn.q_proj"]}), &[first]),
+        ("a pattern", json!({"target_modules": ".*q_proj"}), &[first]),
+        ("all", json!({"target_modules": "all-linear"}), &[first]),
+        (
+            "not the base's",
+            json!({"target_modules": ["q_proj", "c_attn"], "layers_to_transform": 0}),
+            &["target_modules names `c_attn`, of which the adapter has no tensors"],
+        ),
+        ("biases that the base lacks", json!({"bias": "all", "target_modules": [Q]}), &[]),
+    ] {
+        let mut peft = Peft::over("demo/base");
+        peft.lora(Q, (D, 64), 4, 1).config.as_object_mut().unwrap().extend(change.as_object().unwrap().clone());
+        let path = dir.path().join(what);
+        peft.write(&path);
+        let report = add_dir(&zoo, &path, "demo/a", Recipe::Keep).await.unwrap_or_else(|e| panic!("{what}: {}", chain(&e)));
+        assert_eq!(report.notes, notes, "{what}");
+    }
+}
+
+#[tokio::test]
+async fn biases_that_were_trained_must_be_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let zoo = Zoo::create_dir(&dir.path().join("zoo")).await.unwrap();
+    add_dir(&zoo, &tiny().join("llama-bias"), "demo/llama-bias", Recipe::Keep).await.unwrap();
+    for bias in ["none", "all", "lora_only"] {
+        let mut peft = Peft::over("demo/llama-bias");
+        peft.lora(Q, (64, 64), 4, 1).config["bias"] = json!(bias);
+        peft.write(&dir.path().join(bias));
+        let result = add_dir(&zoo, &dir.path().join(bias), "demo/a", Recipe::Keep).await;
+        match bias {
+            "none" => assert!(result.is_ok()),
+            _ => assert!(chain(&result.unwrap_err()).contains("says that biases such as `layers.0."), "{bias}"),
+        }
     }
 }
 

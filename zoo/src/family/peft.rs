@@ -63,6 +63,10 @@ pub struct LoraConfig {
     pub base: Option<String>,
     /// Whether full biases come with it.
     pub biases: bool,
+    /// Whether they are those of the whole model, not only of modules with factors.
+    pub all_biases: bool,
+    /// Whether it names modules that have no factors though `target_modules` names them too.
+    pub excludes: bool,
     rank: u32,
     alpha: f64,
     rank_stabilised: bool,
@@ -103,6 +107,8 @@ impl LoraConfig {
                 Some("all" | "lora_only") => true,
                 Some(_) => return Err(wrong("bias", &config.get("bias").cloned().unwrap_or_default(), "none, all or lora_only")),
             },
+            all_biases: config.text("bias")? == Some("all"),
+            excludes: config.get("exclude_modules").is_some_and(|value| *value != json!([]) && *value != json!("")),
             // As peft's own defaults.
             rank: config.count("r")?.unwrap_or(8),
             alpha: config.number("lora_alpha")?.unwrap_or(8.0),
@@ -137,17 +143,40 @@ impl LoraConfig {
     /// Whether peft would put a LoRA there. Where the file gives a pattern, or `all-linear`, it is taken at its factors' word.
     pub fn targets(&self, module: &str) -> bool {
         let Some(targets) = &self.targets else { return true };
-        let named = |target: &String| module == target || module.strip_suffix(target.as_str()).is_some_and(|rest| rest.ends_with('.'));
         let layer = module.split('.').find_map(|part| part.parse::<u64>().ok());
         let listed = self.layers.as_ref().is_none_or(|layers| layer.is_some_and(|layer| layers.contains(&layer)));
-        targets.iter().any(named) && listed
+        targets.iter().any(|target| Self::is_named(target, module)) && listed
+    }
+
+    /// Whether an entry of `target_modules` means a module: it is its path, or the end of it.
+    pub fn is_named(target: &str, module: &str) -> bool {
+        module.strip_suffix(target).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
+    }
+
+    /// The entries of `target_modules`; none where a pattern says it.
+    pub fn target_modules(&self) -> &[String] {
+        self.targets.as_deref().unwrap_or_default()
+    }
+
+    /// The entries of `modules_to_save`.
+    pub fn modules_to_save(&self) -> &[String] {
+        &self.modules_to_save
+    }
+
+    /// Whether only some layers have factors.
+    pub fn has_layers(&self) -> bool {
+        self.layers.is_some()
     }
 
     /// Whether the module, or one that it is part of, is stored as a whole.
     pub fn saves(&self, module: &str) -> bool {
-        let ends = module.match_indices('.').map(|(at, _)| at).chain([module.len()]);
-        let mut ancestors = ends.map(|end| &module[..end]);
-        ancestors.any(|ancestor| self.modules_to_save.iter().any(|name| ancestor.ends_with(name.as_str())))
+        self.modules_to_save.iter().any(|entry| Self::is_saved(entry, module))
+    }
+
+    /// Whether an entry of `modules_to_save` means a module, or one that it is part of.
+    pub fn is_saved(entry: &str, module: &str) -> bool {
+        let mut ends = module.match_indices('.').map(|(at, _)| at).chain([module.len()]);
+        ends.any(|end| module[..end].ends_with(entry))
     }
 }
 

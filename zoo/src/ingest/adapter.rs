@@ -2,6 +2,7 @@
 //! that it brings make blocks of their own. The order is a checkpoint's: parse, plan and check all, hash, and only then write.
 
 mod base;
+mod complete;
 mod error;
 mod keys;
 mod plan;
@@ -68,6 +69,7 @@ pub(super) async fn add(zoo: &Zoo, path: &Path, options: &AddOptions, progress: 
     let chain = Chain { blocks: block_digests, adapters, source: options.source.clone().unwrap_or(source), ..base.chain.clone() };
     let (chain, _) = zoo.put_chain(&chain).await?;
     let replaced = name(zoo, options, Some(base.id.to_string()), chain).await?;
+    notes.extend(base.note.clone());
     notes.extend(planned.notes);
     Ok(report(options, &base, chain, replaced, (&blocks, block_count), (&change_refs, adapter_count), &stored, notes))
 }

@@ -1,9 +1,13 @@
-//! The model that an adapter is over: named by the user, or the one model whose name or source is what the adapter asks for.
+//! The model that an adapter is over: named by the user, or the one model whose name or source is what the adapter asks for. Only
+//! the last component of it is a guess, which is told.
 
 use crate::ingest::IngestError;
 use crate::manifest::{Block, Chain};
 use crate::model_id::ModelId;
 use crate::store::Zoo;
+
+/// Most characters of the name that the adapter asks for in what people read.
+const WANTED_CHARS_MAX: usize = 200;
 
 /// A base, read.
 #[derive(Debug)]
@@ -11,22 +15,34 @@ pub(super) struct Base {
     pub(super) id: ModelId,
     pub(super) chain: Chain,
     pub(super) blocks: Vec<Block>,
+    /// What the user should know of the choice.
+    pub(super) note: Option<String>,
 }
 
 /// Finds and reads it. `wanted` is what adapter_config.json asks for.
 pub(super) async fn find(zoo: &Zoo, wanted: Option<&str>, given: Option<&ModelId>) -> Result<Base, IngestError> {
-    let id = match given {
-        Some(id) => id.clone(),
-        None => seek(zoo, wanted).await?,
+    let (id, found) = match given {
+        Some(id) => (id.clone(), None),
+        None => seek(zoo, wanted).await.map(|(id, found)| (id, Some(found)))?,
     };
     let model = zoo.resolve(&id).await?;
+    let note = wanted.and_then(|wanted| {
+        let short: String = wanted.chars().take(WANTED_CHARS_MAX).collect();
+        match found {
+            Some(Match::Last) => Some(format!("the adapter asks for {short}; taking {id}: --base names another")),
+            None if matches(wanted, &id, &model.chain.source).is_none() => {
+                Some(format!("the adapter asks for {short}, and {id} has neither that name nor that source"))
+            }
+            Some(Match::Full) | None => None,
+        }
+    });
     match model.chain.adapters.is_empty() {
-        true => Ok(Base { id, chain: model.chain, blocks: model.blocks }),
+        true => Ok(Base { id, chain: model.chain, blocks: model.blocks, note }),
         false => Err(IngestError::BaseAdapted { base: id, parent: model.name.parent.unwrap_or_else(|| "its own base".to_owned()) }),
     }
 }
 
-async fn seek(zoo: &Zoo, wanted: Option<&str>) -> Result<ModelId, IngestError> {
+async fn seek(zoo: &Zoo, wanted: Option<&str>) -> Result<(ModelId, Match), IngestError> {
     let Some(wanted) = wanted else { return Err(IngestError::BaseUnsaid) };
     let (mut full, mut last) = (Vec::new(), Vec::new());
     for (id, name) in zoo.list_models().await? {
@@ -42,14 +58,17 @@ async fn seek(zoo: &Zoo, wanted: Option<&str>) -> Result<ModelId, IngestError> {
             None => {}
         }
     }
-    let mut found = if full.is_empty() { last } else { full };
+    let (mut found, how) = if full.is_empty() { (last, Match::Last) } else { (full, Match::Full) };
     match (found.len(), found.pop()) {
-        (1, Some(id)) => Ok(id),
-        (count, _) => Err(IngestError::BaseUnclear { wanted: wanted.chars().take(200).collect(), count }),
+        (1, Some(id)) => Ok((id, how)),
+        (_, id) => {
+            found.extend(id);
+            Err(IngestError::BaseUnclear { wanted: wanted.chars().take(WANTED_CHARS_MAX).collect(), found })
+        }
     }
 }
 
-#[derive(Debug, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 enum Match {
     /// All of it.
     Full,

@@ -102,6 +102,30 @@ pub enum PeftError {
     /// A whole tensor that the configuration does not tell of.
     #[error("tensor `{0}` is a whole one, which neither modules_to_save nor bias in adapter_config.json names")]
     Unlisted(String),
+    /// A file with nothing in it, as a save that failed leaves one.
+    #[error("adapter_model.safetensors has neither LoRA factors nor tensors saved whole: nothing would differ from the base")]
+    Empty,
+    /// What was trained is not there.
+    #[error("the adapter is incomplete: {key} in adapter_config.json names `{entry}`, of which adapter_model.safetensors has no tensors")]
+    NoTensors {
+        /// Key of the configuration.
+        key: &'static str,
+        /// Its entry.
+        entry: String,
+    },
+    /// Biases that were trained are not there.
+    #[error(
+        "the adapter is incomplete: bias in adapter_config.json says that biases such as `{0}` were trained, and adapter_model.safetensors has none"
+    )]
+    NoBiases(String),
+    /// Factors that other layers have.
+    #[error(
+        "the adapter is incomplete: target_modules in adapter_config.json names `{module}`, of which adapter_model.safetensors has no factors"
+    )]
+    MissingModule {
+        /// Module as the file would have it.
+        module: String,
+    },
     /// A norm over a base that holds its norms otherwise.
     #[error(
         "tensor `{name}` is a norm, and {base} comes from a GGUF file, which holds this family's norms otherwise; merge it into its base"

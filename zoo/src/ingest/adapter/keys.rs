@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use super::base::Base;
 use super::error::PeftError;
+use crate::adapter::ADAPTED_ROLES;
 use crate::family::names::{Names, Piece, Place};
 use crate::roles::{self, RoleShape};
 
@@ -64,6 +65,12 @@ pub(super) fn parse(name: &str) -> Result<Key, PeftError> {
     Ok(Key::Whole(path))
 }
 
+/// A path without the prefix that the model around the layers gives it.
+pub(super) fn bare(path: &str) -> &str {
+    const PREFIXES: [&str; 5] = ["model.language_model.", "language_model.model.", "language_model.", "model.", "transformer."];
+    PREFIXES.iter().find_map(|prefix| path.strip_prefix(prefix)).unwrap_or(path)
+}
+
 /// A tensor of the base, and where it is.
 #[derive(Debug)]
 pub(super) struct Site {
@@ -103,9 +110,18 @@ impl Sites {
 
     /// The tensors that one of the checkpoint makes; its name as peft has it, with whatever prefix. Empty: the base has none.
     pub(super) fn get(&self, name: &str) -> &[Site] {
-        const PREFIXES: [&str; 5] = ["model.language_model.", "language_model.model.", "language_model.", "model.", "transformer."];
-        let bare = PREFIXES.iter().find_map(|prefix| name.strip_prefix(prefix)).unwrap_or(name);
-        self.by_name.get(bare).map_or(&[], Vec::as_slice)
+        self.by_name.get(bare(name)).map_or(&[], Vec::as_slice)
+    }
+
+    /// The names of all tensors, without prefix.
+    pub(super) fn names(&self) -> impl Iterator<Item = &str> {
+        self.by_name.keys().map(String::as_str)
+    }
+
+    /// The paths of all modules that an adapter can change, without prefix.
+    pub(super) fn linear_modules(&self) -> impl Iterator<Item = &str> {
+        let linear = self.by_name.iter().filter(|(_, sites)| sites.iter().any(|site| ADAPTED_ROLES.contains(&site.role)));
+        linear.filter_map(|(name, _)| name.strip_suffix(".weight"))
     }
 
     /// Whether it belongs to what is never served: other towers, masks.

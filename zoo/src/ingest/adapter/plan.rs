@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use ashlar_kernels::format::Dtype;
 
 use super::base::Base;
+use super::complete::{self, Contents};
 use super::error::PeftError;
 use super::keys::{self, Factor, Key, Site, Sites};
 use crate::adapter::{ADAPTED_ROLES, RANK_MAX};
@@ -61,6 +62,7 @@ pub(super) fn plan(files: &TensorFiles, config: &LoraConfig, base: &Base) -> Res
     let unknown = || IngestError::AdapterConfig(ConfigError::Architecture(base.chain.architecture.clone()));
     let sites = Sites::of(base).ok_or_else(unknown)?;
     let mut planner = Planner { files, config, base, plan: AdapterPlan::default(), taken: BTreeMap::new() };
+    let mut contents = Contents::default();
     let (mut pairs, mut ignored): (BTreeMap<String, BTreeMap<Factor, &str>>, usize) = (BTreeMap::new(), 0);
     for name in files.names() {
         let key = keys::parse(name)?;
@@ -70,7 +72,10 @@ pub(super) fn plan(files: &TensorFiles, config: &LoraConfig, base: &Base) -> Res
             continue;
         }
         match key {
-            Key::Whole(path) => planner.whole(name, &path, sites.get(&path))?,
+            Key::Whole(path) => {
+                planner.whole(name, &path, sites.get(&path))?;
+                contents.whole.insert(path);
+            }
             Key::Factor { module, factor } => {
                 if let Some(other) = pairs.entry(module).or_default().insert(factor, name) {
                     return Err(PeftError::Twice { name: name.to_owned(), other: other.to_owned() }.into());
@@ -89,6 +94,8 @@ pub(super) fn plan(files: &TensorFiles, config: &LoraConfig, base: &Base) -> Res
         zero += planner.low_rank(module, a, b, sites.get(&format!("{module}.weight")))?;
     }
     let mut plan = planner.plan;
+    contents.factors = pairs.into_keys().collect();
+    plan.notes = complete::check(&contents, config, &sites)?;
     if ignored > 0 {
         plan.notes.push(format!("{ignored} tensors of parts that are not served were left out"));
     }
