@@ -14,7 +14,7 @@ use serde_json::value::RawValue;
 use crate::io::backend::{ApiError, ModelView};
 use crate::io::rest::choice::Choice;
 use crate::io::rest::config::RestLimits;
-use crate::io::rest::fields::{Fields, Off, parse, unsupported, wrong};
+use crate::io::rest::fields::{Fields, Off, parse, token_ids, unsupported, wrong};
 use crate::io::rest::generation::{self, Generation};
 use crate::io::rest::logprobs::CompletionLogprobs;
 use crate::io::rest::run::Usage;
@@ -46,14 +46,7 @@ impl CompletionBody {
         let mut fields = Fields::of_body(body, &[KNOWN, generation::KNOWN].concat(), OFF)?;
         let model = model(&fields.require::<String>("model", "a string")?)?;
         let raw = fields.take_raw("prompt").ok_or_else(|| fields.missing("prompt"))?;
-        let prompts = read_prompts(raw, limits)?;
-        let in_vocabulary = |prompt: &Prompt| match prompt {
-            Prompt::Text(_) => true,
-            Prompt::Tokens(tokens) => tokens.iter().all(|token| *token < model.chain.vocab),
-        };
-        if !prompts.iter().all(in_vocabulary) {
-            return Err(wrong("prompt", &format!("made of token ids below {}", model.chain.vocab)));
-        }
+        let prompts = read_prompts(raw, limits, model.chain.vocab)?;
         let mut generation = Generation::take(&mut fields, limits, &model.chain)?;
         if let Some(best_of) = fields.take_integer("best_of", 0..=i64::from(u32::MAX))?
             && best_of != i64::from(generation.choices_count)
@@ -70,25 +63,21 @@ impl CompletionBody {
 }
 
 /// Tells the four shapes apart by their first characters.
-fn read_prompts(raw: &RawValue, limits: &RestLimits) -> Result<Vec<Prompt>, ApiError> {
+fn read_prompts(raw: &RawValue, limits: &RestLimits, vocab: u32) -> Result<Vec<Prompt>, ApiError> {
     let text = raw.get();
     let inner = text.strip_prefix('[').map(|rest| rest.trim_start().as_bytes().first().copied());
+    let tokens = |integers: Vec<i64>| token_ids(&integers, "prompt", vocab).map(Prompt::Tokens);
     let prompts: Vec<Prompt> = match inner {
         None => vec![Prompt::Text(parse(raw, "prompt", PROMPT)?)],
         Some(Some(b'"')) => parse::<Vec<String>>(raw, "prompt", PROMPT)?.into_iter().map(Prompt::Text).collect(),
-        Some(Some(b'[')) => parse::<Vec<Vec<i64>>>(raw, "prompt", PROMPT)?.into_iter().map(token_ids).collect(),
+        Some(Some(b'[')) => parse::<Vec<Vec<i64>>>(raw, "prompt", PROMPT)?.into_iter().map(tokens).collect::<Result<_, _>>()?,
         Some(Some(b']')) => return Err(ApiError::of_param(Code::InvalidValue, "prompt", "`prompt` must not be empty")),
-        Some(_) => vec![token_ids(parse(raw, "prompt", PROMPT)?)],
+        Some(_) => vec![tokens(parse(raw, "prompt", PROMPT)?)?],
     };
     if prompts.len() > limits.prompts_max as usize {
         return Err(wrong("prompt", &format!("at most {} prompts", limits.prompts_max)));
     }
     Ok(prompts)
-}
-
-/// An integer that cannot be a token id becomes one of no vocabulary.
-fn token_ids(integers: Vec<i64>) -> Prompt {
-    Prompt::Tokens(integers.into_iter().map(|integer| u32::try_from(integer).unwrap_or(u32::MAX)).collect())
 }
 
 /// The route.

@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use crate::io::backend::ApiError;
 use crate::io::rest::Rest;
-use crate::io::rest::fields::{Fields, wrong};
+use crate::io::rest::fields::{Fields, token_ids};
 
 #[derive(Serialize)]
 struct Detokenized {
@@ -22,11 +22,9 @@ pub(crate) async fn detokenize(State(rest): State<Arc<Rest>>, request: Request) 
     let call = rest.open(request).await?;
     let mut fields = Fields::of_body(&call.body, &["model", "tokens"], &[])?;
     let model = rest.model(&call.tenant, &fields.require::<String>("model", "a string")?)?;
-    let tokens: Vec<u32> = fields.require("tokens", "an array of token ids")?;
+    let tokens: Vec<i64> = fields.require("tokens", "an array of token ids")?;
+    let tokens = token_ids(&tokens, "tokens", model.chain.vocab)?;
     fields.finish();
-    if tokens.iter().any(|token| *token >= model.chain.vocab) {
-        return Err(wrong("tokens", &format!("made of token ids below {}", model.chain.vocab)));
-    }
     let tokenizer = rest.texts.tokenizer(&*rest.backend, &model).await?;
     let decoded = rest.texts.off_thread(tokens.len() * 8, move || tokenizer.decode(&tokens, false)).await?;
     let prompt = decoded.map_err(|error| ApiError::new(Code::Internal, error.to_string()))?;

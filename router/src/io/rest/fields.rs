@@ -138,6 +138,13 @@ pub(crate) fn wrong(param: &str, expected: &str) -> ApiError {
     ApiError::of_param(Code::InvalidValue, param, format!("`{param}` must be {expected}"))
 }
 
+/// Integers as token ids of a vocabulary of so many (at least one, as the check of chains sees to).
+pub(crate) fn token_ids(integers: &[i64], param: &str, vocab: u32) -> Result<Vec<u32>, ApiError> {
+    let id = |integer: &i64| u32::try_from(*integer).ok().filter(|id| *id < vocab);
+    let ids: Option<Vec<u32>> = integers.iter().map(id).collect();
+    ids.ok_or_else(|| wrong(param, &format!("made of token ids from 0 to {}", vocab - 1)))
+}
+
 /// Reads one value.
 pub(crate) fn parse<'a, T: Deserialize<'a>>(raw: &'a RawValue, param: &str, expected: &str) -> Result<T, ApiError> {
     serde_json::from_str(raw.get()).map_err(|error| match error.classify() {

@@ -156,7 +156,7 @@ fn take_logit_bias(fields: &mut Fields<'_>, limits: &RestLimits, vocab: u32) -> 
     let mut biases = Vec::with_capacity(given.len());
     for (token, bias) in given {
         let id = token.parse::<u32>().ok().filter(|id| *id < vocab);
-        let id = id.ok_or_else(|| wrong("logit_bias", &format!("keyed by token ids below {vocab}")))?;
+        let id = id.ok_or_else(|| wrong("logit_bias", &format!("keyed by token ids from 0 to {}", vocab - 1)))?;
         biases.push(v1::LogitBias { token: id, bias: bias as f32 });
     }
     biases.sort_by_key(|bias| bias.token);
