@@ -119,6 +119,8 @@ pub struct ExecutorConfig {
     /// Milliseconds that a ready row lets others go first, at most, so that models that share its segment run it together, and never longer than
     /// a pass and a half; 0: rows do not wait.
     pub regroup_wait_ms: u32,
+    /// Segments of models that are alike in all but their weights, and run abreast in one batch, at most; 1: none do.
+    pub strands_max: u32,
     /// Batches that the device has at one time: one that it computes, the others next.
     pub batches_in_flight_max: u32,
     /// Sequences that hold pages at one time.
@@ -157,6 +159,7 @@ impl Default for ExecutorConfig {
             batch_ms_max: limits.batch_ms_max,
             row_wait_ms: limits.row_wait_ms,
             regroup_wait_ms: limits.regroup_wait_ms,
+            strands_max: limits.strands_max,
             batches_in_flight_max: limits.batches_in_flight_max,
             sequences_max: limits.sequences_max,
             waiting_max: limits.waiting_max,
@@ -201,6 +204,7 @@ impl ExecutorConfig {
             batch_ms_max: self.batch_ms_max,
             row_wait_ms: self.row_wait_ms,
             regroup_wait_ms: self.regroup_wait_ms,
+            strands_max: self.strands_max,
             batches_in_flight_max: self.batches_in_flight_max,
             sequences_max: self.sequences_max,
             waiting_max: self.waiting_max,

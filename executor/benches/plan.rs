@@ -8,7 +8,7 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use ashlar_executor::state::batch::{Batch, RowOutput, Sample, SampledToken};
+use ashlar_executor::state::batch::{Batch, RowOutput, Sample, SampledToken, Strand};
 use ashlar_executor::state::engine::{Engine, HostSpan, Output};
 use ashlar_executor::state::limits::Limits;
 use ashlar_executor::state::segments::BlockIndex;
@@ -31,7 +31,7 @@ fn chains() -> Vec<Vec<u32>> {
 const SHAPE: KvShape = KvShape { kv_heads: 1, head_dim: 64, page_tokens: 16, format: KvFormat::Bf16 };
 
 /// A span of a chain whose second block of every two is an attention block.
-fn host(blocks: &[u32]) -> HostSpan {
+fn host(blocks: &[u32], are_alike: bool) -> HostSpan {
     let mut lineage = [0; 32];
     let lineages = blocks.iter().map(|block| {
         lineage = *blake3::Hasher::new_keyed(&lineage).update(&block.to_le_bytes()).finalize().as_bytes();
@@ -42,6 +42,7 @@ fn host(blocks: &[u32]) -> HostSpan {
         blocks: blocks.iter().map(|block| BlockIndex(*block)).collect(),
         kv_shapes: (0..blocks.len()).map(|i| (i % 2 == 1).then_some(SHAPE)).collect(),
         windows: vec![None; blocks.len()],
+        forms: if are_alike { vec![0; blocks.len()] } else { blocks.to_vec() },
         width: 64,
         begins_with_embed: true,
         ends_with_head: true,
@@ -65,13 +66,24 @@ struct Load {
     floods: bool,
     /// KV pages for each sequence that may run, over all of its attention blocks; 0: plenty. One that comes and goes needs 64 on average.
     pages: u64,
+    /// Whether segments may run abreast.
+    are_alike: bool,
 }
 
-const DECODES: Load =
-    Load { name: "decodes", is_coming_and_going: false, gap_ms: 0, ttft_ms: 0, tenants: 8, known: 1, floods: false, pages: 0 };
+const DECODES: Load = Load {
+    name: "decodes",
+    is_coming_and_going: false,
+    gap_ms: 0,
+    ttft_ms: 0,
+    tenants: 8,
+    known: 1,
+    floods: false,
+    pages: 0,
+    are_alike: false,
+};
 const PROMPTS: Load = Load { name: "prompts", is_coming_and_going: true, ..DECODES };
 
-const LOADS: [Load; 7] = [
+const LOADS: [Load; 8] = [
     DECODES,
     PROMPTS,
     Load { name: "targets", gap_ms: 1000, ttft_ms: 5_000_000, ..PROMPTS },
@@ -79,6 +91,7 @@ const LOADS: [Load; 7] = [
     Load { name: "claims", tenants: 1000, known: 2, floods: true, ..PROMPTS },
     Load { name: "pages", known: 2, pages: 40, ..PROMPTS },
     Load { name: "shares", tenants: 1000, known: 2, pages: 40, ..PROMPTS },
+    Load { name: "abreast", are_alike: true, ..DECODES },
 ];
 
 /// Number of the first sequence that comes after the start.
@@ -157,7 +170,7 @@ fn pass_cost(load: &Load, sequence_count: u32, passes: u32) -> Cost {
         ..Limits::default()
     };
     let mut engine = Engine::new(limits);
-    let spans: Vec<_> = chains().iter().map(|chain| engine.handle_host(host(chain))).collect();
+    let spans: Vec<_> = chains().iter().map(|chain| engine.handle_host(host(chain, load.are_alike))).collect();
     let admit = |number: u32| request(load, number, spans[number as usize % spans.len()]);
     for number in 0..sequence_count * load.known {
         engine.handle_admit(Duration::ZERO, admit(number)).expect("admitted");
@@ -205,7 +218,8 @@ fn pass_cost(load: &Load, sequence_count: u32, passes: u32) -> Cost {
         done_batches += 1;
         let began = Instant::now();
         // As a device of weights takes: for each block what it reads, and something for each row.
-        let elapsed = Duration::from_micros(30 + batch.blocks.len() as u64 * (40 + 4 * u64::from(batch.row_count)));
+        let work = |strand: &Strand| strand.blocks.len() as u64 * (40 + 4 * u64::from(strand.row_count));
+        let elapsed = Duration::from_micros(30 + batch.strands.iter().map(work).sum::<u64>());
         now += elapsed;
         match is_warm {
             true => counted_done(&mut engine, now, elapsed, samples, batch),

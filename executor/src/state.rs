@@ -5,6 +5,7 @@
 //! tokens computed. A step advances one segment where the input of the next tokens is at hand. Prefill, decode,
 //! reuse of cached pages and resume are this rule with different numbers.
 
+mod abreast;
 mod advance;
 pub mod batch;
 mod boundary;

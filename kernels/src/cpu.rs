@@ -306,9 +306,9 @@ impl Ops for Cpu {
         }
     }
 
-    fn embed(&self, out: &mut Buffer, table: &Table, rows: &[u32], scale: f32) {
+    fn embed(&self, out: &mut Buffer, first: usize, table: &Table, rows: &[u32], scale: f32) {
         let width = table.width();
-        let out = Shared::new(&mut out.0[..rows.len() * width]);
+        let out = Shared::new(&mut out.0[first * width..][..rows.len() * width]);
         self.spread_rows(rows.len(), rows.len() * width, |block| {
             let mut scratch = CodeRow::default();
             for i in block {
@@ -320,9 +320,9 @@ impl Ops for Cpu {
         });
     }
 
-    fn embed_add(&self, out: &mut Buffer, table: &Table, rows: &[u32]) {
+    fn embed_add(&self, out: &mut Buffer, first: usize, table: &Table, rows: &[u32]) {
         let width = table.width();
-        let out = Shared::new(&mut out.0[..rows.len() * width]);
+        let out = Shared::new(&mut out.0[first * width..][..rows.len() * width]);
         self.spread_rows(rows.len(), rows.len() * width, |block| {
             let (mut scratch, mut values) = (CodeRow::default(), vec![0.0; width]);
             for i in block {
@@ -338,7 +338,7 @@ impl Ops for Cpu {
         &self,
         dst: &mut Buffer,
         src: &Buffer,
-        row_count: usize,
+        rows: Range<usize>,
         width: usize,
         kind: NormKind,
         eps: f32,
@@ -347,14 +347,15 @@ impl Ops for Cpu {
     ) {
         assert_eq!(weight.0.len(), width, "a norm weight for each element");
         let norm = Norm { kind, eps, weight: &weight.0, bias: bias.map(|bias| &bias.0[..width]) };
-        let (dst, src) = (Shared::new(&mut dst.0[..row_count * width]), &src.0[..row_count * width]);
+        let elements = rows.start * width..rows.end * width;
+        let (dst, src, row_count) = (Shared::new(&mut dst.0[elements.clone()]), &src.0[elements], rows.len());
         self.spread_rows(row_count, row_count * width, |rows| self.proven.run(NormRows { norm, src, dst, width, rows }));
     }
 
     fn norm_heads(
         &self,
         buffer: &mut Buffer,
-        row_count: usize,
+        rows: Range<usize>,
         columns: Columns,
         head_dim: usize,
         weight_offset: f32,
@@ -364,8 +365,8 @@ impl Ops for Cpu {
         assert_eq!(weight.0.len(), head_dim, "a norm weight for each element");
         check_columns(columns, head_dim);
         let norm = Norm { kind: NormKind::Rms { weight_offset }, eps, weight: &weight.0, bias: None };
-        let buffer = Shared::new(&mut buffer.0);
-        self.spread_rows(row_count, row_count * columns.width, |rows| {
+        let buffer = Shared::new(&mut buffer.0[rows.start * columns.stride..]);
+        self.spread_rows(rows.len(), rows.len() * columns.width, |rows| {
             self.proven.run(NormHeads { norm, buffer, columns, head_dim, rows });
         });
     }
@@ -388,6 +389,18 @@ impl Ops for Cpu {
 
     fn linear_runs_add(&self, acc: &mut Buffer, outputs: Columns, x: &Buffer, inputs: Columns, runs: &[LinearRun<'_, Linear, Buffer>]) {
         linear::Call { x: &x.0, inputs, outputs, runs, finish: Finish::Add }.apply(self, &mut acc.0);
+    }
+
+    fn linear_runs_gate(
+        &self,
+        out: &mut Buffer,
+        outputs: Columns,
+        x: &Buffer,
+        inputs: Columns,
+        runs: &[LinearRun<'_, Linear, Buffer>],
+        activation: Activation,
+    ) {
+        linear::Call { x: &x.0, inputs, outputs, runs, finish: Finish::Gate(activation) }.apply(self, &mut out.0);
     }
 
     fn rope_rows(&self, out: &mut Buffer, positions: &[u32], inverse_frequencies: &Buffer, attention_factor: f32) {

@@ -346,27 +346,27 @@ pub trait Ops: Send + Sync + 'static {
     /// `dst[index[i]] = src[i]`, rows of `width`; indices are distinct.
     fn scatter_rows(&self, dst: &mut Self::Buffer, index: &[u32], src: &Self::Buffer, width: usize);
 
-    /// `out[i] = table[tokens[i]] * scale`, dense rows.
-    fn embed(&self, out: &mut Self::Buffer, table: &Self::Table, rows: &[u32], scale: f32);
-    /// `out[i] += table[rows[i]]` (learned positions).
-    fn embed_add(&self, out: &mut Self::Buffer, table: &Self::Table, rows: &[u32]);
-    /// Norm of `row_count` rows of `src` columns into dense rows of `dst`.
+    /// `out[first + i] = table[rows[i]] * scale`, dense rows.
+    fn embed(&self, out: &mut Self::Buffer, first: usize, table: &Self::Table, rows: &[u32], scale: f32);
+    /// `out[first + i] += table[rows[i]]` (learned positions).
+    fn embed_add(&self, out: &mut Self::Buffer, first: usize, table: &Self::Table, rows: &[u32]);
+    /// Norm of these rows of `src` into those of `dst`, both dense.
     fn norm(
         &self,
         dst: &mut Self::Buffer,
         src: &Self::Buffer,
-        row_count: usize,
+        rows: Range<usize>,
         width: usize,
         kind: NormKind,
         eps: f32,
         weight: &Self::Vector,
         bias: Option<&Self::Vector>,
     );
-    /// RMSNorm in place of `head_count` consecutive heads of each row (Qwen3's and Gemma 3's q and k norms).
+    /// RMSNorm in place of the heads that lie in `columns` of each of these rows (Qwen3's and Gemma 3's q and k norms).
     fn norm_heads(
         &self,
         buffer: &mut Self::Buffer,
-        row_count: usize,
+        rows: Range<usize>,
         columns: Columns,
         head_dim: usize,
         weight_offset: f32,
@@ -409,6 +409,17 @@ pub trait Ops: Send + Sync + 'static {
         x: &Self::Buffer,
         inputs: Columns,
         runs: &[LinearRun<'_, Self::Linear, Self::Vector>],
+    );
+    /// `out[t, j] = act(y[t, j]) * y[t, N/2 + j]`, where y is what [`Ops::linear_runs`] gives: [`Ops::linear_gate`] for several layers, which are
+    /// as there.
+    fn linear_runs_gate(
+        &self,
+        out: &mut Self::Buffer,
+        outputs: Columns,
+        x: &Self::Buffer,
+        inputs: Columns,
+        runs: &[LinearRun<'_, Self::Linear, Self::Vector>],
+        activation: Activation,
     );
     /// Cosines and sines of `positions x inverse frequencies`, times `attention_factor`: row t is
     /// `[cos 0..R/2 | sin 0..R/2]` where R/2 = the length of `inverse_frequencies`.

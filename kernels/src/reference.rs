@@ -7,6 +7,7 @@ mod linear;
 pub mod math;
 mod norm;
 
+use std::ops::Range;
 use std::sync::Arc;
 
 pub use crate::table::Table;
@@ -91,23 +92,23 @@ impl Ops for Reference {
         }
     }
 
-    fn embed(&self, out: &mut Vec<f32>, table: &Table, rows: &[u32], scale: f32) {
+    fn embed(&self, out: &mut Vec<f32>, first: usize, table: &Table, rows: &[u32], scale: f32) {
         let width = table.width();
         let mut scratch = CodeRow::default();
         for (i, &row) in rows.iter().enumerate() {
-            let out = &mut out[i * width..][..width];
+            let out = &mut out[(first + i) * width..][..width];
             table.read(row, &mut scratch, out);
             out.iter_mut().for_each(|x| *x *= scale);
         }
     }
 
-    fn embed_add(&self, out: &mut Vec<f32>, table: &Table, rows: &[u32]) {
+    fn embed_add(&self, out: &mut Vec<f32>, first: usize, table: &Table, rows: &[u32]) {
         let width = table.width();
         let mut scratch = CodeRow::default();
         let mut values = vec![0.0; width];
         for (i, &row) in rows.iter().enumerate() {
             table.read(row, &mut scratch, &mut values);
-            out[i * width..][..width].iter_mut().zip(&values).for_each(|(x, v)| *x += v);
+            out[(first + i) * width..][..width].iter_mut().zip(&values).for_each(|(x, v)| *x += v);
         }
     }
 
@@ -115,14 +116,14 @@ impl Ops for Reference {
         &self,
         dst: &mut Vec<f32>,
         src: &Vec<f32>,
-        row_count: usize,
+        rows: Range<usize>,
         width: usize,
         kind: NormKind,
         eps: f32,
         weight: &Vec<f32>,
         bias: Option<&Vec<f32>>,
     ) {
-        for row in 0..row_count {
+        for row in rows {
             let (dst, src) = (&mut dst[row * width..][..width], &src[row * width..][..width]);
             norm::norm_row(dst, src, kind, eps, weight, bias.map(Vec::as_slice));
         }
@@ -131,14 +132,14 @@ impl Ops for Reference {
     fn norm_heads(
         &self,
         buffer: &mut Vec<f32>,
-        row_count: usize,
+        rows: Range<usize>,
         columns: Columns,
         head_dim: usize,
         weight_offset: f32,
         eps: f32,
         weight: &Vec<f32>,
     ) {
-        for row in 0..row_count {
+        for row in rows {
             let row = &mut buffer[row * columns.stride + columns.offset..][..columns.width];
             for head in row.chunks_exact_mut(head_dim) {
                 let src = head.to_vec();
@@ -203,6 +204,26 @@ impl Ops for Reference {
                     let at = row * outputs.stride + outputs.offset + columns.start;
                     acc[at..][..columns.len()].iter_mut().zip(&y[at..]).for_each(|(acc, y)| *acc += y);
                 }
+            }
+        }
+    }
+
+    fn linear_runs_gate(
+        &self,
+        out: &mut Vec<f32>,
+        outputs: Columns,
+        x: &Vec<f32>,
+        inputs: Columns,
+        runs: &[LinearRun<'_, Linear, Vec<f32>>],
+        activation: Activation,
+    ) {
+        for LinearRun { linear, bias, rows } in runs {
+            let width = linear.outputs() / 2;
+            for row in rows.clone() {
+                let (mut y, mut gated) = (vec![0.0; 2 * width], vec![0.0; width]);
+                linear.row(&mut y, &x[row * inputs.stride + inputs.offset..][..linear.inputs()], bias.map(Vec::as_slice));
+                self.gate(&mut gated, &y, 1, width, activation);
+                out[row * outputs.stride + outputs.offset..][..width].copy_from_slice(&gated);
             }
         }
     }

@@ -2,6 +2,7 @@
 //! on the CPU, so the time of a call is the time of its work, waiting for other threads included.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -105,36 +106,36 @@ impl<B: Ops> Ops for Timed<B> {
     fn scatter_rows(&self, dst: &mut B::Buffer, index: &[u32], src: &B::Buffer, width: usize) {
         self.time("scatter_rows", |b| b.scatter_rows(dst, index, src, width));
     }
-    fn embed(&self, out: &mut B::Buffer, table: &B::Table, rows: &[u32], scale: f32) {
-        self.time("embed", |b| b.embed(out, table, rows, scale));
+    fn embed(&self, out: &mut B::Buffer, first: usize, table: &B::Table, rows: &[u32], scale: f32) {
+        self.time("embed", |b| b.embed(out, first, table, rows, scale));
     }
-    fn embed_add(&self, out: &mut B::Buffer, table: &B::Table, rows: &[u32]) {
-        self.time("embed_add", |b| b.embed_add(out, table, rows));
+    fn embed_add(&self, out: &mut B::Buffer, first: usize, table: &B::Table, rows: &[u32]) {
+        self.time("embed_add", |b| b.embed_add(out, first, table, rows));
     }
     fn norm(
         &self,
         dst: &mut B::Buffer,
         src: &B::Buffer,
-        row_count: usize,
+        rows: Range<usize>,
         width: usize,
         kind: NormKind,
         eps: f32,
         weight: &B::Vector,
         bias: Option<&B::Vector>,
     ) {
-        self.time("norm", |b| b.norm(dst, src, row_count, width, kind, eps, weight, bias));
+        self.time("norm", |b| b.norm(dst, src, rows, width, kind, eps, weight, bias));
     }
     fn norm_heads(
         &self,
         buffer: &mut B::Buffer,
-        row_count: usize,
+        rows: Range<usize>,
         columns: Columns,
         head_dim: usize,
         weight_offset: f32,
         eps: f32,
         weight: &B::Vector,
     ) {
-        self.time("norm_heads", |b| b.norm_heads(buffer, row_count, columns, head_dim, weight_offset, eps, weight));
+        self.time("norm_heads", |b| b.norm_heads(buffer, rows, columns, head_dim, weight_offset, eps, weight));
     }
     fn linear_apply(&self, out: &mut B::Buffer, x: &B::Buffer, row_count: usize, linear: &B::Linear, bias: Option<&B::Vector>) {
         self.time("linear", |b| b.linear_apply(out, x, row_count, linear, bias));
@@ -172,6 +173,17 @@ impl<B: Ops> Ops for Timed<B> {
         runs: &[LinearRun<'_, B::Linear, B::Vector>],
     ) {
         self.time("linear_runs_add", |b| b.linear_runs_add(acc, outputs, x, inputs, runs));
+    }
+    fn linear_runs_gate(
+        &self,
+        out: &mut B::Buffer,
+        outputs: Columns,
+        x: &B::Buffer,
+        inputs: Columns,
+        runs: &[LinearRun<'_, B::Linear, B::Vector>],
+        activation: Activation,
+    ) {
+        self.time("linear_runs_gate", |b| b.linear_runs_gate(out, outputs, x, inputs, runs, activation));
     }
     fn rope_rows(&self, out: &mut B::Buffer, positions: &[u32], inverse_frequencies: &B::Vector, attention_factor: f32) {
         self.time("rope_rows", |b| b.rope_rows(out, positions, inverse_frequencies, attention_factor));

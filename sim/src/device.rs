@@ -111,7 +111,7 @@ impl Device {
                     self.tables.remove(&sequence);
                 }
                 Command::Run(batch, rows) => {
-                    let elapsed = self.cost.of(batch.blocks.len(), batch.row_count);
+                    let elapsed = batch.strands.iter().map(|strand| self.cost.of(strand.blocks.len(), strand.row_count)).sum();
                     self.commands.push_front(Command::Run(batch, rows));
                     self.running = Some(elapsed);
                     return self.running;
@@ -148,17 +148,22 @@ impl Device {
 
     fn run(&mut self, batch: &Batch, link_rows: &BTreeMap<SequenceId, Vec<u64>>) -> (Vec<Sample>, Vec<LinkRows>) {
         self.update_tables(batch);
-        let blocks: Vec<(Block, u32)> =
-            batch.blocks.iter().map(|place| *self.blocks.get(place).expect("the engine runs resident blocks only")).collect();
-        let width = blocks[0].1;
+        let resident = |place: &BlockIndex| *self.blocks.get(place).expect("the engine runs resident blocks only");
+        let width = resident(&batch.strands[0].blocks[0]).1;
         let mut state: Vec<Vec<u64>> = batch.rows.iter().map(|rows| self.input(batch, rows, width, link_rows)).collect();
         let mut attention = 0;
-        for (block, _) in &blocks {
-            for (rows, values) in batch.rows.iter().zip(&mut state) {
-                for (value, position) in values.iter_mut().zip(rows.start..) {
-                    *value = through(block, self.class, position, *value);
+        for place in 0..batch.strands[0].blocks.len() {
+            for strand in &batch.strands {
+                let block = resident(&strand.blocks[place]).0;
+                let range = strand.rows.start as usize..strand.rows.end as usize;
+                for (rows, values) in batch.rows[range.clone()].iter().zip(&mut state[range]) {
+                    for (value, position) in values.iter_mut().zip(rows.start..) {
+                        *value = through(&block, self.class, position, *value);
+                    }
                 }
             }
+            // Blocks of one place are alike.
+            let block = resident(&batch.strands[0].blocks[place]).0;
             let Some(kv_heads) = block.kv_heads else { continue };
             // All rows are written before any is read, as on the real device.
             for (rows, values) in batch.rows.iter().zip(&state) {

@@ -35,6 +35,11 @@ impl Block {
         Self { digest, salt, bytes, kv_heads, window }
     }
 
+    /// Equal where blocks are alike in all but what they mix in, and their windows.
+    pub(crate) fn form(&self) -> u32 {
+        16 * self.bytes as u32 + self.kv_heads.map_or(0, |kv_heads| kv_heads as u32)
+    }
+
     pub(crate) fn kv_shape(&self, page_tokens: u32) -> Option<KvShape> {
         self.kv_heads.map(|kv_heads| KvShape { kv_heads, head_dim: 4, page_tokens: page_tokens as usize, format: KvFormat::F32 })
     }
@@ -95,6 +100,7 @@ impl Model {
             blocks: places,
             lineages: self.lineages[range.clone()].iter().map(|lineage| lineage.0).collect(),
             windows: self.blocks[range.clone()].iter().map(|block| block.window).collect(),
+            forms: self.blocks[range.clone()].iter().map(Block::form).collect(),
             kv_shapes: self.blocks[range].iter().map(|block| block.kv_shape(page_tokens)).collect(),
             width: self.width,
             begins_with_embed: from == 0,

@@ -97,6 +97,8 @@ pub(crate) struct Node {
     wakes_at: Option<Micros>,
     /// Models that met in one batch, at most.
     pub(crate) met_most: usize,
+    /// Most segments that ran abreast in one batch.
+    pub(crate) strands_most: usize,
 }
 
 /// The processes that live now, by id.
@@ -129,6 +131,7 @@ impl Node {
             event_count: 0,
             wakes_at: None,
             met_most: 0,
+            strands_most: 0,
         }
     }
 
@@ -378,7 +381,14 @@ impl Node {
         match output {
             Output::RunBatch(batch) => {
                 let place = |place| *self.hosting.blocks.get(place).expect("the engine runs resident blocks only");
-                let blocks: Vec<_> = batch.blocks.iter().map(place).collect();
+                let chains: Vec<Vec<_>> = batch.strands.iter().map(|strand| strand.blocks.iter().map(place).collect()).collect();
+                let alike = |chain: &Vec<(crate::models::Block, u32)>| {
+                    chain.iter().map(|(block, width)| (block.form(), block.window, *width)).collect()
+                };
+                let forms: Vec<Vec<_>> = chains.iter().map(alike).collect();
+                holds("alike", forms.iter().all(|form| *form == forms[0]), || format!("batch {}: strands of unlike blocks", batch.id.0))?;
+                let blocks = chains.into_iter().next().expect("at least one strand");
+                self.strands_most = self.strands_most.max(batch.strands.len());
                 self.books.planned(&self.identity.limits, &batch, &blocks)?;
                 self.met_most = self.met_most.max(batch.span_count);
                 let mut link_rows = BTreeMap::new();

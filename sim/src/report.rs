@@ -43,6 +43,8 @@ pub struct Report {
     pub cross_model_tokens: u64,
     /// Models in one batch, and executors on one route, at most.
     pub met_most: usize,
+    /// See `strands_most`.
+    pub strands_most: usize,
     /// See `met_most`.
     pub hops_most: usize,
     /// What broke, and how often a sequence went on after it.
@@ -106,6 +108,7 @@ impl Report {
         self.evicted_pages += counters.evicted_pages;
         self.cross_model_tokens += counters.cross_model_hit_tokens;
         self.met_most = self.met_most.max(node.met_most);
+        self.strands_most = self.strands_most.max(node.strands_most);
     }
 
     /// Adds the numbers of another run.
@@ -136,6 +139,7 @@ impl Report {
         self.executors = self.executors.max(other.executors);
         self.models = self.models.max(other.models);
         self.met_most = self.met_most.max(other.met_most);
+        self.strands_most = self.strands_most.max(other.strands_most);
         self.hops_most = self.hops_most.max(other.hops_most);
     }
 }
@@ -163,7 +167,10 @@ impl fmt::Display for Report {
         row("prefix hits", hits)?;
         row(
             "batches",
-            format!("{} with {} rows, {} in vain; up to {} models in one", self.batches, self.rows, self.discarded_rows, self.met_most),
+            format!(
+                "{} with {} rows, {} in vain; up to {} models in one, and {} segments abreast",
+                self.batches, self.rows, self.discarded_rows, self.met_most, self.strands_most
+            ),
         )?;
         row("pages", format!("{} sequences gave way, {} pages evicted", self.preemptions, self.evicted_pages))?;
         let broke = format!("{} executors killed, {} links cut, {} drained; {} resumes", self.kills, self.cuts, self.drains, self.resumes);

@@ -63,6 +63,7 @@ fn values_that_make_no_sense_are_told_with_key_value_and_range() {
         ("executor.page_tokens=1600000000", "page_tokens must be at most 4096"),
         ("executor.step_tokens_max=4294967295", "step_tokens_max must be at most 65536"),
         ("executor.batches_in_flight_max=1000000000", "batches_in_flight_max must be 1 to 16"),
+        ("executor.strands_max=0", "strands_max must be 1 to 1024"),
         ("executor.waiting_max=0", "waiting_max must be at least 1"),
         ("executor.device=gpu", "executor.device = `gpu`: expected auto or cpu"),
         ("executor.listen=here", "executor.listen = `here`: expected HOST:PORT"),

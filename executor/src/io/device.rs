@@ -11,7 +11,7 @@ use ashlar_kernels::ops::{KvPlace, KvShape, Ops, PackError, PageLayout, Query};
 use super::adapters::{AdapterIndex, Adapters, SpanAdapters};
 use crate::model::adapter::LoadedAdapter;
 use crate::model::block::LoadedBlock;
-use crate::model::forward::{AttentionBatch, Forward, ForwardBatch, KvPools};
+use crate::model::forward::{AttentionBatch, Forward, ForwardBatch, KvPools, Strand};
 use crate::model::sampler::Sampler;
 use crate::state::batch::{Batch, RowInput, RowOutput, Rows, Sample, SampledToken, SequenceId};
 use crate::state::limits::Limits;
@@ -301,15 +301,27 @@ impl<B: Ops> Device<B> {
 
     fn run(&mut self, batch: &Batch, link_rows: &[(SequenceId, Vec<f32>)]) -> (Vec<Sample>, Vec<LinkRows>) {
         self.update_tables(batch);
-        let blocks: Vec<&LoadedBlock<B>> = batch
-            .blocks
-            .iter()
-            .map(|index| self.blocks[index.0 as usize].as_deref().expect("the engine runs resident blocks only"))
-            .collect();
+        let resident = |index: &BlockIndex| self.blocks[index.0 as usize].as_deref().expect("the engine runs resident blocks only");
+        let chains: Vec<Vec<&LoadedBlock<B>>> = batch.strands.iter().map(|strand| strand.blocks.iter().map(resident).collect()).collect();
+        let blocks = chains[0].as_slice();
         let width = blocks[0].width();
-        // Rows that stay come first, so that one scatter takes them from a dense prefix; then rows with the same adapters are together.
-        let mut order: Vec<&Rows> = batch.rows.iter().collect();
-        order.sort_by_key(|rows| (!matches!(rows.output, RowOutput::Hidden(_)), self.adapters.key(rows)));
+        // Rows that stay come first, so that one scatter takes them from a dense prefix; then those of one strand are together, and in it those
+        // with the same adapters.
+        let mut order: Vec<(usize, &Rows)> =
+            batch.strands().enumerate().flat_map(|(number, (_, rows))| rows.iter().map(move |rows| (number, rows))).collect();
+        order.sort_by_key(|(strand, rows)| (!matches!(rows.output, RowOutput::Hidden(_)), *strand, self.adapters.key(rows)));
+        let mut strands: Vec<(usize, Strand<'_, B>)> = Vec::new();
+        let mut end = 0;
+        for (number, rows) in &order {
+            let begin = end;
+            end += rows.count as usize;
+            match strands.last_mut() {
+                Some((latest, strand)) if latest == number => strand.rows.end = end,
+                _ => strands.push((*number, Strand { rows: begin..end, blocks: &chains[*number] })),
+            }
+        }
+        let strands: Vec<Strand<'_, B>> = strands.into_iter().map(|(_, strand)| strand).collect();
+        let order: Vec<&Rows> = order.into_iter().map(|(_, rows)| rows).collect();
         let row_count = batch.row_count as usize;
 
         self.tokens.clear();
@@ -380,7 +392,7 @@ impl<B: Ops> Device<B> {
             logit_rows: &self.logit_rows,
         };
         let adapters = self.adapters.runs(&order, blocks.len());
-        self.forward.run(&blocks, &adapters, &forward_batch, &mut self.pools);
+        self.forward.run_abreast(&strands, &adapters, &forward_batch, &mut self.pools);
 
         // Tokens of one row after another would leave all threads but this one without work.
         let takes_largest = |rows: &&Rows| match rows.output {

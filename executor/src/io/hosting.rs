@@ -9,6 +9,7 @@ use ashlar_registry::record::{ExecutorRecord, Plan, SpanAssignment};
 use ashlar_registry::{Registry, Session};
 use ashlar_wire::v1;
 use ashlar_zoo::digest::{Digest, lineages};
+use ashlar_zoo::manifest::Block;
 use ashlar_zoo::store::{MappedChange, Zoo};
 use ashlar_zoo::tensor::MappedTensor;
 use futures::StreamExt;
@@ -150,6 +151,8 @@ struct Resident {
     kv_shape: Option<ashlar_kernels::ops::KvShape>,
     /// How far back it sees, if it is an attention block with a window.
     window: Option<u32>,
+    /// Number of its form, for `HostSpan::forms`.
+    form: u32,
     /// Spans that run through it.
     spans: BTreeSet<SpanKey>,
 }
@@ -159,6 +162,17 @@ struct ResidentAdapter {
     bytes: u64,
     /// Spans of chains that have it.
     spans: BTreeSet<SpanKey>,
+}
+
+/// What a block is but for the values of its weights, and how these are stored.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+struct Form(String);
+
+impl Form {
+    fn of(block: &Block) -> Self {
+        let shapes: Vec<_> = block.tensors.iter().map(|(role, tensor)| (role, &tensor.shape)).collect();
+        Self(format!("{} {:?} {shapes:?}", block.width, block.params))
+    }
 }
 
 /// Places on the device, those that are free to be used first.
@@ -207,6 +221,8 @@ pub struct Hosting<B: Ops> {
     retiring: FuturesUnordered<BoxFuture<'static, SpanKey>>,
     /// Their keys.
     retiring_keys: BTreeSet<SpanKey>,
+    /// Numbers of the forms that blocks had.
+    forms: BTreeMap<Form, u32>,
     block_places: Places,
     adapter_places: Places,
     /// Spans that failed, so that the same failure is logged once.
@@ -238,6 +254,7 @@ impl<B: Ops> Hosting<B> {
             spans: BTreeSet::new(),
             retiring: FuturesUnordered::new(),
             retiring_keys: BTreeSet::new(),
+            forms: BTreeMap::new(),
             block_places: Places::default(),
             adapter_places: Places::default(),
             failed: BTreeSet::new(),
@@ -377,6 +394,7 @@ impl<B: Ops> Hosting<B> {
             lineages: all_lineages[from..to].iter().map(|lineage| lineage.0).collect(),
             kv_shapes: Vec::new(),
             windows: Vec::new(),
+            forms: Vec::new(),
             width: chain.width,
             begins_with_embed: from == 0,
             ends_with_head: to == chain.blocks.len(),
@@ -395,6 +413,7 @@ impl<B: Ops> Hosting<B> {
             host.blocks.push(resident.index);
             host.kv_shapes.push(resident.kv_shape);
             host.windows.push(resident.window);
+            host.forms.push(resident.form);
             block_weights.push(resident.weights);
         }
         let (mut adapters, mut adapter_bytes) = (SpanAdapters::new(), Vec::new());
@@ -440,6 +459,7 @@ impl<B: Ops> Hosting<B> {
 
     async fn load_block(&mut self, digest: Digest, index: usize) -> Result<(), HostError> {
         let mapped = self.zoo.map_block(digest).await?;
+        let form = Form::of(&mapped.block);
         let (ops, outputs) = (Arc::clone(&self.ops), Arc::clone(&self.outputs));
         let task = tokio::task::spawn_blocking(move || {
             let loaded = LoadedBlock::load(&*ops, &mapped.block, &mapped, &outputs);
@@ -454,9 +474,11 @@ impl<B: Ops> Hosting<B> {
         let weights = loaded.weights();
         self.check_memory("block", digest, self.weight_bytes(Some(weights)) - self.weight_bytes(None))?;
         let (kv_shape, window) = (loaded.kv_shape(self.pages), loaded.window());
+        let next = self.forms.len() as u32;
+        let form = *self.forms.entry(form).or_insert(next);
         let place = BlockIndex(self.block_places.take());
         let _ = self.commands.send(Command::Load(place, Box::new(loaded)));
-        self.resident.insert(digest, Resident { index: place, weights, kv_shape, window, spans: BTreeSet::new() });
+        self.resident.insert(digest, Resident { index: place, weights, kv_shape, window, form, spans: BTreeSet::new() });
         Ok(())
     }
 

@@ -4,6 +4,7 @@ use prometheus::{Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, 
 
 use crate::state::batch::Batch;
 use crate::state::counters::{Counters, Gauges};
+use crate::state::segments::SegmentIndex;
 
 /// Segments with metrics of their own; the others share a label.
 const SEGMENT_LABELS_MAX: u32 = 128;
@@ -26,6 +27,7 @@ pub struct ExecutorMetrics {
     batch_tokens: Histogram,
     batch_sequences: Histogram,
     batch_models: Histogram,
+    batch_strands: Histogram,
     segment_batches: IntCounterVec,
     segment_rows: IntCounterVec,
     segment_models: IntCounterVec,
@@ -104,7 +106,8 @@ impl ExecutorMetrics {
             blocks_shared: gauge("ashlar_blocks_shared", "Blocks that more than one hosted model runs through.")?,
             batch_tokens: histogram("ashlar_batch_tokens", "Rows of a batch.", counts())?,
             batch_sequences: histogram("ashlar_batch_sequences", "Sequences of a batch.", counts())?,
-            batch_models: histogram("ashlar_batch_models", "Models that met in a batch.", counts())?,
+            batch_models: histogram("ashlar_batch_models", "Models that a batch had rows of.", counts())?,
+            batch_strands: histogram("ashlar_batch_strands", "Segments that ran abreast in a batch.", counts())?,
             segment_batches: by_segment("ashlar_segment_batches_total", "Batches of a segment of the executor's present cut.")?,
             segment_rows: by_segment("ashlar_segment_rows_total", "Rows of these batches.")?,
             segment_models: by_segment("ashlar_segment_models_total", "Models that met in these batches, summed over batches.")?,
@@ -130,11 +133,14 @@ impl ExecutorMetrics {
         self.batch_tokens.observe(f64::from(batch.row_count));
         self.batch_sequences.observe(batch.rows.len() as f64);
         self.batch_models.observe(batch.span_count as f64);
-        for number in batch.segments.iter().map(|segment| segment.0) {
-            let name = if number < SEGMENT_LABELS_MAX { number.to_string() } else { OTHER_SEGMENTS.to_owned() };
-            self.segment_batches.with_label_values(&[&name]).inc();
-            self.segment_rows.with_label_values(&[&name]).inc_by(batch.row_count.into());
-            self.segment_models.with_label_values(&[&name]).inc_by(batch.span_count as u64);
+        self.batch_strands.observe(batch.strands.len() as f64);
+        for strand in &batch.strands {
+            for SegmentIndex(number) in batch.segments_of(strand) {
+                let name = if *number < SEGMENT_LABELS_MAX { number.to_string() } else { OTHER_SEGMENTS.to_owned() };
+                self.segment_batches.with_label_values(&[&name]).inc();
+                self.segment_rows.with_label_values(&[&name]).inc_by(strand.row_count.into());
+                self.segment_models.with_label_values(&[&name]).inc_by(strand.span_count as u64);
+            }
         }
     }
 

@@ -57,6 +57,12 @@ impl<B: Ops> LoadedBlock<B> {
         matches!(self.kind, Kind::Head(_))
     }
 
+    /// Whether rows of this block and of another one may go through their layers in the same calls: all is alike but the values of the weights,
+    /// and how these are stored.
+    pub fn is_like(&self, other: &Self) -> bool {
+        std::ptr::eq(self, other) || self.width == other.width && self.kind.is_like(&other.kind)
+    }
+
     /// Token ids that the block knows: rows of the embedding, or logits of the head. `None` for the other kinds.
     pub fn vocab(&self) -> Option<usize> {
         match &self.kind {
@@ -93,6 +99,42 @@ pub(super) enum Kind<B: Ops> {
     Attention(Attention<B>),
     FeedForward(FeedForward<B>),
     Head(Head<B>),
+}
+
+impl<B: Ops> Kind<B> {
+    pub(super) fn embed(&self) -> Option<&Embed<B>> {
+        if let Self::Embed(embed) = self { Some(embed) } else { None }
+    }
+
+    pub(super) fn attention(&self) -> Option<&Attention<B>> {
+        if let Self::Attention(attention) = self { Some(attention) } else { None }
+    }
+
+    pub(super) fn feed_forward(&self) -> Option<&FeedForward<B>> {
+        if let Self::FeedForward(feed) = self { Some(feed) } else { None }
+    }
+
+    pub(super) fn head(&self) -> Option<&Head<B>> {
+        if let Self::Head(head) = self { Some(head) } else { None }
+    }
+
+    fn is_like(&self, other: &Self) -> bool {
+        match (self, other) {
+            // Each strand's rows are looked up alone.
+            (Self::Embed(_), Self::Embed(_)) => true,
+            (Self::Attention(one), Self::Attention(two)) => {
+                let rope = |block: &Attention<B>| block.rope.as_ref().map(|rope| Arc::clone(&rope.params));
+                let shape = |block: &Attention<B>| (block.heads, block.kv_heads, block.head_dim, block.scale, block.softcap, block.window);
+                shape(one) == shape(two) && rope(one) == rope(two) && one.post_norm.is_some() == two.post_norm.is_some()
+            }
+            (Self::FeedForward(one), Self::FeedForward(two)) => {
+                let shape = |block: &FeedForward<B>| (block.inner, block.gated, block.activation, block.post_norm.is_some());
+                shape(one) == shape(two)
+            }
+            (Self::Head(one), Self::Head(two)) => (one.vocab, one.softcap) == (two.vocab, two.softcap),
+            _ => false,
+        }
+    }
 }
 
 /// Token (and learned position) embedding.

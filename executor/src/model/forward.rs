@@ -5,7 +5,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use ashlar_kernels::ops::{Columns, KvPlace, KvShape, LinearRun, Ops, PackError, PageLayout, Query};
+use ashlar_kernels::ops::{Activation, Columns, KvPlace, KvShape, LinearRun, Ops, PackError, PageLayout, Query};
 
 use super::adapter::{LoadedAdapter, Projection};
 use super::block::{Attention, Embed, FeedForward, Head, HeadNorm, Kind, LoadedBlock, NormWeights};
@@ -35,6 +35,53 @@ pub struct AttentionBatch<'a> {
     pub queries: &'a [Query],
     /// Page tables that `queries` point into.
     pub tables: &'a [u32],
+}
+
+/// Consecutive rows of a batch, and the blocks that they run through.
+#[derive(Debug, Clone)]
+pub struct Strand<'a, B: Ops> {
+    /// The rows, at least one.
+    pub rows: Range<usize>,
+    /// The blocks, in order.
+    pub blocks: &'a [&'a LoadedBlock<B>],
+}
+
+/// The blocks of one kind at one place of all strands, each with its rows.
+struct Abreast<'a, B: Ops, T: 'a> {
+    strands: &'a [Strand<'a, B>],
+    index: usize,
+    of: fn(&Kind<B>) -> Option<&T>,
+    /// The rows are those of these that lie in a strand, by their place here; without it, those of the strand.
+    logit_rows: Option<&'a [u32]>,
+}
+
+impl<'a, B: Ops, T> Abreast<'a, B, T> {
+    /// What all have in common is read off the first.
+    fn first(&self) -> &'a T {
+        self.block(&self.strands[0])
+    }
+
+    /// Rows of all.
+    fn row_count(&self) -> usize {
+        self.logit_rows.map_or_else(|| self.strands.last().map_or(0, |strand| strand.rows.end), <[u32]>::len)
+    }
+
+    /// Those that have rows.
+    fn iter(&self) -> impl Iterator<Item = (Range<usize>, &'a T)> {
+        let rows = |strand: &Strand<'_, B>| match self.logit_rows {
+            None => strand.rows.clone(),
+            Some(_) if self.strands.len() == 1 => 0..self.row_count(),
+            Some(all) => {
+                let place = |row: usize| all.partition_point(|logit_row| (*logit_row as usize) < row);
+                place(strand.rows.start)..place(strand.rows.end)
+            }
+        };
+        self.strands.iter().map(move |strand| (rows(strand), self.block(strand))).filter(|(rows, _)| !rows.is_empty())
+    }
+
+    fn block(&self, strand: &Strand<'a, B>) -> &'a T {
+        (self.of)(&strand.blocks[self.index].kind).expect("blocks that run abreast are of one kind")
+    }
 }
 
 /// Rows that an adapter changes in one block of a run.
@@ -120,28 +167,42 @@ impl<B: Ops> Forward<B> {
     ///
     /// # Panics
     /// When the batch breaks a rule of [`ForwardBatch`], a block or adapter was not reserved, or an embed or head block is not at its end.
-    pub fn run(
+    pub fn run(&mut self, blocks: &[&LoadedBlock<B>], adapters: &[AdapterRun<'_, B>], batch: &ForwardBatch<'_>, kv: &mut dyn KvPools<B>) {
+        self.run_abreast(&[Strand { rows: 0..batch.row_count, blocks }], adapters, batch, kv);
+    }
+
+    /// As [`Forward::run`], each strand's rows through its own blocks: those at one place are alike ([`LoadedBlock::is_like`]), and their layers are
+    /// one call of the device. The strands' rows follow each other from 0 to the end. A row's result does not depend on the other strands.
+    ///
+    /// # Panics
+    /// As [`Forward::run`], and when strands break these rules, or the rows that want logits do not ascend where there are several.
+    pub fn run_abreast(
         &mut self,
-        blocks: &[&LoadedBlock<B>],
+        strands: &[Strand<'_, B>],
         mut adapters: &[AdapterRun<'_, B>],
         batch: &ForwardBatch<'_>,
         kv: &mut dyn KvPools<B>,
     ) {
-        self.check(blocks, adapters, batch);
+        self.check(strands, adapters, batch);
         self.work.begin();
-        let mut attention = batch.attention.iter();
+        let (blocks, mut attention) = (strands[0].blocks, batch.attention.iter());
+        let (rows, width) = (batch.row_count, blocks[0].width);
         for (index, block) in blocks.iter().enumerate() {
-            let (rows, width) = (batch.row_count, block.width);
             let (adapted, others) = adapters.split_at(adapters.iter().take_while(|run| run.block == index).count());
             adapters = others;
             match &block.kind {
-                Kind::Embed(embed) => self.embed(embed, batch),
-                Kind::Attention(block) => {
+                Kind::Embed(_) => self.embed(&Abreast { strands, index, of: Kind::embed, logit_rows: None }, batch),
+                Kind::Attention(_) => {
                     let pages = attention.next().expect("counted in check");
-                    self.attend(block, adapted, width, batch, pages, kv);
+                    self.attend(&Abreast { strands, index, of: Kind::attention, logit_rows: None }, adapted, width, batch, pages, kv);
                 }
-                Kind::FeedForward(feed) => self.feed(feed, adapted, width, rows),
-                Kind::Head(head) => self.project(head, width, batch.logit_rows),
+                Kind::FeedForward(_) => {
+                    self.feed(&Abreast { strands, index, of: Kind::feed_forward, logit_rows: None }, adapted, width, rows);
+                }
+                Kind::Head(_) => {
+                    let logit_rows = Some(batch.logit_rows);
+                    self.project(&Abreast { strands, index, of: Kind::head, logit_rows }, width, batch.logit_rows);
+                }
             }
         }
     }
@@ -170,10 +231,18 @@ impl<B: Ops> Forward<B> {
         self.vocab
     }
 
-    fn check(&self, blocks: &[&LoadedBlock<B>], adapters: &[AdapterRun<'_, B>], batch: &ForwardBatch<'_>) {
-        let rows = batch.row_count;
+    fn check(&self, strands: &[Strand<'_, B>], adapters: &[AdapterRun<'_, B>], batch: &ForwardBatch<'_>) {
+        let (rows, blocks) = (batch.row_count, strands[0].blocks);
         assert!((1..=self.rows_max).contains(&rows), "{rows} rows, at most {}", self.rows_max);
         assert_eq!(batch.positions.len(), rows, "a position for each row");
+        let end = strands.iter().fold(0, |end, strand| {
+            assert!(strand.rows.start == end && strand.rows.end > end, "strands have the rows one after the other");
+            assert_eq!(strand.blocks.len(), blocks.len(), "strands are of equal length");
+            assert!(strand.blocks.iter().zip(blocks).all(|(block, first)| block.is_like(first)), "blocks that run abreast are alike");
+            strand.rows.end
+        });
+        assert_eq!(end, rows, "each row is of a strand");
+        assert!(strands.len() == 1 || batch.logit_rows.is_sorted(), "rows that want logits ascend by strand");
         let mut attention = batch.attention.iter();
         for (index, block) in blocks.iter().enumerate() {
             assert_eq!(block.width, blocks[0].width, "blocks of one run have one width");
@@ -208,36 +277,41 @@ impl<B: Ops> Forward<B> {
         }
     }
 
-    fn embed(&mut self, embed: &Embed<B>, batch: &ForwardBatch<'_>) {
+    fn embed(&mut self, blocks: &Abreast<'_, B, Embed<B>>, batch: &ForwardBatch<'_>) {
         let hidden = &mut self.work.hidden.buffer;
-        self.ops.embed(hidden, &embed.tokens, batch.tokens, embed.scale);
-        if let Some(positions) = &embed.positions {
-            self.ops.embed_add(hidden, positions, batch.positions);
+        for (rows, embed) in blocks.iter() {
+            self.ops.embed(hidden, rows.start, &embed.tokens, &batch.tokens[rows.clone()], embed.scale);
+            if let Some(positions) = &embed.positions {
+                self.ops.embed_add(hidden, rows.start, positions, &batch.positions[rows]);
+            }
         }
     }
 
-    fn attend(
+    fn attend<'a>(
         &mut self,
-        block: &Attention<B>,
+        blocks: &Abreast<'a, B, Attention<B>>,
         adapters: &[AdapterRun<'_, B>],
         width: usize,
         batch: &ForwardBatch<'_>,
         pages: &AttentionBatch<'_>,
         kv: &mut dyn KvPools<B>,
     ) {
-        let (ops, work, rows) = (&*self.ops, &mut self.work, batch.row_count);
+        let (ops, work, rows, block) = (&*self.ops, &mut self.work, batch.row_count, blocks.first());
         let shape = block.shape(kv.pages());
         let (q_width, k_width, stride) = (block.heads * block.head_dim, block.kv_heads * block.head_dim, block.qkv_width());
         let q = Columns { stride, offset: 0, width: q_width };
         let k = Columns { stride, offset: q_width, width: k_width };
         let q_and_k = Columns { stride, offset: 0, width: q_width + k_width };
 
-        norm(ops, &mut work.normed.buffer, &work.hidden.buffer, rows, width, &block.norm);
-        ops.linear_apply(&mut work.wide.buffer, &work.normed.buffer, rows, &block.qkv, block.qkv_bias.as_ref());
+        norm(ops, &mut work.normed.buffer, &work.hidden.buffer, width, blocks.iter().map(|(rows, block)| (rows, &block.norm)));
+        let qkv = |block: &'a Attention<B>| (&block.qkv, block.qkv_bias.as_ref());
+        work.linear(ops, blocks, qkv, (Operand::Normed, width), (Target::Wide, stride), Finish::Store);
         work.adapt(ops, adapters, Projection::First, (Operand::Normed, width), (Target::Wide, stride));
-        for (head_norm, columns) in [(&block.q_norm, q), (&block.k_norm, k)] {
-            if let Some(HeadNorm { eps, weight_offset, weight }) = head_norm {
-                ops.norm_heads(&mut work.wide.buffer, rows, columns, block.head_dim, *weight_offset, *eps, weight);
+        for (rows, block) in blocks.iter() {
+            for (head_norm, columns) in [(&block.q_norm, q), (&block.k_norm, k)] {
+                if let Some(HeadNorm { eps, weight_offset, weight }) = head_norm {
+                    ops.norm_heads(&mut work.wide.buffer, rows.clone(), columns, block.head_dim, *weight_offset, *eps, weight);
+                }
             }
         }
         if let Some(rope) = &block.rope {
@@ -248,22 +322,26 @@ impl<B: Ops> Forward<B> {
         let pool = kv.pool(shape.kv);
         ops.kv_write(pool, &work.wide.buffer, &shape, pages.places);
         ops.attend(&mut work.inner.buffer, &work.wide.buffer, pool, &shape, pages.queries, pages.tables);
-        let (linear, bias, post_norm) = (&block.output, block.output_bias.as_ref(), block.post_norm.as_ref());
-        work.project(ops, (Operand::Inner, q_width), Second { linear, bias, post_norm, adapters }, rows, width);
+        let second = |block: &'a Attention<B>| Second {
+            linear: &block.output,
+            bias: block.output_bias.as_ref(),
+            post_norm: block.post_norm.as_ref(),
+        };
+        work.project(ops, blocks, second, adapters, (Operand::Inner, q_width), rows, width);
     }
 
-    fn feed(&mut self, block: &FeedForward<B>, adapters: &[AdapterRun<'_, B>], width: usize, rows: usize) {
-        let (ops, work) = (&*self.ops, &mut self.work);
-        norm(ops, &mut work.normed.buffer, &work.hidden.buffer, rows, width, &block.norm);
-        let (up, up_bias, inner) = (&block.up, block.up_bias.as_ref(), block.inner);
+    fn feed<'a>(&mut self, blocks: &Abreast<'a, B, FeedForward<B>>, adapters: &[AdapterRun<'_, B>], width: usize, rows: usize) {
+        let (ops, work, block) = (&*self.ops, &mut self.work, blocks.first());
+        norm(ops, &mut work.normed.buffer, &work.hidden.buffer, width, blocks.iter().map(|(rows, block)| (rows, &block.norm)));
+        let (inner, up) = (block.inner, |block: &'a FeedForward<B>| (&block.up, block.up_bias.as_ref()));
         let is_adapted = adapters.iter().any(|run| run.adapter.low_rank(Projection::First).is_some());
         let operand = if block.gated && !is_adapted {
-            ops.linear_gate(&mut work.inner.buffer, &work.normed.buffer, rows, up, up_bias, block.activation);
+            work.linear(ops, blocks, up, (Operand::Normed, width), (Target::Inner, inner), Finish::Gate(block.activation));
             Operand::Inner
         } else {
-            // The bits of the other rows are those of `linear_gate`.
-            ops.linear_apply(&mut work.wide.buffer, &work.normed.buffer, rows, up, up_bias);
+            // The bits of the other rows are those of a gate in the same call.
             let outputs = if block.gated { 2 * inner } else { inner };
+            work.linear(ops, blocks, up, (Operand::Normed, width), (Target::Wide, outputs), Finish::Store);
             work.adapt(ops, adapters, Projection::First, (Operand::Normed, width), (Target::Wide, outputs));
             if block.gated {
                 ops.gate(&mut work.inner.buffer, &work.wide.buffer, rows, inner, block.activation);
@@ -273,20 +351,21 @@ impl<B: Ops> Forward<B> {
                 Operand::Wide
             }
         };
-        let (linear, bias, post_norm) = (&block.down, block.down_bias.as_ref(), block.post_norm.as_ref());
-        work.project(ops, (operand, inner), Second { linear, bias, post_norm, adapters }, rows, width);
+        let second =
+            |block: &'a FeedForward<B>| Second { linear: &block.down, bias: block.down_bias.as_ref(), post_norm: block.post_norm.as_ref() };
+        work.project(ops, blocks, second, adapters, (operand, inner), rows, width);
     }
 
     /// Only the rows that want logits go through the final norm and the projection.
-    fn project(&mut self, head: &Head<B>, width: usize, logit_rows: &[u32]) {
-        let (ops, work, rows) = (&*self.ops, &mut self.work, logit_rows.len());
+    fn project(&mut self, blocks: &Abreast<'_, B, Head<B>>, width: usize, logit_rows: &[u32]) {
+        let (ops, work, rows, head) = (&*self.ops, &mut self.work, logit_rows.len(), blocks.first());
         (self.logit_row_count, self.vocab) = (rows, head.vocab);
         if rows == 0 {
             return;
         }
         ops.gather_rows(&mut work.projected.buffer, &work.hidden.buffer, logit_rows, width);
-        norm(ops, &mut work.normed.buffer, &work.projected.buffer, rows, width, &head.norm);
-        ops.linear_apply(&mut work.logits.buffer, &work.normed.buffer, rows, &head.output, None);
+        norm(ops, &mut work.normed.buffer, &work.projected.buffer, width, blocks.iter().map(|(rows, head)| (rows, &head.norm)));
+        work.linear(ops, blocks, |head| (&head.output, None), (Operand::Normed, width), (Target::Logits, head.vocab), Finish::Store);
         if let Some(cap) = head.softcap {
             ops.softcap(&mut work.logits.buffer, rows * head.vocab, cap);
         }
@@ -307,6 +386,16 @@ enum Target {
     Wide,
     Projected,
     Hidden,
+    Inner,
+    Logits,
+}
+
+/// What becomes of a layer's outputs.
+#[derive(Debug, Clone, Copy)]
+enum Finish {
+    Store,
+    Add,
+    Gate(Activation),
 }
 
 /// What goes back to the residual stream.
@@ -314,25 +403,74 @@ struct Second<'a, B: Ops> {
     linear: &'a B::Linear,
     bias: Option<&'a B::Vector>,
     post_norm: Option<&'a NormWeights<B>>,
-    adapters: &'a [AdapterRun<'a, B>],
 }
 
 impl<B: Ops> Workspace<B> {
+    /// The layer of each block for that block's rows, of so many inputs and outputs: one call of the device.
+    fn linear<'a, T>(
+        &mut self,
+        ops: &B,
+        blocks: &Abreast<'a, B, T>,
+        layer: impl Fn(&'a T) -> (&'a B::Linear, Option<&'a B::Vector>),
+        x: (Operand, usize),
+        out: (Target, usize),
+        finish: Finish,
+    ) {
+        let (from, onto) = match (x.0, out.0) {
+            (Operand::Normed, Target::Wide) => (&self.normed.buffer, &mut self.wide.buffer),
+            (Operand::Normed, Target::Inner) => (&self.normed.buffer, &mut self.inner.buffer),
+            (Operand::Normed, Target::Logits) => (&self.normed.buffer, &mut self.logits.buffer),
+            (Operand::Inner, Target::Projected) => (&self.inner.buffer, &mut self.projected.buffer),
+            (Operand::Inner, Target::Hidden) => (&self.inner.buffer, &mut self.hidden.buffer),
+            (Operand::Wide, Target::Projected) => (&self.wide.buffer, &mut self.projected.buffer),
+            (Operand::Wide, Target::Hidden) => (&self.wide.buffer, &mut self.hidden.buffer),
+            (operand, target) => unreachable!("no layer goes from {operand:?} to {target:?}"),
+        };
+        if let [_] = blocks.strands {
+            let (rows, (linear, bias)) = (blocks.row_count(), layer(blocks.first()));
+            return match finish {
+                Finish::Store => ops.linear_apply(onto, from, rows, linear, bias),
+                Finish::Add => ops.linear_add(onto, from, rows, linear, bias),
+                Finish::Gate(activation) => ops.linear_gate(onto, from, rows, linear, bias, activation),
+            };
+        }
+        let (inputs, outputs) = (Columns::dense(x.1), Columns::dense(out.1));
+        let mut calls = recycled(std::mem::take(&mut self.runs));
+        calls.extend(blocks.iter().map(|(rows, block)| {
+            let (linear, bias) = layer(block);
+            LinearRun { linear, bias, rows }
+        }));
+        match finish {
+            Finish::Store => ops.linear_runs(onto, outputs, from, inputs, &calls),
+            Finish::Add => ops.linear_runs_add(onto, outputs, from, inputs, &calls),
+            Finish::Gate(activation) => ops.linear_runs_gate(onto, outputs, from, inputs, &calls, activation),
+        }
+        self.runs = recycled(calls);
+    }
+
     /// `hidden += post_norm(operand W^T + bias)`, rows of `operand` having so many elements.
-    fn project(&mut self, ops: &B, operand: (Operand, usize), second: Second<'_, B>, rows: usize, width: usize) {
-        let Second { linear, bias, post_norm, adapters } = second;
-        let x = match operand.0 {
-            Operand::Normed => &self.normed.buffer,
-            Operand::Inner => &self.inner.buffer,
-            Operand::Wide => &self.wide.buffer,
+    fn project<'a, T>(
+        &mut self,
+        ops: &B,
+        blocks: &Abreast<'a, B, T>,
+        second: impl Fn(&'a T) -> Second<'a, B>,
+        adapters: &[AdapterRun<'_, B>],
+        operand: (Operand, usize),
+        rows: usize,
+        width: usize,
+    ) {
+        let layer = |block: &'a T| {
+            let Second { linear, bias, .. } = second(block);
+            (linear, bias)
         };
-        let Some(weights) = post_norm else {
-            ops.linear_add(&mut self.hidden.buffer, x, rows, linear, bias);
+        if second(blocks.first()).post_norm.is_none() {
+            self.linear(ops, blocks, layer, operand, (Target::Hidden, width), Finish::Add);
             return self.adapt(ops, adapters, Projection::Second, operand, (Target::Hidden, width));
-        };
-        ops.linear_apply(&mut self.projected.buffer, x, rows, linear, bias);
+        }
+        self.linear(ops, blocks, layer, operand, (Target::Projected, width), Finish::Store);
         self.adapt(ops, adapters, Projection::Second, operand, (Target::Projected, width));
-        norm(ops, &mut self.normed.buffer, &self.projected.buffer, rows, width, weights);
+        let norms = blocks.iter().filter_map(|(rows, block)| Some((rows, second(block).post_norm?)));
+        norm(ops, &mut self.normed.buffer, &self.projected.buffer, width, norms);
         ops.add(&mut self.hidden.buffer, &self.normed.buffer, rows * width);
     }
 
@@ -357,6 +495,7 @@ impl<B: Ops> Workspace<B> {
             Target::Wide => &mut self.wide.buffer,
             Target::Projected => &mut self.projected.buffer,
             Target::Hidden => &mut self.hidden.buffer,
+            Target::Inner | Target::Logits => unreachable!("no adapter writes there"),
         };
         ops.linear_runs_add(onto, Columns::dense(out.1), &self.low.buffer, low_at, &calls);
         self.runs = recycled(calls);
@@ -369,8 +508,16 @@ fn recycled<'b, L, V>(mut runs: Vec<LinearRun<'_, L, V>>) -> Vec<LinearRun<'b, L
     runs.into_iter().map(|_| unreachable!("it is empty")).collect()
 }
 
-fn norm<B: Ops>(ops: &B, dst: &mut B::Buffer, src: &B::Buffer, rows: usize, width: usize, weights: &NormWeights<B>) {
-    ops.norm(dst, src, rows, width, weights.kind, weights.eps, &weights.weight, weights.bias.as_ref());
+fn norm<'a, B: Ops>(
+    ops: &B,
+    dst: &mut B::Buffer,
+    src: &B::Buffer,
+    width: usize,
+    norms: impl Iterator<Item = (Range<usize>, &'a NormWeights<B>)>,
+) {
+    for (rows, weights) in norms {
+        ops.norm(dst, src, rows, width, weights.kind, weights.eps, &weights.weight, weights.bias.as_ref());
+    }
 }
 
 #[cfg(test)]

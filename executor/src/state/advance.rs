@@ -10,7 +10,7 @@ use super::sequence::PathStep;
 impl Engine {
     /// Moves the counts of a sequence through the steps of a batch and says in `batch` what the device must do for it.
     pub(crate) fn advance(&mut self, chosen: &Chosen, batch: &mut Batch) {
-        let Chosen { sequence: id, step, step_count, count } = *chosen;
+        let Chosen { sequence: id, step, step_count, count, .. } = *chosen;
         let last = step + step_count - 1;
         let page_tokens = self.limits.page_tokens;
         self.reserve_boundary(chosen);
@@ -116,9 +116,15 @@ impl Engine {
         }
         let has_more = sequence.ready_count(step, self.limits.link_rows_max) > 0;
         let span = &mut self.spans[sequence.span.0 as usize];
-        batch.span_count += usize::from(span.last_batch != batch.id);
-        span.last_batch = batch.id;
+        let strand_number = batch.strands.len();
+        let strand = batch.strands.last_mut().expect("the planner began it");
+        let (before, now) = (span.last_batch, (batch.id, strand_number));
+        span.last_batch = now;
+        batch.span_count += usize::from(before.0 != batch.id);
+        strand.span_count += usize::from(before != now);
         batch.row_count += count;
+        strand.row_count += count;
+        strand.rows.end += 1;
         batch.rows.push(Rows { sequence: id, start, count, span: of_span, block_from, attention_from, input, output });
         if fills_page {
             (step..=last).for_each(|step| self.publish(id, step));

@@ -1,5 +1,5 @@
-//! What one step computes: rows of several sequences, perhaps of several models, through one segment. A batch says what is new only:
-//! the device keeps each sequence's page tables and is told what is appended to them.
+//! What one step computes: rows of several sequences, perhaps of several models, through one segment, or through several that are alike, abreast.
+//! A batch says what is new only: the device keeps each sequence's page tables and is told what is appended to them.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -102,18 +102,34 @@ pub struct TableUpdate {
     pub slots: Range<u32>,
 }
 
+/// Rows of a batch that run through the same blocks. Where a batch has several strands, their blocks are alike place by place
+/// ([`HostSpan::forms`](super::span::HostSpan::forms)), and a device computes those of one place in one call.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Strand {
+    /// Through which segments, one after another: these of [`Batch::segments`].
+    pub segments: Range<u32>,
+    /// Their blocks, in order.
+    pub blocks: Arc<[BlockIndex]>,
+    /// Whose rows: these of [`Batch::rows`].
+    pub rows: Range<u32>,
+    /// Rows in all.
+    pub row_count: u32,
+    /// Hosted spans (models, nearly) that meet in it.
+    pub span_count: usize,
+}
+
 /// One step's work.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Batch {
     /// Its id.
     pub id: BatchId,
-    /// Through which segments, one after another.
+    /// What runs abreast, at least one.
+    pub strands: Vec<Strand>,
+    /// Segments that `strands` name.
     pub segments: Vec<SegmentIndex>,
-    /// Their blocks, in order.
-    pub blocks: Arc<[BlockIndex]>,
-    /// Hosted spans (models, nearly) that meet in it.
+    /// Hosted spans (models, nearly) that it has rows of.
     pub span_count: usize,
-    /// Rows by sequence; at most one entry a sequence.
+    /// Rows by sequence, strand after strand; at most one entry a sequence.
     pub rows: Vec<Rows>,
     /// Rows in all.
     pub row_count: u32,
@@ -129,20 +145,20 @@ pub struct Batch {
 
 impl Batch {
     /// An empty batch, in the memory of a spare one if there is any.
-    pub(crate) fn reuse(spare: Option<Self>, id: BatchId, blocks: Arc<[BlockIndex]>) -> Self {
+    pub(crate) fn reuse(spare: Option<Self>, id: BatchId) -> Self {
         fn emptied<T>(mut values: Vec<T>) -> Vec<T> {
             values.clear();
             values
         }
         let Some(spare) = spare else {
-            let (segments, rows, tokens, slots) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-            let (tables, table_slots) = (Vec::new(), Vec::new());
-            return Self { id, segments, blocks, span_count: 0, rows, row_count: 0, tokens, slots, tables, table_slots };
+            let (strands, segments, rows) = (Vec::new(), Vec::new(), Vec::new());
+            let (tokens, slots, tables, table_slots) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+            return Self { id, strands, segments, span_count: 0, rows, row_count: 0, tokens, slots, tables, table_slots };
         };
         Self {
             id,
+            strands: emptied(spare.strands),
             segments: emptied(spare.segments),
-            blocks,
             span_count: 0,
             rows: emptied(spare.rows),
             row_count: 0,
@@ -151,6 +167,16 @@ impl Batch {
             tables: emptied(spare.tables),
             table_slots: emptied(spare.table_slots),
         }
+    }
+
+    /// The strands, each with its rows.
+    pub fn strands(&self) -> impl Iterator<Item = (&Strand, &[Rows])> {
+        self.strands.iter().map(|strand| (strand, &self.rows[strand.rows.start as usize..strand.rows.end as usize]))
+    }
+
+    /// The segments of a strand.
+    pub fn segments_of(&self, strand: &Strand) -> &[SegmentIndex] {
+        &self.segments[strand.segments.start as usize..strand.segments.end as usize]
     }
 
     /// Those of `slots` in a range.

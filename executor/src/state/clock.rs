@@ -2,8 +2,6 @@
 //! Where nobody has a target there is no such budget, and rows take turns. First tokens are in `targets`.
 
 use std::collections::BTreeSet;
-use std::ops::Range;
-use std::sync::Arc;
 use std::time::Duration;
 
 use super::Now;
@@ -12,7 +10,7 @@ use super::cost::{CostCurve, largest};
 use super::engine::Engine;
 use super::pace::{Pace, Paces};
 use super::segments::SegmentIndex;
-use super::sequence::{Path, PathStep, Sequence};
+use super::sequence::{PathStep, Sequence};
 use super::targets::Firsts;
 use super::tenants::TenantIndex;
 
@@ -30,6 +28,8 @@ pub(crate) const REGROUP_PASSES: f64 = 1.5;
 /// Share of a new observation in what a batch more costs, and microseconds that it may grow by beside what it was.
 const OVERHEAD_RATE: f64 = 0.05;
 const BETWEEN_STEP: f64 = 20.0;
+/// A share beyond which what segments took abreast is a pause of the machine.
+const ABREAST_MOST: f64 = 2.0;
 
 /// Time since the executor started, in microseconds.
 pub(crate) type Micros = u64;
@@ -38,21 +38,14 @@ pub(crate) type Micros = u64;
 #[derive(Debug, Clone)]
 pub(crate) struct InFlight {
     pub(crate) id: BatchId,
-    /// Its segments: these steps of a path.
-    pub(crate) path: Arc<Path>,
-    pub(crate) steps: Range<usize>,
-    /// Rows that it has; 0 where the number of a segment of it is another one's by now, and nothing is to be learned.
-    pub(crate) rows: u32,
+    /// Its segments, each with the rows that cross it, one after another, or abreast.
+    pub(crate) parts: Vec<(SegmentIndex, u32)>,
+    pub(crate) is_abreast: bool,
+    /// Whether the number of a segment of it is another one's by now, so that nothing is to be learned.
+    pub(crate) is_stale: bool,
     /// When it was planned, and the time that it is expected to take.
     pub(crate) planned_at: Micros,
     pub(crate) predicted: Micros,
-}
-
-impl InFlight {
-    /// The segments that it crosses.
-    pub(crate) fn segments(&self) -> impl Iterator<Item = SegmentIndex> {
-        self.path.steps[self.steps.clone()].iter().map(|step| step.segment)
-    }
 }
 
 /// What the engine knows of time.
@@ -69,6 +62,9 @@ pub(crate) struct Clock {
     pub(crate) between: f64,
     pub(crate) within: f64,
     pub(crate) joined_count: u64,
+    /// What segments take abreast, as a share of what they take one after another, learned from so many batches.
+    pub(crate) abreast: f64,
+    pub(crate) abreast_count: u64,
     /// The next batch that may be of a whole model for once.
     pub(crate) trial_from: u64,
     /// For each segment: sequences that decode and cross it.
@@ -97,6 +93,8 @@ impl Default for Clock {
             between: 0.0,
             within: 0.0,
             joined_count: 0,
+            abreast: 1.0,
+            abreast_count: 0,
             trial_from: 0,
             decoding: Vec::new(),
             paces: Paces::default(),
@@ -195,18 +193,24 @@ impl Engine {
         // A pause of the machine is no rule.
         let between = ((self.clock.now - began) as f64 - micros).clamp(0.0, 2.0 * self.clock.between + BETWEEN_STEP);
         self.clock.between += OVERHEAD_RATE * (between - self.clock.between);
-        if batch.rows == 0 {
+        if batch.is_stale {
             return;
         }
-        if batch.steps.len() == 1 {
-            batch.segments().for_each(|segment| self.costs[segment.0 as usize].observe(batch.rows, elapsed));
+        if let [(segment, rows)] = *batch.parts {
+            self.costs[segment.0 as usize].observe(rows, elapsed);
             return;
         }
-        if !batch.segments().all(|segment| self.costs[segment.0 as usize].is_known(batch.rows)) {
+        let alone = || batch.parts.iter().map(|(segment, rows)| self.costs[segment.0 as usize].predict(*rows).unwrap_or(0.0));
+        if !batch.parts.iter().all(|(segment, rows)| self.costs[segment.0 as usize].is_known(*rows)) {
             return;
         }
-        let alone = || batch.segments().map(|segment| self.costs[segment.0 as usize].predict(batch.rows).unwrap_or(0.0));
-        let saved = (alone().sum::<f64>() - micros) / (batch.steps.len() - 1) as f64;
+        if batch.is_abreast {
+            let share = (micros / alone().sum::<f64>().max(1.0)).clamp(0.0, ABREAST_MOST);
+            self.clock.abreast_count += 1;
+            self.clock.abreast += OVERHEAD_RATE.max(1.0 / self.clock.abreast_count as f64) * (share - self.clock.abreast);
+            return;
+        }
+        let saved = (alone().sum::<f64>() - micros) / (batch.parts.len() - 1) as f64;
         let within = saved.clamp(0.0, alone().fold(f64::INFINITY, f64::min));
         self.clock.joined_count += 1;
         self.clock.within += OVERHEAD_RATE.max(1.0 / self.clock.joined_count as f64) * (within - self.clock.within);

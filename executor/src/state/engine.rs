@@ -26,7 +26,7 @@ use super::limits::Limits;
 use super::pages::{ClassIndex, HandleIndex, LineageIndex, PagePool, TokenHash};
 use super::planner::Chosen;
 use super::ready::{Entries, Entry, Ready};
-use super::segments::Segment;
+use super::segments::{Segment, SegmentIndex};
 use super::sequence::{Admit, Reason, Sequence, SpanIndex, Status};
 use super::slab::Sequences;
 pub use super::span::HostSpan;
@@ -84,6 +84,9 @@ pub struct Engine {
     /// Memory of the planner that is used again; empty between plans.
     pub(crate) taken: Entries,
     pub(crate) chosen: Vec<Chosen>,
+    pub(crate) twins: Vec<SegmentIndex>,
+    /// Batches that were to be planned.
+    pub(crate) choices: u64,
     /// Batches that came back.
     pub(crate) spare: Vec<Batch>,
     /// Whether a hosted span is not a whole chain, and when to look next for sequences that stand still.
@@ -123,6 +126,8 @@ impl Engine {
             block_counts: (0, 0),
             taken: Entries::default(),
             chosen: Vec::new(),
+            twins: Vec::new(),
+            choices: 0,
             spare: Vec::new(),
             hosts_cut_chains: false,
             stalls_at: 0,
@@ -236,6 +241,7 @@ impl Engine {
             started: false,
             promised_tokens: 0,
             last_batch: BatchId(0),
+            chosen_in: 0,
             base_tokens: admit.tokens.len() as u32,
             decodes_from: admit.tokens.len() as u32,
             tokens: admit.tokens,

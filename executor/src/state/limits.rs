@@ -29,6 +29,8 @@ pub struct Limits {
     /// Milliseconds that a ready row lets others go first, at most, so that siblings run its segment together with it, and never longer than
     /// a pass and a half; 0: rows do not wait for siblings, and the deepest segment goes first.
     pub regroup_wait_ms: u32,
+    /// Segments that are alike and run abreast in one batch, at most; 1: none do.
+    pub strands_max: u32,
     /// Batches handed to the device and not done. From 2 on the device finds the next one waiting whenever it ends one.
     pub batches_in_flight_max: u32,
     /// Sequences that hold pages at one time.
@@ -62,6 +64,7 @@ impl Default for Limits {
             batch_ms_max: 0,
             row_wait_ms: 200,
             regroup_wait_ms: 200,
+            strands_max: 64,
             batches_in_flight_max: 2,
             sequences_max: 64,
             waiting_max: 1024,
@@ -104,6 +107,7 @@ impl Limits {
             (self.step_tokens_max <= STEP_TOKENS_MAX, "step_tokens_max must be at most 65536"),
             (self.chunk_tokens_max >= 1, "chunk_tokens_max must be at least 1"),
             (self.chunk_tokens_max <= self.step_tokens_max, "chunk_tokens_max must not exceed step_tokens_max"),
+            ((1..=STRANDS_MAX).contains(&self.strands_max), "strands_max must be 1 to 1024"),
             ((1..=BATCHES_IN_FLIGHT_MAX).contains(&self.batches_in_flight_max), "batches_in_flight_max must be 1 to 16"),
             (self.waiting_max >= 1, "waiting_max must be at least 1: a sequence waits until the next step is planned"),
             (self.sequences_max >= 1, "sequences_max must be at least 1"),
@@ -130,6 +134,8 @@ impl Limits {
 const PAGE_TOKENS_MAX: u32 = 4096;
 /// A step beyond this holds everybody up for seconds, and its buffers alone take gigabytes.
 const STEP_TOKENS_MAX: u32 = 1 << 16;
+/// More than that many layers in one call gain nothing.
+const STRANDS_MAX: u32 = 1024;
 /// The device is busy with two; what is planned past an unknown end is computed in vain.
 const BATCHES_IN_FLIGHT_MAX: u32 = 16;
 

@@ -137,3 +137,11 @@ impl Engine {
         self.clock.trial_from = self.latest_batch().0 + turns;
     }
 }
+
+/// Microseconds that are lost if so many decodes and chunks of a segment run now and whoever else decodes and crosses it comes by later, in batches
+/// of so many rows at most.
+pub(crate) fn lost_apart(costs: &[CostCurve], decoding: &[u32], most: u32, segment: SegmentIndex, decodes: u32, chunks: u32) -> f64 {
+    let place = segment.0 as usize;
+    let coming = decoding[place].saturating_sub(decodes).min(most.saturating_sub(decodes + chunks));
+    if coming == 0 { 0.0 } else { costs[place].apart(decodes + chunks, coming) }
+}

@@ -4,14 +4,14 @@
 use std::sync::Arc;
 
 use super::Now;
-use super::batch::{Batch, SequenceId};
+use super::batch::{Batch, SequenceId, Strand};
 use super::claim::Shortage;
 use super::clock::{InFlight, Micros, TILE_ROWS};
 use super::engine::{Engine, Output};
-use super::meeting::Trial;
+use super::meeting::{Trial, lost_apart};
 use super::ready::{Entries, Entry};
 use super::segments::SegmentIndex;
-use super::sequence::{Sequence, Status};
+use super::sequence::{PathStep, Sequence, Status};
 use super::targets::ChunkTime;
 
 /// Rows of one sequence that run in the batch that is being planned.
@@ -22,11 +22,13 @@ pub(crate) struct Chosen {
     /// Steps that they take, from `step` on.
     pub(crate) step_count: usize,
     pub(crate) count: u32,
+    /// The strand of the batch that has them.
+    pub(crate) strand: u32,
 }
 
 /// What a batch may still take.
-struct Room {
-    rows: u32,
+pub(crate) struct Room {
+    pub(crate) rows: u32,
     hidden_rows: u32,
     /// Rows that it has, and may have for the time that a batch may take.
     row_count: u32,
@@ -53,7 +55,7 @@ impl Engine {
             let mut taken = std::mem::take(&mut self.taken);
             let urgent = self.clock.start() + self.pass_micros() as Micros;
             while let Some(segment) = self.take_next(urgent, &mut taken) {
-                let is_planned = self.plan_segment(segment, &mut taken);
+                let is_planned = self.plan_segment(segment, urgent, &mut taken);
                 if is_planned {
                     self.taken = taken;
                     return;
@@ -84,18 +86,14 @@ impl Engine {
     /// Takes the entries of the next segment to try.
     fn take_next(&mut self, urgent: Micros, taken: &mut Entries) -> Option<SegmentIndex> {
         let (costs, decoding, most) = (&self.costs, &self.clock.decoding, self.limits.step_tokens_max);
-        let lost = |segment: SegmentIndex, decodes: u32, chunks: u32| {
-            // Whoever else decodes and crosses it comes by, sooner or later.
-            let place = segment.0 as usize;
-            let coming = decoding[place].saturating_sub(decodes).min(most.saturating_sub(decodes + chunks));
-            if coming == 0 { 0.0 } else { costs[place].apart(decodes + chunks, coming) }
-        };
+        let lost = |segment: SegmentIndex, decodes: u32, chunks: u32| lost_apart(costs, decoding, most, segment, decodes, chunks);
         self.ready.take_next(urgent, self.clock.now, lost, taken)
     }
 
     /// Hands out a batch of one segment from its ready rows, and puts back what it does not take; false if none of them can run.
-    fn plan_segment(&mut self, segment: SegmentIndex, taken: &mut Entries) -> bool {
+    fn plan_segment(&mut self, segment: SegmentIndex, urgent: Micros, taken: &mut Entries) -> bool {
         let mut chosen = std::mem::take(&mut self.chosen);
+        self.choices += 1;
         let rows = self.limits.step_tokens_max;
         let curve = &self.costs[segment.0 as usize];
         let mut room = Room {
@@ -118,7 +116,7 @@ impl Engine {
         loop {
             for (entries, decodes) in [(&mut taken.decodes, true), (&mut taken.chunks, false)] {
                 for entry in entries.drain(..) {
-                    self.choose(segment, entry, decodes, &mut room, &mut chosen);
+                    self.choose(segment, entry, decodes, 0, &mut room, &mut chosen);
                 }
             }
             if others.is_empty() || !chosen.is_empty() {
@@ -135,9 +133,13 @@ impl Engine {
         chosen.retain(|chosen| self.sequences[chosen.sequence].status == Status::Running);
         let is_planned = !chosen.is_empty();
         if is_planned {
-            let step_count = self.steps_through(&chosen, trial, is_parted);
+            let joins = trial == Trial::None && !is_parted && self.join_abreast(segment, urgent, taken, &mut room, &mut chosen);
+            let step_count = if joins { 1 } else { self.steps_through(&chosen, trial, is_parted) };
             if trial == Trial::Whole && (is_parted || step_count > 1) {
                 self.tried();
+            } else if trial == Trial::Whole {
+                // What it would try cannot be tried yet.
+                self.join_abreast(segment, urgent, taken, &mut room, &mut chosen);
             }
             chosen.iter_mut().for_each(|chosen| chosen.step_count = step_count);
             let batch = self.batch(&chosen);
@@ -151,7 +153,15 @@ impl Engine {
     }
 
     /// Chooses rows of one entry, or puts it back.
-    fn choose(&mut self, segment: SegmentIndex, entry: Entry, decodes: bool, room: &mut Room, chosen: &mut Vec<Chosen>) {
+    pub(crate) fn choose(
+        &mut self,
+        segment: SegmentIndex,
+        entry: Entry,
+        decodes: bool,
+        strand: u32,
+        room: &mut Room,
+        chosen: &mut Vec<Chosen>,
+    ) {
         let step = entry.step.0 as usize;
         let link_rows_max = self.limits.link_rows_max;
         // A preemption for an earlier entry may have taken this one's pages, and its place in the queue.
@@ -174,12 +184,17 @@ impl Engine {
         if !decodes {
             count = if count > 0 { self.bound_chunk(sequence, step, count, room) } else { 0 };
         }
-        // A chain may cross a segment twice; a batch takes a sequence once. Its deeper entry came right before.
-        let is_twice = chosen.last().is_some_and(|last| last.sequence == entry.sequence);
-        // Mostly the pages that it has will do.
+        // A chain may cross a segment twice; a batch takes a sequence once, its deeper entry.
+        let is_twice = sequence.chosen_in == self.choices;
+        // Mostly the pages that it has will do. For those that come along nobody gives way.
         let state = &sequence.steps[step];
-        let has_pages = state.computed + count <= state.reserved * self.limits.page_tokens;
-        if count == 0 || is_twice || !(has_pages || self.reserve_pages(entry.sequence, step, count)) {
+        let end = state.computed + count;
+        let has_pages = end <= state.reserved * self.limits.page_tokens;
+        let mut reserve = || match strand {
+            0 => self.reserve_pages(entry.sequence, step, count),
+            _ => self.reserve_to(entry.sequence, step, end),
+        };
+        if count == 0 || is_twice || !(has_pages || reserve()) {
             // It had its turn.
             let entry = Entry { due: entry.due.max(self.turn_due()), ..entry };
             self.ready.push(segment, entry, decodes, self.regroup_due());
@@ -192,8 +207,10 @@ impl Engine {
         }
         room.rows -= count;
         room.row_count += count;
-        self.sequences[entry.sequence].steps[step].queued = false;
-        chosen.push(Chosen { sequence: entry.sequence, step, step_count: 1, count });
+        let sequence = &mut self.sequences[entry.sequence];
+        sequence.steps[step].queued = false;
+        sequence.chosen_in = self.choices;
+        chosen.push(Chosen { sequence: entry.sequence, step, step_count: 1, count, strand });
     }
 
     /// Bounds a chunk of a prompt by time: that of the batch, and where it enters the chain by what it adds for those that decode. The
@@ -216,25 +233,41 @@ impl Engine {
     }
 
     fn batch(&mut self, chosen: &[Chosen]) -> Batch {
-        let (first, step_count) = (chosen[0].step, chosen[0].step_count);
-        let path = Arc::clone(&self.sequences[chosen[0].sequence].path);
-        let steps = first..first + step_count;
-        let place = |step: usize| path.steps[step].segment.0 as usize;
-        let blocks = match step_count {
-            1 => Arc::clone(&self.segments[place(first)].blocks),
-            _ => steps.clone().flat_map(|step| self.segments[place(step)].blocks.iter().copied()).collect(),
-        };
-        let rows = chosen.iter().map(|chosen| chosen.count).sum();
-        let predicted = self.predict(path.steps[steps.clone()].iter().map(|step| step.segment), rows) as Micros;
-        let mut batch = Batch::reuse(self.spare.pop(), self.next_batch_id(), blocks);
-        batch.segments.extend(path.steps[steps.clone()].iter().map(|step| step.segment));
-        batch.rows.reserve(chosen.len());
+        let mut batch = Batch::reuse(self.spare.pop(), self.next_batch_id());
+        let mut parts = Vec::with_capacity(chosen.last().map_or(0, |last| last.strand as usize) + chosen[0].step_count);
+        let mut predicted = 0.0;
+        let strands = || chosen.chunk_by(|one, next| one.strand == next.strand);
+        for strand in strands() {
+            let (rows, steps) = (strand.iter().map(|chosen| chosen.count).sum(), strand[0].step..strand[0].step + strand[0].step_count);
+            let steps = &self.sequences[strand[0].sequence].path.steps[steps];
+            parts.extend(steps.iter().map(|step| (step.segment, rows)));
+            predicted += self.predict(steps.iter().map(|step| step.segment), rows);
+        }
+        let is_abreast = chosen.last().is_some_and(|last| last.strand > 0);
+        predicted *= if is_abreast { self.clock.abreast } else { 1.0 };
+        let (id, planned_at, predicted) = (batch.id, self.clock.now, predicted as Micros);
         self.clock.busy_until = self.clock.start() + predicted;
-        self.in_flight.push_back(InFlight { id: batch.id, path, steps, rows, planned_at: self.clock.now, predicted });
-        for chosen in chosen {
-            self.advance(chosen, &mut batch);
+        self.in_flight.push_back(InFlight { id, parts, is_abreast, is_stale: false, planned_at, predicted });
+        batch.rows.reserve(chosen.len());
+        for strand in strands() {
+            self.begin_strand(&strand[0], &mut batch);
+            strand.iter().for_each(|chosen| self.advance(chosen, &mut batch));
         }
         batch
+    }
+
+    /// Begins the strand of a batch that has the segments of a chosen row; its rows are to come.
+    fn begin_strand(&self, chosen: &Chosen, batch: &mut Batch) {
+        let steps = &self.sequences[chosen.sequence].path.steps[chosen.step..chosen.step + chosen.step_count];
+        let blocks_of = |step: &PathStep| &self.segments[step.segment.0 as usize].blocks;
+        let blocks = match steps {
+            [step] => Arc::clone(blocks_of(step)),
+            _ => steps.iter().flat_map(|step| blocks_of(step).iter().copied()).collect(),
+        };
+        let (from, rows) = (batch.segments.len() as u32, batch.rows.len() as u32);
+        batch.segments.extend(steps.iter().map(|step| step.segment));
+        let segments = from..batch.segments.len() as u32;
+        batch.strands.push(Strand { segments, blocks, rows: rows..rows, row_count: 0, span_count: 0 });
     }
 
     /// Sequences that hold pages and could start over: chains that are whole here. Of the lowest priority and latest first.

@@ -39,6 +39,8 @@ struct Queue {
     depth: usize,
     /// Number of the family: segments that a chain crosses both are of one.
     family: usize,
+    /// Number of its form, if another segment has the same.
+    form: Option<usize>,
     /// Turn in which the queue got its first entry, and the earliest time at which one should run.
     since: u64,
     due: Micros,
@@ -76,6 +78,8 @@ struct Family {
 pub(crate) struct Ready {
     queues: Vec<Queue>,
     families: Vec<Family>,
+    /// For each form the segments that have it, and entries.
+    forms: Vec<Vec<SegmentIndex>>,
     /// Whether the present plan has tried a segment.
     has_tried: bool,
     turn: u64,
@@ -83,10 +87,18 @@ pub(crate) struct Ready {
 }
 
 impl Ready {
-    /// Empties all queues; from now on segment i has depth and family `places[i]`.
-    pub(crate) fn reset(&mut self, places: &[(usize, usize)]) {
+    /// Empties all queues; from now on segment i has depth and family `places[i]`, and form `forms[i]`.
+    pub(crate) fn reset(&mut self, places: &[(usize, usize)], forms: &[Option<usize>]) {
         self.queues.clear();
-        self.queues.extend(places.iter().map(|(depth, family)| Queue { depth: *depth, family: *family, ..Queue::default() }));
+        let queue = |((depth, family), form): (&(usize, usize), &Option<usize>)| Queue {
+            depth: *depth,
+            family: *family,
+            form: *form,
+            ..Queue::default()
+        };
+        self.queues.extend(places.iter().zip(forms).map(queue));
+        self.forms.clear();
+        self.forms.resize_with(forms.iter().flatten().map(|form| form + 1).max().unwrap_or(0), Vec::new);
         self.families.clear();
         self.families.resize_with(places.iter().map(|(_, family)| family + 1).max().unwrap_or(0), Family::default);
     }
@@ -100,6 +112,9 @@ impl Ready {
             let family = &mut self.families[queue.family];
             family.first = if family.segments.is_empty() { (entry.due, queue.since) } else { family.first };
             family.segments.push(segment);
+            if let Some(form) = queue.form {
+                self.forms[form].push(segment);
+            }
         }
         if entry.due < queue.due {
             queue.due = entry.due;
@@ -122,6 +137,9 @@ impl Ready {
         queue.entries.chunks.retain(others);
         if queue.entries.is_empty() {
             self.families[queue.family].segments.retain(|known| *known != segment);
+            if let Some(form) = queue.form {
+                self.forms[form].retain(|known| *known != segment);
+            }
         }
     }
 
@@ -172,14 +190,38 @@ impl Ready {
             }
         }
         let (place, ..) = best?;
-        let segment = family.segments.swap_remove(place);
-        let rest = family.segments.iter().map(|segment| (queues[segment.0 as usize].due, queues[segment.0 as usize].since));
-        family.first = rest.min().unwrap_or_default();
+        let segment = family.segments[place];
+        self.take(segment, taken);
+        Some(segment)
+    }
+
+    /// Moves the entries of a segment into `taken` (empty before); it counts as tried.
+    pub(crate) fn take(&mut self, segment: SegmentIndex, taken: &mut Entries) {
         let queue = &mut self.queues[segment.0 as usize];
-        queue.tried_in = plan;
+        queue.tried_in = self.plan;
         self.has_tried = true;
         std::mem::swap(&mut queue.entries, taken);
-        Some(segment)
+        let (queues, form) = (&self.queues, self.queues[segment.0 as usize].form);
+        let family = &mut self.families[queues[segment.0 as usize].family];
+        family.segments.swap_remove(family.segments.iter().position(|known| *known == segment).expect("it had entries"));
+        let rest = family.segments.iter().map(|segment| (queues[segment.0 as usize].due, queues[segment.0 as usize].since));
+        family.first = rest.min().unwrap_or_default();
+        if let Some(form) = form {
+            let twins = &mut self.forms[form];
+            twins.swap_remove(twins.iter().position(|known| *known == segment).expect("it had entries"));
+        }
+    }
+
+    /// Segments with entries whose rows may run abreast with those of `segment`, in no order of meaning; none that was tried in this plan.
+    pub(crate) fn twins(&self, segment: SegmentIndex) -> impl Iterator<Item = SegmentIndex> {
+        let form = self.queues[segment.0 as usize].form;
+        let twins = form.map_or(&[][..], |form| &self.forms[form]);
+        twins.iter().copied().filter(|twin| self.queues[twin.0 as usize].tried_in != self.plan)
+    }
+
+    /// Until when the rows of a segment let others go first, so that siblings run with them.
+    pub(crate) fn waits_until(&self, segment: SegmentIndex) -> Micros {
+        self.queues[segment.0 as usize].waits_until
     }
 
     /// Decodes and chunks of prompts that are ready at a segment.

@@ -27,6 +27,7 @@ impl Engine {
     /// Starts to host a span whose blocks are on the device. Running sequences go on.
     pub fn handle_host(&mut self, host: HostSpan) -> SpanIndex {
         assert!(!host.blocks.is_empty() && host.blocks.len() == host.lineages.len() && host.blocks.len() == host.kv_shapes.len());
+        assert_eq!(host.forms.len(), host.blocks.len(), "a form for each block");
         assert!(host.windows.len() == host.blocks.len() && !host.windows.contains(&Some(0)), "a window has its own token in it");
         let mut attention = Vec::new();
         let mut pages: BTreeMap<ClassIndex, BTreeMap<u32, usize>> = BTreeMap::new();
@@ -50,7 +51,7 @@ impl Engine {
             path: Arc::new(path),
             hosted: true,
             sequence_count: 0,
-            last_batch: BatchId(0),
+            last_batch: (BatchId(0), 0),
         });
         self.recut();
         SpanIndex(self.spans.len() as u32 - 1)
@@ -387,8 +388,8 @@ impl Engine {
                 // Other blocks, other costs.
                 self.costs.resize_with(self.costs.len().max(place + 1), Default::default);
                 self.costs[place] = Default::default();
-                let crosses = |batch: &&mut InFlight| batch.segments().any(|segment| segment.0 as usize == place);
-                self.in_flight.iter_mut().filter(crosses).for_each(|batch| batch.rows = 0);
+                let crosses = |batch: &&mut InFlight| batch.parts.iter().any(|(segment, _)| segment.0 as usize == place);
+                self.in_flight.iter_mut().filter(crosses).for_each(|batch| batch.is_stale = true);
                 if place == self.segments.len() {
                     self.segments.push(segment)
                 } else {
@@ -412,7 +413,7 @@ impl Engine {
                 places.iter_mut().filter(|place| place.1 == other).for_each(|place| place.1 = family);
             }
         }
-        self.ready.reset(&places);
+        self.ready.reset(&places, &self.forms());
         let ids: Vec<SequenceId> = self.sequences.iter().map(|sequence| sequence.id).collect();
         for id in &ids {
             let sequence = &mut self.sequences[*id];
@@ -424,6 +425,23 @@ impl Engine {
         for id in ids {
             (0..self.sequences[id].steps.len()).for_each(|step| self.enqueue(id, step));
         }
+    }
+
+    /// For each segment the number of its form: those of equal numbers may run abreast. None for one that has no twin.
+    fn forms(&self) -> Vec<Option<usize>> {
+        let mut keys = vec![None; self.segments.len()];
+        for span in self.spans.iter().filter(|span| span.hosted) {
+            let (host, steps) = (&span.host, &span.path.steps);
+            for (n, step) in steps.iter().enumerate() {
+                let blocks = step.from as usize..steps.get(n + 1).map_or(host.blocks.len(), |next| next.from as usize);
+                let key = (host.width, &host.forms[blocks.clone()], &host.kv_shapes[blocks.clone()], &host.windows[blocks]);
+                keys[step.segment.0 as usize] = Some(key);
+            }
+        }
+        let mut counts: BTreeMap<_, usize> = BTreeMap::new();
+        keys.iter().flatten().for_each(|key| *counts.entry(*key).or_default() += 1);
+        let numbers: BTreeMap<_, usize> = counts.into_iter().filter(|(_, count)| *count > 1).map(|(key, _)| key).zip(0..).collect();
+        keys.iter().map(|key| numbers.get(key.as_ref()?).copied()).collect()
     }
 
     /// Shares pages among the hosted blocks, and counts blocks.

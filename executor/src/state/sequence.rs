@@ -189,6 +189,8 @@ pub(crate) struct Sequence {
     pub(crate) promised_tokens: u32,
     /// The latest batch with rows of it: its pages are nobody else's before that one is done.
     pub(crate) last_batch: BatchId,
+    /// The latest choice of rows for a batch that has taken some of it (`Engine::choices`).
+    pub(crate) chosen_in: u64,
     /// All known tokens (spans that begin with the embedding); elsewhere the prompt and journal, for the sampler.
     pub(crate) tokens: Vec<u32>,
     /// Tokens known when it was admitted: the first token sampled here has this position.

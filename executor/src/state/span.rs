@@ -20,6 +20,9 @@ pub struct HostSpan {
     pub kv_shapes: Vec<Option<KvShape>>,
     /// For each block the tokens that it sees back from a query, the query's own among them; None for blocks that see all, or none.
     pub windows: Vec<Option<u32>>,
+    /// For each block a number: blocks of equal numbers (and equal shape and window) are alike in all but their weights, so that rows through one and
+    /// rows through another may be computed in the same calls.
+    pub forms: Vec<u32>,
     /// Width of hidden rows.
     pub width: u32,
     /// Whether the first block is the embedding.
@@ -57,8 +60,8 @@ pub(crate) struct Span {
     pub(crate) hosted: bool,
     /// Sequences that have not ended.
     pub(crate) sequence_count: usize,
-    /// The latest batch with rows of it.
-    pub(crate) last_batch: BatchId,
+    /// The latest batch with rows of it, and the latest strand of that.
+    pub(crate) last_batch: (BatchId, usize),
 }
 
 impl Span {

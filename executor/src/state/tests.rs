@@ -1,5 +1,6 @@
 //! The engine against a modelled device (`device`), driven event by event (`node`).
 
+mod abreast;
 mod adapters;
 mod any;
 mod boundary;
@@ -24,6 +25,15 @@ fn family() -> Vec<Vec<u32>> {
         vec![2000, 1, 1001, 22, 1002, 3, 1003, 2001],
         vec![2100, 31, 1031, 32, 1032, 2101],
     ]
+}
+
+/// Blocks of the family that are alike: attention, feed-forward, embed and head.
+fn form(block: u32) -> u32 {
+    match block {
+        0..1000 => 0,
+        1000..2000 => 1,
+        _ => 2 + block % 2,
+    }
 }
 
 /// What adapters change in the chains of the family, by place: nothing; all, in two ways; what lies above the first blocks; one block.

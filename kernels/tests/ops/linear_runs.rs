@@ -1,7 +1,7 @@
 //! Several layers in one call: equal bits over runs of different layers, formats and ranks, and those of each run alone.
 
 use ashlar_kernels::format::Dtype;
-use ashlar_kernels::ops::{Bf16Compute, Columns, DiagonalPart, LinearRun, Ops};
+use ashlar_kernels::ops::{Activation, Bf16Compute, Columns, DiagonalPart, LinearRun, Ops};
 use ashlar_kernels::reference::Reference;
 use proptest::prelude::*;
 
@@ -24,8 +24,16 @@ struct RunsCase {
     out: Vec<f32>,
     outputs: Columns,
     runs: Vec<Run>,
-    add: bool,
+    finish: Finish,
     bf16_compute: Bf16Compute,
+}
+
+/// What becomes of the outputs.
+#[derive(Debug, Clone, Copy)]
+enum Finish {
+    Store,
+    Add,
+    Gate(Activation),
 }
 
 impl RunsCase {
@@ -57,7 +65,15 @@ impl RunsCase {
         let inputs = columns(random, runs.iter().map(Run::inputs).max().unwrap());
         let outputs = columns(random, runs.iter().map(Run::outputs).max().unwrap());
         let (x, out) = (random.wild(rows, inputs.stride), random.wild(rows, outputs.stride));
-        Self { x, inputs, out, outputs, runs, add: random.below(2) == 0, bf16_compute: random.pick(&[Bf16Compute::F32, Bf16Compute::Bf16]) }
+        Self {
+            x,
+            inputs,
+            out,
+            outputs,
+            runs,
+            finish: random.pick(&[Finish::Store, Finish::Add]),
+            bf16_compute: random.pick(&[Bf16Compute::F32, Bf16Compute::Bf16]),
+        }
     }
 
     /// Rows of each run.
@@ -113,10 +129,10 @@ impl Case for RunsCase {
         let layers: Vec<_> = self.runs.iter().map(|run| run.load(ops)).collect();
         let runs: Vec<_> =
             layers.iter().zip(self.rows()).map(|((linear, bias), rows)| LinearRun { linear, bias: bias.as_ref(), rows }).collect();
-        if self.add {
-            ops.linear_runs_add(&mut out, self.outputs, &x, self.inputs, &runs);
-        } else {
-            ops.linear_runs(&mut out, self.outputs, &x, self.inputs, &runs);
+        match self.finish {
+            Finish::Store => ops.linear_runs(&mut out, self.outputs, &x, self.inputs, &runs),
+            Finish::Add => ops.linear_runs_add(&mut out, self.outputs, &x, self.inputs, &runs),
+            Finish::Gate(activation) => ops.linear_runs_gate(&mut out, self.outputs, &x, self.inputs, &runs, activation),
         }
         download(ops, &out, self.out.len())
     }
@@ -134,10 +150,10 @@ fn check_alone(case: &RunsCase, got: &[f32]) {
                 let at = row * case.outputs.stride + case.outputs.offset + first_output;
                 let mut out = upload(cpu, &case.out[at..][..outputs]);
                 let x = upload(cpu, &case.x[row * case.inputs.stride + case.inputs.offset + first_input..][..part.cols]);
-                if case.add {
-                    cpu.linear_add(&mut out, &x, 1, &linear, bias.as_ref());
-                } else {
-                    cpu.linear_apply(&mut out, &x, 1, &linear, bias.as_ref());
+                match case.finish {
+                    Finish::Store => cpu.linear_apply(&mut out, &x, 1, &linear, bias.as_ref()),
+                    Finish::Add => cpu.linear_add(&mut out, &x, 1, &linear, bias.as_ref()),
+                    Finish::Gate(_) => unreachable!("gates are of whole layers"),
                 }
                 expected[at..][..outputs].copy_from_slice(&download(cpu, &out, outputs));
             }
@@ -162,6 +178,41 @@ proptest! {
         check_alone(&case, &check(&case));
     }
 
+    /// Gate and up of several layers: the bits of each layer alone.
+    #[test]
+    fn gated_runs_have_the_bits_of_each_run_alone(seed in any::<u64>()) {
+        let mut random = Random(seed);
+        let dtypes = [INT8, INT4, Dtype::Q4_1, Dtype::Bf16, Dtype::F32];
+        let mut case = RunsCase::random(&mut random, &dtypes, false);
+        let activation = random.pick(&[Activation::Silu, Activation::GeluTanh]);
+        case.finish = Finish::Gate(activation);
+        for run in &mut case.runs {
+            let (rows, cols) = (run.parts[0].rows, run.parts[0].cols);
+            run.parts.truncate(1);
+            let dtype = random.pick(&dtypes);
+            run.parts.push(random.tensor(dtype, rows, cols));
+            run.bias = run.bias.as_ref().map(|_| random.tame(2 * rows));
+        }
+        let width = case.runs.iter().map(|run| run.parts[0].rows).max().unwrap();
+        let (offset, rows) = (case.outputs.offset, case.out.len() / case.outputs.stride);
+        case.outputs = Columns { stride: offset + width + 3, offset, width };
+        case.out = random.wild(rows, case.outputs.stride);
+
+        let (got, mut expected) = (check(&case), case.out.clone());
+        let cpu = &backends_of(case.bf16_compute)[0];
+        for (run, rows) in case.runs.iter().zip(case.rows()) {
+            let ((linear, bias), width) = (run.load(cpu), run.parts[0].rows);
+            for row in rows {
+                let at = row * case.outputs.stride + offset;
+                let mut out = upload(cpu, &case.out[at..][..width]);
+                let x = upload(cpu, &case.x[row * case.inputs.stride + case.inputs.offset..][..run.inputs()]);
+                cpu.linear_gate(&mut out, &x, 1, &linear, bias.as_ref(), activation);
+                expected[at..][..width].copy_from_slice(&download(cpu, &out, width));
+            }
+        }
+        assert_same("each layer alone", &expected, &got);
+    }
+
     /// The expand of adapters: K is the rank, and several matrices in one row lie on a diagonal.
     #[test]
     fn mixed_ranks_have_the_bits_of_each_rank_alone(seed in any::<u64>()) {
@@ -180,7 +231,7 @@ fn no_runs_change_nothing() {
         out: vec![2.0; 3],
         outputs: dense,
         runs: Vec::new(),
-        add: true,
+        finish: Finish::Add,
         bf16_compute: Bf16Compute::F32,
     };
     assert_eq!(check(&case), [2.0; 3]);

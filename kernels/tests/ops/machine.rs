@@ -56,14 +56,14 @@ fn values_at<O: Ops>(ops: &O, tensor: &Tensor, remainder: usize, x: &[f32], row_
 
     let table = ops.table(view, Arc::<Vec<u8>>::clone(&memory)).unwrap();
     let mut rows = ops.buffer(2 * tensor.cols).unwrap();
-    ops.embed(&mut rows, &table, &[tensor.rows as u32 - 1, 0], 1.0);
+    ops.embed(&mut rows, 0, &table, &[tensor.rows as u32 - 1, 0], 1.0);
 
     let mut normed = ops.buffer(tensor.cols).unwrap();
     if tensor.dtype.group().is_none() {
         let first = TensorView { rows: 1, bytes: &view.bytes[..view.bytes.len() / tensor.rows], ..view };
         let weight = ops.vector(&[first]).unwrap();
         let kind = ashlar_kernels::ops::NormKind::Rms { weight_offset: 0.0 };
-        ops.norm(&mut normed, &upload(ops, &x[..tensor.cols]), 1, tensor.cols, kind, 1e-5, &weight, None);
+        ops.norm(&mut normed, &upload(ops, &x[..tensor.cols]), 0..1, tensor.cols, kind, 1e-5, &weight, None);
     }
     [download(ops, &out, row_count * tensor.rows), download(ops, &rows, 2 * tensor.cols), download(ops, &normed, tensor.cols)]
 }

@@ -22,7 +22,11 @@ impl Case for Norm {
         let mut out = ops.buffer(self.x.len()).unwrap();
         let weight = ops.vector_f32(&self.weight).unwrap();
         let bias = self.bias.as_ref().map(|bias| ops.vector_f32(bias).unwrap());
-        ops.norm(&mut out, &x, self.x.len() / self.width, self.width, self.kind, 1e-5, &weight, bias.as_ref());
+        // Rows in two calls, the later ones first.
+        let (rows, split) = (self.x.len() / self.width, self.x.len() / self.width / 3);
+        for rows in [split..rows, 0..split] {
+            ops.norm(&mut out, &x, rows, self.width, self.kind, 1e-5, &weight, bias.as_ref());
+        }
         download(ops, &out, self.x.len())
     }
 }
@@ -42,7 +46,10 @@ impl Case for Heads {
     fn run<O: Ops>(&self, ops: &O) -> Vec<f32> {
         let mut x = upload(ops, &self.x);
         let weight = ops.vector_f32(&self.weight).unwrap();
-        ops.norm_heads(&mut x, self.row_count, self.columns, self.head_dim, 1.0, 1e-6, &weight);
+        let split = self.row_count / 3;
+        for rows in [split..self.row_count, 0..split] {
+            ops.norm_heads(&mut x, rows, self.columns, self.head_dim, 1.0, 1e-6, &weight);
+        }
         let frequencies: Vec<f32> = (0..self.half).map(|i| 10_000f32.powf(-(i as f32) / self.half as f32)).collect();
         let frequencies = ops.vector_f32(&frequencies).unwrap();
         let mut rope_rows = ops.buffer(self.row_count * 2 * self.half).unwrap();
@@ -108,9 +115,12 @@ impl Case for Lookup {
         let table = ops.table(view, Arc::clone(&self.table) as Arc<dyn AsRef<[u8]> + Send + Sync>).unwrap();
         let count = self.tokens.len() * self.width;
         let mut out = ops.buffer(count).unwrap();
-        ops.embed(&mut out, &table, &self.tokens, 1.7);
+        let split = self.tokens.len() / 3;
+        ops.embed(&mut out, split, &table, &self.tokens[split..], 1.7);
+        ops.embed(&mut out, 0, &table, &self.tokens[..split], 1.7);
         let reversed: Vec<u32> = self.tokens.iter().rev().copied().collect();
-        ops.embed_add(&mut out, &table, &reversed);
+        ops.embed_add(&mut out, 0, &table, &reversed[..split]);
+        ops.embed_add(&mut out, split, &table, &reversed[split..]);
         // Every second row out, and back to the end of another buffer.
         let index: Vec<u32> = (0..self.tokens.len() as u32).step_by(2).collect();
         let mut some = ops.buffer(index.len() * self.width).unwrap();

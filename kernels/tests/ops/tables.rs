@@ -19,9 +19,9 @@ const GGUF: [Dtype; 8] = [Dtype::Q8_0, Dtype::Q4_0, Dtype::Q4_1, Dtype::Q5_0, Dt
 fn rows_of<O: Ops>(ops: &O, table: &O::Table, tensor: &Tensor) -> Vec<f32> {
     let rows: Vec<u32> = (0..tensor.rows as u32).collect();
     let mut out = ops.buffer(tensor.rows * tensor.cols).unwrap();
-    ops.embed(&mut out, table, &rows, 1.0);
+    ops.embed(&mut out, 0, table, &rows, 1.0);
     let mut all = download(ops, &out, tensor.rows * tensor.cols);
-    ops.embed_add(&mut out, table, &rows.iter().rev().copied().collect::<Vec<_>>());
+    ops.embed_add(&mut out, 0, table, &rows.iter().rev().copied().collect::<Vec<_>>());
     all.extend(download(ops, &out, tensor.rows * tensor.cols));
     all
 }
@@ -111,5 +111,5 @@ fn a_row_in_the_padding_of_the_last_panel_is_refused() {
     let tensor = Random(8).tensor(Dtype::Int8 { group: 32 }, 17, 32);
     let ops = Cpu::new(CpuOptions { threads: 1, ..CpuOptions::default() });
     let table = ops.table_of(&Arc::new(ops.linear(&[tensor.view()]).unwrap())).unwrap();
-    ops.embed(&mut ops.buffer(32).unwrap(), &table, &[17], 1.0);
+    ops.embed(&mut ops.buffer(32).unwrap(), 0, &table, &[17], 1.0);
 }

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 
 use super::device::oracle_with;
 use super::node::{BOUNDARY_BYTES, Node, admit, limits};
-use super::{CHANGES, Windows, family_with};
+use super::{CHANGES, Windows, family_with, form};
 use crate::state::limits::Limits;
 use crate::state::sequence::{Admit, SpanIndex};
 
@@ -18,13 +18,14 @@ proptest! {
         requests in proptest::collection::vec((0usize..4, 0usize..CHANGES.len(), 1usize..60, 1u32..14, 0u32..3, 0i32..2, 0usize..4), 1..10),
         step in 4u32..40, chunk in 1u32..20, spare_pages in 0u64..60, prefix_cache: bool,
         boundary_pages in 0u64..9, in_flight in proptest::sample::select(vec![1u32, 2, 4]), gap_ms in 0u32..3, batch_ms_max in 0u32..2, stop in proptest::option::of(0u32..97), cancel in proptest::option::of(0u64..10),
-        windows in proptest::sample::select(Windows::ALL.as_slice()), with_adapters: bool,
+        windows in proptest::sample::select(Windows::ALL.as_slice()), with_adapters: bool, strands_max in proptest::sample::select(vec![1u32, 2, 64]),
     ) {
         let family = family_with(windows);
         let chunk = chunk.min(step);
         // The largest sequence (74 tokens, 5 pages) on the widest chain's share must fit.
         let boundary_bytes = boundary_pages * BOUNDARY_BYTES;
-        let mut node = Node::new(Limits { gap_ms, batch_ms_max, row_wait_ms: 1, prefix_cache, boundary_bytes, batches_in_flight_max: in_flight, ..limits(18 + spare_pages, step, chunk) });
+        let mut node = Node::new(Limits { gap_ms, batch_ms_max, row_wait_ms: 1, prefix_cache, boundary_bytes, strands_max, batches_in_flight_max: in_flight, ..limits(18 + spare_pages, step, chunk) });
+        node.forms = form;
         let mut spans: BTreeMap<(usize, usize), SpanIndex> = (0..4).map(|model| ((model, 0), node.host(&family[model], &[]))).collect();
         let mut sent = Vec::new();
         let mut expected = BTreeMap::new();
@@ -96,6 +97,7 @@ proptest! {
         family.extend(std::iter::repeat_n(family[0].clone(), CHANGES.len()));
         let boundary_bytes = boundary_pages * BOUNDARY_BYTES;
         let mut node = Node::new(Limits { boundary_bytes, batches_in_flight_max: in_flight, ..limits(30 + spare_pages, step, chunk.min(step)) });
+        node.forms = form;
         let mut hosted: Vec<Option<SpanIndex>> = vec![None; family.len()];
         let mut expected: BTreeMap<u64, (usize, Vec<u32>)> = BTreeMap::new();
         let mut sent = Vec::new();

@@ -63,7 +63,7 @@ impl ModelDevice {
             }
         }
         let mut state: Vec<Vec<u64>> = Vec::new();
-        for rows in &batch.rows {
+        for (strand, rows) in batch.strands().flat_map(|(strand, rows)| rows.iter().map(move |rows| (strand, rows))) {
             let mut values: Vec<u64> = match &rows.input {
                 RowInput::Tokens(tokens) => batch.tokens_in(tokens).iter().map(|token| u64::from(*token)).collect(),
                 RowInput::Hidden(slots) => batch.slots_in(slots).iter().map(|slot| self.hidden[slot]).collect(),
@@ -76,7 +76,7 @@ impl ModelDevice {
             };
             assert_eq!(values.len(), rows.count as usize);
             let mut attention = 0;
-            for (place, block) in (rows.block_from..).zip(batch.blocks.iter()) {
+            for (place, block) in (rows.block_from..).zip(strand.blocks.iter()) {
                 let adapter = self.adapters.get(&(rows.span, place));
                 for (i, value) in values.iter_mut().enumerate() {
                     let position = rows.start + i as u32;
@@ -178,6 +178,7 @@ pub(super) fn host_with(blocks: &[u32], adapters: &[(u32, u64)], from: usize, to
         lineages: lineages[from..to].to_vec(),
         kv_shapes: blocks[from..to].iter().map(|block| (*block < ATTENTION_BELOW).then_some(SHAPE)).collect(),
         windows: blocks[from..to].iter().map(|block| window(*block)).collect(),
+        forms: blocks[from..to].to_vec(),
         width: 4,
         begins_with_embed: from == 0,
         ends_with_head: to == blocks.len(),

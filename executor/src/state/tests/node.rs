@@ -8,10 +8,11 @@ use ashlar_wire::id::{RouterId, SequenceKey};
 
 use super::device::{ModelDevice, PAGE, SHAPE, host_with};
 use crate::state::Now;
-use crate::state::batch::{Batch, RowInput, SampledToken, SequenceId};
+use crate::state::batch::{Batch, RowInput, Rows, SampledToken, SequenceId, Strand};
 use crate::state::engine::{Engine, Output};
 use crate::state::limits::Limits;
 use crate::state::sequence::{Admit, Reason, SpanIndex};
+use crate::state::span::HostSpan;
 use crate::state::targets::Targets;
 
 pub(super) fn admit(number: u64, span: SpanIndex, prompt: &[u32], count: u32, priority: i32) -> Admit {
@@ -60,6 +61,10 @@ pub(super) struct Node {
     pub(super) keys: BTreeMap<SequenceId, u64>,
     pub(super) models_met_max: usize,
     pub(super) in_flight_most: usize,
+    /// Forms of blocks that are hosted from now on: where they are equal, segments may run abreast. Each its own, unless set.
+    pub(super) forms: fn(u32) -> u32,
+    /// Most strands of a batch.
+    pub(super) strands_most: usize,
     /// Each batch planned: its blocks, and rows by sequence.
     pub(super) pictures: Vec<String>,
     /// For each block: batches through it, and their rows.
@@ -108,6 +113,8 @@ impl Node {
             keys: BTreeMap::new(),
             models_met_max: 0,
             in_flight_most: 0,
+            forms: |block| block,
+            strands_most: 0,
             pictures: Vec::new(),
             crossed: BTreeMap::new(),
             failed: BTreeSet::new(),
@@ -131,7 +138,8 @@ impl Node {
 
     /// The same for a part of a chain.
     pub(super) fn host_part(&mut self, blocks: &[u32], adapters: &[(u32, u64)], part: Range<usize>) -> SpanIndex {
-        let span = self.engine.handle_host(host_with(blocks, adapters, part.start, part.end));
+        let forms = blocks[part.clone()].iter().map(|block| (self.forms)(*block)).collect();
+        let span = self.engine.handle_host(HostSpan { forms, ..host_with(blocks, adapters, part.start, part.end) });
         let within = adapters.iter().filter(|(place, _)| part.contains(&(*place as usize)));
         self.device.adapters.extend(within.map(|(place, adapter)| ((span, place - part.start as u32), *adapter)));
         self.engine.check_integrity().expect("integrity after a re-cut");
@@ -162,14 +170,21 @@ impl Node {
                         let inbox = self.inbox.get_mut(&rows.sequence).expect("rows came");
                         link_rows.insert(rows.sequence, inbox.drain(..rows.count as usize).collect());
                     }
-                    let blocks: Vec<String> = batch.blocks.iter().map(|block| block.0.to_string()).collect();
-                    let rows: Vec<String> =
-                        batch.rows.iter().map(|rows| format!("{}: {}", self.keys[&rows.sequence], rows.count)).collect();
-                    self.pictures.push(format!("[{}] {}", blocks.join(" "), rows.join(", ")));
-                    for block in batch.blocks.iter() {
-                        let crossed = self.crossed.entry(block.0).or_default();
-                        *crossed = (crossed.0 + 1, crossed.1 + u64::from(batch.row_count));
+                    let picture = |(strand, rows): (&Strand, &[Rows])| {
+                        let blocks: Vec<String> = strand.blocks.iter().map(|block| block.0.to_string()).collect();
+                        let rows: Vec<String> = rows.iter().map(|rows| format!("{}: {}", self.keys[&rows.sequence], rows.count)).collect();
+                        format!("[{}] {}", blocks.join(" "), rows.join(", "))
+                    };
+                    self.pictures.push(batch.strands().map(picture).collect::<Vec<_>>().join(" | "));
+                    assert_eq!(batch.strands.iter().map(|strand| strand.row_count).sum::<u32>(), batch.row_count);
+                    assert_eq!(batch.strands().map(|(_, rows)| rows.len()).sum::<usize>(), batch.rows.len());
+                    for strand in &batch.strands {
+                        for block in strand.blocks.iter() {
+                            let crossed = self.crossed.entry(block.0).or_default();
+                            *crossed = (crossed.0 + 1, crossed.1 + u64::from(strand.row_count));
+                        }
                     }
+                    self.strands_most = self.strands_most.max(batch.strands.len());
                     self.in_flight.push_back((batch, link_rows, self.now_us));
                     assert!(self.in_flight.len() <= self.engine.limits.batches_in_flight_max as usize);
                     self.in_flight_most = self.in_flight_most.max(self.in_flight.len());

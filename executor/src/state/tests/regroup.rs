@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use super::device::host;
 use super::node::{Node, admit, limits};
 use super::time::{gaps, percentile, run};
-use crate::state::batch::Batch;
+use crate::state::batch::{Batch, Strand};
 use crate::state::clock::REGROUP_PASSES;
 use crate::state::limits::Limits;
 use crate::state::sequence::SpanIndex;
@@ -25,18 +25,23 @@ fn descendants(models: u32, shared: u32, head: bool) -> Vec<Vec<u32>> {
     (0..models).map(chain).collect()
 }
 
-fn layers(batch: &Batch) -> u64 {
-    batch.blocks.iter().filter(|block| block.0 >= LAYERS_FROM).map(|block| u64::from(block.0 % 100)).sum()
+fn layers(strand: &Strand) -> u64 {
+    strand.blocks.iter().filter(|block| block.0 >= LAYERS_FROM).map(|block| u64::from(block.0 % 100)).sum()
+}
+
+/// Time of all layers of a batch, one of so many rows taking so long.
+fn all_layers(batch: &Batch, layer: impl Fn(u64) -> u64) -> u64 {
+    batch.strands.iter().map(|strand| layers(strand) * layer(u64::from(strand.row_count))).sum()
 }
 
 /// A layer reads its weights in 80 us and takes 8 us for each row; a batch takes 30 us, whatever it does.
 fn smollm2_us(batch: &Batch) -> u64 {
-    30 + layers(batch) * (80 + 8 * u64::from(batch.row_count))
+    30 + all_layers(batch, |rows| 80 + 8 * rows)
 }
 
 /// A layer takes 5 us, and one for each row.
 fn small_us(batch: &Batch) -> u64 {
-    30 + layers(batch) * (5 + u64::from(batch.row_count))
+    30 + all_layers(batch, |rows| 5 + rows)
 }
 
 /// What a closed loop came to.
@@ -51,7 +56,7 @@ struct Outcome {
 /// So many streams for each chain, and so many requests of each stream.
 fn closed_loop(chains: &[Vec<u32>], node: Node, streams: u64, requests: u64, prompt: u32, tokens: u64) -> Outcome {
     let mut node = node;
-    let spans: Vec<SpanIndex> = chains.iter().map(|blocks| node.engine.handle_host(host(blocks, 0, blocks.len()))).collect();
+    let spans: Vec<SpanIndex> = chains.iter().map(|blocks| node.host(blocks, &[])).collect();
     let (clients, mut sent) = (streams * chains.len() as u64, Vec::new());
     let mut asked = vec![0u64; clients as usize];
     let (mut total, mut came_us) = (0, BTreeMap::new());
@@ -126,7 +131,7 @@ fn sharing_is_not_slower_than_whole_models() {
 
 /// A layer takes 800 us, and 20 for each row: a pass of eight such models takes more than the 20 ms that rows once waited, whatever they cost.
 fn large_us(batch: &Batch) -> u64 {
-    30 + layers(batch) * (800 + 20 * u64::from(batch.row_count))
+    30 + all_layers(batch, |rows| 800 + 20 * rows)
 }
 
 /// A pass and a half brings as many together as any wait, whatever a model costs; a fixed one is too short for some.

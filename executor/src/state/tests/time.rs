@@ -13,7 +13,7 @@ pub(super) fn one_model_us(batch: &Batch) -> u64 {
 
 /// A fifth of a millisecond for each block, and 10 us for each row in it.
 pub(super) fn by_blocks_us(batch: &Batch) -> u64 {
-    batch.blocks.len() as u64 * (200 + 10 * u64::from(batch.row_count))
+    batch.strands.iter().map(|strand| strand.blocks.len() as u64 * (200 + 10 * u64::from(strand.row_count))).sum()
 }
 
 /// Gaps between a sequence's tokens in microseconds.
