@@ -392,6 +392,7 @@ impl Engine {
             boundary_pages: used_boundaries + cached_boundaries,
             block_count: self.block_counts.0,
             shared_block_count: self.block_counts.1,
+            gap_target_us: self.clock.paces.iter().next().map_or(0, |(gap, _)| gap),
         }
     }
 
