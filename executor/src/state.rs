@@ -6,6 +6,7 @@
 //! reuse of cached pages and resume are this rule with different numbers.
 
 mod advance;
+mod affinity;
 pub mod batch;
 mod boundary;
 pub mod canary;

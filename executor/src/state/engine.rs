@@ -217,6 +217,7 @@ impl Engine {
             tenant,
             gave_way_at: None,
             is_giver: false,
+            passes: 0,
             rank: 0,
             stop_tokens: admit.stop_tokens,
             prompt_tokens: admit.prompt_tokens,

@@ -1,6 +1,7 @@
 //! The engine against a modelled device (`device`), driven event by event (`node`).
 
 mod adapters;
+mod affinity;
 mod any;
 mod boundary;
 mod device;
