@@ -335,7 +335,7 @@ impl Engine {
             // It may have ended while the batch was in flight.
             let Some(sequence) = self.sequences.get_mut(id) else { continue };
             match token {
-                Err(message) => self.fail(id, Code::Internal, message, Retry::Never),
+                Err(message) => self.fail(id, Code::ModelFailed, message, Retry::Never),
                 Ok(token) if sequence.path.begins_with_embed => {
                     assert_eq!(position, sequence.tokens.len() as u32, "tokens are sampled in order");
                     sequence.promised_tokens -= 1;
