@@ -1,12 +1,14 @@
 //! `ashlar deploy`: how models are to be served. It changes the registry's deployment records, so that it may run beside a server; a
 //! record stays when its name points to another chain, and may be there before the model.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Context;
 use ashlar_registry::record::{self, DeploymentRecord};
 use ashlar_registry::{Registry, Swap, key};
 use ashlar_zoo::model_id::ModelId;
+use ashlar_zoo::store::{StoreError, Zoo};
 use clap::Subcommand;
 
 use crate::output;
@@ -35,13 +37,19 @@ pub enum DeployCommand {
     },
 }
 
-/// Does it.
+/// Does it. A model that the zoo at `zoo_root` does not have is told of, where there is a zoo.
 ///
 /// # Errors
 /// A registry out of reach, or a record that cannot be read.
-pub async fn run(command: DeployCommand, registry: Arc<dyn Registry>) -> anyhow::Result<()> {
+pub async fn run(command: DeployCommand, registry: Arc<dyn Registry>, zoo_root: &Path) -> anyhow::Result<()> {
     let text = match command {
-        DeployCommand::Set { model, ttft_ms, gap_ms } => set(&*registry, &model, DeploymentRecord { ttft_ms, gap_ms }).await?,
+        DeployCommand::Set { model, ttft_ms, gap_ms } => {
+            let text = set(&*registry, &model, DeploymentRecord { ttft_ms, gap_ms }).await?;
+            if is_missing(zoo_root, &model).await {
+                eprintln!("no such model yet: {model} is not in zoo {}; its targets wait for it", zoo_root.display());
+            }
+            text
+        }
         DeployCommand::List => list(&*registry).await?,
         DeployCommand::Clear { model } => {
             registry.delete(&key::deployment(&model.to_string())).await.with_context(|| format!("drop the targets of {model}"))?;
@@ -63,6 +71,12 @@ async fn set(registry: &dyn Registry, model: &ModelId, new: DeploymentRecord) ->
             return Ok(line(&model.to_string(), &record));
         }
     }
+}
+
+/// Whether there is a zoo, and it has no such name. A zoo that cannot be read says nothing of it.
+async fn is_missing(zoo_root: &Path, model: &ModelId) -> bool {
+    let Ok(zoo) = Zoo::open_dir(zoo_root).await else { return false };
+    matches!(zoo.read_model(model).await, Err(StoreError::Missing { .. }))
 }
 
 async fn list(registry: &dyn Registry) -> anyhow::Result<String> {

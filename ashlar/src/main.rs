@@ -117,7 +117,7 @@ async fn run(command: Command) -> anyhow::Result<()> {
         Command::Deploy { config, command } => {
             let config = config.load()?;
             let registry = server::open_lasting_registry(&config).await?;
-            deploy::run(command, registry).await
+            deploy::run(command, registry, &config.zoo.root).await
         }
         Command::Chat(args) => chat::run(args).await,
         Command::Bench(args) => bench::run(args).await,

@@ -168,6 +168,10 @@ pub(crate) async fn run(args: ZooArgs) -> anyhow::Result<()> {
         }
         ZooCommand::Rm { model } => {
             zoo.remove_model(&model).await.with_context(|| format!("remove {model}"))?;
+            let over = adapters_over(&zoo, &model).await;
+            if !over.is_empty() {
+                output::line(format_args!("adapters over it keep its blocks and are served as before: {}", over.join(", ")))?;
+            }
             let minutes = GRACE_DEFAULT.as_secs() / 60;
             Ok(output::line(format_args!(
                 "removed the name {model}; `zoo gc` frees what no other model uses, once it is {minutes} minutes old (--grace SECONDS)"
@@ -178,6 +182,18 @@ pub(crate) async fn run(args: ZooArgs) -> anyhow::Result<()> {
             Ok(output::text(table::gc(&report, dry_run))?)
         }
     }
+}
+
+/// Names of models that are adapters over one, as far as they can be read.
+async fn adapters_over(zoo: &Zoo, base: &ModelId) -> Vec<String> {
+    let mut over = Vec::new();
+    for (id, name) in zoo.list_models().await.unwrap_or_default() {
+        let Some(name) = name.ok().filter(|name| name.parent.as_deref() == Some(&base.to_string())) else { continue };
+        if zoo.read_chain(name.chain).await.is_ok_and(|chain| !chain.adapters.is_empty()) {
+            over.push(id.to_string());
+        }
+    }
+    over
 }
 
 async fn add(zoo: &Zoo, path: &std::path::Path, naming: &Naming, source: Option<String>) -> anyhow::Result<()> {

@@ -70,3 +70,18 @@ fn what_would_change_nothing_is_refused() {
         assert!(!output.status.success() && output.stdout.is_empty() && error.contains(expected), "{args:?}: {error}");
     }
 }
+
+#[test]
+fn targets_may_be_set_before_their_model_is_there_and_say_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join("zoo");
+    tokio::runtime::Runtime::new().unwrap().block_on(Zoo::create_dir(&root)).unwrap();
+    let root = root.to_str().unwrap();
+    let output = run(&["deploy", "set", "acme/later", "--gap-ms", "50", "--zoo", root], Stdio::piped());
+    assert!(output.status.success());
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "acme/later  first token: as executors are set  gap: 50 ms\n");
+    let expected = format!("no such model yet: acme/later is not in zoo {root}; its targets wait for it\n");
+    assert_eq!(String::from_utf8_lossy(&output.stderr), expected);
+    let output = run(&["deploy", "list", "--zoo", root], Stdio::piped());
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "acme/later  first token: as executors are set  gap: 50 ms\n");
+}

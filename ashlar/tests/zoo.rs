@@ -79,6 +79,14 @@ fn an_adapter_is_added_over_its_base_and_shown_beside_it() {
     let json: serde_json::Value = serde_json::from_str(&ok(&root, &["list", "--json"])).unwrap();
     assert_eq!((&json[1]["adapter_count"], &json[1]["own_bytes"]), (&1.into(), &2048.into()));
     assert!(ok(&root, &["verify"]).contains("all sound; 0 unreferenced"));
+    let removed = ok(&root, &["rm", "demo/base"]);
+    assert!(
+        removed.starts_with("adapters over it keep its blocks and are served as before: demo/lora\nremoved the name demo/base; "),
+        "{removed}"
+    );
+    let gc = ok(&root, &["gc", "--grace", "0", "--dry-run"]);
+    assert!(gc.contains("1 chains, 0 blocks, 0 adapters, 0 tensors"), "the adapter's chain keeps all: {gc}");
+    assert!(!ok(&root, &["rm", "demo/lora"]).contains("adapters over it"));
 }
 
 #[test]

@@ -7,6 +7,7 @@
 
 mod abreast;
 mod advance;
+mod affinity;
 pub mod batch;
 mod boundary;
 pub mod canary;

@@ -55,7 +55,7 @@ impl Client {
         holds("order", token.index == count, || format!("sequence {number} hands out token {} after {count}", token.index))?;
         let over = count >= ask.generated_tokens_max || self.tokens.last().is_some_and(|last| ask.stop_tokens.contains(last));
         holds("ends", !over, || format!("sequence {number} hands out token {count}, and had ended before"))?;
-        let alone = self.alone.get_or_insert_with(|| Alone::new(&model.blocks, class, ask.domain, ask.seed, &ask.prompt));
+        let alone = self.alone.get_or_insert_with(|| Alone::new(&model.changed_blocks(), class, ask.domain, ask.seed, &ask.prompt));
         let right = alone.next();
         holds("tokens", token.token == right, || {
             let (name, length) = (&model.name, ask.prompt.len());

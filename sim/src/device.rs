@@ -5,8 +5,10 @@ use std::collections::{BTreeMap, VecDeque};
 
 use ashlar_executor::state::batch::{Batch, RowInput, RowOutput, Sample, SampledToken, SequenceId};
 use ashlar_executor::state::segments::BlockIndex;
+use ashlar_executor::state::sequence::SpanIndex;
 
 use crate::Micros;
+use crate::adapters::Adapter;
 use crate::alone::{GRANULE, accept, embed, sample, through, window_hash};
 use crate::dice::mix;
 use crate::models::Block;
@@ -16,6 +18,8 @@ use crate::models::Block;
 pub(crate) enum Command {
     Load(BlockIndex, Block, u32),
     Evict(BlockIndex),
+    /// From now on the blocks of a span have these adapters.
+    Adapt(SpanIndex, Vec<Option<Adapter>>),
     Admit(SequenceId, Sampler),
     Release(SequenceId),
     /// A batch, and the rows that came over links for it.
@@ -69,6 +73,8 @@ pub(crate) struct Device {
     page_tokens: u32,
     pub(crate) cost: Cost,
     pub(crate) blocks: BTreeMap<BlockIndex, (Block, u32)>,
+    /// Of each block of a span.
+    adapters: BTreeMap<SpanIndex, Vec<Option<Adapter>>>,
     /// By heads (slots of each KV shape are numbered apart) and slot.
     pages: BTreeMap<(usize, u32), Page>,
     /// By width and slot.
@@ -87,6 +93,7 @@ impl Device {
             page_tokens,
             cost,
             blocks: BTreeMap::new(),
+            adapters: BTreeMap::new(),
             pages: BTreeMap::new(),
             hidden: BTreeMap::new(),
             tables: BTreeMap::new(),
@@ -105,6 +112,7 @@ impl Device {
             match command {
                 Command::Load(place, block, width) => drop(self.blocks.insert(place, (block, width))),
                 Command::Evict(place) => drop(self.blocks.remove(&place)),
+                Command::Adapt(span, adapters) => drop(self.adapters.insert(span, adapters)),
                 Command::Admit(sequence, sampler) => drop(self.samplers.insert(sequence, sampler)),
                 Command::Release(sequence) => {
                     self.samplers.remove(&sequence);
@@ -157,8 +165,10 @@ impl Device {
                 let block = resident(&strand.blocks[place]).0;
                 let range = strand.rows.start as usize..strand.rows.end as usize;
                 for (rows, values) in batch.rows[range.clone()].iter().zip(&mut state[range]) {
+                    let adapter = self.adapters[&rows.span][rows.block_from as usize + place];
+                    let block = &adapter.map_or(block, |adapter| adapter.change(&block));
                     for (value, position) in values.iter_mut().zip(rows.start..) {
-                        *value = through(&block, self.class, position, *value);
+                        *value = through(block, self.class, position, *value);
                     }
                 }
             }

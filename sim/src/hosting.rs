@@ -1,4 +1,4 @@
-//! Obeying the plan, as `executor/src/io/hosting.rs` does: one span is loaded after another, a block once however many spans run
+//! Obeying the plan, as `executor/src/io/hosting.rs` does: one span is loaded after another, a block (and an adapter on it) once however many spans run
 //! through it; what is no longer wanted retires, and its memory and its places on the device are used again.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -19,7 +19,8 @@ const HOST_AGAIN: crate::Micros = 5_000_000;
 
 #[derive(Debug)]
 struct Resident {
-    place: BlockIndex,
+    /// Of a block; adapters have none.
+    place: Option<BlockIndex>,
     bytes: u64,
     spans: BTreeSet<SpanAssignment>,
 }
@@ -89,12 +90,8 @@ impl Node {
         let missing: Vec<SpanAssignment> = self.hosting.wanted.iter().filter(|key| !self.hosted.contains_key(*key)).copied().collect();
         let used: u64 = self.hosting.resident.values().map(|resident| resident.bytes).sum();
         for key in missing {
-            let blocks = &self.models[&key.chain].blocks[key.from as usize..key.to as usize];
-            let fresh: BTreeMap<Digest, u64> = blocks
-                .iter()
-                .filter(|block| !self.hosting.resident.contains_key(&block.digest))
-                .map(|block| (block.digest, block.bytes))
-                .collect();
+            let parts = self.models[&key.chain].parts(key.from, key.to);
+            let fresh: BTreeMap<Digest, u64> = parts.filter(|(digest, _)| !self.hosting.resident.contains_key(digest)).collect();
             let bytes: u64 = fresh.values().sum();
             if used + bytes <= self.identity.memory_bytes {
                 self.hosting.loading = Some(key);
@@ -128,15 +125,19 @@ impl Node {
                     });
                     self.device.commands.push_back(Command::Load(place, *block, model.width));
                     self.hosting.blocks.insert(place, (*block, model.width));
-                    let resident = Resident { place, bytes: block.bytes, spans: BTreeSet::new() };
+                    let resident = Resident { place: Some(place), bytes: block.bytes, spans: BTreeSet::new() };
                     self.hosting.resident.insert(block.digest, resident);
                 }
-                let resident = self.hosting.resident.get_mut(&block.digest).expect("just loaded");
-                resident.spans.insert(key);
-                places.push(resident.place);
+                let resident = &self.hosting.resident[&block.digest];
+                places.push(resident.place.expect("a block has one"));
+            }
+            for (digest, bytes) in model.parts(key.from, key.to) {
+                let fresh = || Resident { place: None, bytes, spans: BTreeSet::new() };
+                self.hosting.resident.entry(digest).or_insert_with(fresh).spans.insert(key);
             }
             let host = model.host(key.from, key.to, places, self.identity.limits.page_tokens);
             let index = self.engine.handle_host(host);
+            self.device.commands.push_back(Command::Adapt(index, model.adapters[key.from as usize..key.to as usize].to_vec()));
             self.hosted.insert(key, (index, model.width));
             self.tell_record(post);
         }
@@ -158,7 +159,7 @@ impl Node {
             let unused: Vec<Digest> =
                 self.hosting.resident.iter().filter(|(_, resident)| resident.spans.is_empty()).map(|(digest, _)| *digest).collect();
             for digest in unused {
-                let place = self.hosting.resident.remove(&digest).expect("just listed").place;
+                let Some(place) = self.hosting.resident.remove(&digest).expect("just listed").place else { continue };
                 self.device.commands.push_back(Command::Evict(place));
                 self.hosting.blocks.remove(&place);
                 self.hosting.free.push(place);

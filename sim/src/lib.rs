@@ -2,6 +2,7 @@
 //! with named checkers after every event. Start at `simulation`; docs/simulation.md tells it in prose. Nothing here waits, reads
 //! a clock or draws chance from outside, so a seed gives the same run every time.
 
+mod adapters;
 mod alone;
 mod check;
 mod client;

@@ -1,4 +1,4 @@
-//! Modelled models: families of chains that share blocks, as fine-tunes do. A block computes a hash, so only its identity matters.
+//! Modelled models: families of chains that share blocks, as fine-tunes do, and chains that differ in adapters alone. A block computes a hash, so only its identity matters.
 
 use ashlar_executor::state::engine::HostSpan;
 use ashlar_executor::state::segments::BlockIndex;
@@ -6,10 +6,11 @@ use ashlar_kernels::ops::{KvFormat, KvShape};
 use ashlar_registry::ChainDigest;
 use ashlar_registry::record::DeploymentRecord;
 use ashlar_router::state::assembly::ChainPath;
-use ashlar_router::state::placement::{SizedBlock, SizedChain};
+use ashlar_router::state::placement::{SizedAdapter, SizedBlock, SizedChain};
 use ashlar_zoo::digest::{Digest, lineages};
-use ashlar_zoo::manifest::{Assets, Chain, Defaults, Tokens};
+use ashlar_zoo::manifest::{AdapterRef, Assets, Chain, Defaults, Tokens};
 
+use crate::adapters::{self, Adapter};
 use crate::dice::Dice;
 
 /// Token ids are below it.
@@ -45,12 +46,14 @@ impl Block {
     }
 }
 
-/// A model: a chain of blocks.
+/// A model: a chain of blocks, some perhaps with an adapter.
 #[derive(Debug, Clone)]
 pub(crate) struct Model {
     pub(crate) name: String,
     pub(crate) digest: ChainDigest,
     pub(crate) blocks: Vec<Block>,
+    /// Of each block.
+    pub(crate) adapters: Vec<Option<Adapter>>,
     /// Lineage through each block.
     pub(crate) lineages: Vec<Digest>,
     /// f32 of a hidden row.
@@ -62,9 +65,10 @@ pub(crate) struct Model {
 }
 
 impl Model {
-    fn new(name: String, blocks: Vec<Block>, width: u32) -> Self {
+    fn new(name: String, blocks: Vec<Block>, adapters: Vec<Option<Adapter>>, width: u32) -> Self {
         let digests: Vec<Digest> = blocks.iter().map(|block| block.digest).collect();
-        let lineages = lineages(&digests, &[]);
+        let placed: Vec<(u32, Digest)> = (0..).zip(&adapters).filter_map(|(at, adapter)| Some((at, adapter.as_ref()?.digest))).collect();
+        let lineages = lineages(&digests, &placed);
         let digest = lineages[lineages.len() - 1];
         let chain = Chain {
             format: 1,
@@ -73,24 +77,44 @@ impl Model {
             vocab: VOCAB,
             context_tokens: u32::MAX,
             blocks: digests,
-            adapters: Vec::new(),
+            adapters: placed.into_iter().map(|(block_index, digest)| AdapterRef { block_index, digest }).collect(),
             assets: Assets::default(),
             tokens: Tokens::default(),
             defaults: Defaults::default(),
             licence: None,
             source: "sim".to_owned(),
         };
+        let sized = |(block, adapter): (&Block, &Option<Adapter>)| SizedBlock {
+            digest: block.digest,
+            bytes: block.bytes,
+            adapter: adapter.map(|adapter| SizedAdapter { digest: adapter.on(block), bytes: adapter.bytes }),
+        };
         let sized = SizedChain {
-            blocks: blocks.iter().map(|block| SizedBlock { digest: block.digest, bytes: block.bytes, adapter: None }).collect(),
+            blocks: blocks.iter().zip(&adapters).map(sized).collect(),
             borders: (3..blocks.len().saturating_sub(2) as u32).step_by(2).collect(),
         };
         let path = ChainPath::new(digest, &chain);
         let deployment = DeploymentRecord::default();
-        Self { name, digest: ChainDigest(digest.0), blocks, lineages, width, path, sized, deployment }
+        Self { name, digest: ChainDigest(digest.0), blocks, adapters, lineages, width, path, sized, deployment }
     }
 
     pub(crate) fn bytes(&self) -> u64 {
-        self.blocks.iter().map(|block| block.bytes).sum()
+        self.parts(0, self.blocks.len() as u32).map(|(_, bytes)| bytes).sum()
+    }
+
+    /// What an executor holds of blocks [from, to) and their adapters, by identity, and its bytes.
+    pub(crate) fn parts(&self, from: u32, to: u32) -> impl Iterator<Item = (Digest, u64)> {
+        let sized = &self.sized.blocks[from as usize..to as usize];
+        sized.iter().flat_map(|block| {
+            let adapter = block.adapter.map(|adapter| (adapter.digest, adapter.bytes));
+            [(block.digest, block.bytes)].into_iter().chain(adapter)
+        })
+    }
+
+    /// Its blocks as they are for it.
+    pub(crate) fn changed_blocks(&self) -> Vec<Block> {
+        let changed = |(block, adapter): (&Block, &Option<Adapter>)| adapter.map_or(*block, |adapter| adapter.change(block));
+        self.blocks.iter().zip(&self.adapters).map(changed).collect()
     }
 
     /// What an engine is told of blocks [from, to), whose places on the device are given.
@@ -110,9 +134,10 @@ impl Model {
 }
 
 /// Families of models: each has a base, and descendants that differ in the top, in one layer, or end earlier. `windows` draws which attention
-/// blocks of a family see less than all.
-pub(crate) fn draw(dice: &mut Dice, windows: &mut Dice, count: usize) -> Vec<Model> {
+/// blocks of a family see less than all, `of_adapters` which descendants are adapters over one that is there instead: some in every other draw.
+pub(crate) fn draw(dice: &mut Dice, windows: &mut Dice, of_adapters: &mut Dice, count: usize) -> Vec<Model> {
     let mut models: Vec<Model> = Vec::new();
+    let adapter_chance = if of_adapters.chance(50) { 50 } else { 0 };
     let mut family = 0;
     while models.len() < count {
         let layers = dice.within(2..=5) as usize;
@@ -133,7 +158,7 @@ pub(crate) fn draw(dice: &mut Dice, windows: &mut Dice, count: usize) -> Vec<Mod
             base.push(Block::of(&format!("{family}/{layer}/feed_forward"), 3, None, None));
         }
         base.push(Block::of(&format!("{family}/head"), 4, None, None));
-        models.push(Model::new(format!("m{}", models.len()), base.clone(), width));
+        models.push(Model::new(format!("m{}", models.len()), base.clone(), vec![None; base.len()], width));
         for _ in 0..dice.within(0..=4) {
             if models.len() == count {
                 break;
@@ -141,8 +166,15 @@ pub(crate) fn draw(dice: &mut Dice, windows: &mut Dice, count: usize) -> Vec<Mod
             let name = format!("m{}", models.len());
             let parent = dice.pick(&models.iter().filter(|model| model.blocks[0] == base[0]).map(|m| m.blocks.clone()).collect::<Vec<_>>());
             let blocks = descend(dice, &parent, &name);
-            if models.iter().all(|model| model.blocks != blocks) {
-                models.push(Model::new(name, blocks, width));
+            let model = match of_adapters.chance(adapter_chance) {
+                true => {
+                    let adapters = adapters::draw(of_adapters, parent.len());
+                    Model::new(name, parent, adapters, width)
+                }
+                false => Model::new(name, blocks.clone(), vec![None; blocks.len()], width),
+            };
+            if models.iter().all(|known| known.digest != model.digest) {
+                models.push(model);
             }
         }
         family += 1;
@@ -185,4 +217,28 @@ fn descend(dice: &mut Dice, parent: &[Block], name: &str) -> Vec<Block> {
         }
     }
     blocks
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chains_that_differ_in_adapters_alone_are_among_those_that_are_drawn() {
+        let (mut pairs, mut forks) = (0, 0);
+        for seed in 0..200 {
+            let dice = Dice::new(seed);
+            let models = draw(&mut dice.fork("models"), &mut dice.fork("windows"), &mut dice.fork("of adapters"), 7);
+            for (i, a) in models.iter().enumerate() {
+                for b in models[..i].iter().filter(|b| b.blocks == a.blocks) {
+                    let first = (0..a.blocks.len()).position(|at| a.adapters[at] != b.adapters[at]).expect("they differ");
+                    let common = (0..a.blocks.len()).take_while(|at| a.lineages[*at] == b.lineages[*at]).count();
+                    assert_eq!(common, first, "lineages part at the first adapter that differs");
+                    assert_ne!(a.changed_blocks()[first], b.changed_blocks()[first]);
+                    (pairs, forks) = (pairs + 1, forks + usize::from(a.adapters[..first].iter().any(Option::is_some)));
+                }
+            }
+        }
+        assert!(pairs > 100 && forks > 10, "{pairs} pairs, {forks} part behind an adapter that they share");
+    }
 }

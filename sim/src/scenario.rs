@@ -39,7 +39,8 @@ pub(crate) fn draw(seed: u64, trace: Option<&Load>) -> Scenario {
     };
     let mut of = dice.fork("models");
     let model_count = if of.chance(15) { 1 } else { of.within(2..=7) } as usize;
-    let mut models = models::draw(&mut of, &mut dice.fork("windows"), model_count);
+    // By this name seeds that once failed have the models that they had before there were adapters.
+    let mut models = models::draw(&mut of, &mut dice.fork("windows"), &mut dice.fork("of adapters"), model_count);
     let mut of = dice.fork("deployments");
     for model in &mut models {
         let target = |of: &mut Dice, some: &[u32]| if of.chance(50) { None } else { Some(of.pick(some)) };

@@ -130,9 +130,10 @@ def make_zoo(folder: Path) -> list[str]:
 class Serve(Program):
     """`ashlar serve`: everything in one process."""
 
-    def __init__(self, zoo: Path, log: Path, *flags: str):
+    def __init__(self, zoo: Path, log: Path, *flags: str, registry: str = "memory:"):
+        self.registry = registry
         address = f"127.0.0.1:{free_port()}"
-        super().__init__([BINARY, "serve", "--zoo", zoo, "--registry", "memory:", "--listen", address, *flags], log)
+        super().__init__([BINARY, "serve", "--zoo", zoo, "--registry", registry, "--listen", address, *flags], log)
         self.api = Api(address, [address])
         self.wait_for(f"{self.api.url}/ready")
 

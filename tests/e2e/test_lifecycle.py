@@ -1,6 +1,7 @@
 """Clients that leave, servers that are told to stop, and what the metrics say of it all."""
 
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -118,6 +119,25 @@ def test_what_runs_outlasts_a_change_of_its_name(own_serve):
         wait_until(f"{MODEL} says what {after} says", lambda: answer() == (texts[after] if after else None), 20)
     wait_until("the old chain's pages are free", lambda: own_serve.api.metric("ashlar_kv_pages", state="used") == 0, 5)
     assert own_serve.complaints() == []
+
+
+def test_model_whose_numbers_overflow_says_so(own_serve, tmp_path):
+    """An adapter of finite numbers, all so large that what comes of them is none: an error that names the model, not a defect of the server."""
+    folder = tmp_path / "overflowing"
+    shutil.copytree(servers.DEMO / "names-lora", folder)
+    file = folder / "adapter_model.safetensors"
+    data = file.read_bytes()
+    values_at = 8 + int.from_bytes(data[:8], "little")
+    file.write_bytes(data[:values_at] + b"\x80\x7e" * ((len(data) - values_at) // 2))
+    zoo_command(own_serve, "add", folder, "--name", "demo/overflows", "--base", MODEL)
+    url, question = f"{own_serve.api.url}/v1/completions", {"model": "demo/overflows", "prompt": PROMPT, "max_tokens": 4}
+    wait_until("it is served", lambda: servers.get(url, question)[0] not in (404, 503), 20)
+    status, body = servers.get(url, question)
+    error = json.loads(body)["error"]
+    assert (status, error["code"]) == (422, "model_failed")
+    assert error["message"].startswith("model demo/overflows failed to choose a token: ")
+    assert complete(client_of(own_serve.api), MODEL, 4), "others are as they were"
+    assert own_serve.complaints("model demo/overflows failed to choose a token") == []
 
 
 def test_metrics_have_all_that_dashboard_and_rules_ask_for(server, client):

@@ -61,6 +61,7 @@ codes! {
     RequestTimeout "request_timeout" 408 "invalid_request_error" "The body did not arrive in time.";
     BodyTooLarge "body_too_large" 413 "invalid_request_error" "The body is over the limit.";
     UnsupportedMediaType "unsupported_media_type" 415 "invalid_request_error" "The body is not application/json.";
+    ModelFailed "model_failed" 422 "invalid_request_error" "The model gives no token: its numbers overflow, or it is broken.";
     TooManyRequests "too_many_requests" 429 "rate_limit_error" "The limit of concurrent requests is reached.";
     Internal "internal_error" 500 "server_error" "A defect of the server; it is logged.";
     ModelNotReady "model_not_ready" 503 "server_error" "No executor holds the model's chain yet.";

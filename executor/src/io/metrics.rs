@@ -32,6 +32,8 @@ pub struct ExecutorMetrics {
     segment_rows: IntCounterVec,
     segment_models: IntCounterVec,
     discarded_rows: IntCounter,
+    targeted_sequences: IntCounterVec,
+    gap_target_ms: IntGauge,
     /// Time in the queue of each sequence.
     pub queue_seconds: Histogram,
     /// Time of each step on the device.
@@ -90,6 +92,10 @@ impl ExecutorMetrics {
             counter.with_label_values(&[OTHER_SEGMENTS]);
             Ok(counter)
         };
+        let opts =
+            Opts::new("ashlar_targeted_sequences_total", "Sequences admitted with a target for the gaps between tokens, or for the first.");
+        let targeted_sequences = IntCounterVec::new(opts, &["target"])?;
+        registry.register(Box::new(targeted_sequences.clone()))?;
         Ok(Self {
             running: gauge("ashlar_sequences_running", "Sequences that hold KV pages.")?,
             waiting: gauge("ashlar_sequences_waiting", "Sequences that wait for pages.")?,
@@ -112,6 +118,8 @@ impl ExecutorMetrics {
             segment_rows: by_segment("ashlar_segment_rows_total", "Rows of these batches.")?,
             segment_models: by_segment("ashlar_segment_models_total", "Models that met in these batches, summed over batches.")?,
             discarded_rows: counter("ashlar_discarded_rows_total", "Rows computed after a stop token that was not known yet.")?,
+            targeted_sequences,
+            gap_target_ms: gauge("ashlar_gap_target_ms", "The least gap between tokens that a sequence that decodes wants; 0: none.")?,
             queue_seconds: histogram("ashlar_queue_seconds", "Time from admission to the first chunk.", seconds())?,
             step_seconds: histogram("ashlar_step_seconds", "Time of a step on the device.", seconds())?,
             adapters_resident: gauge("ashlar_adapters_resident", "Distinct adapters on the device, each on its block.")?,
@@ -167,6 +175,11 @@ impl ExecutorMetrics {
         self.boundary_pages.set(as_i64(gauges.boundary_pages));
         self.blocks_resident.set(gauges.block_count as i64);
         self.blocks_shared.set(gauges.shared_block_count as i64);
+        self.gap_target_ms.set(as_i64(gauges.gap_target_us / 1000));
+        for (target, total) in [("gap", counters.gap_target_count), ("ttft", counters.ttft_target_count)] {
+            let metric = self.targeted_sequences.with_label_values(&[target]);
+            metric.inc_by(total.saturating_sub(metric.get()));
+        }
         for (metric, total) in [
             (&self.prefix_query_tokens, counters.prefix_query_tokens),
             (&self.prefix_hit_tokens, counters.prefix_hit_tokens),

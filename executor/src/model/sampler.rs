@@ -34,7 +34,7 @@ pub struct Sampled {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum SampleError {
     /// The model is broken, or overflowed on this input.
-    #[error("choose a token: no logit of {vocab} is a number above negative infinity")]
+    #[error("choose a token: none of {vocab} logits is a number above negative infinity, so its weights or those of an adapter overflow")]
     NoCandidate {
         /// Logits there were.
         vocab: usize,

@@ -9,6 +9,10 @@ use super::sequence::Sequence;
 use super::tenants::TenantIndex;
 use ashlar_wire::code::{Code, Retry};
 
+/// Where a share is smaller than one sequence, a tenant's only one holds at most so many times what another one's needs to start, and does not
+/// give way to it: all are alike, and each would cost the other its prompt.
+const SPARED_TIMES: u64 = 2;
+
 /// What a sequence lacks to start, or to go on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Lack {
@@ -23,6 +27,8 @@ pub(crate) enum Lack {
 pub(crate) enum Shortage {
     /// Sequences of tenants above their share: those of tenants within theirs may start meanwhile.
     AboveShare,
+    /// The only one of a tenant above its share: those may start that need no more than theirs.
+    OnlyOne,
     /// One of a tenant within its share, or of the only one: nobody starts before it.
     WithinShare,
 }
@@ -45,11 +51,30 @@ impl Engine {
         }
         let sequence = &self.sequences[id];
         let tenant = sequence.tenant;
-        let needed = match lack {
+        let is_first = self.tenants.running_count(tenant) == 0;
+        is_first || self.holdings.held(lack, tenant) + self.needed(id, tokens, lack) <= self.share(lack, tenant)
+    }
+
+    /// What a sequence needs to start of what it lacks.
+    fn needed(&self, id: SequenceId, tokens: u32, lack: Lack) -> u64 {
+        match lack {
             Lack::Place => 1,
             Lack::Pages(class) => self.pages_needed(id, tokens).filter(|(of, _)| *of == class).map(|(_, count)| count as u64).sum(),
+        }
+    }
+
+    /// Whether a waiting sequence that has what it needs may start while running ones lack pages.
+    pub(crate) fn may_start_beside(&self, shortage: Shortage, id: SequenceId, tokens: u32) -> bool {
+        let tenant = self.sequences[id].tenant;
+        let fits = |(class, needed): (ClassIndex, usize)| {
+            let lack = Lack::Pages(class);
+            self.holdings.held(lack, tenant) + needed as u64 <= self.share(lack, tenant)
         };
-        self.tenants.running_count(tenant) == 0 || self.holdings.held(lack, tenant) + needed <= self.share(lack, tenant)
+        match shortage {
+            Shortage::AboveShare => self.is_within_shares(id, tokens),
+            Shortage::OnlyOne => self.pages_needed(id, tokens).all(fits),
+            Shortage::WithinShare => false,
+        }
     }
 
     /// The same for all pages that it needs.
@@ -58,7 +83,8 @@ impl Engine {
     }
 
     /// Has the latest sequence of the tenant that is most above its share give way, for a waiting one of a tenant within its own; never one of
-    /// higher priority, nor of a tenant that had less service. True if one did whose pages are back already.
+    /// higher priority, nor of a tenant that had less service; where one needs more than its share, nor the only one of a tenant that is not much
+    /// larger. True if one did whose pages are back already.
     pub(crate) fn claim(&mut self, id: SequenceId, tokens: u32, lack: Lack) -> bool {
         // What gave way before comes back first.
         if !self.leaving.is_empty() || !self.is_within_share(id, tokens, lack) {
@@ -66,7 +92,11 @@ impl Engine {
         }
         self.holdings.settle(lack, &self.tenants);
         let (tenant, priority) = (self.sequences[id].tenant, self.sequences[id].priority);
-        let gives = |of: &TenantIndex| *of != tenant && self.tenants.counter(*of) >= self.tenants.counter(tenant);
+        let needed = self.needed(id, tokens, lack);
+        let spared = if needed > self.share(lack, tenant) { SPARED_TIMES * needed } else { 0 };
+        let is_spared = |of: TenantIndex| self.tenants.running_count(of) == 1 && self.holdings.held(lack, of) <= spared;
+        let had_more = |of: TenantIndex| self.tenants.counter(of) >= self.tenants.counter(tenant);
+        let gives = |of: &TenantIndex| *of != tenant && had_more(*of) && !is_spared(*of);
         let victim = self.above(lack).filter(gives).find_map(|of| self.giver(of, lack, priority));
         if let Some(victim) = victim {
             self.give_way(victim);
@@ -77,8 +107,12 @@ impl Engine {
     /// What it is that a running sequence lacks pages for a step.
     pub(crate) fn shortage(&self, id: SequenceId, step: usize) -> Shortage {
         let class = self.short_class(id, step).filter(|_| self.tenants.active_count() > 1);
-        let is_above = class.is_some_and(|class| self.has_its_share(Lack::Pages(class), self.sequences[id].tenant));
-        if is_above { Shortage::AboveShare } else { Shortage::WithinShare }
+        let tenant = self.sequences[id].tenant;
+        match class.is_some_and(|class| self.has_its_share(Lack::Pages(class), tenant)) {
+            true if self.tenants.running_count(tenant) == 1 => Shortage::OnlyOne,
+            true => Shortage::AboveShare,
+            false => Shortage::WithinShare,
+        }
     }
 
     /// Who gives way to a running sequence that lacks pages, if anybody does: the lowest priority, of that a tenant above its share, the latest,

@@ -21,6 +21,10 @@ pub struct Counters {
     pub discarded_rows: u64,
     /// Cached pages dropped to make room.
     pub evicted_pages: u64,
+    /// Sequences admitted with a target for the gaps between their tokens, and with one for the first.
+    pub gap_target_count: u64,
+    /// See `gap_target_count`.
+    pub ttft_target_count: u64,
 }
 
 /// A picture of the present.
@@ -42,4 +46,6 @@ pub struct Gauges {
     pub block_count: usize,
     /// Blocks that more than one hosted span runs through.
     pub shared_block_count: usize,
+    /// The least gap between tokens, in microseconds, that a sequence that decodes wants; 0: none.
+    pub gap_target_us: u64,
 }

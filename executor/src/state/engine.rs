@@ -222,6 +222,7 @@ impl Engine {
             tenant,
             gave_way_at: None,
             is_giver: false,
+            passes: 0,
             rank: 0,
             stop_tokens: admit.stop_tokens,
             prompt_tokens: admit.prompt_tokens,
@@ -340,7 +341,7 @@ impl Engine {
             // It may have ended while the batch was in flight.
             let Some(sequence) = self.sequences.get_mut(id) else { continue };
             match token {
-                Err(message) => self.fail(id, Code::Internal, message, Retry::Never),
+                Err(message) => self.fail(id, Code::ModelFailed, message, Retry::Never),
                 Ok(token) if sequence.path.begins_with_embed => {
                     assert_eq!(position, sequence.tokens.len() as u32, "tokens are sampled in order");
                     sequence.promised_tokens -= 1;
@@ -398,6 +399,7 @@ impl Engine {
             boundary_pages: used_boundaries + cached_boundaries,
             block_count: self.block_counts.0,
             shared_block_count: self.block_counts.1,
+            gap_target_us: self.clock.paces.iter().next().map_or(0, |(gap, _)| gap),
         }
     }
 

@@ -46,8 +46,7 @@ impl Engine {
         // Pages that come back are first for those that run and lack them.
         match self.pages_short.take().filter(|_| !self.ready.is_empty()) {
             Some(Shortage::WithinShare) => {}
-            Some(Shortage::AboveShare) => self.start_waiting(now, true),
-            None => self.start_waiting(now, false),
+            short => self.start_waiting(now, short),
         }
         self.break_stalls(now);
         while !self.ready.is_empty() {
@@ -79,7 +78,7 @@ impl Engine {
             if !self.fail_if_never_fits(latest, known) {
                 return;
             }
-            self.start_waiting(now, false);
+            self.start_waiting(now, None);
         }
     }
 

@@ -158,6 +158,8 @@ pub(crate) struct Sequence {
     pub(crate) gave_way_at: Option<u32>,
     /// Whether it runs and may give way to another tenant: `Holdings` lists it.
     pub(crate) is_giver: bool,
+    /// How often others went before it that were behind it in the line.
+    pub(crate) passes: u32,
     /// Service that its tenant had had when it first started: of two prompts the one with less goes first.
     pub(crate) rank: u64,
     pub(crate) stop_tokens: Vec<u32>,

@@ -2,16 +2,17 @@
 
 use super::Now;
 use super::batch::SequenceId;
-use super::claim::Lack;
+use super::claim::{Lack, Shortage};
 use super::engine::{Engine, Output};
 use super::sequence::Status;
 use super::tenants::INPUT_WEIGHT;
 
 impl Engine {
     /// Gives pages and a place among the running to waiting sequences while they fit. A tenant below its share does not wait for one above
-    /// its share: a sequence of that one gives way. While one that runs is `short` of pages only tenants below their share start.
-    pub(crate) fn start_waiting(&mut self, now: Now, short: bool) {
-        while let Some((_, (_, _, id))) = self.tenants.first() {
+    /// its share: a sequence of that one gives way. While one that runs is `short` of pages only tenants below their share start. Of those who may
+    /// start, one may go a little before its turn (`affinity`).
+    pub(crate) fn start_waiting(&mut self, now: Now, short: Option<Shortage>) {
+        while let Some((tenant, (_, _, id))) = self.tenants.first() {
             let sequence = &self.sequences[id];
             // It gave way while tokens of it were being sampled: they stand, and are part of what it starts again with.
             if sequence.promised_tokens > 0 {
@@ -19,8 +20,12 @@ impl Engine {
             }
             let tokens = sequence.tokens_to_start();
             match self.lacks(id, tokens) {
-                None if short && !self.is_within_shares(id, tokens) => return,
-                None => self.start(now, id),
+                None if short.is_some_and(|short| !self.may_start_beside(short, id, tokens)) => return,
+                None if short.is_some() => self.start(now, id),
+                None => {
+                    let nearest = self.nearest(tenant, id);
+                    self.start(now, nearest);
+                }
                 Some(Lack::Pages(_)) if self.fail_if_never_fits(id, tokens) => {}
                 Some(lack) if self.claim(id, tokens, lack) => {}
                 Some(_) => return,

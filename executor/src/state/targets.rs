@@ -63,6 +63,8 @@ impl Engine {
         let micros = |milliseconds: u32| Micros::from(milliseconds) * 1000;
         let gap = micros(targets.gap_ms.unwrap_or(self.limits.gap_ms));
         let ttft = micros(targets.ttft_ms.unwrap_or(self.limits.ttft_ms));
+        self.counters.gap_target_count += u64::from(gap > 0);
+        self.counters.ttft_target_count += u64::from(ttft > 0);
         let first_due = (ttft > 0).then_some(self.clock.now + ttft);
         (gap, first_due, first_due.unwrap_or(self.clock.now + PATIENCE))
     }

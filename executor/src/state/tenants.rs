@@ -147,6 +147,20 @@ impl Tenants {
         }
     }
 
+    /// The tenant that is first in the line, and of so many next ones of equal priority those that had no more service than it will have had with a
+    /// prompt of so many tokens.
+    pub(crate) fn near(&self, first: TenantIndex, priority: i32, prompt_tokens: u32, count: usize) -> impl Iterator<Item = TenantIndex> {
+        let tenant = &self.tenants[first.0 as usize];
+        let most = tenant.counter + u64::from(prompt_tokens) * INPUT_WEIGHT * SCALE / u64::from(tenant.weight);
+        let others = self.line.iter().take(count).take_while(move |key| key.0 == priority).map(|key| key.4);
+        std::iter::once(first).chain(others.filter(move |of| *of != first && self.counter(*of) <= most))
+    }
+
+    /// A tenant's sequences that wait, in their order.
+    pub(crate) fn waiting(&self, tenant: TenantIndex) -> impl Iterator<Item = Turn> {
+        self.tenants[tenant.0 as usize].waiting.iter().copied()
+    }
+
     /// The lowest counter of those of which sequences wait.
     fn lowest_counter(&mut self) -> Option<u64> {
         let (mut lowest, mut priority) = (None, Some(i32::MIN));

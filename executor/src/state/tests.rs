@@ -2,6 +2,7 @@
 
 mod abreast;
 mod adapters;
+mod affinity;
 mod any;
 mod boundary;
 mod device;

@@ -201,12 +201,15 @@ fn same(old: &CatalogView, new: &CatalogView) -> bool {
     old.models.len() == new.models.len() && pairs().all(equal)
 }
 
+/// `parents`: of each name that is there. Ancestors that are gone are not named.
 fn model_view(id: &ModelId, name: &ModelName, entry: &ChainEntry, parents: &BTreeMap<String, Option<String>>) -> Arc<ModelView> {
-    let ancestors = std::iter::successors(name.parent.clone(), |ancestor| parents.get(ancestor).cloned().flatten());
+    let known = |ancestor: Option<String>| ancestor.filter(|ancestor| parents.contains_key(ancestor));
+    let parent = known(name.parent.clone());
+    let ancestors = std::iter::successors(parent.clone(), |ancestor| known(parents.get(ancestor).cloned().flatten()));
     Arc::new(ModelView {
         id: id.to_string(),
         root: ancestors.take(GENERATIONS_MAX).last(),
-        parent: name.parent.clone(),
+        parent,
         created_s: name.created_ms / 1000,
         chain: entry.chain.clone(),
         chain_digest: name.chain,

@@ -124,6 +124,46 @@ fn one_sequence_does_not_keep_all_pages() {
     assert_eq!(node.tokens[&100], oracle(&BLOCKS, &[9; 400], 40));
 }
 
+/// Sequences that give way of forty, of so many tenants, of which about five have pages at one time.
+fn gave_way(tenants: u64) -> u64 {
+    let (mut node, span) = node(limits(32, 64, 64));
+    for i in 0..40 {
+        let length = 30 + i as u32 * 7 % 40;
+        node.admit(of(&format!("ten_{}", i % tenants), admit(i, span, &[i as u32; 60], length, 0)));
+    }
+    node.run_dry();
+    node.engine.counters().preemption_count
+}
+
+#[test]
+fn shares_smaller_than_one_sequence_are_not_claimed_back_and_forth() {
+    let (one, many) = (gave_way(1), gave_way(40));
+    assert!(many * 2 <= one * 3, "{many} give way where each is of a tenant of its own, {one} where all are of one");
+}
+
+/// So small shares do not save who holds much more than others need.
+#[test]
+fn a_small_newcomer_takes_from_a_giant_where_shares_are_smaller_than_both() {
+    let (mut node, span) = node(limits(76, 64, 64));
+    node.admit(of("giant", admit(0, span, &[1; 800], 300, 0)));
+    for i in 1..4 {
+        node.admit(of(&format!("ten_{i}"), admit(i, span, &[i as u32; 60], 60, 0)));
+    }
+    step(&mut node, 35);
+    assert!(node.engine.gauges().free_pages < 8 && node.engine.counters().preemption_count == 0);
+    for i in 4..40 {
+        node.admit(of(&format!("ten_{i}"), admit(i, span, &[i as u32; 120], 20, 0)));
+    }
+    let steps = steps_to_first_token(&mut node, 4);
+    assert!(steps <= 10, "it waits {steps} batches");
+    assert!(node.finished.is_empty(), "for no end of a sequence");
+    assert_eq!(node.engine.counters().preemption_count, 1);
+    let giant = node.id(0).expect("it is there");
+    assert_eq!(node.engine.sequences[giant].status, crate::state::sequence::Status::Waiting, "the giant gave way");
+    node.run_dry();
+    assert_eq!(node.tokens[&0], oracle(&BLOCKS, &[1; 800], 300));
+}
+
 #[test]
 fn who_stays_within_its_share_is_spared() {
     let (mut node, span) = node(limits(100, 64, 64));

@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use ashlar_registry::record::DeploymentRecord;
+use ashlar_wire::code::Code;
 use ashlar_wire::id::ExecutorId;
 use ashlar_wire::v1;
 use ashlar_wire::v1::sequence_event::Event;
@@ -188,6 +189,11 @@ impl Running {
         self.shared.suspects.add(recovery.suspects);
         let (wait, until_change) = match recovery.then {
             Then::Finished(finished) => return Ok(Some(finished)),
+            Then::GiveUp(refusal) if refusal.code == Code::ModelFailed => {
+                let message = format!("model {} failed to {}", self.sequence.model.id, refusal.message);
+                tracing::warn!(sequence = self.number, tenant = %self.sequence.tenant, "{message}");
+                return Err(ApiError::new(refusal.code, message));
+            }
             Then::GiveUp(refusal) => return Err(ApiError::new(refusal.code, refusal.message)),
             Then::Again { wait, until_change } => (wait, until_change),
         };

@@ -392,6 +392,10 @@ async fn refusals_go_elsewhere_and_are_told_when_all_refuse() {
     let stage = Stage::whole([vec![Act::FailAfter(2, Code::InvalidValue, v1::Retry::Never)], vec![]]).await;
     assert_eq!(stage.run().await.1.unwrap_err().code, Code::InvalidValue);
     assert!(stage.admissions(1).is_empty());
+    let stage = Stage::whole([vec![Act::FailAfter(0, Code::ModelFailed, v1::Retry::Never)], vec![]]).await;
+    let error = stage.run().await.1.unwrap_err();
+    assert!(error.code == Code::ModelFailed && error.message.starts_with("model public/m failed to "), "{error:?}");
+    assert!(stage.admissions(1).is_empty(), "others would fail as well");
     let stage = Stage::whole([vec![Act::Refuse(tonic::Code::Unimplemented)], vec![]]).await;
     assert_eq!(stage.run().await.1.unwrap_err().code, Code::Internal);
 }

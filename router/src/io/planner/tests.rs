@@ -107,7 +107,7 @@ async fn plan_follows_executors_and_names() {
     world.catalog.refresh().await.unwrap();
     let view = world.catalog.view();
     let model = &view.models["public/one"];
-    assert_eq!((model.created_s, model.root.as_deref()), (5, Some("public/root")));
+    assert_eq!((model.created_s, model.root.as_deref(), model.parent.as_deref()), (5, None, None), "its parent is not there");
     let sized = &view.chains[&one].sized;
     assert_eq!((sized.blocks.len(), sized.blocks[0].bytes, sized.borders.as_slice()), (6, 4000, &[3][..]));
 
@@ -164,4 +164,21 @@ async fn next_router_takes_over_and_waits_for_executors_to_return() {
     let next = world.plan_where(|next| next.generation > plan.generation).await;
     assert_eq!(holder_names(&next, one), ["exe_a"]);
     assert_eq!(world.registry.get(key::LEADER).await.unwrap().unwrap().value, "rtr_2");
+}
+
+#[tokio::test]
+async fn ancestors_are_named_while_they_are_there() {
+    let world = World::new().await;
+    for (name, tag) in [("public/one", 1), ("public/root", 2)] {
+        world.name_model(name, tag).await;
+    }
+    let named = async || {
+        world.catalog.refresh().await.unwrap();
+        let view = world.catalog.view();
+        (view.models["public/one"].root.clone(), view.models["public/one"].parent.clone())
+    };
+    let root = Some("public/root".to_owned());
+    assert_eq!(named().await, (root.clone(), root));
+    world.zoo.remove_model(&"public/root".parse().unwrap()).await.unwrap();
+    assert_eq!(named().await, (None, None));
 }
