@@ -9,7 +9,7 @@ base_of_descendants() {
   echo "$base"
 }
 
-# wait_loaded COUNT: until the server at `port` answers for each of so many models: it is ready before all weights are there.
+# wait_loaded COUNT: until the server at `port` answers for each of so many models (also of adapters.sh): it is ready before all weights are there.
 wait_loaded() {
   timeout "$READY_SECONDS" python3 - "http://127.0.0.1:$port/v1/completions" "$1" <<'PYTHON'
 import json, sys, time, urllib.error, urllib.request

@@ -1,4 +1,4 @@
-"""What a server's processes hold, for bench/peers/run.sh and bench/models.sh.
+"""What a server's processes hold, for bench/peers/run.sh, bench/models.sh and bench/adapters.sh.
 
     python process.py tree PID                             the process and all that it started, a line each
     python process.py held PID[,PID] REPORT LOG WEIGHTS [METRICS]   adds `held` to the JSON of a load: bytes resident now, of the

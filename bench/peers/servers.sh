@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Ashlar and its peers as servers that take turns, for run.sh, ../stalls.sh, ../models.sh and ../prefix.sh: what each is served from, how it starts and ends. Sourced
+# Ashlar and its peers as servers that take turns, for run.sh and the scripts of the folder above: what each is served from, how it starts and ends. Sourced
 # after scripts/lib.sh, never run. Whoever sources it sets `model`, `results` and `weights` (folders), `threads` and `kv_format`, and adds
 # `kv_touch_bytes` (of Ashlar, where it is not to be what it is by itself), `ashlar_flags`, `llama_flags` and `vllm_flags`, as ASHLAR_FLAGS, LLAMA_FLAGS and VLLM_FLAGS have them, where they belong.
 #
