@@ -33,6 +33,9 @@ out=$(realpath -m "${OUT:-target/bench/models}")
 results=$out/results weights=$out/weights
 # Longest that one load may take; share of a server's closed rate that an open load has.
 RUN_SECONDS=1800 OPEN_SHARE=0.8
+# Tokens of a place for a request, here as in llama.cpp; bytes of keys and values of one token: 30 layers, 3 heads of 64.
+PLACE_TOKENS=256 TOKEN_BYTES=$((30 * 2 * 3 * 64 * 2))
+[ "$kv_format" != f32 ] || TOKEN_BYTES=$((2 * TOKEN_BYTES))
 
 [ "$quick" != 1 ] || runs=1
 for count in "${counts[@]}"; do [[ $count =~ ^([2-9]|[12][0-9]|3[0-2])$ ]] || die "no such count of models, 2 to 32: $count"; done
@@ -54,7 +57,7 @@ serve_each() {
   for number in $(seq 0 $(($1 - 1))); do
     port=$(free_port) log=$logs.$number
     bench/peers/llama.sh serve "$weights/gguf/$number.gguf" "$2" "$port" --alias "hub/m$number" --no-kv-unified --cache-ram 0 --parallel "$3" \
-      --ctx-size $(($3 * 256)) "${llama_flags[@]}" >"$log" 2>&1 &
+      --ctx-size $(($3 * PLACE_TOKENS)) "${llama_flags[@]}" >"$log" 2>&1 &
     all+=("$!")
     server=${all[*]}
     targets+=("--target" "hub/m$number=http://127.0.0.1:$port")
@@ -76,7 +79,7 @@ rate_of() {
 }
 
 measure() { # COUNT CELL VARIANT RUN
-  local count=$1 cell=$2 variant=$3 run=$4 report=$results/$1/$2/$3.$4.json input=128 output=64 requests=$(($1 * 6)) slots=1 load failed='' number pid
+  local count=$1 cell=$2 variant=$3 run=$4 report=$results/$1/$2/$3.$4.json input=128 output=64 requests=$(($1 * 6)) slots=1 load failed='' number pid flags=()
   log=${report%.json}.log
   mkdir -p "$(dirname "$report")"
   targets=()
@@ -100,8 +103,10 @@ measure() { # COUNT CELL VARIANT RUN
       ;;
     *)
       file=$weights/$variant-$count
-      serve ashlar-int8 "$variant" "${ashlar_flags[@]}" && wait_loaded "$count" || { end_all; say "$variant did not start: see $log"; return 0; }
-      args+=(--url "http://127.0.0.1:$port" --commit "$commit" --note "flags=${ashlar_flags[*]}")
+      # Pages for as many tokens as all llama.cpp servers together have places for.
+      flags=(--set "executor.kv_bytes=$((count * slots * PLACE_TOKENS * TOKEN_BYTES))" "${ashlar_flags[@]}")
+      serve ashlar-int8 "$variant" "${flags[@]}" && wait_loaded "$count" || { end_all; say "$variant did not start: see $log"; return 0; }
+      args+=(--url "http://127.0.0.1:$port" --commit "$commit" --note "flags=${flags[*]}")
       ;;
   esac
   local held=("${server// /,}" "$report" "$log" "$file")
