@@ -97,7 +97,8 @@ search() {
   case $variant in
     ashlar-*)
       # No two prompts of a search are alike, but a probe that is repeated has those of its first time.
-      flags=(--set executor.prefix_cache=false "${ashlar_flags[@]}")
+      mapfile -t flags < <(pages_for $((SLOTS * PLACE_TOKENS)))
+      flags+=(--set executor.prefix_cache=false "${ashlar_flags[@]}")
       case $setting in
         whole) flags+=(--set "executor.step_tokens_max=$((longest + 512))") ;;
         gap) flags+=(--set "executor.gap_ms=$(python3 bench/capacity.py limit "$results/limits.json" "$1")") ;;

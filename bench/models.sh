@@ -33,9 +33,8 @@ out=$(realpath -m "${OUT:-target/bench/models}")
 results=$out/results weights=$out/weights
 # Longest that one load may take; share of a server's closed rate that an open load has.
 RUN_SECONDS=1800 OPEN_SHARE=0.8
-# Tokens of a place for a request, here as in llama.cpp; bytes of keys and values of one token: 30 layers, 3 heads of 64.
-PLACE_TOKENS=256 TOKEN_BYTES=$((30 * 2 * 3 * 64 * 2))
-[ "$kv_format" != f32 ] || TOKEN_BYTES=$((2 * TOKEN_BYTES))
+# Tokens of a place for a request, here as in llama.cpp.
+PLACE_TOKENS=256
 
 [ "$quick" != 1 ] || runs=1
 for count in "${counts[@]}"; do [[ $count =~ ^([2-9]|[12][0-9]|3[0-2])$ ]] || die "no such count of models, 2 to 32: $count"; done
@@ -104,7 +103,8 @@ measure() { # COUNT CELL VARIANT RUN
     *)
       file=$weights/$variant-$count
       # Pages for as many tokens as all llama.cpp servers together have places for.
-      flags=(--set "executor.kv_bytes=$((count * slots * PLACE_TOKENS * TOKEN_BYTES))" "${ashlar_flags[@]}")
+      mapfile -t flags < <(pages_for $((count * slots * PLACE_TOKENS)))
+      flags+=("${ashlar_flags[@]}")
       serve ashlar-int8 "$variant" "${flags[@]}" && wait_loaded "$count" || { end_all; say "$variant did not start: see $log"; return 0; }
       args+=(--url "http://127.0.0.1:$port" --commit "$commit" --note "flags=${flags[*]}")
       ;;

@@ -55,7 +55,9 @@ measure() { # VARIANT RUN
   log=$results/$model/$variant.$run.log
   case $base in
     ashlar-*)
-      flags=("${ashlar_flags[@]}")
+      # As many tokens as llama.cpp has places for. No prompt is like another, so each would first touch pages of a larger pool.
+      mapfile -t flags < <(pages_for $((SLOTS * PLACE_TOKENS)))
+      flags+=("${ashlar_flags[@]}")
       case $setting in
         whole) flags+=(--set "executor.step_tokens_max=$((long + 512))") ;;
         gap*) flags+=(--set "executor.gap_ms=${setting#gap}") ;;

@@ -163,6 +163,14 @@ serve() {
   sleep "$SETTLE_SECONDS"
 }
 
+# pages_for TOKENS: settings of Ashlar, one a line, for pages of so many tokens of SmolLM2 (30 layers, 3 heads of 64), which have their memory from the start
+# on, as the peers' keys and values have once every place was used.
+pages_for() {
+  local bytes=$(($1 * 30 * 2 * 3 * 64 * 2))
+  [ "$kv_format" != f32 ] || bytes=$((2 * bytes))
+  printf '%s\n' --set "executor.kv_bytes=$bytes" --set "executor.kv_touch_bytes=$bytes"
+}
+
 # finish VARIANT NAME: it no longer takes part. vLLM, which compiles for minutes at each start, is halted.
 finish() {
   local pid
