@@ -6,6 +6,7 @@
 
 mod bench;
 mod chat;
+mod check;
 mod client;
 mod config;
 mod deploy;
@@ -15,6 +16,7 @@ mod logging;
 mod output;
 mod process;
 mod server;
+mod serving;
 mod sim;
 mod tenant;
 mod zoo;
@@ -55,6 +57,19 @@ enum Command {
         #[command(subcommand)]
         command: deploy::DeployCommand,
     },
+    /// Ask running executors whether their books agree: each page of KV in one place, all counts right
+    ///
+    /// An executor's engine keeps books of every page (free, cached or held by sequences) and of every row that waits to be computed. This
+    /// asks each running executor to compare all of them, between two batches: nothing is changed, and requests go on. It prints a line for
+    /// each: id, address, `ok` or the first fault, and its pages as /metrics counts them.
+    ///
+    /// Executors are found as servers are configured: `--zoo DIR` or `--registry file:PATH` as `ashlar serve` was given, `--registry
+    /// etcd://HOST:PORT` for a cluster. Or name them: `--executor HOST:PORT` is an executor's `executor.listen`; `ashlar serve` logs an
+    /// address of its own, on this machine alone.
+    ///
+    /// Status 0: all are well. 1: one has a fault or cannot be reached, or there is none. A fault is a defect of Ashlar: report the line, and
+    /// restart that executor; in a cluster its sequences go on elsewhere.
+    Check(check::CheckArgs),
     /// Talk to a model in the terminal
     Chat(chat::ChatArgs),
     /// Measure a server, this machine or a model
@@ -119,6 +134,7 @@ async fn run(command: Command) -> anyhow::Result<()> {
             let registry = server::open_lasting_registry(&config).await?;
             deploy::run(command, registry, &config.zoo.root).await
         }
+        Command::Check(args) => check::run(args).await,
         Command::Chat(args) => chat::run(args).await,
         Command::Bench(args) => bench::run(args).await,
         Command::Sim(args) => sim::run(&args),

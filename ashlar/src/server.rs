@@ -1,6 +1,6 @@
 //! Starting processes: `serve` is router and executor over an embedded registry, `router` and `executor` are the same code apart.
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,7 +9,7 @@ use anyhow::{Context, bail};
 use ashlar_executor::io::executor::{self, ExecutorHandle, Identity};
 use ashlar_executor::io::hosting::Hosting;
 use ashlar_executor::io::metrics::ExecutorMetrics;
-use ashlar_executor::io::service::Service;
+use ashlar_executor::io::service::{Operator, Service};
 use ashlar_kernels::cpu::{Cpu, CpuOptions};
 use ashlar_kernels::ops::Ops;
 use ashlar_registry::record::{ExecutorRecord, PlanPolicy, RouterRecord};
@@ -32,10 +32,14 @@ use tokio_stream::StreamExt;
 use crate::config::{Config, ConfigArgs};
 use crate::devices::{check_isa, isa_warning};
 use crate::process::{available_bytes, random_bits, stop_signal};
+use crate::serving::Serving;
 use crate::{health, logging, output};
 
 /// How long a record outlives its process.
 const LEASE: Duration = Duration::from_secs(5);
+
+/// Address of an executor that is called without a network.
+pub const IN_PROCESS: &str = "in-process";
 
 /// Which parts run in this process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -195,29 +199,31 @@ async fn start_executor(config: &Config, zoo: Zoo, registry: Arc<dyn Registry>, 
     Ok(Started { id, handle, session, metrics: metric_registry })
 }
 
-/// Holds the registry's file for this server alone: two would undo each other's plans. None for a registry in memory.
-fn hold_registry_file(config: &Config) -> anyhow::Result<Option<std::fs::File>> {
-    let url = &config.registry.url;
-    if url == "memory:" || url.starts_with("etcd://") {
-        return Ok(None);
-    }
-    let path =
-        if url.is_empty() { format!("{}.registry.json", config.zoo.root.display()) } else { url.trim_start_matches("file:").to_owned() };
-    let lock = format!("{path}.serving");
-    let file = std::fs::File::create(&lock).with_context(|| format!("create {lock}"))?;
-    if file.try_lock().is_err() {
-        bail!("hold {path}: another `ashlar serve` runs on it; give this one --registry memory: or a file of its own");
-    }
-    Ok(Some(file))
-}
-
 async fn serve(config: Config, zoo: Zoo, registry: Arc<dyn Registry>) -> anyhow::Result<()> {
-    let _held = hold_registry_file(&config)?;
-    let started = start_executor(&config, zoo.clone(), Arc::clone(&registry), "in-process".to_owned()).await?;
+    let mut serving = Serving::hold(&config)?;
+    let started = start_executor(&config, zoo.clone(), Arc::clone(&registry), IN_PROCESS.to_owned()).await?;
+    if let Err(error) = answer_operators(&started, serving.as_mut()).await {
+        tracing::warn!(%error, "`ashlar check` cannot ask this server");
+    }
     let local: Arc<dyn ExecutorClient> = Arc::new(Local(started.handle.clone()));
     let outcome = route(config, zoo, registry, vec![(started.id.clone(), local)], vec![started.metrics.clone()]).await;
     close(started.session).await;
     outcome
+}
+
+/// Answers operators, and nobody who would run sequences, on a port of this machine alone.
+async fn answer_operators(started: &Started, serving: Option<&mut Serving>) -> std::io::Result<()> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
+    let address = listener.local_addr()?;
+    if let Some(serving) = serving {
+        serving.tell(&started.id, address)?;
+    }
+    let service = v1::operator_server::OperatorServer::new(Operator::new(started.handle.clone()));
+    let incoming = tonic::transport::server::TcpIncoming::from(listener);
+    // It ends with the process.
+    tokio::spawn(tonic::transport::Server::builder().add_service(service).serve_with_incoming(incoming));
+    tracing::info!(executor = %started.id, %address, "executor answers `ashlar check`");
+    Ok(())
 }
 
 async fn close(session: Arc<Session<ExecutorRecord>>) {
@@ -330,6 +336,7 @@ async fn execute(config: Config, zoo: Zoo, registry: Arc<dyn Registry>) -> anyho
         tonic::transport::Server::builder()
             .http2_keepalive_interval(Some(Duration::from_secs(10)))
             .add_service(service)
+            .add_service(v1::operator_server::OperatorServer::new(Operator::new(started.handle.clone())))
             .serve_with_incoming_shutdown(incoming, async {
                 // A dropped sender stops the server too.
                 let _ = stopped.await;

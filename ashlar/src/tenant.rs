@@ -35,6 +35,12 @@ pub enum TenantCommand {
         /// A model of another tenant that it may use too (repeatable)
         #[arg(long = "model", value_name = "TENANT/MODEL")]
         models: Vec<ModelId>,
+        /// Share cached prompts with the other tenants in this domain; '': with nobody again, as without
+        ///
+        /// A prompt that one of them has sent is not computed again for another. Members can tell from `cached_tokens`, and from how soon
+        /// answers begin, whether another of them has sent the same beginning of a prompt: put only those into one that may know.
+        #[arg(long, value_name = "DOMAIN")]
+        cache_domain: Option<String>,
     },
     /// Make a new API key and print it, this once
     Key {
@@ -66,9 +72,9 @@ pub async fn run(command: TenantCommand, registry: Arc<dyn Registry>) -> anyhow:
             std::io::stdin().read_line(&mut key).context("read the key")?;
             hash(&key)?
         }
-        TenantCommand::Add { name, requests_max, weight, models } => {
-            let limits = Limits { requests_max, weight };
-            add(&*registry, &parse(&name)?, &limits, &models).await?
+        TenantCommand::Add { name, requests_max, weight, models, cache_domain } => {
+            let changes = Changes { limits: Limits { requests_max, weight }, models, cache_domain };
+            add(&*registry, &parse(&name)?, &changes).await?
         }
         TenantCommand::Key { name } => make_key(&*registry, &parse(&name)?).await?,
         TenantCommand::List => list(&*registry).await?,
@@ -77,11 +83,25 @@ pub async fn run(command: TenantCommand, registry: Arc<dyn Registry>) -> anyhow:
     Ok(output::text(text)?)
 }
 
-fn parse(name: &str) -> anyhow::Result<TenantName> {
+/// What `add` changes of a tenant; what it does not name stays.
+#[derive(Debug, Default)]
+struct Changes {
+    limits: Limits,
+    models: Vec<ModelId>,
+    /// Empty: none.
+    cache_domain: Option<String>,
+}
+
+fn check_name(name: &str, what: &str) -> anyhow::Result<()> {
     // A tenant's name is the first part of its models' names.
     if ModelId::new(name, "x").is_err() {
-        bail!("use `{name}` as a tenant's name: 1 to 96 letters, digits, `.`, `_` or `-`, beginning with a letter or digit");
+        bail!("use `{name}` as {what}'s name: 1 to 96 letters, digits, `.`, `_` or `-`, beginning with a letter or digit");
     }
+    Ok(())
+}
+
+fn parse(name: &str) -> anyhow::Result<TenantName> {
+    check_name(name, "a tenant")?;
     if name == PUBLIC {
         bail!("use `{PUBLIC}` as a tenant's name: it owns the models that everyone may use, and no keys");
     }
@@ -96,7 +116,11 @@ fn hash(key: &str) -> anyhow::Result<String> {
     Ok(format!("{}\n", KeyHash::of(key)))
 }
 
-async fn add(registry: &dyn Registry, name: &TenantName, limits: &Limits, models: &[ModelId]) -> anyhow::Result<String> {
+async fn add(registry: &dyn Registry, name: &TenantName, changes: &Changes) -> anyhow::Result<String> {
+    let Changes { limits, models, cache_domain } = changes;
+    if let Some(domain) = cache_domain.as_deref().filter(|domain| !domain.is_empty()) {
+        check_name(domain, "a cache domain")?;
+    }
     let models: Vec<String> = models.iter().map(ModelId::to_string).collect();
     let existed = change(registry, name, true, |record| {
         if let Some(most) = limits.requests_max {
@@ -104,6 +128,9 @@ async fn add(registry: &dyn Registry, name: &TenantName, limits: &Limits, models
         }
         if let Some(weight) = limits.weight {
             record.limits.weight = (weight > 0).then_some(weight);
+        }
+        if let Some(domain) = cache_domain {
+            record.cache_domain = (!domain.is_empty()).then(|| domain.clone());
         }
         record.models.extend(models.iter().cloned());
         record.models.sort();
@@ -134,8 +161,9 @@ async fn list(registry: &dyn Registry) -> anyhow::Result<String> {
         let name = entry.key.strip_prefix(key::TENANTS).unwrap_or(&entry.key);
         let limit = record.limits.requests_max.map(|most| format!("  at most {most} requests")).unwrap_or_default();
         let weight = record.limits.weight.map(|weight| format!("  weight {weight}")).unwrap_or_default();
+        let domain = record.cache_domain.map(|domain| format!("  cache domain {domain}")).unwrap_or_default();
         let models: String = record.models.iter().map(|model| format!("  {model}")).collect();
-        text += &format!("{name}  {}{limit}{weight}{models}\n", keys(record.keys.len()));
+        text += &format!("{name}  {}{limit}{weight}{domain}{models}\n", keys(record.keys.len()));
         for key in &record.keys {
             text += &format!("    {}\n", key.hash.get(..SHOWN_DIGITS).unwrap_or(&key.hash));
         }
@@ -209,7 +237,8 @@ mod tests {
         let acme = parse("acme").unwrap();
         assert_eq!(list(&registry).await.unwrap(), "no tenants yet: ashlar tenant add NAME\n");
         assert!(make_key(&registry, &acme).await.unwrap_err().to_string().contains("tenant add acme"));
-        add(&registry, &acme, &Limits { requests_max: Some(4), weight: None }, &["blue/m".parse().unwrap()]).await.unwrap();
+        let limits = Limits { requests_max: Some(4), weight: None };
+        add(&registry, &acme, &Changes { limits, models: vec!["blue/m".parse().unwrap()], cache_domain: None }).await.unwrap();
         let key = make_key(&registry, &acme).await.unwrap();
         assert!(key.starts_with("ask_") && key.ends_with('\n'));
         let stored = registry.get("tenants/acme").await.unwrap().unwrap().value;
@@ -223,7 +252,7 @@ mod tests {
     async fn one_key_or_all_are_revoked() {
         let registry = Embedded::in_memory();
         let acme = parse("acme").unwrap();
-        add(&registry, &acme, &Limits::default(), &[]).await.unwrap();
+        add(&registry, &acme, &Changes::default()).await.unwrap();
         let mut hashes = Vec::new();
         for _ in 0..3 {
             hashes.push(KeyHash::of(make_key(&registry, &acme).await.unwrap().trim()).to_string());
@@ -234,6 +263,24 @@ mod tests {
         assert!(!list(&registry).await.unwrap().contains(&hashes[0][..12]));
         let told = "revoked 2 keys of tenant acme; acme has no key left: its requests are refused\n";
         assert_eq!(revoke(&registry, &acme, None).await.unwrap(), told);
+    }
+
+    #[tokio::test]
+    async fn a_common_domain_is_given_kept_shown_and_taken_back() {
+        let registry = Embedded::in_memory();
+        let acme = parse("acme").unwrap();
+        let domain = |text: &str| Changes { cache_domain: Some(text.to_owned()), ..Changes::default() };
+        let error = add(&registry, &acme, &domain("a/b")).await.unwrap_err().to_string();
+        assert!(error.starts_with("use `a/b` as a cache domain's name: 1 to 96"), "{error}");
+        assert!(registry.get("tenants/acme").await.unwrap().is_none(), "nothing was written");
+
+        add(&registry, &acme, &domain("legal")).await.unwrap();
+        let limits = Limits { requests_max: None, weight: Some(2) };
+        add(&registry, &acme, &Changes { limits, ..Changes::default() }).await.unwrap();
+        assert_eq!(list(&registry).await.unwrap(), "acme  0 keys  weight 2  cache domain legal\n");
+        add(&registry, &acme, &domain("")).await.unwrap();
+        assert_eq!(list(&registry).await.unwrap(), "acme  0 keys  weight 2\n");
+        assert!(!registry.get("tenants/acme").await.unwrap().unwrap().value.contains("cache_domain"));
     }
 
     #[test]

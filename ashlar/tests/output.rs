@@ -72,6 +72,28 @@ fn what_would_change_nothing_is_refused() {
 }
 
 #[test]
+fn check_that_finds_nobody_says_where_it_looked() {
+    let dir = tempfile::tempdir().unwrap();
+    let zoo = dir.path().join("zoo");
+    let zoo = zoo.to_str().unwrap();
+    for (args, expected) in [
+        (["check", "--zoo", zoo], format!("no `ashlar serve` runs on registry {zoo}.registry.json")),
+        (["check", "--registry", "memory:"], "known to its own server alone".to_owned()),
+    ] {
+        let output = run(&args, Stdio::piped());
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{args:?}");
+        assert!(output.stdout.is_empty() && error.contains(&expected), "{args:?}: {error}");
+    }
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let output = run(&["check", "--executor", &port.to_string()], Stdio::piped());
+    let line = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(output.status.code(), Some(1), "{line}");
+    assert!(line.starts_with(&format!("?  {port}  cannot be reached: ")), "{line}");
+    assert!(String::from_utf8_lossy(&output.stderr).contains("1 of 1 has a fault or cannot be reached"));
+}
+
+#[test]
 fn targets_may_be_set_before_their_model_is_there_and_say_so() {
     let dir = tempfile::tempdir().unwrap();
     let root = dir.path().join("zoo");

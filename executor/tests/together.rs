@@ -11,6 +11,7 @@ use std::time::Duration;
 use ashlar_executor::io::executor::{self, ExecutorHandle, Identity};
 use ashlar_executor::io::hosting::Hosting;
 use ashlar_executor::io::metrics::ExecutorMetrics;
+use ashlar_executor::io::service::Operator;
 use ashlar_executor::model::alone::{Alone, AloneLimits};
 use ashlar_executor::state::limits::Limits;
 use ashlar_kernels::cpu::{Cpu, CpuOptions, Isa};
@@ -20,11 +21,13 @@ use ashlar_registry::record::{ExecutorRecord, Plan, SpanAssignment, to_value};
 use ashlar_registry::{ChainDigest, Registry, Session, key};
 use ashlar_wire::id::ExecutorId;
 use ashlar_wire::v1;
+use ashlar_wire::v1::operator_server::Operator as _;
 use ashlar_zoo::digest::{Digest, lineages};
 use ashlar_zoo::ingest::{AddOptions, Recipe, Silent, add};
 use ashlar_zoo::model_id::ModelId;
 use ashlar_zoo::store::Zoo;
 use tokio_stream::StreamExt;
+use tonic::Request;
 
 const MODELS: [&str; 4] = ["base", "shakespeare-top", "math-lora", "japanese-full"];
 
@@ -282,6 +285,33 @@ async fn a_prompt_that_another_model_has_seen_is_computed_from_the_fork() {
     // Twelve pages of sixteen tokens lie before the last one.
     assert_eq!((cached[0], cached[2], cached[3]), (0, 192, 192));
     assert!(cached[1] > 90 && cached[1] < 192, "the top of model 1 is its own: {} of 192 tokens' worth were skipped", cached[1]);
+}
+
+/// What an operator is told of an executor that is busy, and of one that has nothing to do.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn operators_are_told_that_books_agree_and_where_pages_are() {
+    let family = family().await;
+    let handle = start(&family, limits(), CpuOptions { threads: 1, ..CpuOptions::default() }).await;
+    let operator = Operator::new(handle.clone());
+    let check = async || operator.check(Request::new(v1::CheckRequest {})).await.unwrap().into_inner();
+    let untouched = check().await;
+    assert_eq!((untouched.executor_id.as_str(), untouched.fault.as_str()), ("exe_test", ""));
+    assert_eq!((untouched.used_pages, untouched.cached_pages), (0, 0));
+    assert!(untouched.free_pages > 0);
+
+    let prompt: Vec<u32> = (0..40).map(|t| (t * 37) % 2000).collect();
+    let mut events = handle.run(admission(&family, 1, 0, prompt, v1::Sampling::default()));
+    while !matches!(events.next().await, Some(v1::sequence_event::Event::Token(_))) {}
+    let busy = check().await;
+    assert_eq!((busy.fault.as_str(), busy.used_pages > 0), ("", true));
+    while events.next().await.is_some() {}
+    while handle.status().running > 0 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let idle = check().await;
+    // Of 40 tokens and 23 more two pages of prompt and one of both are full, in each of the eight layers.
+    assert_eq!((idle.fault.as_str(), idle.used_pages, idle.cached_pages), ("", 0, 24));
+    assert_eq!(idle.cached_pages + idle.free_pages, untouched.free_pages);
 }
 
 /// Nothing is given back in pages that hold a whole sequence. In small ones a sequence runs in less memory than its tokens would take.

@@ -108,6 +108,9 @@ pub struct TenantRecord {
     /// Models of other tenants that it may use too, as `tenant/name`.
     #[serde(default)]
     pub models: Vec<String>,
+    /// The common domain within which it shares KV pages with the other tenants that are in it; absent: it shares them with nobody.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache_domain: Option<String>,
 }
 
 /// One API key of a tenant.
@@ -172,5 +175,15 @@ mod tests {
         assert_eq!(parse::<Plan>(&entry(to_value(&plan))).unwrap(), plan);
         assert_eq!(parse::<Plan>(&entry(r#"{"generation":1,"assignments":{},"later":[]}"#.into())).unwrap().generation, 1);
         assert!(parse::<Plan>(&entry("{}".into())).is_err());
+    }
+
+    #[test]
+    fn tenant_of_an_older_process_has_no_common_domain_and_writes_none() {
+        let entry = |value: &str| Entry { key: "tenants/acme".into(), value: value.to_owned(), revision: crate::Revision(1), lease: None };
+        let old = r#"{"keys":[],"limits":{},"models":["blue/m"]}"#;
+        let record: TenantRecord = parse(&entry(old)).unwrap();
+        assert_eq!((record.cache_domain.as_deref(), to_value(&record).as_str()), (None, old));
+        let common = TenantRecord { cache_domain: Some("legal".to_owned()), ..record };
+        assert_eq!(parse::<TenantRecord>(&entry(&to_value(&common))).unwrap(), common);
     }
 }

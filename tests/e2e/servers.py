@@ -50,6 +50,12 @@ def wait_until(what: str, holds, seconds: float, failed=lambda: None):
         time.sleep(0.05)
 
 
+def ashlar(*words) -> subprocess.CompletedProcess:
+    """A command of the binary that ends by itself."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("ASHLAR_")}
+    return subprocess.run(list(map(str, [BINARY, *words])), capture_output=True, text=True, timeout=60, env=environment)
+
+
 class Program:
     """A running program with its log in a file."""
 
@@ -159,6 +165,7 @@ class Cluster:
         self.programs: list[Program] = []
         try:
             etcd = self._started(Etcd(folder))
+            self.registry = etcd.url
             common = f'[registry]\nurl = "{etcd.url}"\n[zoo]\nroot = "{zoo}"\n{settings}\n'
             metrics = []
             for index in range(executor_count):

@@ -12,6 +12,7 @@ use ashlar_wire::v1;
 use ashlar_wire::v1::link_frame::Frame;
 use ashlar_wire::v1::sequence_event::Event as SequenceEvent;
 use bytes::Bytes;
+use futures::FutureExt;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
@@ -83,7 +84,7 @@ pub enum Event {
     /// The newest plan that the executor obeys.
     Plan(u64),
     /// Look for faults in the engine's books.
-    CheckIntegrity(oneshot::Sender<Result<(), String>>),
+    Check(oneshot::Sender<v1::CheckReply>),
 }
 
 /// [`Reply`] without the device's type.
@@ -132,9 +133,15 @@ pub fn start<B: Ops>(
         metrics,
         began: Instant::now(),
         gauges_at: Instant::now(),
+        is_busy: false,
         generation: 0,
     };
-    tokio::spawn(driver.drive(receiver));
+    tokio::spawn(async move {
+        if std::panic::AssertUnwindSafe(driver.drive(receiver)).catch_unwind().await.is_err() {
+            // A broken invariant: no book here can be trusted any more. The panic's message was printed by the hook.
+            std::process::abort();
+        }
+    });
     Ok((ExecutorHandle::new(events, status), commands))
 }
 
@@ -151,6 +158,8 @@ struct Driver<B: Ops> {
     metrics: ExecutorMetrics,
     began: Instant,
     gauges_at: Instant,
+    /// Whether there were sequences when gauges were last copied.
+    is_busy: bool,
     generation: u64,
 }
 
@@ -188,10 +197,26 @@ impl<B: Ops> Driver<B> {
     fn publish(&mut self) {
         let gauges = self.engine.gauges();
         self.metrics.publish(&gauges, &self.engine.counters());
+        let was_busy = std::mem::replace(&mut self.is_busy, gauges.running_count + gauges.waiting_count > 0);
+        if cfg!(debug_assertions) && was_busy && !self.is_busy {
+            // Nobody waits for it now.
+            self.engine.check_integrity().expect("the books of an engine that became idle agree");
+        }
         let mut status = self.status.lock().expect("no holder panics");
         status.running = gauges.running_count as u32;
         status.waiting = gauges.waiting_count as u32;
         status.plan_generation = self.generation;
+    }
+
+    fn check(&self) -> v1::CheckReply {
+        let gauges = self.engine.gauges();
+        v1::CheckReply {
+            executor_id: self.status.lock().expect("no holder panics").executor_id.clone(),
+            fault: self.engine.check_integrity().err().unwrap_or_default(),
+            used_pages: gauges.used_pages,
+            cached_pages: gauges.cached_pages,
+            free_pages: gauges.free_pages,
+        }
     }
 
     fn handle(&mut self, event: Event) {
@@ -269,9 +294,8 @@ impl<B: Ops> Driver<B> {
                 self.update_spans();
             }
             Event::Plan(generation) => self.generation = self.generation.max(generation),
-            Event::CheckIntegrity(answer) => {
-                let _ = answer.send(self.engine.check_integrity());
-            }
+            // Whoever asked may have gone.
+            Event::Check(answer) => drop(answer.send(self.check())),
         }
     }
 

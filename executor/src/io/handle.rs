@@ -73,10 +73,19 @@ impl ExecutorHandle {
         self.status.lock().expect("no holder panics").clone()
     }
 
+    /// Looks for faults in the engine's books, and counts its pages; `None`: the engine task has ended.
+    pub async fn check(&self) -> Option<v1::CheckReply> {
+        let (answer, answered) = oneshot::channel();
+        let _ = self.events.send(Event::Check(answer));
+        answered.await.ok()
+    }
+
     /// Looks for faults in the engine's books: Ok, or the first one.
     pub async fn check_integrity(&self) -> Result<(), String> {
-        let (answer, answered) = oneshot::channel();
-        let _ = self.events.send(Event::CheckIntegrity(answer));
-        answered.await.unwrap_or_else(|_| Err("the engine task has ended".to_owned()))
+        match self.check().await {
+            Some(reply) if reply.fault.is_empty() => Ok(()),
+            Some(reply) => Err(reply.fault),
+            None => Err("the engine task has ended".to_owned()),
+        }
     }
 }

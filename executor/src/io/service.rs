@@ -1,12 +1,14 @@
-//! The gRPC service: `Run` for routers, `Link` for executors upstream, `Status` for anyone who asks.
+//! The gRPC services: `Run` for routers, `Link` for executors upstream, `Status` for anyone who asks; and `Check` for operators, which
+//! is a service of its own so that a process can answer it where nobody may run sequences.
 
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use ashlar_wire::v1;
 use ashlar_wire::v1::executor_server::Executor as ExecutorService;
+use ashlar_wire::v1::operator_server::Operator as OperatorService;
 use futures::Stream;
-use tokio::sync::mpsc;
+use tokio::sync::{Mutex, mpsc};
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -25,6 +27,21 @@ impl Service {
     /// A service over a running executor.
     pub fn new(executor: ExecutorHandle) -> Self {
         Self { executor, next_link: AtomicU64::new(1) }
+    }
+}
+
+/// Answers operators of one executor.
+#[derive(Debug)]
+pub struct Operator {
+    executor: ExecutorHandle,
+    /// Held by a check: the engine plans nothing meanwhile, so however many ask, one goes at a time.
+    checking: Mutex<()>,
+}
+
+impl Operator {
+    /// A service over a running executor.
+    pub fn new(executor: ExecutorHandle) -> Self {
+        Self { executor, checking: Mutex::new(()) }
     }
 }
 
@@ -58,5 +75,13 @@ impl ExecutorService for Service {
 
     async fn status(&self, _request: Request<v1::StatusRequest>) -> Result<Response<v1::StatusReply>, Status> {
         Ok(Response::new(self.executor.status()))
+    }
+}
+
+#[tonic::async_trait]
+impl OperatorService for Operator {
+    async fn check(&self, _request: Request<v1::CheckRequest>) -> Result<Response<v1::CheckReply>, Status> {
+        let _one = self.checking.lock().await;
+        self.executor.check().await.map(Response::new).ok_or_else(|| Status::internal("the engine task has ended"))
     }
 }

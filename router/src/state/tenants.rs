@@ -176,10 +176,17 @@ impl Tenants {
         self.records.get(tenant).and_then(|record| record.limits.weight).unwrap_or(1)
     }
 
-    /// The domain within which a tenant's KV pages are shared: never with another tenant, and not to be guessed from its name.
+    /// The domain within which a tenant's KV pages are shared: with no other tenant but those that an operator put into one common domain
+    /// with it, and not to be guessed from a name. Domains of tenants and common ones have labels of their own, so that none is another's,
+    /// whatever they are called.
     pub fn cache_domain(&self, tenant: &TenantName) -> [u8; 32] {
+        let common = self.records.get(tenant).and_then(|record| record.cache_domain.as_deref()).filter(|domain| !domain.is_empty());
+        let (label, name) = match common {
+            Some(domain) => (&b"ashlar-common-cache-domain-1\0"[..], domain),
+            None => (&b"ashlar-cache-domain-1\0"[..], tenant.0.as_str()),
+        };
         let mut hasher = blake3::Hasher::new_keyed(&self.secret);
-        hasher.update(b"ashlar-cache-domain-1\0").update(tenant.0.as_bytes());
+        hasher.update(label).update(name.as_bytes());
         *hasher.finalize().as_bytes()
     }
 }
@@ -250,6 +257,21 @@ mod tests {
         assert_ne!(one.cache_domain(&name("a")), one.cache_domain(&name("b")));
         assert_ne!(one.cache_domain(&name("a")), two.cache_domain(&name("a")));
         assert_eq!(one.cache_domain(&name("a")), one.cache_domain(&name("a")));
+    }
+
+    #[test]
+    fn common_domains_are_those_of_their_members_alone() {
+        let mut tenants = tenants(&[("a", &[], &[]), ("b", &[], &[]), ("c", &[], &[]), ("d", &[], &[])], Without::Closed);
+        let of_own = ["a", "b", "c", "d"].map(|tenant| tenants.cache_domain(&name(tenant)));
+        for (tenant, domain) in [("a", "d"), ("b", "d"), ("c", "")] {
+            tenants.records.get_mut(&name(tenant)).unwrap().cache_domain = Some(domain.to_owned());
+        }
+        let [a, b, c, d] = ["a", "b", "c", "d"].map(|tenant| tenants.cache_domain(&name(tenant)));
+        assert_eq!(a, b);
+        assert!(!of_own.contains(&a), "a common domain that is called as a tenant is not that tenant's");
+        assert_eq!((c, d), (of_own[2], of_own[3]));
+        tenants.secret = [8; 32];
+        assert_ne!(tenants.cache_domain(&name("a")), a);
     }
 
     #[test]

@@ -472,7 +472,7 @@ async fn model_without_executors_is_not_ready() {
 async fn keys_and_limits_of_tenants_hold() {
     let stage = Stage::whole([vec![]]).await;
     let keys = vec![KeyRecord { hash: KeyHash::of("ask_x").to_string(), created_ms: 0 }];
-    let tenant = TenantRecord { keys, limits: Limits { requests_max: Some(1), weight: None }, models: vec![] };
+    let tenant = TenantRecord { keys, limits: Limits { requests_max: Some(1), weight: None }, ..TenantRecord::default() };
     stage.registry.put("tenants/acme", &record::to_value(&tenant), None).await.unwrap();
     stage.dispatch.shared.cluster.subscribe().wait_for(|state| !state.tenants.has_no_keys()).await.unwrap();
     for key in [None, Some("ask_y")] {

@@ -1,0 +1,110 @@
+//! The file `.serving` beside the file of a registry: one `ashlar serve` at a time holds it, and writes into it where its executor answers
+//! operators. (Records under leases are in the memory of their process, so no other process finds them in the registry's file.)
+
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::net::SocketAddr;
+
+use anyhow::{Context, bail};
+use ashlar_wire::id::ExecutorId;
+
+use crate::config::Config;
+
+/// The file of a registry, held for this server alone: two would undo each other's plans.
+#[derive(Debug)]
+pub struct Serving(File);
+
+impl Serving {
+    /// Holds the file of the registry that the configuration names; None for a registry in memory and for etcd.
+    ///
+    /// # Errors
+    /// When another server holds it, or it cannot be made.
+    pub fn hold(config: &Config) -> anyhow::Result<Option<Self>> {
+        let Some(registry) = registry_file(config) else { return Ok(None) };
+        let path = format!("{registry}.serving");
+        // It is not truncated before it is held: another server's address may be in it.
+        let file = OpenOptions::new().write(true).create(true).truncate(false).open(&path).with_context(|| format!("create {path}"))?;
+        if file.try_lock().is_err() {
+            bail!("hold {registry}: another `ashlar serve` runs on it; give this one --registry memory: or a file of its own");
+        }
+        // A server that was killed left its address.
+        file.set_len(0).with_context(|| format!("write {path}"))?;
+        Ok(Some(Self(file)))
+    }
+
+    /// Writes where this server's executor answers operators.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn tell(&mut self, id: &ExecutorId, address: SocketAddr) -> std::io::Result<()> {
+        self.0.write_all(format!("{id} {address}\n").as_bytes())
+    }
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        // What stays is the address of nobody, and whoever asks there finds that out.
+        let _ = self.0.set_len(0);
+    }
+}
+
+/// The file of the registry that the configuration names; None for a registry in memory and for etcd.
+pub fn registry_file(config: &Config) -> Option<String> {
+    match config.registry.url.as_str() {
+        "" => Some(format!("{}.registry.json", config.zoo.root.display())),
+        url if url == "memory:" || url.starts_with("etcd://") => None,
+        url => Some(url.trim_start_matches("file:").to_owned()),
+    }
+}
+
+/// The executor of the server that holds a registry's file, and where it answers operators; None where no server runs.
+///
+/// # Errors
+/// When the file is there and cannot be read.
+pub fn told(registry: &str) -> anyhow::Result<Option<(ExecutorId, String)>> {
+    let path = format!("{registry}.serving");
+    let text = match std::fs::read_to_string(&path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error).with_context(|| format!("read {path}")),
+    };
+    Ok(text.trim_end().split_once(' ').map(|(id, address)| (ExecutorId(id.to_owned()), address.to_owned())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_server_holds_a_registry_and_tells_where_it_is() {
+        let folder = tempfile::tempdir().unwrap();
+        let registry = folder.path().join("registry.json").display().to_string();
+        let mut config = Config::default();
+        config.registry.url = format!("file:{registry}");
+        assert_eq!(registry_file(&config), Some(registry.clone()));
+        assert_eq!(told(&registry).unwrap(), None);
+
+        let mut held = Serving::hold(&config).unwrap().unwrap();
+        assert_eq!(told(&registry).unwrap(), None, "it does not answer yet");
+        held.tell(&ExecutorId("exe_a".to_owned()), "127.0.0.1:4321".parse().unwrap()).unwrap();
+        let here = Some((ExecutorId("exe_a".to_owned()), "127.0.0.1:4321".to_owned()));
+        assert_eq!(told(&registry).unwrap(), here);
+        assert!(Serving::hold(&config).unwrap_err().to_string().contains("another `ashlar serve`"));
+        assert_eq!(told(&registry).unwrap(), here, "who may not hold it leaves it as it is");
+
+        drop(held);
+        assert_eq!(told(&registry).unwrap(), None);
+        std::fs::write(format!("{registry}.serving"), "exe_killed 127.0.0.1:4321\n").unwrap();
+        let _again = Serving::hold(&config).unwrap().unwrap();
+        assert_eq!(told(&registry).unwrap(), None, "what a killed server left is gone");
+    }
+
+    #[test]
+    fn registries_without_a_file_are_held_by_nobody() {
+        for url in ["memory:", "etcd://127.0.0.1:2379"] {
+            let mut config = Config::default();
+            config.registry.url = url.to_owned();
+            assert!(Serving::hold(&config).unwrap().is_none(), "{url}");
+        }
+    }
+}
