@@ -15,7 +15,7 @@ from statistics import median
 
 from compare import interval
 from models import COLUMNS, PAIRS_MIN, TOTAL
-from runs import Runs, keep, read
+from runs import Runs, introduce, keep, read
 
 ADAPTERS, BASE, PEER = "adapters", "base", "vllm"
 PROMPT = "The most important thing to know about the sea is"
@@ -103,14 +103,7 @@ def table(results: Path, out: Path):
     if not cells:
         sys.exit("no load succeeded: there is nothing to compare")
     every = [run for variants in cells.values() for runs in variants.values() for run in runs.values()]
-    commits = sorted({run["commit"] for run in every if run["commit"]})
-    peers = dict(line.split("\t", 1) for line in (results / "peers.tsv").read_text().splitlines())
-    print(f"\n{every[0]['machine']}; {every[0]['notes']['threads']} threads; Ashlar {', '.join(commits)}")
-    for peer, version in peers.items():
-        print(f"{peer}: {version}")
-    quick = any(run["notes"]["quick"] == "1" for run in every)
-    if quick:
-        print("QUICK=1: a request each; these figures mean nothing")
+    commits, peers, quick = introduce(results, every, "a request each")
     told, wrong = {}, []
     for name in dict.fromkeys(name for name, _ in cells):
         said = json.loads((results / "sets" / name / "differ.json").read_text())

@@ -159,17 +159,11 @@ for set in "${sets[@]}"; do
   check "$set"
   for cell in $cells; do
     for run in $(seq "$runs"); do
-      order=()
-      for variant in $variants; do
-        [ "$variant" != vllm ] || [ -n "${version_of[vllm]:-}" ] || continue
-        if [ $((run % 2)) = 1 ]; then order+=("$variant"); else order=("$variant" "${order[@]}"); fi
-      done
+      in_turns "$run" $variants
       for variant in "${order[@]}"; do steadily measure "$set" "$cell" "$variant" "$run"; done
     done
   done
   end_all
 done
-kept=bench/results/adapters/$name.json
-[ "$quick" != 1 ] || kept=$results/comparison.json
-mkdir -p "$(dirname "$kept")"
+keep_in adapters
 python3 bench/adapters.py table "$results" "$kept"

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 
 from compare import interval
-from runs import keep
+from runs import introduce, keep
 
 # Place p of the list of rates is 2^((p - FIRST) / DOUBLING) requests a second.
 FIRST, DOUBLING, LAST = 40, 10, 100
@@ -188,18 +188,11 @@ def table(results: Path, out: Path):
     if not every:
         sys.exit("no search succeeded: there is nothing to compare")
     first = every[0][1].report
-    peers = dict(text.split("\t", 1) for text in (results / "peers.tsv").read_text().splitlines())
-    commits = sorted({probe.report["commit"] for _, probe in every if probe.report["commit"]})
-    print(f"\n{first['machine']}; {first['notes']['threads']} threads; Ashlar {', '.join(commits)}")
-    for peer, version in peers.items():
-        print(f"{peer}: {version}")
+    commits, peers, quick = introduce(results, [probe.report for _, probe in every], "some seconds each")
     load = first["load"]
     print(f"prompts of {load['prompt_tokens']}, answers of {load['output_tokens']} tokens, {load['duration_s']:g} s of arrivals")
     print(f"a decode step of {limits['sequences']} sequences with {limits['context_tokens']} tokens each: {limits['decode_ms']:.1f} ms")
     print(f"the client was late by {max(probe.quantile('lag_ms', 'p99') for _, probe in every):.1f} ms at worst (p99 of a probe)")
-    quick = first["notes"]["quick"] == "1"
-    if quick:
-        print("QUICK=1: some seconds each; these figures mean nothing")
     told = {limit: show(limit, limits["limits"][limit], runs) for limit, runs in searches.items()}
     wrong = complaints(every)
     kept = {}

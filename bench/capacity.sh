@@ -57,12 +57,7 @@ middle=$(((BASH_REMATCH[1] + BASH_REMATCH[2]) / 2)) longest=${BASH_REMATCH[2]}
 find_ashlar
 rm -rf "$results"
 mkdir -p "$results/$model" "$results/searches" "$weights"
-peers=()
-for peer in llama vllm; do
-  [[ " $variants" != *" $peer"* ]] || peers+=("$peer")
-done
-: >"$results/peers.tsv"
-install_peers "$results" "${peers[@]}"
+install_among "$results" "$variants"
 
 # find_limits: a decode step of Ashlar's own, and what it makes of `limits`, in limits.json.
 find_limits() {
@@ -143,12 +138,7 @@ source=$(source_of "$model")
 weigh ashlar-int8 "$source"
 steadily find_limits
 for run in $(seq "$runs"); do
-  order=()
-  for variant in $variants; do
-    peer=${variant%%[-@]*}
-    [ "$peer" = ashlar ] || [ -n "${version_of[$peer]:-}" ] || continue
-    if [ $((run % 2)) = 1 ]; then order+=("$variant"); else order=("$variant" "${order[@]}"); fi
-  done
+  in_turns "$run" $variants
   for variant in "${order[@]}"; do
     if [[ $variant != *@gap ]]; then
       search "$variant" "$run" "${limits[@]}"
@@ -158,7 +148,5 @@ for run in $(seq "$runs"); do
   done
 done
 end_all
-kept=bench/results/capacity/$name.json
-[ "$quick" != 1 ] || kept=$results/comparison.json
-mkdir -p "$(dirname "$kept")"
+keep_in capacity
 python3 bench/capacity.py table "$results" "$kept"

@@ -14,7 +14,7 @@ from statistics import median
 from typing import Callable
 
 from compare import interval
-from runs import Runs, keep, read
+from runs import Runs, introduce, keep, read
 
 MIB = 2**20
 # With fewer no goal is met, whatever the ratio.
@@ -159,16 +159,7 @@ def table(results: Path, out: Path):
     if not cells:
         sys.exit("no load succeeded: there is nothing to compare")
     every = [run for variants in cells.values() for runs in variants.values() for run in runs.values()]
-    commits = sorted({run["commit"] for run in every if run["commit"]})
-    loads = [float(run["notes"]["load_before"]) for run in every]
-    peers = dict(line.split("\t", 1) for line in (results / "peers.tsv").read_text().splitlines())
-    print(f"\n{every[0]['machine']}; {every[0]['notes']['threads']} threads; Ashlar {', '.join(commits)}")
-    print(f"load average before a run: median {median(loads):.2f}, most {max(loads):.2f}")
-    for peer, version in peers.items():
-        print(f"{peer}: {version}")
-    quick = any(run["notes"]["quick"] == "1" for run in every)
-    if quick:
-        print("QUICK=1: a request each; these figures mean nothing")
+    commits, peers, quick = introduce(results, every, "a request each")
     told, wrong = {}, []
     for (count, cell), variants in cells.items():
         where = f"{count} models, {cell}"

@@ -131,15 +131,10 @@ for count in "${counts[@]}"; do
   [[ " $variants" != *" alone"* ]] || make_descendants "$base" "$count" alone
   for cell in $cells; do
     for run in $(seq "$runs"); do
-      order=()
-      for variant in $variants; do
-        if [ $((run % 2)) = 1 ]; then order+=("$variant"); else order=("$variant" "${order[@]}"); fi
-      done
+      in_turns "$run" $variants
       for variant in "${order[@]}"; do measure "$count" "$cell" "$variant" "$run"; done
     done
   done
 done
-kept=bench/results/models/$name.json
-[ "$quick" != 1 ] || kept=$results/comparison.json
-mkdir -p "$(dirname "$kept")"
+keep_in models
 python3 bench/models.py table "$results" "$kept"

@@ -61,13 +61,8 @@ measure() { # VARIANT RUN
 
 [ "$quick" = 1 ] || warn_of_load
 for run in $(seq "$runs"); do
-  order=()
-  for variant in $variants; do
-    if [ $((run % 2)) = 1 ]; then order+=("$variant"); else order=("$variant" "${order[@]}"); fi
-  done
+  in_turns "$run" $variants
   for variant in "${order[@]}"; do measure "$variant" "$run"; done
 done
-kept=bench/results/models/$name.json
-[ "$quick" != 1 ] || kept=$results/comparison.json
-mkdir -p "$(dirname "$kept")"
+keep_in models
 python3 bench/prefix.py table "$results" "$kept"

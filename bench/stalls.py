@@ -12,7 +12,7 @@ from statistics import median
 from typing import Callable
 
 from compare import interval
-from runs import Runs, keep, read
+from runs import Runs, introduce, keep, read
 
 # With fewer no goal is met, whatever the ratio.
 PAIRS_MIN = 3
@@ -130,16 +130,9 @@ def main(results: Path, out: Path):
     if not variants:
         sys.exit("no run succeeded: there is nothing to compare")
     every = [run for runs in variants.values() for run in runs.values()]
-    told = [line.split("\t", 1) for line in (results / "peers.tsv").read_text().splitlines()]
-    commits = sorted({run["commit"] for run in every if run["commit"]})
+    commits, peers, quick = introduce(results, every, "short runs")
     load = every[0]["load"]
-    print(f"\n{every[0]['machine']}; {every[0]['notes']['threads']} threads; Ashlar {', '.join(commits)}")
     print(f"{load['streams']} streams, {load['long_count']} prompts of {load['long_prompt_tokens']} tokens, one every {load['every_s']:g} s")
-    for peer, version in told:
-        print(f"{peer}: {version}")
-    quick = any(run["notes"]["quick"] == "1" for run in every)
-    if quick:
-        print("QUICK=1: short runs; these figures mean nothing")
     width = max(map(len, variants)) + 2
     print(f"\n{'':{width}}{'runs':>5}" + "".join(f"{name:>22}" for name, _ in COLUMNS))
     medians = {}
@@ -155,7 +148,7 @@ def main(results: Path, out: Path):
         print(f"  {sentence:88} goal {one['floor']:.2f} {verdict}")
     wrong = complaints(variants)
     runs = {variant: [run for _, run in sorted(runs.items())] for variant, runs in variants.items()}
-    result = {"peers": dict(told), "quick": quick, "medians": medians, "goals": entries, "complaints": wrong, "runs": runs}
+    result = {"commits": commits, "peers": peers, "quick": quick, "medians": medians, "goals": entries, "complaints": wrong, "runs": runs}
     keep(out, result, wrong)
 
 

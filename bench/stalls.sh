@@ -42,12 +42,7 @@ done
 find_ashlar
 rm -rf "$results"
 mkdir -p "$results/$model" "$weights"
-peers=()
-for peer in llama vllm; do
-  [[ " $variants" != *" $peer"* ]] || peers+=("$peer")
-done
-: >"$results/peers.tsv"
-install_peers "$results" "${peers[@]}"
+install_among "$results" "$variants"
 
 measure() { # VARIANT RUN
   local variant=$1 run=$2 base=${1%%@*} setting='' flags=() report=$results/$1.$2.json load failed=
@@ -99,16 +94,9 @@ measure() { # VARIANT RUN
 [ "$quick" = 1 ] || warn_of_load
 source=$(source_of "$model")
 for run in $(seq "$runs"); do
-  order=()
-  for variant in $variants; do
-    peer=${variant%%[-@]*}
-    [ "$peer" = ashlar ] || [ -n "${version_of[$peer]:-}" ] || continue
-    if [ $((run % 2)) = 1 ]; then order+=("$variant"); else order=("$variant" "${order[@]}"); fi
-  done
+  in_turns "$run" $variants
   for variant in "${order[@]}"; do steadily measure "$variant" "$run"; done
 done
 end_all
-kept=bench/results/stalls/$name.json
-[ "$quick" != 1 ] || kept=$results/comparison.json
-mkdir -p "$(dirname "$kept")"
+keep_in stalls
 python3 bench/stalls.py "$results" "$kept"

@@ -137,13 +137,11 @@ for model in $models; do
   rm -rf "$weights/$model"/zoo-* # another build of Ashlar may store them otherwise
   for cell in $cells; do
     for run in $(seq "$runs"); do
-      order=()
+      wanted=()
       for variant in $(variants_of "$cell"); do
-        peer=${variant%%-*}
-        [[ $skip != *" $variant "* ]] || continue
-        [ "$peer" = ashlar ] || [ -n "${version_of[$peer]:-}" ] || continue
-        if [ $((run % 2)) = 1 ]; then order+=("$variant"); else order=("$variant" "${order[@]}"); fi
+        [[ $skip == *" $variant "* ]] || wanted+=("$variant")
       done
+      in_turns "$run" "${wanted[@]}"
       for variant in "${order[@]}"; do steadily measure "$cell" "$variant" "$run" "$source"; done
     done
   done

@@ -183,6 +183,36 @@ finish() {
   server=''
 }
 
+# install_among RESULTS VARIANTS: llama.cpp and vLLM, if a variant is theirs.
+install_among() {
+  local peer wanted=()
+  for peer in llama vllm; do
+    [[ " $2" != *" $peer"* ]] || wanted+=("$peer")
+  done
+  : >"$1/peers.tsv"
+  install_peers "$1" "${wanted[@]}"
+}
+
+# in_turns RUN VARIANT...: sets `order`: those whose server is here, forwards in odd runs and backwards in even ones, so that a run of one pairs with the same
+# run of another.
+in_turns() {
+  local run=$1 variant peer
+  shift
+  order=()
+  for variant in "$@"; do
+    peer=${variant%%[-@]*}
+    [[ ! $peer =~ ^(llama|vllm|mistralrs)$ ]] || [ -n "${version_of[$peer]:-}" ] || continue
+    if [ $((run % 2)) = 1 ]; then order+=("$variant"); else order=("$variant" "${order[@]}"); fi
+  done
+}
+
+# keep_in FOLDER: sets `kept`, where the comparison of all runs goes: to the results of that name, and with QUICK=1 to where the runs are.
+keep_in() {
+  kept=bench/results/$1/$name.json
+  [ "$quick" != 1 ] || kept=$results/comparison.json
+  mkdir -p "$(dirname "$kept")"
+}
+
 warn_of_load() {
   if awk '{ exit !($1 > 0.5) }' /proc/loadavg; then
     say "warning: the load is $(cut -d' ' -f1 /proc/loadavg) before anything began: these figures will not be worth keeping"

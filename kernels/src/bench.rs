@@ -11,7 +11,7 @@ use std::time::Duration;
 use crate::cpu::probe::{Ceilings, best_seconds};
 use crate::cpu::{Buffer, Cpu, Linear};
 use crate::format::{Dtype, TensorView, quantise};
-use crate::ops::{Bf16Compute, Ops, PackError};
+use crate::ops::{Bf16Compute, Finish, Ops, PackError};
 
 /// What to measure.
 #[derive(Debug, Clone)]
@@ -145,7 +145,7 @@ impl Rows {
     }
 
     fn apply(&mut self, cpu: &Cpu, linear: &Linear) {
-        cpu.linear_apply(&mut self.out, &self.x, self.row_count, linear, None);
+        cpu.linear_apply(&mut self.out, &self.x, self.row_count, linear, None, Finish::Store);
     }
 }
 

@@ -45,7 +45,8 @@ pub use table::Table;
 
 use crate::format::{CodeRow, TensorView};
 use crate::ops::{
-    Activation, AttentionShape, Bf16Compute, Columns, DiagonalPart, KvFormat, KvPlace, KvShape, LinearRun, NormKind, Ops, PackError, Query,
+    Activation, AttentionShape, Bf16Compute, Columns, DiagonalPart, Finish, KvFormat, KvPlace, KvShape, LinearRun, NormKind, Ops,
+    PackError, Query,
 };
 use crate::reference::concatenate;
 use attention::{Attend, Attention, TILE};
@@ -53,7 +54,7 @@ use elementwise::{Gate, Map, MapElements, Rope};
 use isa::Proven;
 use kv::{Stored, Write};
 use largest::Largest;
-use linear::{Finish, Scratch};
+use linear::Scratch;
 use memory::{Aligned, Shared};
 use norm::{Norm, NormHeads, NormRows};
 use pool::Pool;
@@ -207,13 +208,6 @@ impl Cpu {
                 }
             });
         });
-    }
-
-    fn linear_dense(&self, out: &mut Buffer, x: &Buffer, row_count: usize, linear: &Linear, bias: Option<&Buffer>, finish: Finish) {
-        let columns = if let Finish::Gate(_) = finish { linear.outputs / 2 } else { linear.outputs };
-        let (inputs, outputs) = (Columns::dense(linear.inputs), Columns::dense(columns));
-        let runs = [LinearRun { linear, bias, rows: 0..row_count }];
-        linear::Call { x: &x.0, inputs, outputs, runs: &runs, finish }.apply(self, &mut out.0);
     }
 
     fn with_scratch(&self, call: impl FnOnce(&mut Scratch)) {
@@ -371,36 +365,22 @@ impl Ops for Cpu {
         });
     }
 
-    fn linear_apply(&self, out: &mut Buffer, x: &Buffer, row_count: usize, linear: &Linear, bias: Option<&Buffer>) {
-        self.linear_dense(out, x, row_count, linear, bias, Finish::Store);
+    fn linear_apply(&self, out: &mut Buffer, x: &Buffer, row_count: usize, linear: &Linear, bias: Option<&Buffer>, finish: Finish) {
+        let columns = if let Finish::Gate(_) = finish { linear.outputs / 2 } else { linear.outputs };
+        let (inputs, outputs) = (Columns::dense(linear.inputs), Columns::dense(columns));
+        self.linear_runs(out, outputs, x, inputs, &[LinearRun { linear, bias, rows: 0..row_count }], finish);
     }
 
-    fn linear_add(&self, acc: &mut Buffer, x: &Buffer, row_count: usize, linear: &Linear, bias: Option<&Buffer>) {
-        self.linear_dense(acc, x, row_count, linear, bias, Finish::Add);
-    }
-
-    fn linear_gate(&self, out: &mut Buffer, x: &Buffer, row_count: usize, linear: &Linear, bias: Option<&Buffer>, activation: Activation) {
-        self.linear_dense(out, x, row_count, linear, bias, Finish::Gate(activation));
-    }
-
-    fn linear_runs(&self, out: &mut Buffer, outputs: Columns, x: &Buffer, inputs: Columns, runs: &[LinearRun<'_, Linear, Buffer>]) {
-        linear::Call { x: &x.0, inputs, outputs, runs, finish: Finish::Store }.apply(self, &mut out.0);
-    }
-
-    fn linear_runs_add(&self, acc: &mut Buffer, outputs: Columns, x: &Buffer, inputs: Columns, runs: &[LinearRun<'_, Linear, Buffer>]) {
-        linear::Call { x: &x.0, inputs, outputs, runs, finish: Finish::Add }.apply(self, &mut acc.0);
-    }
-
-    fn linear_runs_gate(
+    fn linear_runs(
         &self,
         out: &mut Buffer,
         outputs: Columns,
         x: &Buffer,
         inputs: Columns,
         runs: &[LinearRun<'_, Linear, Buffer>],
-        activation: Activation,
+        finish: Finish,
     ) {
-        linear::Call { x: &x.0, inputs, outputs, runs, finish: Finish::Gate(activation) }.apply(self, &mut out.0);
+        linear::Call { x: &x.0, inputs, outputs, runs, finish }.apply(self, &mut out.0);
     }
 
     fn rope_rows(&self, out: &mut Buffer, positions: &[u32], inverse_frequencies: &Buffer, attention_factor: f32) {

@@ -92,6 +92,18 @@ pub enum Activation {
     Relu,
 }
 
+/// What becomes of the outputs `y[T, N]` of a linear layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Finish {
+    /// `out = y`.
+    Store,
+    /// `out += y`: the bits of [`Finish::Store`] and then [`Ops::add`].
+    Add,
+    /// `out[t, j] = act(y[t, j]) * y[t, N/2 + j]`: the bits of [`Finish::Store`] and then [`Ops::gate`]. The layer has two parts of equal outputs, gate
+    /// and up.
+    Gate(Activation),
+}
+
 /// How keys and values are stored (docs/numerics.md, "KV formats"): a row is read back in it by every query, its own too.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -312,7 +324,7 @@ pub trait Ops: Send + Sync + 'static {
     /// Packs a linear layer. `parts` are stacked along N (for example q, k, v); they agree in K, dtypes may differ.
     fn linear(&self, parts: &[TensorView<'_>]) -> Result<Self::Linear, PackError>;
     /// Packs a layer of blocks on a diagonal: each part reads the inputs behind those of the parts before it and gives its own outputs, which
-    /// are disjoint and ascending. Outputs of no part stay as they are in [`Ops::linear_runs`] and [`Ops::linear_runs_add`], and nothing else takes
+    /// are disjoint and ascending. Outputs of no part stay as they are in [`Ops::linear_runs`], stored or added, and nothing else takes
     /// such a layer. So the expands of several matrices that lie in one row are one layer, whatever their ranks. The bits are those of each part alone.
     fn linear_diagonal(&self, parts: &[DiagonalPart<'_>]) -> Result<Self::Linear, PackError>;
     /// Takes a vector, converting to f32. `parts` are concatenated.
@@ -373,25 +385,20 @@ pub trait Ops: Send + Sync + 'static {
         eps: f32,
         weight: &Self::Vector,
     );
-    /// `out[T, N] = x[T, K] W^T + bias`, dense rows.
-    fn linear_apply(&self, out: &mut Self::Buffer, x: &Self::Buffer, row_count: usize, linear: &Self::Linear, bias: Option<&Self::Vector>);
-    /// `acc[T, N] += x[T, K] W^T + bias`, dense rows: the bits of [`Ops::linear_apply`] and then [`Ops::add`].
-    fn linear_add(&self, acc: &mut Self::Buffer, x: &Self::Buffer, row_count: usize, linear: &Self::Linear, bias: Option<&Self::Vector>);
-    /// `out[T, N/2] = act(y[t, j]) * y[t, N/2 + j]` where `y[T, N] = x[T, K] W^T + bias`, dense rows: the bits of
-    /// [`Ops::linear_apply`] and then [`Ops::gate`]. The layer has two parts of equal outputs, gate and up.
-    fn linear_gate(
+    /// `y[T, N] = x[T, K] W^T + bias`, dense rows, and what becomes of y: `out` is `[T, N]`, or `[T, N/2]` of a gate.
+    fn linear_apply(
         &self,
         out: &mut Self::Buffer,
         x: &Self::Buffer,
         row_count: usize,
         linear: &Self::Linear,
         bias: Option<&Self::Vector>,
-        activation: Activation,
+        finish: Finish,
     );
-    /// Several layers in one call, a few rows each: `out[t, n] = x[t, K] W^T + bias` by the layer of the run that row t is in.
+    /// Several layers in one call, a few rows each: `y[t, n] = x[t, K] W^T + bias` by the layer of the run that row t is in, and what becomes of it.
     /// The runs' rows are disjoint and ascending; rows of no run stay as they are. A layer reads its K inputs from the
-    /// beginning of `inputs` and writes its N outputs from the beginning of `outputs`, so ranks of adapters may be mixed: the
-    /// shrink `h = x A^T` and the expand `y += h B^T` ([`Ops::linear_runs_add`]) are one call each. The bits are those of [`Ops::linear_apply`]
+    /// beginning of `inputs` and writes its outputs from the beginning of `outputs`, so ranks of adapters may be mixed: the
+    /// shrink `h = x A^T` and the expand `y += h B^T` ([`Finish::Add`]) are one call each. The bits are those of [`Ops::linear_apply`]
     /// for each run alone.
     fn linear_runs(
         &self,
@@ -400,26 +407,7 @@ pub trait Ops: Send + Sync + 'static {
         x: &Self::Buffer,
         inputs: Columns,
         runs: &[LinearRun<'_, Self::Linear, Self::Vector>],
-    );
-    /// `acc[t, n] += y[t, n]`, where y is what [`Ops::linear_runs`] gives.
-    fn linear_runs_add(
-        &self,
-        acc: &mut Self::Buffer,
-        outputs: Columns,
-        x: &Self::Buffer,
-        inputs: Columns,
-        runs: &[LinearRun<'_, Self::Linear, Self::Vector>],
-    );
-    /// `out[t, j] = act(y[t, j]) * y[t, N/2 + j]`, where y is what [`Ops::linear_runs`] gives: [`Ops::linear_gate`] for several layers, which are
-    /// as there.
-    fn linear_runs_gate(
-        &self,
-        out: &mut Self::Buffer,
-        outputs: Columns,
-        x: &Self::Buffer,
-        inputs: Columns,
-        runs: &[LinearRun<'_, Self::Linear, Self::Vector>],
-        activation: Activation,
+        finish: Finish,
     );
     /// Cosines and sines of `positions x inverse frequencies`, times `attention_factor`: row t is
     /// `[cos 0..R/2 | sin 0..R/2]` where R/2 = the length of `inverse_frequencies`.

@@ -14,7 +14,7 @@ pub use crate::table::Table;
 
 use crate::format::{CodeRow, TensorView, dequantise};
 use crate::ops::{
-    Activation, AttentionShape, Bf16Compute, Columns, DiagonalPart, KvPlace, KvShape, LinearRun, NormKind, Ops, PackError, Query,
+    Activation, AttentionShape, Bf16Compute, Columns, DiagonalPart, Finish, KvPlace, KvShape, LinearRun, NormKind, Ops, PackError, Query,
 };
 pub use attention::Kv;
 #[cfg(test)]
@@ -148,82 +148,38 @@ impl Ops for Reference {
         }
     }
 
-    fn linear_apply(&self, out: &mut Vec<f32>, x: &Vec<f32>, row_count: usize, linear: &Linear, bias: Option<&Vec<f32>>) {
-        for row in 0..row_count {
-            linear.row(
-                &mut out[row * linear.outputs()..][..linear.outputs()],
-                &x[row * linear.inputs()..][..linear.inputs()],
-                bias.map(Vec::as_slice),
-            );
-        }
+    fn linear_apply(&self, out: &mut Vec<f32>, x: &Vec<f32>, row_count: usize, linear: &Linear, bias: Option<&Vec<f32>>, finish: Finish) {
+        let outputs = if let Finish::Gate(_) = finish { linear.outputs() / 2 } else { linear.outputs() };
+        let runs = [LinearRun { linear, bias, rows: 0..row_count }];
+        self.linear_runs(out, Columns::dense(outputs), x, Columns::dense(linear.inputs()), &runs, finish);
     }
 
-    fn linear_add(&self, acc: &mut Vec<f32>, x: &Vec<f32>, row_count: usize, linear: &Linear, bias: Option<&Vec<f32>>) {
-        let mut y = vec![0.0; row_count * linear.outputs()];
-        self.linear_apply(&mut y, x, row_count, linear, bias);
-        self.add(acc, &y, row_count * linear.outputs());
-    }
-
-    fn linear_gate(
-        &self,
-        out: &mut Vec<f32>,
-        x: &Vec<f32>,
-        row_count: usize,
-        linear: &Linear,
-        bias: Option<&Vec<f32>>,
-        activation: Activation,
-    ) {
-        let mut y = vec![0.0; row_count * linear.outputs()];
-        self.linear_apply(&mut y, x, row_count, linear, bias);
-        self.gate(out, &y, row_count, linear.outputs() / 2, activation);
-    }
-
-    fn linear_runs(&self, out: &mut Vec<f32>, outputs: Columns, x: &Vec<f32>, inputs: Columns, runs: &[LinearRun<'_, Linear, Vec<f32>>]) {
-        for LinearRun { linear, bias, rows } in runs {
-            for row in rows.clone() {
-                let x = &x[row * inputs.stride + inputs.offset..][..linear.inputs()];
-                let out = &mut out[row * outputs.stride + outputs.offset..][..linear.outputs()];
-                linear.row(out, x, bias.map(Vec::as_slice));
-            }
-        }
-    }
-
-    fn linear_runs_add(
-        &self,
-        acc: &mut Vec<f32>,
-        outputs: Columns,
-        x: &Vec<f32>,
-        inputs: Columns,
-        runs: &[LinearRun<'_, Linear, Vec<f32>>],
-    ) {
-        let mut y = vec![0.0; acc.len()];
-        self.linear_runs(&mut y, outputs, x, inputs, runs);
-        for LinearRun { linear, rows, .. } in runs {
-            for row in rows.clone() {
-                for columns in linear.columns() {
-                    let at = row * outputs.stride + outputs.offset + columns.start;
-                    acc[at..][..columns.len()].iter_mut().zip(&y[at..]).for_each(|(acc, y)| *acc += y);
-                }
-            }
-        }
-    }
-
-    fn linear_runs_gate(
+    fn linear_runs(
         &self,
         out: &mut Vec<f32>,
         outputs: Columns,
         x: &Vec<f32>,
         inputs: Columns,
         runs: &[LinearRun<'_, Linear, Vec<f32>>],
-        activation: Activation,
+        finish: Finish,
     ) {
         for LinearRun { linear, bias, rows } in runs {
-            let width = linear.outputs() / 2;
             for row in rows.clone() {
-                let (mut y, mut gated) = (vec![0.0; 2 * width], vec![0.0; width]);
+                let mut y = vec![0.0; linear.outputs()];
                 linear.row(&mut y, &x[row * inputs.stride + inputs.offset..][..linear.inputs()], bias.map(Vec::as_slice));
-                self.gate(&mut gated, &y, 1, width, activation);
-                out[row * outputs.stride + outputs.offset..][..width].copy_from_slice(&gated);
+                let out = &mut out[row * outputs.stride + outputs.offset..];
+                if let Finish::Gate(activation) = finish {
+                    let (gate, up) = y.split_at(y.len() / 2);
+                    let pairs = gate.iter().zip(up);
+                    out.iter_mut().zip(pairs).for_each(|(out, (gate, up))| *out = math::activate(*gate, activation) * up);
+                    continue;
+                }
+                // Outputs of no part stay.
+                for columns in linear.columns() {
+                    for (out, y) in out[columns.clone()].iter_mut().zip(&y[columns]) {
+                        *out = if finish == Finish::Add { *out + y } else { *y };
+                    }
+                }
             }
         }
     }

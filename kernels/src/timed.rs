@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::format::TensorView;
-use crate::ops::{Activation, AttentionShape, Columns, DiagonalPart, KvPlace, KvShape, LinearRun, NormKind, Ops, PackError, Query};
+use crate::ops::{Activation, AttentionShape, Columns, DiagonalPart, Finish, KvPlace, KvShape, LinearRun, NormKind, Ops, PackError, Query};
 
 /// Calls of one op and their time.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -51,6 +51,15 @@ impl<B: Ops> Timed<B> {
         entry.calls += 1;
         entry.time += time;
         result
+    }
+}
+
+/// The name by what becomes of the outputs: stored, added, gated.
+fn named(finish: Finish, [store, add, gate]: [&'static str; 3]) -> &'static str {
+    match finish {
+        Finish::Store => store,
+        Finish::Add => add,
+        Finish::Gate(_) => gate,
     }
 }
 
@@ -137,22 +146,17 @@ impl<B: Ops> Ops for Timed<B> {
     ) {
         self.time("norm_heads", |b| b.norm_heads(buffer, rows, columns, head_dim, weight_offset, eps, weight));
     }
-    fn linear_apply(&self, out: &mut B::Buffer, x: &B::Buffer, row_count: usize, linear: &B::Linear, bias: Option<&B::Vector>) {
-        self.time("linear", |b| b.linear_apply(out, x, row_count, linear, bias));
-    }
-    fn linear_add(&self, acc: &mut B::Buffer, x: &B::Buffer, row_count: usize, linear: &B::Linear, bias: Option<&B::Vector>) {
-        self.time("linear_add", |b| b.linear_add(acc, x, row_count, linear, bias));
-    }
-    fn linear_gate(
+    fn linear_apply(
         &self,
         out: &mut B::Buffer,
         x: &B::Buffer,
         row_count: usize,
         linear: &B::Linear,
         bias: Option<&B::Vector>,
-        activation: Activation,
+        finish: Finish,
     ) {
-        self.time("linear_gate", |b| b.linear_gate(out, x, row_count, linear, bias, activation));
+        let name = named(finish, ["linear", "linear_add", "linear_gate"]);
+        self.time(name, |b| b.linear_apply(out, x, row_count, linear, bias, finish));
     }
     fn linear_runs(
         &self,
@@ -161,29 +165,10 @@ impl<B: Ops> Ops for Timed<B> {
         x: &B::Buffer,
         inputs: Columns,
         runs: &[LinearRun<'_, B::Linear, B::Vector>],
+        finish: Finish,
     ) {
-        self.time("linear_runs", |b| b.linear_runs(out, outputs, x, inputs, runs));
-    }
-    fn linear_runs_add(
-        &self,
-        acc: &mut B::Buffer,
-        outputs: Columns,
-        x: &B::Buffer,
-        inputs: Columns,
-        runs: &[LinearRun<'_, B::Linear, B::Vector>],
-    ) {
-        self.time("linear_runs_add", |b| b.linear_runs_add(acc, outputs, x, inputs, runs));
-    }
-    fn linear_runs_gate(
-        &self,
-        out: &mut B::Buffer,
-        outputs: Columns,
-        x: &B::Buffer,
-        inputs: Columns,
-        runs: &[LinearRun<'_, B::Linear, B::Vector>],
-        activation: Activation,
-    ) {
-        self.time("linear_runs_gate", |b| b.linear_runs_gate(out, outputs, x, inputs, runs, activation));
+        let name = named(finish, ["linear_runs", "linear_runs_add", "linear_runs_gate"]);
+        self.time(name, |b| b.linear_runs(out, outputs, x, inputs, runs, finish));
     }
     fn rope_rows(&self, out: &mut B::Buffer, positions: &[u32], inverse_frequencies: &B::Vector, attention_factor: f32) {
         self.time("rope_rows", |b| b.rope_rows(out, positions, inverse_frequencies, attention_factor));

@@ -310,17 +310,16 @@ impl<B: Ops> Device<B> {
         let mut order: Vec<(usize, &Rows)> =
             batch.strands().enumerate().flat_map(|(number, (_, rows))| rows.iter().map(move |rows| (number, rows))).collect();
         order.sort_by_key(|(strand, rows)| (!matches!(rows.output, RowOutput::Hidden(_)), *strand, self.adapters.key(rows)));
-        let mut strands: Vec<(usize, Strand<'_, B>)> = Vec::new();
-        let mut end = 0;
+        let (mut strands, mut latest, mut end): (Vec<Strand<'_, B>>, _, _) = (Vec::new(), None, 0);
         for (number, rows) in &order {
             let begin = end;
             end += rows.count as usize;
-            match strands.last_mut() {
-                Some((latest, strand)) if latest == number => strand.rows.end = end,
-                _ => strands.push((*number, Strand { rows: begin..end, blocks: &chains[*number] })),
+            match strands.last_mut().filter(|_| latest == Some(*number)) {
+                Some(strand) => strand.rows.end = end,
+                None => strands.push(Strand { rows: begin..end, blocks: &chains[*number] }),
             }
+            latest = Some(*number);
         }
-        let strands: Vec<Strand<'_, B>> = strands.into_iter().map(|(_, strand)| strand).collect();
         let order: Vec<&Rows> = order.into_iter().map(|(_, rows)| rows).collect();
         let row_count = batch.row_count as usize;
 

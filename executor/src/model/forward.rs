@@ -5,7 +5,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use ashlar_kernels::ops::{Activation, Columns, KvPlace, KvShape, LinearRun, Ops, PackError, PageLayout, Query};
+use ashlar_kernels::ops::{Columns, Finish, KvPlace, KvShape, LinearRun, Ops, PackError, PageLayout, Query};
 
 use super::adapter::{LoadedAdapter, Projection};
 use super::block::{Attention, Embed, FeedForward, Head, HeadNorm, Kind, LoadedBlock, NormWeights};
@@ -390,14 +390,6 @@ enum Target {
     Logits,
 }
 
-/// What becomes of a layer's outputs.
-#[derive(Debug, Clone, Copy)]
-enum Finish {
-    Store,
-    Add,
-    Gate(Activation),
-}
-
 /// What goes back to the residual stream.
 struct Second<'a, B: Ops> {
     linear: &'a B::Linear,
@@ -428,11 +420,7 @@ impl<B: Ops> Workspace<B> {
         };
         if let [_] = blocks.strands {
             let (rows, (linear, bias)) = (blocks.row_count(), layer(blocks.first()));
-            return match finish {
-                Finish::Store => ops.linear_apply(onto, from, rows, linear, bias),
-                Finish::Add => ops.linear_add(onto, from, rows, linear, bias),
-                Finish::Gate(activation) => ops.linear_gate(onto, from, rows, linear, bias, activation),
-            };
+            return ops.linear_apply(onto, from, rows, linear, bias, finish);
         }
         let (inputs, outputs) = (Columns::dense(x.1), Columns::dense(out.1));
         let mut calls = recycled(std::mem::take(&mut self.runs));
@@ -440,11 +428,7 @@ impl<B: Ops> Workspace<B> {
             let (linear, bias) = layer(block);
             LinearRun { linear, bias, rows }
         }));
-        match finish {
-            Finish::Store => ops.linear_runs(onto, outputs, from, inputs, &calls),
-            Finish::Add => ops.linear_runs_add(onto, outputs, from, inputs, &calls),
-            Finish::Gate(activation) => ops.linear_runs_gate(onto, outputs, from, inputs, &calls, activation),
-        }
+        ops.linear_runs(onto, outputs, from, inputs, &calls, finish);
         self.runs = recycled(calls);
     }
 
@@ -488,7 +472,7 @@ impl<B: Ops> Workspace<B> {
             Operand::Inner => &self.inner.buffer,
             Operand::Wide => &self.wide.buffer,
         };
-        ops.linear_runs(&mut self.low.buffer, low_at, from, Columns::dense(x.1), &calls);
+        ops.linear_runs(&mut self.low.buffer, low_at, from, Columns::dense(x.1), &calls, Finish::Store);
         calls.clear();
         calls.extend(runs().map(|(rows, low)| LinearRun { linear: &low.expand, bias: None, rows }));
         let onto = match out.0 {
@@ -497,7 +481,7 @@ impl<B: Ops> Workspace<B> {
             Target::Hidden => &mut self.hidden.buffer,
             Target::Inner | Target::Logits => unreachable!("no adapter writes there"),
         };
-        ops.linear_runs_add(onto, Columns::dense(out.1), &self.low.buffer, low_at, &calls);
+        ops.linear_runs(onto, Columns::dense(out.1), &self.low.buffer, low_at, &calls, Finish::Add);
         self.runs = recycled(calls);
     }
 }

@@ -13,8 +13,8 @@ const AGAIN_BATCHES: u64 = 256;
 
 impl Engine {
     /// Adds to the rows that were chosen at a segment those that are ready at its twins, as strands of their own: decodes, and of segments that lose no
-    /// more by not waiting for siblings. False if there are none, or if it does not pay. Rows that are due run without waiting for others, and what
-    /// is not known to take less than a batch may take, and than it has taken alone, is not added.
+    /// more than this one by not waiting for siblings. False if there are none, or if it does not pay. A row that is due waits for no others; and
+    /// a twin comes along only if it is known what it costs alone, and all together is within what a batch may take.
     pub(crate) fn join_abreast(
         &mut self,
         segment: SegmentIndex,
@@ -23,44 +23,44 @@ impl Engine {
         room: &mut Room,
         chosen: &mut Vec<Chosen>,
     ) -> bool {
-        if self.ready.twins(segment).next().is_none() {
-            return false;
-        }
-        let is_decode = |chosen: &Chosen| chosen.count == 1 && self.sequences[chosen.sequence].decodes(chosen.step);
-        let rows = chosen.len() as u32;
-        let Some(mut micros) = self.known_micros(segment, rows).filter(|_| self.limits.strands_max > 1) else { return false };
-        if !chosen.iter().all(is_decode) || chosen.iter().any(|chosen| self.is_due(chosen, urgent)) {
-            return false;
-        }
-        let most = match self.limits.batch_ms_max {
-            0 => f64::INFINITY,
-            most => f64::from(most) * 1e3,
-        };
-        let lost = self.lost_now(segment, rows);
         let mut twins = std::mem::take(&mut self.twins);
-        twins.extend(self.ready.twins(segment).filter(|twin| {
-            let (decodes, chunks) = self.ready.counts(*twin);
-            chunks == 0 && self.known_micros(*twin, decodes).is_some() && self.lost_now(*twin, decodes) <= lost
-        }));
-        twins.truncate(self.limits.strands_max as usize - 1);
-        let mut strand = 0;
-        for twin in twins.drain(..) {
-            let decodes = self.ready.counts(twin).0;
-            let more = self.known_micros(twin, decodes).unwrap_or(f64::INFINITY);
-            let pays = self.clock.abreast * (micros + more) <= micros + more + self.clock.between * f64::from(strand + 1);
+        twins.extend(self.ready.twins(segment));
+        let (rows, mut strand) = (chosen.len() as u32, 0);
+        let is_decode = |chosen: &Chosen| chosen.count == 1 && self.sequences[chosen.sequence].decodes(chosen.step);
+        let may_join = !twins.is_empty() && chosen.iter().all(|chosen| is_decode(chosen) && !self.is_due(chosen, urgent));
+        if let Some(mut micros) = self.known_micros(segment, rows).filter(|_| may_join) {
+            let lost = self.lost_now(segment, rows);
+            let most = match self.limits.batch_ms_max {
+                0 => f64::INFINITY,
+                most => f64::from(most) * 1e3,
+            };
             let tries = self.latest_batch().0.is_multiple_of(AGAIN_BATCHES);
-            if decodes > room.rows || micros + more > most || !(pays || tries) {
-                continue;
+            for twin in twins.iter().copied() {
+                if strand + 1 == self.limits.strands_max {
+                    break;
+                }
+                let (decodes, chunks) = self.ready.counts(twin);
+                // With a prompt's rows it runs by itself.
+                let more = if chunks == 0 { self.known_micros(twin, decodes) } else { None };
+                let Some(more) = more else { continue };
+                let all = micros + more;
+                let pays = self.clock.abreast * all <= all + self.clock.between * f64::from(strand + 1);
+                let fits = decodes <= room.rows && all <= most;
+                if !fits || !(pays || tries) || self.lost_now(twin, decodes) > lost {
+                    continue;
+                }
+                self.ready.take(twin, taken);
+                taken.decodes.sort_unstable();
+                let before = chosen.len();
+                for entry in taken.decodes.drain(..) {
+                    self.choose(twin, entry, true, strand + 1, room, chosen);
+                }
+                if chosen.len() > before {
+                    (strand, micros) = (strand + 1, all);
+                }
             }
-            micros += more;
-            self.ready.take(twin, taken);
-            taken.decodes.sort_unstable();
-            let before = chosen.len();
-            for entry in taken.decodes.drain(..) {
-                self.choose(twin, entry, true, strand + 1, room, chosen);
-            }
-            strand += u32::from(chosen.len() > before);
         }
+        twins.clear();
         self.twins = twins;
         strand > 0
     }

@@ -10,7 +10,7 @@ use super::{Rotation, Rows, random_layer};
 use crate::cpu::probe::{Reader, bf16_pass, int8_pass};
 use crate::cpu::{Cpu, CpuOptions, Linear};
 use crate::format::Dtype;
-use crate::ops::{Bf16Compute, Columns, KvFormat, LinearRun, Ops, PackError};
+use crate::ops::{Bf16Compute, Columns, Finish, KvFormat, LinearRun, Ops, PackError};
 
 /// How long to measure, and how much memory to rotate through.
 #[derive(Debug, Clone, Copy)]
@@ -182,7 +182,7 @@ impl Claim {
                 let mut call = || {
                     let layers = runs.next().expect("a cycle of at least one call");
                     let runs: [_; RUNS] = std::array::from_fn(|row| LinearRun { linear: &layers[row], bias: None, rows: row..row + 1 });
-                    cpu.linear_runs(&mut rows.out, Columns::dense(outputs), &rows.x, Columns::dense(inputs), &runs);
+                    cpu.linear_runs(&mut rows.out, Columns::dense(outputs), &rows.x, Columns::dense(inputs), &runs, Finish::Store);
                 };
                 alternate(&mut call, &mut || _ = reader.pass(cpu), &share)
             }

@@ -21,18 +21,7 @@ use super::pack::{LANES, Linear, Part, Weights};
 use super::rounded::{ROUND_ROWS, RoundRows, Rounded};
 use super::segments::Attended;
 use super::{Buffer, Cpu};
-use crate::ops::{Activation, Columns, LinearRun};
-
-/// What becomes of `y`.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) enum Finish {
-    /// `out = y`.
-    Store,
-    /// `out += y`.
-    Add,
-    /// `out = act(gate) * up`, where `y` is `[gate | up]`.
-    Gate(Activation),
-}
+use crate::ops::{Activation, Columns, Finish, LinearRun};
 
 /// Panels that one call of the tile code goes through: at step k of `count` stream c is at panel `first + k + c * distance`.
 /// For one row there are several streams, far apart: each runs on from unit to unit, so that what it reads next is known.

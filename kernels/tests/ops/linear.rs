@@ -3,20 +3,12 @@
 use super::values::{Random, Tensor};
 use super::{Case, assert_same, backends, backends_of, check, download, upload};
 use ashlar_kernels::format::Dtype;
-use ashlar_kernels::ops::{Activation, Bf16Compute, Ops, PackError};
+use ashlar_kernels::ops::{Activation, Bf16Compute, Finish, Ops, PackError};
 use ashlar_kernels::reference::Reference;
 use proptest::prelude::*;
 
-/// Which of the ops of a linear layer.
-#[derive(Clone, Copy, PartialEq)]
-enum Op {
-    Apply,
-    Add,
-    Gate(Activation),
-}
-
 pub(super) struct LinearCase {
-    op: Op,
+    finish: Finish,
     x: Vec<f32>,
     row_count: usize,
     parts: Vec<Tensor>,
@@ -47,7 +39,7 @@ impl LinearCase {
     }
 
     pub(super) fn of(x: Vec<f32>, row_count: usize, parts: Vec<Tensor>) -> Self {
-        Self { op: Op::Apply, x, row_count, parts, bias: None, bf16_compute: Bf16Compute::F32 }
+        Self { finish: Finish::Store, x, row_count, parts, bias: None, bf16_compute: Bf16Compute::F32 }
     }
 
     /// The same on devices that compute bf16 weights from bf16.
@@ -57,12 +49,12 @@ impl LinearCase {
 
     /// The layer added to what is there, then gated: equal bits for both.
     pub(super) fn check_added_and_gated(mut self, random: &mut Random) {
-        self.op = Op::Add;
+        self.finish = Finish::Add;
         check(&self);
         let up = random.tensor(self.parts[0].dtype, self.parts[0].rows, self.inputs());
         self.parts.push(up);
         self.bias = self.bias.map(|bias| [bias.clone(), bias].concat());
-        self.op = Op::Gate(random.pick(&[Activation::Silu, Activation::GeluTanh, Activation::Gelu, Activation::Relu]));
+        self.finish = Finish::Gate(random.pick(&[Activation::Silu, Activation::GeluTanh, Activation::Gelu, Activation::Relu]));
         check(&self);
     }
 }
@@ -78,19 +70,13 @@ impl Case for LinearCase {
         let bias = self.bias.as_ref().map(|bias| ops.vector_f32(bias).unwrap());
         let x = upload(ops, &self.x);
         let len = self.row_count * self.outputs();
-        let mut out = match self.op {
-            Op::Add => upload(ops, &(0..len).map(|i| (i % 37) as f32 * 0.25 - 3.0).collect::<Vec<_>>()),
+        let mut out = match self.finish {
+            Finish::Add => upload(ops, &(0..len).map(|i| (i % 37) as f32 * 0.25 - 3.0).collect::<Vec<_>>()),
             // What a buffer held before must not matter.
-            Op::Apply | Op::Gate(_) => upload(ops, &vec![f32::NAN; len]),
+            Finish::Store | Finish::Gate(_) => upload(ops, &vec![f32::NAN; len]),
         };
-        match self.op {
-            Op::Apply => ops.linear_apply(&mut out, &x, self.row_count, &linear, bias.as_ref()),
-            Op::Add => ops.linear_add(&mut out, &x, self.row_count, &linear, bias.as_ref()),
-            Op::Gate(activation) => {
-                ops.linear_gate(&mut out, &x, self.row_count, &linear, bias.as_ref(), activation);
-                return download(ops, &out, len / 2);
-            }
-        }
+        ops.linear_apply(&mut out, &x, self.row_count, &linear, bias.as_ref(), self.finish);
+        let len = if let Finish::Gate(_) = self.finish { len / 2 } else { len };
         download(ops, &out, len)
     }
 }
@@ -109,7 +95,7 @@ pub(super) fn check_rows(case: &LinearCase, random: &mut Random) {
         let bias = case.bias.as_ref().map(|bias| cpu.vector_f32(bias).unwrap());
         let x = upload(cpu, &case.x[row * inputs..][..inputs]);
         let mut out = cpu.buffer(outputs).unwrap();
-        cpu.linear_apply(&mut out, &x, 1, &linear, bias.as_ref());
+        cpu.linear_apply(&mut out, &x, 1, &linear, bias.as_ref(), case.finish);
         assert_same(&format!("{}, row {row} alone", cpu.describe()), &batch[row * outputs..][..outputs], &download(cpu, &out, outputs));
     }
 }

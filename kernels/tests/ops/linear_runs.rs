@@ -1,7 +1,7 @@
 //! Several layers in one call: equal bits over runs of different layers, formats and ranks, and those of each run alone.
 
 use ashlar_kernels::format::Dtype;
-use ashlar_kernels::ops::{Activation, Bf16Compute, Columns, DiagonalPart, LinearRun, Ops};
+use ashlar_kernels::ops::{Activation, Bf16Compute, Columns, DiagonalPart, Finish, LinearRun, Ops};
 use ashlar_kernels::reference::Reference;
 use proptest::prelude::*;
 
@@ -26,14 +26,6 @@ struct RunsCase {
     runs: Vec<Run>,
     finish: Finish,
     bf16_compute: Bf16Compute,
-}
-
-/// What becomes of the outputs.
-#[derive(Debug, Clone, Copy)]
-enum Finish {
-    Store,
-    Add,
-    Gate(Activation),
 }
 
 impl RunsCase {
@@ -129,11 +121,7 @@ impl Case for RunsCase {
         let layers: Vec<_> = self.runs.iter().map(|run| run.load(ops)).collect();
         let runs: Vec<_> =
             layers.iter().zip(self.rows()).map(|((linear, bias), rows)| LinearRun { linear, bias: bias.as_ref(), rows }).collect();
-        match self.finish {
-            Finish::Store => ops.linear_runs(&mut out, self.outputs, &x, self.inputs, &runs),
-            Finish::Add => ops.linear_runs_add(&mut out, self.outputs, &x, self.inputs, &runs),
-            Finish::Gate(activation) => ops.linear_runs_gate(&mut out, self.outputs, &x, self.inputs, &runs, activation),
-        }
+        ops.linear_runs(&mut out, self.outputs, &x, self.inputs, &runs, self.finish);
         download(ops, &out, self.out.len())
     }
 }
@@ -150,11 +138,7 @@ fn check_alone(case: &RunsCase, got: &[f32]) {
                 let at = row * case.outputs.stride + case.outputs.offset + first_output;
                 let mut out = upload(cpu, &case.out[at..][..outputs]);
                 let x = upload(cpu, &case.x[row * case.inputs.stride + case.inputs.offset + first_input..][..part.cols]);
-                match case.finish {
-                    Finish::Store => cpu.linear_apply(&mut out, &x, 1, &linear, bias.as_ref()),
-                    Finish::Add => cpu.linear_add(&mut out, &x, 1, &linear, bias.as_ref()),
-                    Finish::Gate(_) => unreachable!("gates are of whole layers"),
-                }
+                cpu.linear_apply(&mut out, &x, 1, &linear, bias.as_ref(), case.finish);
                 expected[at..][..outputs].copy_from_slice(&download(cpu, &out, outputs));
             }
         }
@@ -206,7 +190,7 @@ proptest! {
                 let at = row * case.outputs.stride + offset;
                 let mut out = upload(cpu, &case.out[at..][..width]);
                 let x = upload(cpu, &case.x[row * case.inputs.stride + case.inputs.offset..][..run.inputs()]);
-                cpu.linear_gate(&mut out, &x, 1, &linear, bias.as_ref(), activation);
+                cpu.linear_apply(&mut out, &x, 1, &linear, bias.as_ref(), case.finish);
                 expected[at..][..width].copy_from_slice(&download(cpu, &out, width));
             }
         }
@@ -245,7 +229,7 @@ fn runs_that_share_a_row_are_refused() {
     let linear = cpu.linear(&[weights.view()]).unwrap();
     let (x, mut out) = (upload(cpu, &[0.0; 9]), upload(cpu, &[0.0; 6]));
     let run = |rows| LinearRun { linear: &linear, bias: None, rows };
-    cpu.linear_runs(&mut out, Columns::dense(2), &x, Columns::dense(3), &[run(0..2), run(1..3)]);
+    cpu.linear_runs(&mut out, Columns::dense(2), &x, Columns::dense(3), &[run(0..2), run(1..3)], Finish::Store);
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use ashlar_kernels::cpu::{Cpu, CpuOptions, Isa};
 use ashlar_kernels::format::{Dtype, TensorView};
-use ashlar_kernels::ops::Ops;
+use ashlar_kernels::ops::{Finish, Ops};
 use ashlar_kernels::reference::Reference;
 
 use super::attention::Chunk;
@@ -52,7 +52,7 @@ fn values_at<O: Ops>(ops: &O, tensor: &Tensor, remainder: usize, x: &[f32], row_
     let view = TensorView { bytes: &memory[range], ..tensor.view() };
     let linear = ops.linear(&[view]).unwrap();
     let mut out = ops.buffer(row_count * tensor.rows).unwrap();
-    ops.linear_apply(&mut out, &upload(ops, x), row_count, &linear, None);
+    ops.linear_apply(&mut out, &upload(ops, x), row_count, &linear, None, Finish::Store);
 
     let table = ops.table(view, Arc::<Vec<u8>>::clone(&memory)).unwrap();
     let mut rows = ops.buffer(2 * tensor.cols).unwrap();

@@ -77,6 +77,21 @@ fn models_that_share_nothing_run_abreast_as_wholes() {
     assert_eq!(node.strands_most, 4);
 }
 
+/// Where strands in one batch take twice what they take one after another, that is seen once, and then once in 256 batches.
+#[test]
+fn segments_do_not_run_abreast_where_that_does_not_pay() {
+    let mut node = Node::new(Limits { prefix_cache: false, batches_in_flight_max: 1, ..limits(400, 64, 64) });
+    node.forms = form;
+    node.cost_us = Some(|batch| cost_us(batch) * if batch.strands.len() > 1 { 2 } else { 1 });
+    let spans: Vec<_> = chains()[..3].iter().map(|blocks| node.host(blocks, &[])).collect();
+    for (number, span) in spans.into_iter().enumerate() {
+        node.admit(admit(number as u64, span, &[3, 1, 4], 200, 0));
+    }
+    node.run_dry();
+    let (abreast, all) = (node.pictures.iter().filter(|picture| picture.contains('|')).count(), node.pictures.len());
+    assert!((1..=1 + all / 128).contains(&abreast), "{abreast} of {all} batches");
+}
+
 /// A pass takes 12 ms: two blocks of each of three, and six that are shared. Rows whose next token would be late after another pass run alone; where no
 /// order keeps the target, they are all sooner done abreast.
 #[test]
