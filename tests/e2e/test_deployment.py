@@ -1,6 +1,5 @@
 """Targets of a deployment, set while the server runs, reach the executor with the requests that come from then on."""
 
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -28,9 +27,8 @@ def lasting_serve(zoo, tmp_path):
 
 
 def deploy(serve, zoo: Path, *words) -> str:
-    command = [servers.BINARY, "deploy", *words, "--registry", serve.registry, "--zoo", zoo]
-    done = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True, timeout=60)
-    assert done.stderr == ""
+    done = servers.ashlar("deploy", *words, "--registry", serve.registry, "--zoo", zoo)
+    assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
 
 

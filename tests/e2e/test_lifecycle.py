@@ -4,7 +4,6 @@ import json
 import shutil
 import signal
 import socket
-import subprocess
 import time
 
 import pytest
@@ -92,7 +91,8 @@ def own_serve(tmp_path):
 
 
 def zoo_command(serve, *words):
-    subprocess.run([servers.BINARY, "zoo", *words, "--zoo", serve.zoo], check=True, capture_output=True, timeout=60)
+    done = servers.ashlar("zoo", *words, "--zoo", serve.zoo)
+    assert done.returncode == 0, done.stderr
 
 
 def test_what_runs_outlasts_a_change_of_its_name(own_serve):
