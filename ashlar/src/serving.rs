@@ -1,7 +1,7 @@
 //! The file `.serving` beside the file of a registry: one `ashlar serve` at a time holds it, and writes into it where its executor answers
 //! operators. (Records under leases are in the memory of their process, so no other process finds them in the registry's file.)
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io::Write;
 use std::net::SocketAddr;
 
@@ -24,8 +24,12 @@ impl Serving {
         let path = format!("{registry}.serving");
         // It is not truncated before it is held: another server's address may be in it.
         let file = OpenOptions::new().write(true).create(true).truncate(false).open(&path).with_context(|| format!("create {path}"))?;
-        if file.try_lock().is_err() {
-            bail!("hold {registry}: another `ashlar serve` runs on it; give this one --registry memory: or a file of its own");
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                bail!("hold {registry}: another `ashlar serve` runs on it; give this one --registry memory: or a file of its own");
+            }
+            Err(TryLockError::Error(error)) => return Err(error).with_context(|| format!("lock {path}")),
         }
         // A server that was killed left its address.
         file.set_len(0).with_context(|| format!("write {path}"))?;

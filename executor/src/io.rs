@@ -10,3 +10,4 @@ pub mod hosting;
 pub mod links;
 pub mod metrics;
 pub mod service;
+mod told;

@@ -23,9 +23,10 @@ pub use super::handle::{ExecutorHandle, SequenceEvents};
 use super::hosting::{HostedSpan, SpanKey};
 use super::links::Links;
 use super::metrics::ExecutorMetrics;
+use super::told::{failed, failed_event, failure, sampled_token, token_event};
 use crate::model::outputs::{WeightBytes, total_bytes};
 use crate::model::sampler::{Sampler, SamplerParams};
-use crate::state::batch::{RowInput, SampledToken, SequenceId};
+use crate::state::batch::{RowInput, SequenceId};
 use crate::state::engine::{Engine, Output};
 use crate::state::limits::Limits;
 use crate::state::sequence::{Admit, Reason, SpanIndex};
@@ -497,16 +498,10 @@ impl<B: Ops> Driver<B> {
                     return;
                 }
                 let position = attachment.prompt_tokens + token.index;
-                let top = token.top.iter().map(|t| (t.token, t.logprob)).collect();
-                self.engine.handle_link_token(id, position, SampledToken { token: token.token, logprob: token.logprob, top });
+                self.engine.handle_link_token(id, position, sampled_token(token));
             }
             Some(Frame::Failed(failed)) => {
-                let code = Code::parse(&failed.code).unwrap_or(Code::Internal);
-                let retry = match failed.retry() {
-                    v1::Retry::Elsewhere => Retry::Elsewhere,
-                    v1::Retry::Same => Retry::Same,
-                    v1::Retry::Never | v1::Retry::Unspecified => Retry::Never,
-                };
+                let (code, retry) = failure(&failed);
                 self.engine.handle_failure(id, code, failed.message, retry);
             }
             // Admissions, rows and releases never come from downstream.
@@ -578,22 +573,4 @@ impl<B: Ops> Driver<B> {
             }
         }
     }
-}
-
-fn token_event(index: u32, token: SampledToken) -> v1::TokenEvent {
-    let top = token.top.iter().map(|(token, logprob)| v1::TokenLogprob { token: *token, logprob: *logprob }).collect();
-    v1::TokenEvent { index, token: token.token, logprob: token.logprob, top }
-}
-
-fn failed(code: Code, message: &str, retry: Retry) -> v1::Failed {
-    let retry = match retry {
-        Retry::Never => v1::Retry::Never,
-        Retry::Same => v1::Retry::Same,
-        Retry::Elsewhere => v1::Retry::Elsewhere,
-    };
-    v1::Failed { code: code.as_str().to_owned(), message: message.to_owned(), retry: retry.into() }
-}
-
-fn failed_event(code: Code, message: &str, retry: Retry) -> SequenceEvent {
-    SequenceEvent::Failed(failed(code, message, retry))
 }
