@@ -24,6 +24,7 @@ mod meeting;
 mod pace;
 pub mod pages;
 mod planner;
+mod prompts;
 mod ready;
 mod recut;
 mod reuse;
@@ -37,6 +38,7 @@ pub mod targets;
 mod tenants;
 #[cfg(test)]
 mod tests;
+mod waiting;
 
 use std::time::Duration;
 

@@ -122,13 +122,8 @@ impl Books {
 pub(crate) fn engine(name: &str, engine: &Engine, limits: &Limits) -> Result<(), Violation> {
     engine.check_integrity().or_else(|fault| violated("integrity", format!("{name}: {fault}")))?;
     let gauges = engine.gauges();
-    let (running, waiting) = (gauges.running_count, gauges.waiting_count);
-    let budget = |fits: bool, what: String| holds("budgets", fits, || format!("{name}: {what}"));
-    budget(running <= limits.sequences_max as usize, format!("{running} sequences run of {}", limits.sequences_max))?;
-    // Those that gave way wait beside those that were admitted.
-    let most = limits.waiting_max + limits.sequences_max;
-    budget(waiting <= most as usize, format!("{waiting} sequences wait of {most}"))?;
-    Ok(())
+    let running = gauges.running_count;
+    holds("budgets", running <= limits.sequences_max as usize, || format!("{name}: {running} sequences run of {}", limits.sequences_max))
 }
 
 /// `idle`: an engine without sequences and batches holds nothing.

@@ -120,7 +120,7 @@ impl Engine {
     /// spared by it.
     pub(crate) fn page_victim(&mut self, id: SequenceId, step: usize) -> Option<SequenceId> {
         let mine = &self.sequences[id];
-        let (priority, tenant, rank) = (mine.priority, mine.tenant, mine.rank);
+        let (priority, tenant, service_before) = (mine.priority, mine.tenant, mine.service_before);
         let (lowest, last) = self.preemptible().next().filter(|(lowest, _)| *lowest >= priority)?;
         let later = |other: &SequenceId| (lowest, *other) > (priority, id);
         if self.tenants.active_count() < 2 {
@@ -134,7 +134,7 @@ impl Engine {
             all.find(|other| self.sequences[*other].has_pages()).filter(later)
         };
         // A prompt is counted at once, so who has just started is measured by what its tenant had had then.
-        let may_take = |from: TenantIndex| from != tenant && !is_above && rank <= self.tenants.counter(from);
+        let may_take = |from: TenantIndex| from != tenant && !is_above && service_before <= self.tenants.counter(from);
         let giver_of = |of: TenantIndex| self.giver(of, lack, lowest).filter(|_| may_take(of));
         let of_above = self.above(lack).find_map(|of| latest_of(of).or_else(|| giver_of(of)));
         let victim = of_above.or_else(|| match is_above && lowest == priority {

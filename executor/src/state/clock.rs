@@ -9,6 +9,7 @@ use super::batch::{BatchId, SequenceId};
 use super::cost::{CostCurve, largest};
 use super::engine::Engine;
 use super::pace::{Pace, Paces};
+use super::prompts::PromptLine;
 use super::segments::SegmentIndex;
 use super::sequence::{PathStep, Sequence};
 use super::targets::Firsts;
@@ -73,6 +74,8 @@ pub(crate) struct Clock {
     pub(crate) paces: Paces,
     /// Sequences that run and have no token yet since they last started: of each tenant and priority by when their first one is wanted.
     pub(crate) prompts: BTreeSet<(TenantIndex, i32, Micros, SequenceId)>,
+    /// Those that never gave way, in the order in which they run.
+    pub(crate) line: PromptLine,
     /// Those whose first token has a target and is not late, by when the rest of the prompt has to begin to be in time.
     pub(crate) firsts: Firsts,
     /// For each segment: microseconds of a batch of all that decode there, and the shortest gap that one of them wants.
@@ -99,6 +102,7 @@ impl Default for Clock {
             decoding: Vec::new(),
             paces: Paces::default(),
             prompts: BTreeSet::new(),
+            line: PromptLine::default(),
             firsts: Firsts::default(),
             parts: Vec::new(),
             regroup_passes: REGROUP_PASSES,

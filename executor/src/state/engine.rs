@@ -169,7 +169,9 @@ impl Engine {
         let more = |(class, count): (ClassIndex, usize)| (count, self.pages.slot_count_max(class));
         let pages = self.span(span).pages_for(tokens, self.limits.page_tokens);
         let (needed, most) = pages.map(more).find(|(needed, most)| needed > most)?;
-        Some(format!("{tokens} tokens need {needed} KV pages, this executor has {most} for the model's shape"))
+        Some(format!(
+            "{tokens} tokens need {needed} KV pages, this executor has {most} for the model's shape (executor.kv_bytes); ask for fewer"
+        ))
     }
 
     /// Fails a sequence if so many tokens of it never fit, as they did when it was admitted: a model of another KV shape that was added since
@@ -202,11 +204,12 @@ impl Engine {
         if let Some(message) = self.never_fits(admit.span, admit.prompt_tokens.saturating_add(admit.generated_tokens_max)) {
             return Err((Code::NeverFits, message, Retry::Elsewhere));
         }
-        if self.tenants.waiting_count() >= self.limits.waiting_max as usize {
-            return Err((Code::TooManyRequests, format!("{} sequences wait already", self.tenants.waiting_count()), Retry::Elsewhere));
-        }
         let tenant = self.tenants.named(&admit.tenant, admit.weight);
         self.holdings.weigh(tenant);
+        // Who goes on where it was (its executor was lost, or it gave way here) has its place.
+        if admit.tokens.len() <= admit.prompt_tokens as usize {
+            self.make_room_to_wait(tenant, admit.priority)?;
+        }
         let (gap, first_due, wanted_at) = self.wants(&admit.targets);
         let token_at = self.clock.now;
         let span = &mut self.spans[admit.span.0 as usize];
@@ -223,6 +226,7 @@ impl Engine {
             gave_way_at: None,
             is_giver: false,
             passes: 0,
+            service_before: 0,
             rank: 0,
             stop_tokens: admit.stop_tokens,
             prompt_tokens: admit.prompt_tokens,

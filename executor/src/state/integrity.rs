@@ -42,6 +42,7 @@ impl Engine {
             }
         }
         self.tenants.check(self.sequences.iter().map(|sequence| (sequence.tenant, sequence.status == Status::Running)))?;
+        self.check_waiting()?;
         self.check_holdings()?;
         self.check_paces()?;
         self.pages.check(&held)

@@ -183,6 +183,7 @@ impl Engine {
         if prompts != self.clock.prompts {
             return Err(format!("{} prompts run, {} are listed, or others", prompts.len(), self.clock.prompts.len()));
         }
+        self.check_line()?;
         self.check_firsts()
     }
 }

@@ -7,8 +7,8 @@ use super::batch::SequenceId;
 use super::clock::Micros;
 use super::segments::SegmentIndex;
 
-/// A step of a sequence with rows ready. They run in this order: by priority, by the service that the tenant had had at the start, by
-/// arrival, and of one sequence the deeper step first.
+/// A step of a sequence with rows ready. They run in this order: by priority, by place on the line of prompts, by arrival, and of one sequence
+/// the deeper step first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Entry {
     pub(crate) priority: i32,

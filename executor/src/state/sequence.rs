@@ -160,7 +160,9 @@ pub(crate) struct Sequence {
     pub(crate) is_giver: bool,
     /// How often others went before it that were behind it in the line.
     pub(crate) passes: u32,
-    /// Service that its tenant had had when it first started: of two prompts the one with less goes first.
+    /// Service that its tenant had had when it first started.
+    pub(crate) service_before: u64,
+    /// Its place on the line of prompts that run: of two the one with less goes first.
     pub(crate) rank: u64,
     pub(crate) stop_tokens: Vec<u32>,
     pub(crate) prompt_tokens: u32,
@@ -247,6 +249,11 @@ impl Sequence {
     /// Its place among the prompts that run.
     pub(crate) fn prompt_place(&self) -> (TenantIndex, i32, Micros, SequenceId) {
         (self.tenant, self.priority, self.wanted_at, self.id)
+    }
+
+    /// Whether it ran before, here or elsewhere.
+    pub(crate) fn has_begun(&self) -> bool {
+        self.started || self.base_tokens > self.prompt_tokens
     }
 
     /// Tokens that it knows and the first step has not computed.

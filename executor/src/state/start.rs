@@ -60,12 +60,13 @@ impl Engine {
         sequence.decodes_from = if whole { sequence.tokens.len() as u32 } else { sequence.base_tokens };
         if !sequence.started {
             sequence.started = true;
-            sequence.rank = self.tenants.counter(tenant);
+            sequence.service_before = self.tenants.counter(tenant);
             let computed = sequence.prompt_tokens.saturating_sub(sequence.cached_tokens);
-            self.tenants.charge(tenant, computed, INPUT_WEIGHT);
             let waited = now.saturating_sub(sequence.admitted_at);
             let cached_tokens = sequence.cached_tokens;
             self.outputs.push_back(Output::EmitStarted { sequence: id, waited, cached_tokens });
+            self.join_line(id, computed);
+            self.tenants.charge(tenant, computed, INPUT_WEIGHT);
             self.hurry(id);
         }
         self.clock.prompts.insert(self.sequences[id].prompt_place());

@@ -66,7 +66,7 @@ impl Engine {
         self.counters.gap_target_count += u64::from(gap > 0);
         self.counters.ttft_target_count += u64::from(ttft > 0);
         let first_due = (ttft > 0).then_some(self.clock.now + ttft);
-        (gap, first_due, first_due.unwrap_or(self.clock.now + PATIENCE))
+        (gap, first_due, first_due.unwrap_or(Micros::MAX).min(self.clock.now + PATIENCE))
     }
 
     /// A sequence starts whose first token has a target: it takes the place of its tenant's prompts whose first token is wanted later, and
@@ -82,12 +82,14 @@ impl Engine {
         let later: Vec<SequenceId> = later.filter(|s| s.rank <= new.rank).map(|s| s.id).collect();
         let mut rank = new.rank;
         for later in later.into_iter().rev() {
-            std::mem::swap(&mut self.sequences[later].rank, &mut rank);
+            let its = self.sequences[later].rank;
+            self.move_in_line(later, rank);
+            rank = its;
         }
-        self.sequences[id].rank = rank;
+        self.move_in_line(id, rank);
     }
 
-    /// Sorts chunks of prompts into the order in which they run: by priority, by the service that the tenant had had, by when the first token
+    /// Sorts chunks of prompts into the order in which they run: by priority, by their place on the line of prompts, by when the first token
     /// is wanted, by arrival, and of one sequence the deeper step first.
     pub(crate) fn sort_chunks(&self, chunks: &mut [Entry]) {
         if chunks.len() > 1 {
@@ -188,6 +190,7 @@ impl Clock {
     /// A sequence that ran without a token has one, or no longer runs.
     pub(crate) fn forget_prompt(&mut self, sequence: &mut Sequence) {
         self.prompts.remove(&sequence.prompt_place());
+        self.line.remove(sequence.priority, sequence.rank, sequence.id);
         self.firsts.place(sequence, None);
     }
 }

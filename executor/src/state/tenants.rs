@@ -46,6 +46,8 @@ struct Tenant {
     running_count: u32,
     /// Its place in the line while sequences of it wait: never behind the one that it should have.
     key: Option<Key>,
+    /// Where its last prompt ends on the line of those that run (`prompts`).
+    prompts_end: u64,
 }
 
 impl Tenant {
@@ -94,7 +96,7 @@ impl Tenants {
             return known;
         }
         let index = TenantIndex(self.tenants.len() as u32);
-        self.tenants.push(Tenant { weight, counter: 0, waiting: BTreeSet::new(), running_count: 0, key: None });
+        self.tenants.push(Tenant { weight, counter: 0, waiting: BTreeSet::new(), running_count: 0, key: None, prompts_end: 0 });
         self.by_name.insert(name.to_owned(), index);
         index
     }
@@ -156,8 +158,19 @@ impl Tenants {
         std::iter::once(first).chain(others.filter(move |of| *of != first && self.counter(*of) <= most))
     }
 
+    /// Tenants of which sequences wait.
+    pub(crate) fn all_waiting(&self) -> impl Iterator<Item = TenantIndex> {
+        self.line.iter().map(|key| key.4)
+    }
+
+    /// How long a tenant's line of waiting sequences would be with so many more, over its weight.
+    pub(crate) fn line_length(&self, tenant: TenantIndex, more: i64) -> u64 {
+        let tenant = &self.tenants[tenant.0 as usize];
+        (tenant.waiting.len() as u64).saturating_add_signed(more) * SCALE / u64::from(tenant.weight)
+    }
+
     /// A tenant's sequences that wait, in their order.
-    pub(crate) fn waiting(&self, tenant: TenantIndex) -> impl Iterator<Item = Turn> {
+    pub(crate) fn waiting(&self, tenant: TenantIndex) -> impl DoubleEndedIterator<Item = Turn> {
         self.tenants[tenant.0 as usize].waiting.iter().copied()
     }
 
@@ -197,6 +210,14 @@ impl Tenants {
     pub(crate) fn charge(&mut self, tenant: TenantIndex, tokens: u32, weight: u64) {
         let tenant = &mut self.tenants[tenant.0 as usize];
         tenant.counter += u64::from(tokens) * weight * SCALE / u64::from(tenant.weight);
+    }
+
+    /// Where a prompt of so many tokens that a tenant starts begins on the line of prompts that run, whose first one is at `first`.
+    pub(crate) fn place_prompt(&mut self, tenant: TenantIndex, first: Option<u64>, tokens: u32) -> u64 {
+        let tenant = &mut self.tenants[tenant.0 as usize];
+        let begins = first.unwrap_or(u64::MAX).min(tenant.counter).max(tenant.prompts_end);
+        tenant.prompts_end = begins + u64::from(tokens) * SCALE / u64::from(tenant.weight);
+        begins
     }
 
     /// A tenant's counter.

@@ -1,8 +1,11 @@
 //! Tenants that share an executor.
 
+use ashlar_wire::code::{Code, Retry};
+
 use super::device::{host, oracle};
 use super::node::{Node, admit, limits};
 use super::time::{one_model_us, percentile, run_until};
+use crate::state::Now;
 use crate::state::limits::Limits;
 use crate::state::sequence::{Admit, SpanIndex};
 
@@ -164,4 +167,94 @@ fn modest_beside(times: u64) -> u64 {
 fn a_flood_does_not_make_others_wait() {
     let (fair, flooded) = (modest_beside(1), modest_beside(100));
     assert!(flooded as f64 <= 1.2 * fair as f64, "the modest tenant's p99 is {flooded} us beside a flood, {fair} beside its fair share");
+}
+
+/// A tenant has all places and as many more waiting; with batches this short most of its sequences are prompts that have started and are not computed.
+/// Returns the microseconds to the first tokens of a newcomer's prompts, one after another.
+fn beside_a_backlog_of_prompts() -> Vec<u64> {
+    let (mut node, span) = node(Limits { batch_ms_max: 50, sequences_max: 64, waiting_max: 8000, ..limits(8000, 512, 512) });
+    node.cost_us = Some(one_model_us);
+    let (mut sent, mut flooded) = (Vec::new(), 0);
+    let mut flood = |node: &mut Node| {
+        while node.engine.gauges().waiting_count < 36 {
+            node.admit(of("flood", 1, admit(1000 + flooded, span, &[flooded as u32; 64], 24 + (flooded * 37 % 177) as u32, 0)));
+            flooded += 1;
+        }
+        node.step(&mut sent);
+    };
+    while node.now_us < 10_000_000 {
+        flood(&mut node);
+    }
+    let mut firsts = Vec::new();
+    for i in 0..6 {
+        let came = node.now_us;
+        node.admit(of("new", 1, admit(i, span, &[i as u32; 64], 24, 0)));
+        while !node.finished.contains_key(&i) {
+            flood(&mut node);
+        }
+        firsts.push(node.emitted_us[&i][0] - came);
+    }
+    firsts
+}
+
+#[test]
+fn a_newcomers_prompt_is_behind_nobodys_backlog() {
+    // Alone it takes two batches; beside a flood eight of the tiles that batches have room for, each of 50 ms, and the batches in flight.
+    let firsts = beside_a_backlog_of_prompts();
+    assert!(firsts.iter().all(|first| *first <= 1_000_000), "first tokens after {firsts:?} us");
+}
+
+/// Tokens of prompts that two tenants with a backlog of started prompts have had computed go with their weights.
+#[test]
+fn started_prompts_of_tenants_take_turns_by_weight() {
+    let (mut node, span) = node(Limits { sequences_max: 64, waiting_max: 8000, ..limits(8000, 64, 64) });
+    for i in 0..24 {
+        node.admit(of("early", 1, admit(i, span, &[3; 64], 1, 0)));
+    }
+    let mut sent = Vec::new();
+    node.step(&mut sent);
+    for i in 0..24 {
+        node.admit(of("heavy", 3, admit(100 + i, span, &[4; 64], 1, 0)));
+    }
+    while node.finished.range(100..).count() < 18 {
+        node.step(&mut sent);
+    }
+    let early = node.finished.range(..100).count();
+    assert!((5..=8).contains(&early), "{early} prompts of one while 18 of another with three times the weight");
+}
+
+#[test]
+fn a_flooder_does_not_keep_others_from_waiting() {
+    let (mut node, span) = node(Limits { waiting_max: 40, ..limits(4000, 64, 64) });
+    let now = |node: &Node| Now::from_micros(node.now_us);
+    for i in 0..48 {
+        node.admit(of("flood", 1, admit(i, span, &[i as u32; 20], 20, 0)));
+        if i == 7 {
+            let mut sent = Vec::new();
+            (0..3).for_each(|_| {
+                node.step(&mut sent);
+            });
+        }
+    }
+    let refused = node.engine.handle_admit(now(&node), of("flood", 1, admit(48, span, &[1; 20], 20, 0))).unwrap_err();
+    assert_eq!((refused.0, refused.2), (Code::TooManyRequests, Retry::Elsewhere));
+    // Of three tenants each has a third of the line; of a lower priority none.
+    for i in 0..13 {
+        node.admit(of("one", 1, admit(100 + i, span, &[7; 20], 20, 0)));
+        node.admit(of("two", 1, admit(200 + i, span, &[8; 20], 20, 0)));
+    }
+    for (tenant, number, priority) in [("one", 150, 0), ("three", 300, 1)] {
+        node.engine.handle_admit(now(&node), of(tenant, 1, admit(number, span, &[9; 20], 20, priority))).unwrap_err();
+    }
+    // Who has generated elsewhere has its place.
+    node.tokens.insert(160, oracle(&BLOCKS, &[7; 20], 4));
+    let tokens = [vec![7; 20], node.tokens[&160].clone()].concat();
+    node.admit(of("one", 1, Admit { tokens, prompt_tokens: 20, ..admit(160, span, &[], 20, 0) }));
+    let mut sent = Vec::new();
+    while node.step(&mut sent) {}
+    let lost: Vec<u64> = node.failed.iter().copied().collect();
+    assert_eq!(lost, (22..48).collect::<Vec<u64>>(), "the latest of the flooder gave up their places");
+    let served = || (0..22).chain(100..113).chain(200..213).chain([160]);
+    let short: Vec<u64> = served().filter(|i| node.tokens.get(i).map_or(0, Vec::len) != 20).collect();
+    assert!(short.is_empty(), "and all others have their answers, but {short:?}");
 }

@@ -80,7 +80,7 @@ fn sequence_that_can_never_fit_is_refused_with_the_numbers() {
     let blocks = &family()[3];
     let span = node.engine.handle_host(host(blocks, 0, blocks.len()));
     let refusal = node.engine.handle_admit(Now::ZERO, admit(1, span, &[1; 90], 20, 0)).expect_err("refused");
-    assert_eq!(refusal.1, "110 tokens need 14 KV pages, this executor has 12 for the model's shape");
+    assert_eq!(refusal.1, "110 tokens need 14 KV pages, this executor has 12 for the model's shape (executor.kv_bytes); ask for fewer");
 }
 
 #[test]

@@ -114,6 +114,17 @@ fn of_a_tenants_waiting_sequences_the_one_due_sooner_starts_first() {
 }
 
 #[test]
+fn a_target_far_off_is_no_worse_than_none() {
+    let (mut node, one, _) = node(Limits { sequences_max: 1, ..large() });
+    node.admit(admit(0, one, &[1; 10], 20, 0));
+    for (number, ttft_ms) in [(1, Some(4_000_000_000)), (2, None), (3, Some(20_000))] {
+        node.admit(wants(ttft_ms, None, admit(number, one, &[1; 10], 5, 0)));
+    }
+    node.run_dry();
+    assert!(node.started_us[&1] < node.started_us[&2] && node.started_us[&2] < node.started_us[&3]);
+}
+
+#[test]
 fn one_tenants_targets_do_not_come_before_fairness() {
     let (mut node, one, _) = node(Limits { sequences_max: 1, waiting_max: 100, ..large() });
     let of = |tenant: &str, admit: Admit| Admit { tenant: tenant.to_owned(), ..admit };

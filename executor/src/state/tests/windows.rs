@@ -58,7 +58,7 @@ fn a_windowed_sequence_fits_if_its_windows_do() {
     let mut node = Node::new(limits(6, 16, 16));
     let span = node.engine.handle_host(host(&ALL, 0, ALL.len()));
     let refusal = node.engine.handle_admit(Now::ZERO, admit(1, span, &prompt(100), 2000, 0)).expect_err("refused");
-    assert_eq!(refusal.1, "2100 tokens need 7 KV pages, this executor has 6 for the model's shape");
+    assert_eq!(refusal.1, "2100 tokens need 7 KV pages, this executor has 6 for the model's shape (executor.kv_bytes); ask for fewer");
 }
 
 /// Runs the same prompt twice; in between, cached pages of the windowed blocks are evicted so that only those from `from` to `to` are left.
