@@ -48,6 +48,18 @@ fn planted_defects_are_found() {
     }
 }
 
+/// Lines that `...` leaves out may be any.
+#[test]
+fn documented_failure_is_the_one_that_is_printed() {
+    let page = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/simulation.md")).expect("the page");
+    let (_, sample) = page.split_once("$ ashlar sim --seeds 30 --canary leaks-pages\n0 seeds passed before it\n").expect("a sample");
+    let (sample, _) = sample.split_once("\n```").expect("its end");
+    let (above, below) = sample.split_once("\n  ...\n").expect("lines that are left out");
+    let (_, canary) = CANARIES.into_iter().find(|(name, _)| *name == "leaks-pages").expect("it can be planted");
+    let printed = run(&Options { seed: 0, canary, ..Options::default() }).expect_err("it is found").to_string();
+    assert!(printed.starts_with(above) && printed.ends_with(below), "docs/simulation.md has\n{sample}\nand the command prints\n{printed}");
+}
+
 #[test]
 fn one_seed_is_the_same_twice() {
     let both: Vec<Report> = (0..2).map(|_| run(&Options { seed: 7, ..Options::default() }).expect("it passes")).collect();
