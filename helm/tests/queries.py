@@ -83,7 +83,7 @@ def documented() -> dict[str, set[str]]:
     """The names under ARCHITECTURE.md's "Names of metrics", each with its labels; `process_*` is left to its library."""
     section = (ROOT / "ARCHITECTURE.md").read_text().split("## Names of metrics")[1].split("\n## ")[0]
     found = {}
-    for name, labels in re.findall(r"`((?:ashlar_|vllm:)[a-z_]+)(?:\{([^}]*)\})?`", section):
+    for name, labels in re.findall(r"`((?:ashlar_|vllm:)[a-z0-9_]+)(?:\{([^}]*)\})?`", section):
         if name != "ashlar_":
             found[name] = {label.split("=")[0].strip() for label in labels.split(",") if label}
     return found

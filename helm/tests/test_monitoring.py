@@ -58,6 +58,11 @@ def test_dashboard_is_of_grafanas_type(dashboard, grafana):
     assert problems == []
 
 
+def test_names_of_vllm_are_those_that_users_read():
+    page = (queries.ROOT / "docs/api.md").read_text()
+    assert set(re.findall(r"`(vllm:\w+)`", page)) == {name for name in queries.documented() if name.startswith("vllm:")}
+
+
 def test_grafanas_type_refuses_slips(dashboard, grafana):
     for slip in ({"title": 7}, {"pannels": []}, {"panels": [{"type": "timeseries", "gridpos": {}}]}):
         wrong = copy.deepcopy(dashboard) | slip
