@@ -16,7 +16,8 @@
 # open-X     Poisson arrivals over all models, 128 in, 64 out, at 0.8 of the requests/s that X (alone, or the best of llama) had in
 #            `closed`; or at X requests/s where X is a number
 #
-# Weights (8 GB for 16 models) are made where they are not there yet. ASHLAR_BIN names a server's binary; BENCH_BIN another that asks.
+# Weights (8 GB for 16 models, minutes) are made where they are not there yet; with QUICK=1 those of 2 models, unless COUNTS says otherwise.
+# ASHLAR_BIN names a server's binary; BENCH_BIN another that asks.
 # The JSON of each run lies in OUT; the comparison goes to bench/results/models/NAME.json, and with QUICK=1, which is short and shows only that all works, to OUT.
 set -euo pipefail
 # shellcheck source=../scripts/lib.sh
@@ -26,7 +27,9 @@ source bench/peers/servers.sh
 # shellcheck source=descendants.sh
 source bench/descendants.sh
 
-read -ra counts <<<"${COUNTS:-8 16}"
+counts_default="8 16"
+[ "${QUICK:-0}" != 1 ] || counts_default=2
+read -ra counts <<<"${COUNTS:-$counts_default}"
 variants=${VARIANTS:-shared alone llama@1} cells=${CELLS:-closed decode open-alone open-llama}
 runs=${RUNS:-3} threads=${THREADS:-$(nproc)} kv_format=${KV_FORMAT:-bf16} quick=${QUICK:-0} name=${NAME:-smollm2} model=smollm2
 out=$(realpath -m "${OUT:-target/bench/models}")
