@@ -76,7 +76,7 @@ pub(crate) struct LoadArgs {
     /// Let answers go on after the model's end token, so that all have their length; not every server knows it
     #[arg(long)]
     pub(crate) ignore_eos: bool,
-    /// Seed of schedule, prompts and sampling
+    /// Seed of schedule, prompts and sampling: another one for each run on one server, else its cache of prompts is measured
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
     /// Temperature; 0 is greedy

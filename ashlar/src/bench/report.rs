@@ -238,11 +238,12 @@ impl fmt::Display for Summary {
             writeln!(f, "    {count} x {reason}")?;
         }
         match (self.input_tokens, self.input_tokens_per_second) {
-            (Some(tokens), Some(rate)) => write!(f, "  tokens     in {tokens}, {rate:.1}/s")?,
+            (Some(tokens), Some(rate)) => {
+                let percent = self.cached_tokens as f64 / tokens.max(1) as f64 * 100.0;
+                write!(f, "  tokens     in {tokens}, {rate:.1}/s ({} cached, {percent:.0} %)", self.cached_tokens)?;
+            }
+            _ if self.cached_tokens > 0 => write!(f, "  tokens     in unknown ({} known to be cached)", self.cached_tokens)?,
             _ => write!(f, "  tokens     in unknown")?,
-        }
-        if self.cached_tokens > 0 {
-            write!(f, " ({} cached)", self.cached_tokens)?;
         }
         write!(f, "; out {}, {:.1}/s", self.output_tokens, self.output_tokens_per_second)?;
         if let Some(Quantiles { p50: Ms(p50), .. }) = self.tpot_ms.filter(|tpot| tpot.p50.0.is_finite() && tpot.p50.0 > 0.0) {

@@ -35,6 +35,8 @@ const STREAMS_MAX: usize = 1024;
 const LONG_MAX: u32 = 10_000;
 /// Long prompts that are measured alone.
 const ALONE_MAX: usize = 1000;
+/// Share of the prompts' tokens from which on the report warns that they were cached: a first token that all prompts have is less.
+const CACHED_PERCENT_TOLD: f64 = 1.0;
 /// Failures that the report tells by name.
 const FAILURES_TOLD_MAX: usize = 16;
 
@@ -80,7 +82,7 @@ pub(crate) struct StallsArgs {
     /// Time after which a long prompt has failed
     #[arg(long, value_name = "TIME", default_value = "120s", value_parser = time)]
     timeout: Duration,
-    /// Seed of the prompts
+    /// Seed of the prompts: another one for each run on one server, else its cache of prompts is measured
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// End answers at the model's end token; for servers that do not know `ignore_eos`
@@ -271,9 +273,13 @@ impl fmt::Display for Stalls {
         write!(f, "  streams    {:.1} tokens/s alone, ", self.undisturbed_tokens_per_second)?;
         write!(f, "{:.1} with long prompts", self.disturbed_tokens_per_second)?;
         writeln!(f, "{}", self.rate_kept.map_or_else(String::new, |kept| format!(": {kept:.3} of it")))?;
-        let kept = if self.floor_is_kept { "kept" } else { "not kept" };
-        write!(f, "  share      the prompts alone take u = {:.3} of the time; ", self.alone_share)?;
-        writeln!(f, "1 - u = {:.3} of the streams' rate is {kept}", self.rate_floor)?;
+        match self.rate_kept {
+            Some(kept) => write!(f, "  share      kept {kept:.3} of the streams' rate; ")?,
+            None => write!(f, "  share      the streams had no rate to keep; ")?,
+        }
+        write!(f, "beside prompts that alone take u = {:.3} of the time ", self.alone_share)?;
+        let met = if self.floor_is_kept { "met" } else { "missed" };
+        writeln!(f, "their share would be 1 - u = {:.3}: {met}", self.rate_floor)?;
         writeln!(f, "  in all     {:.1} tokens/s, of prompts and answers", self.total_tokens_per_second)?;
         let answered = self.long_count - self.long_failed_count;
         write!(f, "  prompts    {answered} of {} answered", self.long_count)?;
@@ -282,8 +288,17 @@ impl fmt::Display for Stalls {
             None => write!(f, ", tokens unknown")?,
         }
         match self.tokens_per_chunk {
-            Some(tokens) => writeln!(f, "; {tokens:.3} tokens in a stream's chunk (the server's count)"),
-            None => writeln!(f, "; chunks counted: the server does not tell"),
+            Some(tokens) => writeln!(f, "; {tokens:.3} tokens in a stream's chunk (the server's count)")?,
+            None => writeln!(f, "; chunks counted: the server does not tell")?,
         }
+        if self.input_tokens == 0 {
+            return Ok(());
+        }
+        let percent = self.cached_tokens as f64 / self.input_tokens as f64 * 100.0;
+        writeln!(f, "  cached     {} of {} tokens of all prompts ({percent:.0} %)", self.cached_tokens, self.input_tokens)?;
+        if percent >= CACHED_PERCENT_TOLD {
+            writeln!(f, "  warning    {percent:.0} % of the prompts' tokens were cached by the server: take another --seed")?;
+        }
+        Ok(())
     }
 }

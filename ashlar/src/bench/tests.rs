@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use super::load::{self, LoadArgs};
 use super::report::Report;
-use crate::client::standin::{Asked, Script, StandIn, delta, end, text};
+use crate::client::standin::{Asked, Script, StandIn, delta, end, event, text};
 
 #[derive(Parser)]
 struct Cli {
@@ -49,6 +49,19 @@ async fn times_and_tokens_of_a_closed_loop_are_those_of_the_script() {
     body["prompt"] = Value::Null;
     let expected = json!({"model": "m", "max_tokens": 3, "temperature": 0.0, "stream": true, "prompt": null, "ignore_eos": true, "stream_options": {"include_usage": true}});
     assert_eq!(body, expected);
+}
+
+#[tokio::test]
+async fn cached_tokens_of_prompts_are_told_with_their_share() {
+    let server = StandIn::start(|_: &Asked| {
+        let usage = json!({"prompt_tokens": 8, "completion_tokens": 1, "prompt_tokens_details": {"cached_tokens": 6}});
+        Script::Stream(vec![(0, text("a")), (0, event(&json!({"choices": [], "usage": usage})) + &end(None))])
+    })
+    .await;
+    let report = measure(&server, "--model m --requests 4 --output-tokens 1").await;
+    assert!(report.to_string().contains("/s (24 cached, 75 %); out 4, "), "{report}");
+    let report = measure(&StandIn::start(three_tokens).await, "--model m --requests 4 --output-tokens 3").await;
+    assert!(report.to_string().contains("/s (0 cached, 0 %); out 12, "), "{report}");
 }
 
 #[tokio::test]

@@ -53,6 +53,8 @@ pub(super) struct Record {
     pub(super) streams: Vec<Vec<StreamRequest>>,
     /// Time to the first token of each long prompt that had the server for itself.
     pub(super) alone_ms: Vec<f64>,
+    /// The server's counts of these, as far as it told.
+    pub(super) alone_usage: Vec<Usage>,
     /// The long prompts of the disturbed phase.
     pub(super) long: Vec<LongPrompt>,
     /// Streams alone.
@@ -107,6 +109,11 @@ pub(super) struct Stalls {
     pub(super) stream_ttft_ms: Option<Quantiles>,
     /// Tokens in a chunk of a stream, as the server counted; none if it did not, and then each chunk counts as one.
     pub(super) tokens_per_chunk: Option<f64>,
+    /// Tokens of all prompts that the server counted: of long ones, alone and among the streams, and of streams' answers that ended.
+    pub(super) input_tokens: u64,
+    /// Of them, those that the server says it had cached; servers that do not tell count as 0. No prompt comes twice in a run, so
+    /// there should be none.
+    pub(super) cached_tokens: u64,
 }
 
 impl Stalls {
@@ -150,6 +157,8 @@ impl Stalls {
             long_input_tokens: mean(record.long.iter().filter_map(|prompt| prompt.usage).map(|usage| usage.prompt_tokens as f64)),
             stream_ttft_ms: Quantiles::of(stream_ttft_ms.collect()),
             tokens_per_chunk,
+            input_tokens: record.usages().map(|usage| usage.prompt_tokens).sum(),
+            cached_tokens: record.usages().map(|usage| usage.cached_tokens).sum(),
         }
     }
 }
@@ -177,6 +186,13 @@ impl LongPrompt {
 }
 
 impl Record {
+    /// All counts that the server told.
+    fn usages(&self) -> impl Iterator<Item = Usage> {
+        let long = self.long.iter().filter_map(|prompt| prompt.usage);
+        let streams = self.streams.iter().flatten().filter_map(|request| request.usage);
+        self.alone_usage.iter().copied().chain(long).chain(streams)
+    }
+
     /// What streams still waited for when nobody looked any more.
     fn cut_gaps(&self) -> impl Iterator<Item = Phase> {
         let under_way = self.streams.iter().filter_map(|requests| requests.last()).filter(|request| !request.ended);

@@ -80,17 +80,18 @@ struct Followed {
 pub(super) async fn drive(target: Arc<Target>, load: &Load, tell: impl Fn(&str)) -> Result<Driven, Failure> {
     let start = Instant::now();
     let mut hasher = blake3::Hasher::new();
-    let mut alone_ms = Vec::new();
+    let (mut alone_ms, mut alone_usage) = (Vec::new(), Vec::new());
     tell("long prompts, one after another");
     // The first one warms the server up.
     for number in 0..=load.alone_count {
         let sent = Instant::now();
         let followed = long(&target, load, ALONE_INDEX + number, sent, start).await;
-        followed.outcome?;
+        let usage = followed.outcome?;
         let first = *followed.texts.first().ok_or(Failure::Empty)?;
         hasher.update(followed.text.as_bytes());
         if number > 0 {
             alone_ms.push(milliseconds(start + first - sent));
+            alone_usage.extend(usage);
         }
     }
 
@@ -135,6 +136,7 @@ pub(super) async fn drive(target: Arc<Target>, load: &Load, tell: impl Fn(&str))
     let mut record = Record {
         streams: logs.iter().map(|log| std::mem::take(&mut *locked(log))).collect(),
         alone_ms,
+        alone_usage,
         long: Vec::new(),
         undisturbed: Phase { from: undisturbed_from, to: disturbed_from - start },
         disturbed: Phase { from: disturbed_from - start, to: disturbed_to - start },

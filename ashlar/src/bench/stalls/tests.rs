@@ -3,7 +3,7 @@
 use clap::Parser;
 
 use super::*;
-use crate::client::standin::{Asked, Script, StandIn, end, text};
+use crate::client::standin::{Asked, Script, StandIn, end, event, text};
 
 #[derive(Debug, Parser)]
 struct Cli {
@@ -62,6 +62,60 @@ async fn a_run_has_all_phases_and_is_summed_up() {
     assert_eq!((&report.output_hash, &report.prompts_hash), (&again.output_hash, &again.prompts_hash));
     let json = serde_json::to_value(&report).expect("a report");
     assert!(json["stalls"]["floor_is_kept"].is_boolean() && json["stalls"]["longest_gap_ms"].is_number(), "{json}");
+}
+
+#[tokio::test]
+async fn prompts_that_the_server_had_cached_are_told_with_a_warning() {
+    // Half of each long prompt, and nothing of the streams'.
+    let again = StandIn::start(|asked: &Asked| match fair(asked) {
+        Script::Stream(mut pieces) if prompt_words(asked) == 50 => {
+            let usage = json!({"prompt_tokens": 60, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 30}});
+            *pieces.last_mut().expect("an end") = (0, event(&json!({"choices": [], "usage": usage})) + &end(None));
+            Script::Stream(pieces)
+        }
+        script => script,
+    })
+    .await;
+    let mut report = measure(&args(&again, SHORT)).await.expect("a run");
+    assert_eq!(report.stalls.cached_tokens, (2 + 3) * 30, "of two alone and three among the streams: {report}");
+    // How many streams end depends on the machine.
+    report.stalls.input_tokens = 300;
+    let told = report.to_string();
+    assert!(told.contains("  cached     150 of 300 tokens of all prompts (50 %)\n"), "{told}");
+    assert!(told.contains("50 % of the prompts' tokens were cached by the server: take another --seed\n"), "{told}");
+
+    let server = StandIn::start(fair).await;
+    let told = measure(&args(&server, SHORT)).await.expect("a run").to_string();
+    assert!(told.contains("  cached     0 of ") && !told.contains("--seed"), "{told}");
+    let silent = format!("{SHORT} --no-usage");
+    let uncounted = StandIn::start(|asked: &Asked| match fair(asked) {
+        Script::Stream(mut pieces) => {
+            *pieces.last_mut().expect("an end") = (0, end(None));
+            Script::Stream(pieces)
+        }
+        script => script,
+    })
+    .await;
+    let told = measure(&args(&uncounted, &silent)).await.expect("a run").to_string();
+    assert!(!told.contains("cached"), "nothing is known: {told}");
+}
+
+#[tokio::test]
+async fn the_share_that_is_kept_is_told_beside_what_it_should_be() {
+    let server = StandIn::start(fair).await;
+    let mut stalls = measure(&args(&server, SHORT)).await.expect("a run").stalls;
+    for (kept, is_kept, says) in [
+        (
+            Some(0.678),
+            false,
+            "kept 0.678 of the streams' rate; beside prompts that alone take u = 0.046 of the time their share would be 1 - u = 0.954: missed",
+        ),
+        (Some(0.96), true, "their share would be 1 - u = 0.954: met"),
+        (None, false, "the streams had no rate to keep; "),
+    ] {
+        (stalls.rate_kept, stalls.alone_share, stalls.rate_floor, stalls.floor_is_kept) = (kept, 0.046, 0.954, is_kept);
+        assert!(stalls.to_string().contains(says), "{stalls}");
+    }
 }
 
 #[tokio::test]

@@ -26,6 +26,7 @@ fn record(streams: Vec<Vec<StreamRequest>>, long: Vec<LongPrompt>) -> Record {
     Record {
         streams,
         alone_ms: vec![400.0, 400.0],
+        alone_usage: Vec::new(),
         long,
         undisturbed: Phase { from: ms(1000), to: ms(2000) },
         disturbed: Phase { from: ms(2000), to: ms(4000) },
@@ -116,6 +117,17 @@ fn a_prompt_counts_by_the_share_of_its_time_that_lies_within_the_phase() {
 fn a_floor_under_nothing_is_not_kept() {
     let stalls = Stalls::of(&record(vec![stream([500, 2500, 2510])], vec![long(2000, 2400)]));
     assert_eq!((stalls.undisturbed_tokens_per_second, stalls.rate_kept, stalls.floor_is_kept), (0.0, None, false));
+}
+
+#[test]
+fn cached_tokens_are_those_of_all_prompts_that_the_server_counted() {
+    let cached = |prompt_tokens, cached_tokens| Usage { prompt_tokens, cached_tokens, completion_tokens: 1 };
+    let ended = StreamRequest { texts: vec![ms(1500)], ended: true, usage: Some(cached(128, 16)), ..StreamRequest::default() };
+    let under_way = StreamRequest { sent: ms(1600), texts: vec![ms(1700)], ..StreamRequest::default() };
+    let mut record = record(vec![vec![ended, under_way]], vec![LongPrompt { usage: Some(cached(1500, 800)), ..long(2000, 2400) }]);
+    record.alone_usage = vec![cached(1500, 1024), cached(1500, 0)];
+    let stalls = Stalls::of(&record);
+    assert_eq!((stalls.input_tokens, stalls.cached_tokens), (128 + 3 * 1500, 16 + 800 + 1024));
 }
 
 #[test]
