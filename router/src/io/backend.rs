@@ -12,6 +12,8 @@ use ashlar_zoo::manifest::Chain;
 use bytes::Bytes;
 use futures::stream::BoxStream;
 
+use crate::state::places::Standing;
+
 /// What a caller is told when a request fails: becomes OpenAI's error object.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{code}: {message}")]
@@ -112,6 +114,9 @@ pub trait Backend: Send + Sync + 'static {
     ///
     /// Fails with `invalid_api_key`.
     fn authenticate(&self, key: Option<&str>) -> Result<TenantName, ApiError>;
+
+    /// What counts of a tenant where requests are more than the router takes.
+    fn standing(&self, tenant: &TenantName) -> Standing;
 
     /// All models that the tenant may use, in order of their ids.
     fn models(&self, tenant: &TenantName) -> Vec<Arc<ModelView>>;

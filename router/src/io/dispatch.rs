@@ -24,6 +24,7 @@ use super::catalog::Catalog;
 use super::cluster::{Cluster, ClusterState};
 use super::grpc::Clients;
 use crate::state::assembly::{ChainPath, ModelNotReady, Route, Scene, assemble};
+use crate::state::places::Standing;
 use crate::state::tenants::PUBLIC;
 use books::{Loads, Requests, Suspects};
 use running::{Caller, Running};
@@ -185,6 +186,11 @@ impl Backend for Dispatch {
             None => ApiError::new(Code::InvalidApiKey, "this server needs an API key: send `Authorization: Bearer KEY`"),
             Some(_) => ApiError::new(Code::InvalidApiKey, "the API key is not known here"),
         })
+    }
+
+    fn standing(&self, tenant: &TenantName) -> Standing {
+        let state = self.shared.cluster.state();
+        Standing { weight: state.tenants.weight(tenant), is_alone: state.tenants.is_alone(tenant) }
     }
 
     fn models(&self, tenant: &TenantName) -> Vec<Arc<ModelView>> {

@@ -84,7 +84,15 @@ impl RouterMetrics {
     /// Begins to count a request.
     pub fn request(self: &Arc<Self>) -> RequestMetrics {
         self.in_flight.inc();
-        RequestMetrics { metrics: Arc::clone(self), arrived: Instant::now(), labels: None, code: "cancelled", first_token_seen: false }
+        RequestMetrics {
+            metrics: Arc::clone(self),
+            arrived: Instant::now(),
+            tenant: None,
+            labels: None,
+            is_timed: false,
+            code: "cancelled",
+            first_token_seen: false,
+        }
     }
 }
 
@@ -97,7 +105,11 @@ fn register<C: Collector + Clone + 'static>(registry: &Registry, collector: C) -
 pub struct RequestMetrics {
     metrics: Arc<RouterMetrics>,
     arrived: Instant,
+    /// The label of who asks, once known.
+    tenant: Option<String>,
     labels: Option<Labels>,
+    /// Its duration counts: it was not refused for what it asks.
+    is_timed: bool,
     code: &'static str,
     first_token_seen: bool,
 }
@@ -111,6 +123,11 @@ struct Labels {
 }
 
 impl RequestMetrics {
+    /// Names the tenant, once it is known to exist.
+    pub fn set_tenant(&mut self, tenant: &str) {
+        self.tenant = Some(self.metrics.tenants.label(tenant));
+    }
+
     /// Names the model and the tenant, once both are known to exist.
     pub fn set_model(&mut self, model: &str, tenant: &str) {
         let metrics = &self.metrics;
@@ -147,6 +164,11 @@ impl RequestMetrics {
         now
     }
 
+    /// The request is one that can run: how long it takes is counted too.
+    pub fn set_timed(&mut self) {
+        self.is_timed = true;
+    }
+
     /// How the request ended: `ok` or an error's code.
     pub fn set_code(&mut self, code: &'static str) {
         self.code = code;
@@ -156,9 +178,10 @@ impl RequestMetrics {
 impl Drop for RequestMetrics {
     fn drop(&mut self) {
         self.metrics.in_flight.dec();
-        let (model, tenant) = self.labels.as_ref().map_or((OTHER, OTHER), |labels| (&labels.model, &labels.tenant));
+        let model = self.labels.as_ref().map_or(OTHER, |labels| &labels.model);
+        let tenant = self.labels.as_ref().map(|labels| &labels.tenant).or(self.tenant.as_ref()).map_or(OTHER, String::as_str);
         self.metrics.requests.with_label_values(&[model, tenant, self.code]).inc();
-        if self.labels.is_some() {
+        if self.is_timed {
             self.metrics.request_duration.with_label_values(&[model]).observe(self.arrived.elapsed().as_secs_f64());
         }
     }

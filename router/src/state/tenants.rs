@@ -176,6 +176,11 @@ impl Tenants {
         self.records.get(tenant).and_then(|record| record.limits.weight).unwrap_or(1)
     }
 
+    /// Whether no other tenant can ask: nobody else has a key, or needs one.
+    pub fn is_alone(&self, tenant: &TenantName) -> bool {
+        self.keys.iter().all(|(_, other)| other == tenant)
+    }
+
     /// The domain within which a tenant's KV pages are shared: with no other tenant but those that an operator put into one common domain
     /// with it, and not to be guessed from a name. Domains of tenants and common ones have labels of their own, so that none is another's,
     /// whatever they are called.

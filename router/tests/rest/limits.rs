@@ -85,6 +85,26 @@ async fn concurrent_requests_are_bounded_and_room_comes_back() {
 }
 
 #[tokio::test]
+async fn one_tenants_requests_leave_places_for_another() {
+    let server = Server::with(|limits| limits.concurrent_requests_max = 4).await;
+    let mut running = Vec::new();
+    for _ in 0..3 {
+        running.push(server.open_post(CHAT, &chat("acme/slow", json!({"stream": true}))).await);
+    }
+    let refused = server.post(CHAT, &chat("acme/story", json!({}))).await;
+    assert_eq!(refused.error(), "429 too_many_requests -");
+    assert_eq!(refused.header("retry-after"), "1");
+    let message = refused.json()["error"]["message"].as_str().unwrap().to_owned();
+    assert_eq!(message, "tenant acme has 3 requests running, its share of this router while others ask; try again");
+    let other = [("authorization", "Bearer sk-other")];
+    let let_in = server.open(hyper::Method::POST, CHAT, &other, chat("acme/story", json!({})).to_string()).await;
+    assert_eq!(let_in.status(), 404, "let in, and not shown another's model");
+    let reply = server.send(hyper::Method::GET, "/metrics", &[], "").await;
+    let line = r#"ashlar_requests_total{code="too_many_requests",model="other",tenant="acme"} 1"#;
+    assert!(reply.text.lines().any(|l| l == line), "{line} is not in\n{}", reply.text);
+}
+
+#[tokio::test]
 async fn slow_senders_take_no_room_from_others() {
     let server = Server::with(|limits| limits.concurrent_requests_max = 1).await;
     let mut slow = TcpStream::connect(server.address).await.unwrap();

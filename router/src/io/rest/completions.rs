@@ -12,6 +12,7 @@ use serde::Serialize;
 use serde_json::value::RawValue;
 
 use crate::io::backend::{ApiError, ModelView};
+use crate::io::metrics::RequestMetrics;
 use crate::io::rest::choice::Choice;
 use crate::io::rest::config::RestLimits;
 use crate::io::rest::fields::{Fields, Off, parse, token_ids, unsupported, wrong};
@@ -87,7 +88,8 @@ pub(crate) async fn create(
     request: Request,
 ) -> Result<Response, ApiError> {
     let mut metrics = rest.config.metrics.request();
-    let ready = prepare(&rest, request).await.inspect_err(|error| metrics.set_code(error.code.as_str()))?;
+    let ready = prepare(&rest, request, &mut metrics).await;
+    let ready = ready.inspect_err(|error| metrics.set_code(error.code.as_str()))?;
     let (stream, include_usage, seed) = (ready.generation.stream, ready.generation.include_usage, ready.generation.seed);
     let sampling = &ready.generation.sampling;
     let logprobs = sampling.logprobs.then_some(sampling.top_logprobs);
@@ -107,9 +109,10 @@ pub(crate) async fn create(
     Ok(with_seed(response, seed))
 }
 
-async fn prepare(rest: &Rest, request: Request) -> Result<Ready, ApiError> {
-    let call = rest.open(request).await?;
-    let read = CompletionBody::read(&call.body, &rest.config.limits, |id| rest.model(&call.tenant, id))?;
+async fn prepare(rest: &Arc<Rest>, request: Request, metrics: &mut RequestMetrics) -> Result<Ready, ApiError> {
+    let call = rest.open(request, Some(metrics)).await?;
+    let model = |id: &str| rest.model(&call.tenant, id).inspect(|model| metrics.set_model(&model.id, &call.tenant.0));
+    let read = CompletionBody::read(&call.body, &rest.config.limits, model)?;
     let CompletionBody { model, prompts, generation } = read;
     let tokenizer = rest.texts.tokenizer(&*rest.backend, &model).await?;
     let mut encoded = Vec::with_capacity(prompts.len());

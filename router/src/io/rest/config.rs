@@ -30,7 +30,7 @@ pub struct RestLimits {
     pub logit_bias_max: u32,
     /// Largest `top_logprobs` (chat) and `logprobs` (completions).
     pub top_logprobs_max: u32,
-    /// Requests that generate or tokenize at the same time; more get 429.
+    /// Requests that generate or tokenize at the same time; more get 429. Tenants share them as `state::places` says.
     pub concurrent_requests_max: u32,
     /// Connections at the same time; more wait to be accepted.
     pub connections_max: u32,

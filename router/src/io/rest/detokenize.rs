@@ -19,7 +19,7 @@ struct Detokenized {
 
 /// The route.
 pub(crate) async fn detokenize(State(rest): State<Arc<Rest>>, request: Request) -> Result<Response, ApiError> {
-    let call = rest.open(request).await?;
+    let call = rest.open(request, None).await?;
     let mut fields = Fields::of_body(&call.body, &["model", "tokens"], &[])?;
     let model = rest.model(&call.tenant, &fields.require::<String>("model", "a string")?)?;
     let tokens: Vec<i64> = fields.require("tokens", "an array of token ids")?;

@@ -33,7 +33,7 @@ use axum::Router;
 use axum::http::{HeaderMap, HeaderValue, header};
 use axum::response::Response;
 use axum::routing::{get, post};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::watch;
 
 pub use chat::fuzz_chat_body;
 pub use serve::serve;
@@ -44,6 +44,7 @@ use crate::io::rest::config::RestConfig;
 use crate::io::rest::generation::Generation;
 use crate::io::rest::run::{NewRun, Run};
 use crate::io::rest::texts::{Texts, now_s};
+use crate::state::places::{NoPlace, Places};
 use crate::text::tokenizer::Tokenizer;
 
 /// What all routes share.
@@ -51,8 +52,8 @@ pub(crate) struct Rest {
     backend: Arc<dyn Backend>,
     config: RestConfig,
     texts: Texts,
-    /// One permit for each request that generates or tokenizes.
-    requests: Arc<Semaphore>,
+    /// One for each request that generates or tokenizes. Watchers are told when the last one ends.
+    places: watch::Sender<Places>,
     /// Bodies that each tenant is sending now.
     arriving: Arc<Mutex<HashMap<TenantName, u32>>>,
     /// Set once this server stops; the backend may drain earlier.
@@ -71,7 +72,7 @@ pub(crate) struct Head {
 pub(crate) struct Call {
     tenant: TenantName,
     body: bytes::Bytes,
-    permit: OwnedSemaphorePermit,
+    place: Place,
 }
 
 /// A request that can be run.
@@ -89,9 +90,9 @@ pub(crate) struct Ready {
 
 impl Rest {
     fn new(backend: Arc<dyn Backend>, config: RestConfig) -> Self {
-        let requests = Arc::new(Semaphore::new(config.limits.concurrent_requests_max as usize));
+        let places = watch::Sender::new(Places::new(config.limits.concurrent_requests_max));
         let texts = Texts::new(config.limits.tokenizers_max);
-        Self { backend, config, texts, requests, arriving: Arc::default(), stopping: AtomicBool::new(false) }
+        Self { backend, config, texts, places, arriving: Arc::default(), stopping: AtomicBool::new(false) }
     }
 
     fn draining(&self) -> bool {
@@ -121,29 +122,30 @@ impl Rest {
         })
     }
 
-    /// Key, body and room of a request that will do work. Room comes last: who sends slowly takes none from others.
-    async fn open(&self, request: axum::extract::Request) -> Result<Call, ApiError> {
+    /// Key, body and place of a request that will do work. The place comes last: who sends slowly takes none from others.
+    async fn open(self: &Arc<Self>, request: axum::extract::Request, metrics: Option<&mut RequestMetrics>) -> Result<Call, ApiError> {
         let tenant = self.tenant(request.headers())?;
+        if let Some(metrics) = metrics {
+            metrics.set_tenant(&tenant.0);
+        }
         let limit = self.config.limits.concurrent_requests_max;
         let body = {
             let _arriving = Arriving::enter(&self.arriving, &tenant, limit)?;
             body::read(request, &self.config.limits).await?
         };
-        let permit = Arc::clone(&self.requests)
-            .try_acquire_owned()
-            .map_err(|_| ApiError::new(Code::TooManyRequests, format!("{limit} requests are running, which is the limit; try again")))?;
-        Ok(Call { tenant, body, permit })
+        let place = Place::enter(self, &tenant)?;
+        Ok(Call { tenant, body, place })
     }
 
     /// Checks that the prompts fit, and starts their sequences.
     async fn start(&self, id: RequestId, ready: Ready, mut metrics: RequestMetrics) -> Result<Run, ApiError> {
         let fitted = self.fit(&ready).inspect_err(|error| metrics.set_code(error.code.as_str()))?;
-        metrics.set_model(&ready.model.id, &ready.call.tenant.0);
+        metrics.set_timed();
         tracing::Span::current().record("model", ready.model.id.as_str());
         let prompts = ready.prompts.into_iter().map(Arc::from).zip(fitted).collect();
-        let Call { tenant, permit, .. } = ready.call;
+        let Call { tenant, place, .. } = ready.call;
         let (model, tokenizer, generation) = (ready.model, ready.tokenizer, ready.generation);
-        Run::start(&*self.backend, NewRun { request_id: id, tenant, model, tokenizer, prompts, generation, metrics, permit }).await
+        Run::start(&*self.backend, NewRun { request_id: id, tenant, model, tokenizer, prompts, generation, metrics, place }).await
     }
 
     fn prompt_tokens_max(&self, model: &ModelView) -> u32 {
@@ -180,6 +182,43 @@ impl Rest {
             model: model.id.clone(),
             system_fingerprint: format!("fp_{}", model.chain_digest.short()),
         }
+    }
+}
+
+/// A request's place at the door, given back when dropped.
+struct Place {
+    rest: Arc<Rest>,
+    tenant: TenantName,
+}
+
+impl Place {
+    fn enter(rest: &Arc<Rest>, tenant: &TenantName) -> Result<Self, ApiError> {
+        let standing = rest.backend.standing(tenant);
+        let mut entered = Ok(());
+        rest.places.send_if_modified(|places| {
+            entered = places.enter(tenant, standing);
+            false
+        });
+        // It tells the tenant of itself alone, not of what others do.
+        let why = |why| match why {
+            NoPlace::ShareTaken { held } => {
+                format!("tenant {tenant} has {held} requests running, its share of this router while others ask; try again")
+            }
+            NoPlace::AllTaken { held } => {
+                format!("this router runs as many requests as it may, {held} of them of tenant {tenant}; try again")
+            }
+        };
+        entered.map_err(|no_place| ApiError::new(Code::TooManyRequests, why(no_place)))?;
+        Ok(Self { rest: Arc::clone(rest), tenant: tenant.clone() })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.rest.places.send_if_modified(|places| {
+            places.leave(&self.tenant);
+            places.taken() == 0
+        });
     }
 }
 

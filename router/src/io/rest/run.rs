@@ -11,10 +11,10 @@ use ashlar_wire::id::{RequestId, TenantName};
 use ashlar_wire::v1;
 use ashlar_wire::v1::sequence_event::Event;
 use futures::StreamExt;
-use tokio::sync::OwnedSemaphorePermit;
 
 use crate::io::backend::{ApiError, Backend, ModelView, NewSequence, SequenceEvents};
 use crate::io::metrics::RequestMetrics;
+use crate::io::rest::Place;
 use crate::io::rest::choice::{Choice, ChoiceState};
 use crate::io::rest::generation::Generation;
 use crate::text::tokenizer::Tokenizer;
@@ -29,7 +29,7 @@ pub(crate) struct NewRun {
     pub(crate) prompts: Vec<(Arc<[u32]>, u32)>,
     pub(crate) generation: Generation,
     pub(crate) metrics: RequestMetrics,
-    pub(crate) permit: OwnedSemaphorePermit,
+    pub(crate) place: Place,
 }
 
 /// A running request.
@@ -42,7 +42,7 @@ pub(crate) struct Run {
     choices_count: usize,
     prompt_tokens: u64,
     metrics: RequestMetrics,
-    _permit: OwnedSemaphorePermit,
+    _place: Place,
 }
 
 /// Tokens of a request, as OpenAI counts them.
@@ -62,7 +62,7 @@ struct PromptTokensDetails {
 impl Run {
     /// Starts all sequences, or none.
     pub(crate) async fn start(backend: &dyn Backend, new: NewRun) -> Result<Self, ApiError> {
-        let NewRun { request_id, tenant, model, tokenizer, prompts, generation, mut metrics, permit } = new;
+        let NewRun { request_id, tenant, model, tokenizer, prompts, generation, mut metrics, place } = new;
         let stop_tokens: Arc<[u32]> = generation.stop_tokens.clone().into();
         let (mut choices, mut sequences) = (Vec::new(), Vec::new());
         for (prompt, generated_tokens_max) in &prompts {
@@ -94,7 +94,7 @@ impl Run {
         let prompt_tokens = prompts.iter().map(|(prompt, _)| prompt.len() as u64).sum();
         metrics.add_prompt_tokens(prompt_tokens);
         let choices_count = generation.choices_count as usize;
-        Ok(Self { choices, streams, next: 0, choices_count, prompt_tokens, metrics, _permit: permit })
+        Ok(Self { choices, streams, next: 0, choices_count, prompt_tokens, metrics, _place: place })
     }
 
     /// Takes one event of any sequence. Returns the index of the choice that it belongs to, or `None` once all have ended.

@@ -56,12 +56,13 @@ pub async fn serve(
     }
 
     rest.stopping.store(true, Ordering::Relaxed);
-    let running = rest.config.limits.concurrent_requests_max as usize - rest.requests.available_permits();
+    let running = rest.places.borrow().taken();
+    let mut places = rest.places.subscribe();
     tracing::info!(running, limit_ms = rest.config.limits.drain_ms, "REST drains; a second signal stops at once");
     let deadline = Instant::now() + Duration::from_millis(rest.config.limits.drain_ms);
     let idle = async {
         tokio::select! {
-            _ = rest.requests.acquire_many(rest.config.limits.concurrent_requests_max) => {} // nothing runs any more
+            _ = places.wait_for(|places| places.taken() == 0) => {} // nothing runs any more
             () = server.accept_all() => {}
         }
     };

@@ -25,7 +25,7 @@ struct Tokenized {
 
 /// The route. A prompt is encoded as by `/v1/completions`, messages as by `/v1/chat/completions`.
 pub(crate) async fn tokenize(State(rest): State<Arc<Rest>>, request: Request) -> Result<Response, ApiError> {
-    let call = rest.open(request).await?;
+    let call = rest.open(request, None).await?;
     let mut fields = Fields::of_body(&call.body, KNOWN, &[])?;
     let model = rest.model(&call.tenant, &fields.require::<String>("model", "a string")?)?;
     let prompt: Option<String> = fields.take("prompt", "a string")?;

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use ashlar_router::io::backend::{ApiError, Backend, ModelView, NewSequence, Readiness, SequenceEvents};
+use ashlar_router::state::places::Standing;
 use ashlar_router::text::tokenizer::Tokenizer;
 use ashlar_wire::code::Code;
 use ashlar_wire::id::TenantName;
@@ -117,6 +118,10 @@ impl Backend for ScriptedBackend {
             Some(_) => Err(ApiError::new(Code::InvalidApiKey, "the API key is not known")),
             None => Err(ApiError::new(Code::InvalidApiKey, "an API key is required")),
         }
+    }
+
+    fn standing(&self, _tenant: &TenantName) -> Standing {
+        Standing { weight: 1, is_alone: false }
     }
 
     fn models(&self, tenant: &TenantName) -> Vec<Arc<ModelView>> {
