@@ -61,7 +61,7 @@ async fn registered(config: &Config) -> anyhow::Result<Vec<Asked>> {
             "find executors: a registry in memory is known to its own server alone; use --executor with the address that the server's log tells"
         );
     }
-    let Some(registry) = serving::registry_file(config) else {
+    let Some(registry) = serving::registry_file(config)? else {
         let registry = server::open_registry(config, server::Role::Serve).await?;
         let entries = registry.get_prefix(key::EXECUTORS).await.context("read the executors")?;
         ensure!(!entries.is_empty(), "find an executor: none is registered at {url}");

@@ -4,8 +4,10 @@
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::Write;
 use std::net::SocketAddr;
+use std::path::Path;
 
 use anyhow::{Context, bail};
+use ashlar_registry::embedded;
 use ashlar_wire::id::ExecutorId;
 
 use crate::config::Config;
@@ -20,7 +22,7 @@ impl Serving {
     /// # Errors
     /// When another server holds it, or it cannot be made.
     pub fn hold(config: &Config) -> anyhow::Result<Option<Self>> {
-        let Some(registry) = registry_file(config) else { return Ok(None) };
+        let Some(registry) = registry_file(config)? else { return Ok(None) };
         let path = format!("{registry}.serving");
         // It is not truncated before it is held: another server's address may be in it.
         let file = OpenOptions::new().write(true).create(true).truncate(false).open(&path).with_context(|| format!("create {path}"))?;
@@ -52,13 +54,19 @@ impl Drop for Serving {
     }
 }
 
-/// The file of the registry that the configuration names; None for a registry in memory and for etcd.
-pub fn registry_file(config: &Config) -> Option<String> {
-    match config.registry.url.as_str() {
-        "" => Some(format!("{}.registry.json", config.zoo.root.display())),
-        url if url == "memory:" || url.starts_with("etcd://") => None,
-        url => Some(url.trim_start_matches("file:").to_owned()),
-    }
+/// The file of the registry that the configuration names, by the name that all links to it lead to; None for a registry in memory and
+/// for etcd.
+///
+/// # Errors
+/// When the registry refuses the file for its links.
+pub fn registry_file(config: &Config) -> anyhow::Result<Option<String>> {
+    let path = match config.registry.url.as_str() {
+        "" => format!("{}.registry.json", config.zoo.root.display()),
+        url if url == "memory:" || url.starts_with("etcd://") => return Ok(None),
+        url => url.strip_prefix("file:").unwrap_or(url).to_owned(),
+    };
+    let resolved = embedded::resolve(Path::new(&path)).with_context(|| format!("find registry {path}"))?;
+    Ok(Some(resolved.display().to_string()))
 }
 
 /// The executor of the server that holds a registry's file, and where it answers operators; None where no server runs.
@@ -82,10 +90,10 @@ mod tests {
     #[test]
     fn one_server_holds_a_registry_and_tells_where_it_is() {
         let folder = tempfile::tempdir().unwrap();
-        let registry = folder.path().join("registry.json").display().to_string();
+        let registry = folder.path().canonicalize().unwrap().join("registry.json").display().to_string();
         let mut config = Config::default();
         config.registry.url = format!("file:{registry}");
-        assert_eq!(registry_file(&config), Some(registry.clone()));
+        assert_eq!(registry_file(&config).unwrap(), Some(registry.clone()));
         assert_eq!(told(&registry).unwrap(), None);
 
         let mut held = Serving::hold(&config).unwrap().unwrap();
@@ -101,6 +109,32 @@ mod tests {
         std::fs::write(format!("{registry}.serving"), "exe_killed 127.0.0.1:4321\n").unwrap();
         let _again = Serving::hold(&config).unwrap().unwrap();
         assert_eq!(told(&registry).unwrap(), None, "what a killed server left is gone");
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_registry_is_held_whatever_link_leads_to_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        std::fs::create_dir(at("real")).unwrap();
+        std::fs::write(at("real/registry.json"), "").unwrap();
+        std::os::unix::fs::symlink("real/registry.json", at("link.json")).unwrap();
+        std::os::unix::fs::symlink("real", at("folder")).unwrap();
+        let config_of = |name: &str| {
+            let mut config = Config::default();
+            config.registry.url = format!("file:{}", at(name).display());
+            config
+        };
+        let mut held = Serving::hold(&config_of("link.json")).unwrap().unwrap();
+        held.tell(&ExecutorId("exe_a".to_owned()), "127.0.0.1:4321".parse().unwrap()).unwrap();
+        for name in ["real/registry.json", "folder/registry.json", "link.json"] {
+            assert!(Serving::hold(&config_of(name)).unwrap_err().to_string().contains("another `ashlar serve`"), "{name}");
+            assert!(told(&registry_file(&config_of(name)).unwrap().unwrap()).unwrap().is_some(), "{name}");
+        }
+        assert!(!at("link.json.serving").exists() && at("real/registry.json.serving").exists());
+        // One that is not made yet is held by its folder's name.
+        let _held = Serving::hold(&config_of("folder/new.json")).unwrap().unwrap();
+        assert!(Serving::hold(&config_of("real/new.json")).is_err());
     }
 
     #[test]

@@ -18,6 +18,7 @@ use tokio_util::task::AbortOnDropHandle;
 use crate::watch::{CHANGES_MAX, changes};
 use crate::{Entry, LeaseId, Registry, RegistryError, Revision, Swap, Watch};
 use file::LastingFile;
+pub use file::resolve;
 
 /// How often the file is looked at for changes by other processes.
 pub const POLL_INTERVAL: Duration = Duration::from_secs(1);
@@ -68,10 +69,11 @@ impl Embedded {
     /// A registry whose lasting keys are in `path`; the file is made at the first write.
     ///
     /// # Errors
-    /// When the file is there and cannot be read, or is no registry.
+    /// When the file is there and cannot be read, or is no registry; and as [`resolve`].
     pub async fn open(path: &Path) -> Result<Self, RegistryError> {
-        let mut file = LastingFile::new(path);
+        let path = path.to_owned();
         let (file, entries) = blocking(move || {
+            let mut file = LastingFile::new(resolve(&path)?);
             let mut entries = Entries::default();
             if let Some(found) = file.read_if_changed()? {
                 entries.adopt(found);

@@ -51,9 +51,53 @@ pub(super) struct LastingFile {
     vanished: bool,
 }
 
+/// The one name of a registry's file, whatever links lead to it: the file is replaced under this name, and what lies beside it lies here.
+///
+/// # Errors
+/// A symbolic link to nothing, a file with several hard links, a folder that cannot be looked into.
+pub fn resolve(path: &Path) -> Result<PathBuf, RegistryError> {
+    let failed = |action, source| RegistryError::File { action, path: path.display().to_string(), source };
+    match std::fs::symlink_metadata(path) {
+        Ok(meta) => {
+            let resolved = path.canonicalize().map_err(|source| match source.kind() {
+                ErrorKind::NotFound if meta.is_symlink() => {
+                    let why = "it is a symbolic link to a file that is not there: make the link's target, or name it instead";
+                    failed("follow", std::io::Error::new(ErrorKind::NotFound, why))
+                }
+                _ => failed("follow", source),
+            })?;
+            #[cfg(unix)]
+            {
+                let meta = std::fs::metadata(&resolved).map_err(|source| failed("look at", source))?;
+                let names = std::os::unix::fs::MetadataExt::nlink(&meta);
+                if meta.is_file() && names > 1 {
+                    let why = format!(
+                        "the file has {names} names (hard links); each change replaces it under one of them, and who uses another would not see \
+                         that: leave it one name"
+                    );
+                    return Err(failed("use", std::io::Error::new(ErrorKind::InvalidInput, why)));
+                }
+            }
+            Ok(resolved)
+        }
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            let (Some(name), Some(parent)) = (path.file_name(), path.parent()) else { return Ok(path.to_owned()) };
+            let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
+            match parent.canonicalize() {
+                Ok(parent) => Ok(parent.join(name)),
+                // It is made with the file.
+                Err(error) if error.kind() == ErrorKind::NotFound => Ok(path.to_owned()),
+                Err(source) => Err(failed("follow", source)),
+            }
+        }
+        Err(source) => Err(failed("look at", source)),
+    }
+}
+
 impl LastingFile {
-    pub(super) fn new(path: &Path) -> Self {
-        Self { path: path.to_owned(), seen: None, vanished: false }
+    /// Of a path as `resolve` gives it.
+    pub(super) fn new(path: PathBuf) -> Self {
+        Self { path, seen: None, vanished: false }
     }
 
     /// Keeps other writers out until dropped.

@@ -59,6 +59,44 @@ async fn urls_are_checked_at_the_door() {
     assert!(ashlar_registry::open("etcd://127.0.0.1:1,127.0.0.1:2/x").await.is_ok(), "it connects later");
 }
 
+#[cfg(unix)]
+#[tokio::test]
+async fn file_is_one_by_whatever_symbolic_link_it_is_opened() {
+    use std::os::unix::fs::symlink;
+
+    let directory = tempfile::tempdir().unwrap();
+    let at = |name: &str| directory.path().join(name);
+    std::fs::create_dir(at("real")).unwrap();
+    Embedded::open(&at("real/registry.json")).await.unwrap().put("plan", "1", None).await.unwrap();
+    symlink("real/registry.json", at("link.json")).unwrap();
+    let [through, direct] = [Embedded::open(&at("link.json")).await.unwrap(), Embedded::open(&at("real/registry.json")).await.unwrap()];
+    through.put("a", "1", None).await.unwrap();
+    direct.put("b", "1", None).await.unwrap();
+    through.put("c", "1", None).await.unwrap();
+    assert!(at("link.json").symlink_metadata().unwrap().is_symlink(), "the link is not replaced");
+    assert_eq!(Embedded::open(&at("real/registry.json")).await.unwrap().get_prefix("").await.unwrap().len(), 4);
+    assert!(at("real/registry.json.lock").exists() && !at("link.json.lock").exists());
+
+    symlink("nowhere.json", at("dangling.json")).unwrap();
+    let error = Embedded::open(&at("dangling.json")).await.unwrap_err();
+    assert!(error.to_string().starts_with("failed to follow ") && !at("nowhere.json").exists(), "{error}");
+}
+
+#[cfg(unix)]
+#[tokio::test]
+async fn file_of_several_hard_links_is_refused_and_kept() {
+    let directory = tempfile::tempdir().unwrap();
+    let [one, two] = ["one.json", "two.json"].map(|name| directory.path().join(name));
+    Embedded::open(&one).await.unwrap().put("plan", "1", None).await.unwrap();
+    std::fs::hard_link(&one, &two).unwrap();
+    for path in [&one, &two] {
+        let RegistryError::File { action: "use", source, .. } = Embedded::open(path).await.unwrap_err() else { panic!() };
+        assert!(source.to_string().contains("2 names (hard links)"), "{source}");
+    }
+    std::fs::remove_file(&two).unwrap();
+    assert_eq!(Embedded::open(&one).await.unwrap().get("plan").await.unwrap().unwrap().value, "1");
+}
+
 #[tokio::test]
 async fn file_that_vanished_is_not_taken_for_an_empty_one() {
     let directory = tempfile::tempdir().unwrap();

@@ -174,11 +174,11 @@ mod tests {
             };
             (0..2_000).for_each(|_| turn(&mut places));
             let standing = Standing { weight: 1, is_alone: false };
-            let waited = (0..).find(|_| {
+            let waited = (0..16).find(|_| {
                 turn(&mut places);
                 places.enter(&name("next"), standing).is_ok()
             });
-            assert!(waited.is_some_and(|turns| turns < 16), "{tenants} tenants, {waited:?} turns: {places:?}");
+            assert!(waited.is_some(), "{tenants} tenants: {places:?}");
         }
     }
 
