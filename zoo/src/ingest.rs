@@ -45,7 +45,7 @@ pub enum IngestError {
     #[error("adapter_config.json does not say what base the adapter is over: give it with --base TENANT/MODEL")]
     BaseUnsaid,
     /// The base that the adapter names is not one model here.
-    #[error("the adapter asks for the base `{wanted}`, and {} models here have that name or source{}: give it with --base TENANT/MODEL", .found.len(), some_of(.found))]
+    #[error("the adapter asks for the base `{wanted}`, and {} that name or source{}: give it with --base TENANT/MODEL", how_many_have(.found), some_of(.found))]
     BaseUnclear {
         /// As adapter_config.json has it.
         wanted: String,
@@ -160,6 +160,14 @@ pub enum IngestError {
     /// Names changed faster than we could follow.
     #[error("model {0} is being changed by others; try again")]
     Contended(crate::model_id::ModelId),
+}
+
+fn how_many_have(models: &[crate::model_id::ModelId]) -> String {
+    match models.len() {
+        0 => "no model here has".to_owned(),
+        1 => "1 model here has".to_owned(),
+        count => format!("{count} models here have"),
+    }
 }
 
 /// Up to four of the models, in brackets; nothing where there are none.

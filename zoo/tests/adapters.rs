@@ -301,7 +301,7 @@ async fn the_base_is_the_one_that_is_asked_for_or_given() {
     let none = fixture.add(&wanted(json!("org/unknown")), "none").await.unwrap_err();
     assert_eq!(
         message(none),
-        "the adapter asks for the base `org/unknown`, and 0 models here have that name or source: give it with --base TENANT/MODEL"
+        "the adapter asks for the base `org/unknown`, and no model here has that name or source: give it with --base TENANT/MODEL"
     );
     let unsaid = fixture.add(&wanted(json!(null)), "none").await.unwrap_err();
     assert!(message(unsaid).contains("does not say what base"));
