@@ -15,7 +15,7 @@ use crate::io::backend::{ApiError, ModelView};
 use crate::io::metrics::RequestMetrics;
 use crate::io::rest::choice::Choice;
 use crate::io::rest::config::RestLimits;
-use crate::io::rest::fields::{Fields, Off, parse, token_ids, unsupported, wrong};
+use crate::io::rest::fields::{Fields, Off, parse, token_ids, unsupported_value, wrong};
 use crate::io::rest::generation::{self, Generation};
 use crate::io::rest::logprobs::CompletionLogprobs;
 use crate::io::rest::run::Usage;
@@ -52,7 +52,7 @@ impl CompletionBody {
         if let Some(best_of) = fields.take_integer("best_of", 0..=i64::from(u32::MAX))?
             && best_of != i64::from(generation.choices_count)
         {
-            return Err(unsupported("best_of"));
+            return Err(unsupported_value("best_of", "with that of `n`"));
         }
         if let Some(top) = fields.take_integer("logprobs", 0..=i64::from(limits.top_logprobs_max))? {
             generation.sampling.logprobs = true;

@@ -119,7 +119,7 @@ impl<'a> Fields<'a> {
         if given.is_some() && accepted.iter().any(|text| value(text) == given) {
             return Ok(());
         }
-        Err(unsupported(&self.param(name)))
+        Err(unsupported(&self.param(name), accepted))
     }
 
     /// Ends the reading: each known value must have been taken.
@@ -128,9 +128,18 @@ impl<'a> Fields<'a> {
     }
 }
 
-/// The error of a parameter, or a value of it, that is not supported.
-pub(crate) fn unsupported(param: &str) -> ApiError {
-    ApiError::of_param(Code::UnsupportedParameter, param, format!("`{param}` is not supported, or not with this value"))
+/// The error of a parameter that is not supported, but for values (JSON) that mean "off".
+fn unsupported(param: &str, accepted: &[&str]) -> ApiError {
+    let message = match accepted {
+        [] => format!("`{param}` is not supported"),
+        _ => format!("`{param}` is not supported: leave it out, or send {}", accepted.join(" or ")),
+    };
+    ApiError::of_param(Code::UnsupportedParameter, param, message)
+}
+
+/// The error of a value that is not supported of a parameter that is; `expected` completes "only".
+pub(crate) fn unsupported_value(param: &str, expected: &str) -> ApiError {
+    ApiError::of_param(Code::UnsupportedParameter, param, format!("`{param}` is not supported with this value, only {expected}"))
 }
 
 /// The error of a wrong type or range; `expected` completes "must be".

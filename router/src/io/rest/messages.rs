@@ -4,7 +4,7 @@ use serde_json::value::RawValue;
 
 use crate::io::backend::ApiError;
 use crate::io::rest::config::RestLimits;
-use crate::io::rest::fields::{Fields, Off, parse, unsupported, wrong};
+use crate::io::rest::fields::{Fields, Off, parse, unsupported_value, wrong};
 use crate::text::template::Message;
 
 const KNOWN: &[&str] = &["role", "content", "name"];
@@ -40,7 +40,7 @@ fn read_message(raw: &RawValue, index: usize) -> Result<Message, ApiError> {
         "system" | "developer" => "system",
         "user" => "user",
         "assistant" => "assistant",
-        "tool" | "function" => return Err(unsupported(&fields.param("role"))),
+        "tool" | "function" => return Err(unsupported_value(&fields.param("role"), "system, developer, user or assistant")),
         _ => return Err(wrong(&fields.param("role"), "system, developer, user or assistant")),
     };
     let name = fields.take("name", "a string")?;
@@ -61,7 +61,7 @@ fn read_content(raw: &RawValue, param: &str) -> Result<String, ApiError> {
         let mut fields = Fields::of_value(part, format!("{param}[{index}]."), &["type", "text"], OFF_PART)?;
         let kind: String = fields.require("type", "\"text\"")?;
         if kind != "text" {
-            return Err(unsupported(&fields.param("type")));
+            return Err(unsupported_value(&fields.param("type"), "text"));
         }
         let text: String = fields.require("text", "a string")?;
         fields.finish();
