@@ -9,9 +9,10 @@ use ashlar_registry::record::{self, ExecutorRecord};
 use ashlar_wire::id::ExecutorId;
 use ashlar_wire::v1;
 use ashlar_wire::v1::operator_client::OperatorClient;
+use tonic::Code;
 use tonic::transport::Endpoint;
 
-use crate::config::{Config, ConfigArgs};
+use crate::config::{Config, PlaceArgs};
 use crate::{output, server, serving};
 
 /// Time for a connection to be made.
@@ -23,10 +24,24 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 #[derive(Debug, clap::Args)]
 pub struct CheckArgs {
     #[command(flatten)]
-    config: ConfigArgs,
+    config: PlaceArgs,
     /// An executor's gRPC address, in place of what the registry knows (repeatable)
-    #[arg(long = "executor", value_name = "HOST:PORT")]
+    #[arg(long = "executor", value_name = "HOST:PORT", value_parser = address, conflicts_with_all = ["config", "zoo", "registry", "set"])]
     executors: Vec<String>,
+}
+
+/// A host and a port, and nothing around them.
+fn address(text: &str) -> Result<String, String> {
+    let is_address = text.rsplit_once(':').is_some_and(|(host, port)| {
+        let port = port.parse().is_ok_and(|port: u16| port > 0) && port.bytes().all(|byte| byte.is_ascii_digit());
+        let bracketed = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
+        let host = match bracketed {
+            Some(host) => host.parse::<std::net::Ipv6Addr>().is_ok(),
+            None => !host.is_empty() && host.bytes().all(|byte| byte.is_ascii_alphanumeric() || b".-_".contains(&byte)),
+        };
+        host && port
+    });
+    if is_address { Ok(text.to_owned()) } else { Err("use HOST:PORT".to_owned()) }
 }
 
 /// An executor to ask.
@@ -83,11 +98,20 @@ async fn ask(asked: &Asked) -> anyhow::Result<v1::CheckReply> {
     let endpoint = Endpoint::from_shared(format!("http://{}", asked.address)).context("this is no address")?;
     let channel = endpoint.connect_timeout(CONNECT_TIMEOUT).timeout(ANSWER_TIMEOUT).connect().await?;
     let reply = OperatorClient::new(channel).check(v1::CheckRequest {}).await;
-    let reply = reply.map_err(|status| anyhow::anyhow!("{}: {}", status.code(), status.message()))?.into_inner();
+    let reply = reply.map_err(refusal)?.into_inner();
     if let Some(id) = asked.id.as_ref().filter(|id| id.0 != reply.executor_id) {
         bail!("{} answers there, and {id} has gone", reply.executor_id);
     }
     Ok(reply)
+}
+
+/// Why a call has no answer. What our side makes of bytes that are no gRPC says nothing of use.
+fn refusal(status: tonic::Status) -> anyhow::Error {
+    let own = std::error::Error::source(&status).is_some() && matches!(status.code(), Code::Unknown | Code::Internal | Code::Unavailable);
+    match own || status.message().starts_with("grpc-status header missing") {
+        true => anyhow::anyhow!("what listens there does not speak gRPC, or broke off; an executor's address is its `executor.listen`"),
+        false => anyhow::anyhow!("{}: {}", status.code(), status.message()),
+    }
 }
 
 fn line(asked: &Asked, answer: &anyhow::Result<v1::CheckReply>) -> String {
@@ -137,5 +161,43 @@ mod tests {
         assert!(why(at(None, &address.to_string())).await.contains("refused"));
         assert!(why(at(None, "no address")).await.contains("this is no address"));
         assert!(why(at(Some("exe_a"), server::IN_PROCESS)).await.contains("ashlar serve"));
+        // A server that answers in HTTP/1.1, as a router does.
+        let http = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = http.local_addr().unwrap();
+        let answer = async {
+            let (mut stream, _) = http.accept().await.unwrap();
+            tokio::io::AsyncWriteExt::write_all(&mut stream, b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n").await.unwrap();
+            stream
+        };
+        let (_stream, why) = tokio::join!(answer, why(at(None, &address.to_string())));
+        assert!(why.contains("does not speak gRPC"), "{why}");
+    }
+
+    #[test]
+    fn addresses_are_a_host_and_a_port() {
+        for good in ["127.0.0.1:8090", "exe-1.pool_a.svc:8090", "[::1]:8090"] {
+            assert_eq!(address(good).as_deref(), Ok(good));
+        }
+        for bad in [
+            "",
+            "host",
+            "host:",
+            ":8090",
+            "host:0",
+            "host:65536",
+            "host:+80",
+            "host:http",
+            "http://host:80",
+            "host:80/",
+            "host:80/x",
+            "a@host:80",
+            "::1:8090",
+            "[host]:80",
+            "host :80",
+            "host:80?x",
+            "host:80 ",
+        ] {
+            assert_eq!(address(bad), Err("use HOST:PORT".to_owned()), "{bad}");
+        }
     }
 }

@@ -362,9 +362,9 @@ impl Default for LogConfig {
     }
 }
 
-/// Flags of commands that read the configuration.
+/// Flags of commands that need to know where the zoo and the registry are.
 #[derive(Debug, Args)]
-pub struct ConfigArgs {
+pub struct PlaceArgs {
     /// Configuration file (TOML)
     #[arg(long, global = true)]
     config: Option<PathBuf>,
@@ -374,35 +374,45 @@ pub struct ConfigArgs {
     /// Registry: etcd://HOST:PORT[,HOST:PORT][/PREFIX], file:PATH or memory:
     #[arg(long, global = true)]
     registry: Option<String>,
-    /// Address to listen on: REST for serve and router, gRPC for executor
-    #[arg(long)]
-    listen: Option<String>,
     /// Any key: SECTION.KEY=VALUE
     #[arg(long = "set", global = true, value_name = "SECTION.KEY=VALUE")]
     set: Vec<String>,
+}
+
+/// Flags of servers.
+#[derive(Debug, Args)]
+pub struct ConfigArgs {
+    #[command(flatten)]
+    places: PlaceArgs,
+    /// Address to listen on: REST for serve and router, gRPC for executor
+    #[arg(long)]
+    listen: Option<String>,
     /// Print the configuration in force and exit
     #[arg(long)]
     pub print_config: bool,
 }
 
 impl ConfigArgs {
-    /// The configuration in force. `--listen` means the REST address.
-    ///
-    /// # Errors
-    /// Which file, variable or flag is wrong, and how.
-    pub fn load(&self) -> anyhow::Result<Config> {
-        self.load_for("router")
-    }
-
     /// The configuration in force; `--listen` is the address of `listener` (`router` or `executor`).
     ///
     /// # Errors
     /// Which file, variable or flag is wrong, and how.
     pub fn load_for(&self, listener: &str) -> anyhow::Result<Config> {
-        self.load_with(listener, &our_variables())
+        self.places.load_with(self.listen.as_deref().map(|address| (listener, address)), &our_variables())
+    }
+}
+
+impl PlaceArgs {
+    /// The configuration in force.
+    ///
+    /// # Errors
+    /// Which file, variable or flag is wrong, and how.
+    pub fn load(&self) -> anyhow::Result<Config> {
+        self.load_with(None, &our_variables())
     }
 
-    fn load_with(&self, listener: &str, variables: &[(String, String)]) -> anyhow::Result<Config> {
+    /// `listen` is the section that listens, and where.
+    fn load_with(&self, listen: Option<(&str, &str)>, variables: &[(String, String)]) -> anyhow::Result<Config> {
         let mut table = match &self.config {
             None => toml::Table::new(),
             Some(path) => {
@@ -429,8 +439,8 @@ impl ConfigArgs {
         if let Some(registry) = &self.registry {
             set(&mut table, "registry.url", registry)?;
         }
-        if let Some(listen) = &self.listen {
-            set(&mut table, &format!("{listener}.listen"), listen)?;
+        if let Some((listener, address)) = listen {
+            set(&mut table, &format!("{listener}.listen"), address)?;
         }
         for pair in &self.set {
             let (key, value) = pair.split_once('=').with_context(|| format!("use --set {pair}: expected SECTION.KEY=VALUE"))?;

@@ -22,10 +22,10 @@ pub enum DeployCommand {
         /// TENANT/MODEL
         model: ModelId,
         /// Milliseconds from admission to the first token; 0: no target
-        #[arg(long, group = "targets")]
+        #[arg(long, group = "targets", value_parser = milliseconds, allow_negative_numbers = true)]
         ttft_ms: Option<u32>,
         /// Milliseconds between two tokens; 0: no target
-        #[arg(long, group = "targets")]
+        #[arg(long, group = "targets", value_parser = milliseconds, allow_negative_numbers = true)]
         gap_ms: Option<u32>,
     },
     /// List the models that have targets of their own
@@ -37,6 +37,10 @@ pub enum DeployCommand {
     },
 }
 
+fn milliseconds(text: &str) -> Result<u32, String> {
+    text.parse().map_err(|_| format!("expected whole milliseconds, 0 to {}", u32::MAX))
+}
+
 /// Does it. A model that the zoo at `zoo_root` does not have is told of, where there is a zoo.
 ///
 /// # Errors
@@ -45,9 +49,7 @@ pub async fn run(command: DeployCommand, registry: Arc<dyn Registry>, zoo_root: 
     let text = match command {
         DeployCommand::Set { model, ttft_ms, gap_ms } => {
             let text = set(&*registry, &model, DeploymentRecord { ttft_ms, gap_ms }).await?;
-            if is_missing(zoo_root, &model).await {
-                eprintln!("no such model yet: {model} is not in zoo {}; its targets wait for it", zoo_root.display());
-            }
+            note_missing(zoo_root, &model, "its targets wait").await;
             text
         }
         DeployCommand::List => list(&*registry).await?,
@@ -70,6 +72,13 @@ async fn set(registry: &dyn Registry, model: &ModelId, new: DeploymentRecord) ->
         if let Swap::Done(_) = swap.with_context(|| format!("write the targets of {model}"))? {
             return Ok(line(&model.to_string(), &record));
         }
+    }
+}
+
+/// Tells on standard error that the zoo has no such model, and what waits for it.
+pub async fn note_missing(zoo_root: &Path, model: &ModelId, waits: &str) {
+    if is_missing(zoo_root, model).await {
+        eprintln!("no such model yet: {model} is not in zoo {}; {waits} for it", zoo_root.display());
     }
 }
 

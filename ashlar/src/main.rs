@@ -46,14 +46,14 @@ enum Command {
     /// Tenants and their API keys
     Tenant {
         #[command(flatten)]
-        config: config::ConfigArgs,
+        config: config::PlaceArgs,
         #[command(subcommand)]
         command: tenant::TenantCommand,
     },
     /// How models are to be served: their targets for time
     Deploy {
         #[command(flatten)]
-        config: config::ConfigArgs,
+        config: config::PlaceArgs,
         #[command(subcommand)]
         command: deploy::DeployCommand,
     },
@@ -125,13 +125,15 @@ async fn run(command: Command) -> anyhow::Result<()> {
             let registry = match command {
                 // Reads no record and writes none.
                 tenant::TenantCommand::Hash => server::open_registry(&config, server::Role::Serve).await?,
-                _ => server::open_lasting_registry(&config).await?,
+                tenant::TenantCommand::List => server::open_lasting_registry(&config, "read").await?,
+                _ => server::open_lasting_registry(&config, "change").await?,
             };
-            tenant::run(command, registry).await
+            tenant::run(command, registry, &config.zoo.root).await
         }
         Command::Deploy { config, command } => {
             let config = config.load()?;
-            let registry = server::open_lasting_registry(&config).await?;
+            let purpose = if matches!(command, deploy::DeployCommand::List) { "read" } else { "change" };
+            let registry = server::open_lasting_registry(&config, purpose).await?;
             deploy::run(command, registry, &config.zoo.root).await
         }
         Command::Check(args) => check::run(args).await,

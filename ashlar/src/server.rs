@@ -98,18 +98,18 @@ pub async fn open_registry(config: &Config, role: Role) -> anyhow::Result<Arc<dy
     ashlar_registry::open(&url).await.with_context(|| format!("open registry {url}"))
 }
 
-/// Opens the registry for a command that changes it and ends.
+/// Opens the registry for a command that changes or reads it (`purpose`) and ends.
 ///
 /// # Errors
 /// As [`open_registry`], and when what is changed would be lost or is nobody's.
-pub async fn open_lasting_registry(config: &Config) -> anyhow::Result<Arc<dyn Registry>> {
+pub async fn open_lasting_registry(config: &Config, purpose: &str) -> anyhow::Result<Arc<dyn Registry>> {
     let url = &config.registry.url;
     if url == "memory:" {
-        bail!("change the registry: one in memory ends with this command; name that of the servers (etcd://HOST:PORT or file:PATH)");
+        bail!("{purpose} the registry: one in memory ends with this command; name that of the servers (etcd://HOST:PORT or file:PATH)");
     }
     if url.is_empty() && !config.zoo.root.is_dir() {
         bail!(
-            "change the registry beside zoo {}: there is no such zoo; name one by --zoo, or a registry by --registry",
+            "{purpose} the registry beside zoo {}: there is no such zoo; name one by --zoo, or a registry by --registry",
             config.zoo.root.display()
         );
     }

@@ -45,6 +45,9 @@ pub(crate) struct SimArgs {
 /// # Errors
 /// When a checker found something, which is printed; or the trace cannot be read.
 pub(crate) fn run(args: &SimArgs) -> anyhow::Result<()> {
+    let last = args.seed.checked_add(args.seeds - 1).with_context(|| {
+        format!("use --seed {} and --seeds {} together: the last seed would be over {}", args.seed, args.seeds, u64::MAX)
+    })?;
     let load = match &args.trace {
         Some(path) => Some((path.display().to_string(), read(path, args.requests as usize).context("read the trace")?)),
         None => None,
@@ -67,7 +70,7 @@ pub(crate) fn run(args: &SimArgs) -> anyhow::Result<()> {
     if args.seeds == 1 {
         return told(args.seed, ashlar_sim::run(&options(args.seed)));
     }
-    many(args, options)
+    many(args, last, options)
 }
 
 fn told(seed: u64, outcome: Result<Report, Box<Failure>>) -> anyhow::Result<()> {
@@ -80,13 +83,13 @@ fn told(seed: u64, outcome: Result<Report, Box<Failure>>) -> anyhow::Result<()> 
     }
 }
 
-fn many(args: &SimArgs, options: impl Fn(u64) -> Options) -> anyhow::Result<()> {
+fn many(args: &SimArgs, last: u64, options: impl Fn(u64) -> Options) -> anyhow::Result<()> {
     #[expect(clippy::disallowed_methods, reason = "seeds per second of the real clock")]
     let began = Instant::now();
     let bar = indicatif::ProgressBar::new(args.seeds);
     bar.set_style(indicatif::ProgressStyle::with_template("{wide_bar} {pos} of {len} seeds, {per_sec}, {eta} left")?);
     let mut sum = Report::default();
-    for seed in args.seed..args.seed.saturating_add(args.seeds) {
+    for seed in args.seed..=last {
         match ashlar_sim::run(&options(seed)) {
             Ok(report) => sum.add(&report),
             Err(failure) => {
@@ -99,7 +102,7 @@ fn many(args: &SimArgs, options: impl Fn(u64) -> Options) -> anyhow::Result<()> 
     }
     bar.finish_and_clear();
     let seconds = began.elapsed().as_secs_f64();
-    let (first, last) = (args.seed, args.seed + (args.seeds - 1));
+    let first = args.seed;
     let rate = args.seeds as f64 / seconds;
     Ok(output::text(format_args!("seeds {first} to {last} pass, {seconds:.1} s, {rate:.0} seeds/s; in all\n{sum}"))?)
 }

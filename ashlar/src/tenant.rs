@@ -1,6 +1,7 @@
 //! `ashlar tenant`: who may call. It changes the registry's tenant records by compare-and-swap, so that it may run beside a server
 //! and beside itself. A key is printed once, to standard output, and only its hash is kept.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -12,7 +13,7 @@ use ashlar_wire::id::TenantName;
 use ashlar_zoo::model_id::ModelId;
 use clap::Subcommand;
 
-use crate::output;
+use crate::{deploy, output};
 
 /// Digits of a hash that name a key to people.
 const SHOWN_DIGITS: usize = 12;
@@ -61,11 +62,11 @@ pub enum TenantCommand {
     Hash,
 }
 
-/// Does it.
+/// Does it. A granted model that the zoo at `zoo_root` does not have is told of, where there is a zoo.
 ///
 /// # Errors
 /// A name that is none, a tenant or key that is not there, a registry out of reach.
-pub async fn run(command: TenantCommand, registry: Arc<dyn Registry>) -> anyhow::Result<()> {
+pub async fn run(command: TenantCommand, registry: Arc<dyn Registry>, zoo_root: &Path) -> anyhow::Result<()> {
     let text = match command {
         TenantCommand::Hash => {
             let mut key = String::new();
@@ -74,7 +75,11 @@ pub async fn run(command: TenantCommand, registry: Arc<dyn Registry>) -> anyhow:
         }
         TenantCommand::Add { name, requests_max, weight, models, cache_domain } => {
             let changes = Changes { limits: Limits { requests_max, weight }, models, cache_domain };
-            add(&*registry, &parse(&name)?, &changes).await?
+            let text = add(&*registry, &parse(&name)?, &changes).await?;
+            for model in &changes.models {
+                deploy::note_missing(zoo_root, model, "the right to use it waits").await;
+            }
+            text
         }
         TenantCommand::Key { name } => make_key(&*registry, &parse(&name)?).await?,
         TenantCommand::List => list(&*registry).await?,

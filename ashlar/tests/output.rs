@@ -54,6 +54,16 @@ fn help_of_bench_says_where_to_begin() {
 }
 
 #[test]
+fn commands_that_listen_nowhere_do_not_offer_to() {
+    for command in ["serve", "tenant", "deploy", "check"] {
+        let output = run(&[command, "--help"], Stdio::piped());
+        let help = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(help.contains("--registry") && help.contains("--set"), "{help}");
+        assert_eq!(help.contains("--listen") && help.contains("--print-config"), command == "serve", "{help}");
+    }
+}
+
+#[test]
 fn what_would_change_nothing_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let nowhere = dir.path().join("nowhere");
@@ -63,7 +73,13 @@ fn what_would_change_nothing_is_refused() {
         ([&set[..3], &["--zoo", root]].concat(), "required"),
         ([&set[..], &["--registry", "memory:"]].concat(), "one in memory ends with this command"),
         ([&set[..], &["--zoo", nowhere]].concat(), "there is no such zoo"),
-        (vec!["tenant", "key", "a", "--registry", "memory:"], "one in memory ends with this command"),
+        (vec!["tenant", "key", "a", "--registry", "memory:"], "change the registry: one in memory ends with this command"),
+        (vec!["deploy", "list", "--zoo", nowhere], "failed to read the registry beside zoo"),
+        (vec!["deploy", "set", "a/b", "--gap-ms", "1.5"], "expected whole milliseconds"),
+        (vec!["deploy", "set", "a/b", "--ttft-ms", "-1"], "expected whole milliseconds"),
+        (vec!["sim", "--seed", "18446744073709551615", "--seeds", "2"], "use --seed 18446744073709551615 and --seeds 2 together"),
+        (vec!["check", "--executor", "http://127.0.0.1:80"], "use HOST:PORT"),
+        (vec!["check", "--executor", "127.0.0.1:80", "--zoo", root], "cannot be used with"),
     ] {
         let output = run(&args, Stdio::piped());
         let error = String::from_utf8_lossy(&output.stderr);
@@ -103,6 +119,10 @@ fn targets_may_be_set_before_their_model_is_there_and_say_so() {
     assert!(output.status.success());
     assert_eq!(String::from_utf8_lossy(&output.stdout), "acme/later  first token: as executors are set  gap: 50 ms\n");
     let expected = format!("no such model yet: acme/later is not in zoo {root}; its targets wait for it\n");
+    assert_eq!(String::from_utf8_lossy(&output.stderr), expected);
+    let output = run(&["tenant", "add", "blue", "--model", "acme/later", "--zoo", root], Stdio::piped());
+    assert!(output.status.success());
+    let expected = format!("no such model yet: acme/later is not in zoo {root}; the right to use it waits for it\n");
     assert_eq!(String::from_utf8_lossy(&output.stderr), expected);
     let output = run(&["deploy", "list", "--zoo", root], Stdio::piped());
     assert_eq!(String::from_utf8_lossy(&output.stdout), "acme/later  first token: as executors are set  gap: 50 ms\n");

@@ -27,9 +27,9 @@ fn unknown_keys_and_wrong_types_are_named() {
 
 fn load(variables: &[(&str, &str)], sets: &[&str]) -> anyhow::Result<Config> {
     let set = sets.iter().map(|pair| (*pair).to_owned()).collect();
-    let args = ConfigArgs { config: None, zoo: None, registry: None, listen: None, set, print_config: false };
+    let args = PlaceArgs { config: None, zoo: None, registry: None, set };
     let variables: Vec<(String, String)> = variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
-    args.load_with("router", &variables)
+    args.load_with(None, &variables)
 }
 
 #[test]
