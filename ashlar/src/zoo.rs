@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use ashlar_zoo::export::export;
 use ashlar_zoo::gc;
 use ashlar_zoo::hub::{self, Hub, PullOptions, RepoId};
 use ashlar_zoo::ingest::{self, AddOptions, AddReport, Recipe};
@@ -91,6 +92,15 @@ pub(crate) enum ZooCommand {
         #[arg(long)]
         json: bool,
     },
+    /// Write a model as a Hugging Face directory: tensors byte for byte as they were added
+    ///
+    /// Only what was added as f32, f16 or bf16 goes back. A model that is an adapter over another one becomes a PEFT directory that names it.
+    Export {
+        /// TENANT/MODEL
+        model: ModelId,
+        /// Directory; not there yet, or empty
+        directory: PathBuf,
+    },
     /// Read every object and follow every name; fails if anything is damaged
     Verify,
     /// Drop a name; its blocks stay until gc
@@ -157,6 +167,11 @@ pub(crate) async fn run(args: ZooArgs) -> anyhow::Result<()> {
         ZooCommand::Diff { a, b, json } => {
             let diff = zoo.diff(&a, &b).await.with_context(|| format!("compare {a} with {b}"))?;
             print(json, &diff, || table::diff(&diff))
+        }
+        ZooCommand::Export { model, directory } => {
+            let report = export(&zoo, &model, &directory).await.with_context(|| format!("export {model} to {}", directory.display()))?;
+            let size = ingest::human_bytes(report.bytes);
+            Ok(output::line(format_args!("{model} is in {}: {} tensors, {size}", directory.display(), report.tensors))?)
         }
         ZooCommand::Verify => {
             let report = verify::verify(&zoo, &*progress::for_terminal()).await.context("verify the zoo")?;

@@ -95,7 +95,7 @@ impl AttentionParams {
 }
 
 /// `x^-0.5` as every family computes its score multiplier.
-fn inverse_sqrt(x: f64) -> f32 {
+pub(crate) fn inverse_sqrt(x: f64) -> f32 {
     x.powf(-0.5) as f32
 }
 

@@ -4,6 +4,7 @@
 pub mod adapter;
 pub mod canonical;
 pub mod digest;
+pub mod export;
 pub mod family;
 pub mod formats;
 pub mod gc;

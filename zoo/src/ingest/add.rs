@@ -93,8 +93,8 @@ pub(super) async fn hash(
     progress: &dyn Progress,
 ) -> Result<(Vec<TensorRef>, Kept), IngestError> {
     progress.begin(Stage::Hash, plans.iter().map(|plan| target_bytes(plan)).sum());
-    let hashed = stream::iter(plans).map(|plan| {
-        let (files, plan) = (files.clone(), plan.clone());
+    let hashed = stream::iter(plans.iter().cloned()).map(|plan| {
+        let files = files.clone();
         async move {
             let bytes = target_bytes(&plan);
             let hashed = blocking(move || {
