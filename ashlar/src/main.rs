@@ -21,7 +21,7 @@ mod sim;
 mod tenant;
 mod zoo;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 /// Serve many fine-tuned language models by storing, placing, batching and caching blocks of models.
 ///
@@ -88,6 +88,13 @@ enum Command {
     Sim(Box<sim::SimArgs>),
     /// Which devices there are, and why one is not used
     Devices,
+    /// Print a script that completes this program's words in a shell
+    ///
+    /// For bash: `ashlar completions bash > ~/.local/share/bash-completion/completions/ashlar`
+    Completions {
+        /// Which shell
+        shell: clap_complete::Shell,
+    },
 }
 
 fn main() -> std::process::ExitCode {
@@ -141,5 +148,10 @@ async fn run(command: Command) -> anyhow::Result<()> {
         Command::Bench(args) => bench::run(args).await,
         Command::Sim(args) => sim::run(&args),
         Command::Devices => Ok(devices::print()?),
+        Command::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "ashlar", &mut script);
+            Ok(output::text(String::from_utf8_lossy(&script))?)
+        }
     }
 }
