@@ -56,8 +56,6 @@ pub struct RouterConfig {
     pub keys_file: String,
     /// Serve without keys even where others than this machine can reach the server.
     pub insecure_open: bool,
-    /// Folder of PEFT adapters that administrators may load by `POST /v1/load_lora_adapter`; empty: none.
-    pub adapters_root: String,
     /// A sequence must end within so many milliseconds; 0: no limit.
     pub deadline_ms: u64,
     /// Bounds of requests.
@@ -71,7 +69,6 @@ impl Default for RouterConfig {
             keys_file: String::new(),
             insecure_open: false,
             deadline_ms: 0,
-            adapters_root: String::new(),
             limits: RestLimits::default(),
         }
     }

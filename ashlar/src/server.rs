@@ -14,10 +14,9 @@ use ashlar_kernels::cpu::{Cpu, CpuOptions};
 use ashlar_kernels::ops::Ops;
 use ashlar_registry::record::{ExecutorRecord, PlanPolicy, RouterRecord};
 use ashlar_registry::{Registry, Session, key};
-use ashlar_router::io::backend::Administration;
 use ashlar_router::io::catalog::Catalog;
 use ashlar_router::io::cluster::{Cluster, ClusterOptions};
-use ashlar_router::io::dispatch::{Dispatch, DispatchOptions, adapters_root};
+use ashlar_router::io::dispatch::{Dispatch, DispatchOptions};
 use ashlar_router::io::grpc::{Clients, ExecutorClient, RunEvents};
 use ashlar_router::io::keys_file::KeysFile;
 use ashlar_router::io::metrics::RouterMetrics;
@@ -277,17 +276,10 @@ async fn route(
     let session = Session::start(registry, key::router(&router), record, LEASE);
     let metrics = RouterMetrics::new().context("register metrics")?;
     let deadline = (config.router.deadline_ms > 0).then(|| Duration::from_millis(config.router.deadline_ms));
-    let folder = &config.router.adapters_root;
-    let adapters_root = match folder.as_str() {
-        "" => None,
-        folder => Some(adapters_root(Path::new(folder)).with_context(|| format!("use router.adapters_root `{folder}`"))?),
-    };
-    let administered = adapters_root.is_some();
-    let options = DispatchOptions { deadline, adapters_root, ..DispatchOptions::default() };
+    let options = DispatchOptions { deadline, ..DispatchOptions::default() };
     let dispatch = Dispatch::new(router, cluster, catalog, Clients::new(local), options, metrics.registry()).context("register metrics")?;
     metric_registries.push(process_metrics()?);
-    let administration = administered.then(|| Arc::new(dispatch.clone()) as Arc<dyn Administration>);
-    let rest = RestConfig { limits: config.router.limits, metrics, registries: metric_registries, administration };
+    let rest = RestConfig { limits: config.router.limits, metrics, registries: metric_registries };
     let draining = dispatch.clone();
     let (first, was_asked) = tokio::sync::oneshot::channel::<()>();
     let shutdown = async move {

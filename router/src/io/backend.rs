@@ -107,34 +107,6 @@ impl fmt::Debug for NewSequence {
 /// resumes), then one `Finished` and the end; or one error and the end. `Failed` may come as an event or as an error.
 pub type SequenceEvents = BoxStream<'static, Result<v1::sequence_event::Event, ApiError>>;
 
-/// A PEFT adapter to serve under a name.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct NewAdapter {
-    /// `tenant/name`, or a bare name: one of the tenant that asks.
-    pub name: String,
-    /// Its folder, within the server's folder of adapters.
-    pub path: String,
-    /// The model that it is over, as `tenant/name`; `None`: the one that its configuration names.
-    pub base: Option<String>,
-    /// Whether a name that is there already is to mean this adapter from now on.
-    pub replaces: bool,
-}
-
-/// What administrators may change while the server runs.
-#[async_trait::async_trait]
-pub trait Administration: Send + Sync + 'static {
-    /// Adds an adapter to the zoo, and waits until it can be served. Two loads of one adapter cost one.
-    ///
-    /// Fails with `forbidden`, `invalid_value`, `model_exists`, `adapter_refused`, `unavailable`, or `model_not_ready` where it was added and no executor
-    /// has loaded it within the time that a client waits.
-    async fn load_adapter(&self, tenant: &TenantName, adapter: NewAdapter) -> Result<Arc<ModelView>, ApiError>;
-
-    /// Drops the name of an adapter. Sequences of it that run go on to their end. Returns `tenant/name`.
-    ///
-    /// Fails with `forbidden`, `invalid_value`, `model_not_found` or `unavailable`.
-    async fn unload_adapter(&self, tenant: &TenantName, name: &str) -> Result<String, ApiError>;
-}
-
 /// What REST asks of the router. Failures of the world are logged here, where their causes are known; REST logs only `internal_error`.
 #[async_trait::async_trait]
 pub trait Backend: Send + Sync + 'static {

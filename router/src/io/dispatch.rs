@@ -2,12 +2,10 @@
 //! [`Backend::start`], which hands out one stream of tokens however many executors are lost on the way. One sequence's life is in
 //! `dispatch/running.rs`; where it may run is decided by `state::assembly`, what follows a loss by `state::journal`.
 
-mod adapters;
 mod books;
 mod running;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
@@ -28,7 +26,6 @@ use super::grpc::Clients;
 use crate::state::assembly::{ChainPath, ModelNotReady, Route, Scene, assemble};
 use crate::state::places::Standing;
 use crate::state::tenants::PUBLIC;
-pub use adapters::adapters_root;
 use books::{Loads, Requests, Suspects};
 use running::{Caller, Running};
 
@@ -42,13 +39,11 @@ pub struct DispatchOptions {
     pub deadline: Option<Duration>,
     /// How long an executor that failed is avoided where another can serve.
     pub suspect_for: Duration,
-    /// The folder that adapters may be loaded from; `None`: from nowhere.
-    pub adapters_root: Option<PathBuf>,
 }
 
 impl Default for DispatchOptions {
     fn default() -> Self {
-        Self { attempts_max: 24, deadline: None, suspect_for: Duration::from_secs(5), adapters_root: None }
+        Self { attempts_max: 24, deadline: None, suspect_for: Duration::from_secs(5) }
     }
 }
 
