@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+use crate::blocking::blocking;
 use crate::digest::Digest;
 use crate::family::names::Names;
 use crate::inspect::Resolved;
@@ -23,6 +24,9 @@ pub enum ExportError {
     /// Something lies where the export should go.
     #[error("{0} is there already, and is no empty directory")]
     Exists(PathBuf),
+    /// `.`, `..` or `/`: nothing can be put in its place at once.
+    #[error("name the directory that is to be made: `{0}` ends in none")]
+    Unnamed(PathBuf),
     /// A model that is base and adapter, and its base cannot be told from it.
     #[error("it is an adapter, and cannot be parted from its base: {0}")]
     Base(String),
@@ -90,7 +94,7 @@ pub async fn export(zoo: &Zoo, id: &ModelId, directory: &Path) -> Result<ExportR
         (tensors, files, "adapter_model.safetensors")
     };
     let directory = directory.to_owned();
-    tokio::task::spawn_blocking(move || write(&directory, &tensors, &files, weights)).await.expect("writing does not panic")
+    blocking(move || write(&directory, &tensors, &files, weights)).await
 }
 
 /// What transformers names the tensors of a whole checkpoint.
@@ -120,13 +124,15 @@ fn write(directory: &Path, tensors: &[tensors::Tensor], files: &Files, weights: 
         Err(error) if error.kind() == std::io::ErrorKind::NotADirectory => return Err(ExportError::Exists(directory.to_owned())),
         Err(source) => return Err(failed(directory)(source)),
     }
-    let mut partial = directory.as_os_str().to_owned();
-    partial.push(".partial");
-    let partial = PathBuf::from(partial);
-    if partial.exists() {
-        std::fs::remove_dir_all(&partial).map_err(failed(&partial))?;
+    let Some(name) = directory.file_name() else { return Err(ExportError::Unnamed(directory.to_owned())) };
+    let mut partial = name.to_owned();
+    partial.push(format!(".{}.partial", std::process::id()));
+    let partial = directory.with_file_name(partial);
+    if let Some(parent) = partial.parent() {
+        std::fs::create_dir_all(parent).map_err(failed(parent))?;
     }
-    std::fs::create_dir_all(&partial).map_err(failed(&partial))?;
+    // Never one that is there: it is another's.
+    std::fs::create_dir(&partial).map_err(failed(&partial))?;
     let written = write_files(&partial, tensors, files, weights);
     let moved = written.and_then(|report| std::fs::rename(&partial, directory).map_err(failed(directory)).map(|()| report));
     if moved.is_err() {

@@ -9,7 +9,8 @@ use ashlar_zoo::formats::{TensorFiles, shards};
 use ashlar_zoo::ingest::{AddOptions, AddReport, Recipe, Silent, add};
 use ashlar_zoo::manifest::Chain;
 use ashlar_zoo::store::Zoo;
-use support::{Checkpoint, add_dir, tiny};
+use support::peft::Peft;
+use support::{Checkpoint, D, HEAD_DIM, HEADS, INNER, add_dir, tiny};
 
 async fn zoo() -> (tempfile::TempDir, Zoo) {
     let dir = tempfile::tempdir().unwrap();
@@ -119,6 +120,11 @@ async fn what_has_no_such_form_is_told_and_nothing_is_written() {
         let error = export(&zoo, &"demo/a".parse().unwrap(), &there).await.unwrap_err();
         assert!(matches!(error, ExportError::Exists(_)), "{error}");
     }
+    for unnamed in [Path::new("."), Path::new("/"), &dir.path().join("none/..")] {
+        let error = export(&zoo, &"demo/a".parse().unwrap(), unnamed).await.unwrap_err();
+        assert!(matches!(error, ExportError::Exists(_) | ExportError::Unnamed(_) | ExportError::Io { .. }), "{error}");
+    }
+    export(&zoo, &"demo/a".parse().unwrap(), &dir.path().join("new/deep/")).await.expect("folders above it are made");
     let names: Vec<_> = std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert!(!names.iter().any(|name| name.to_str().unwrap().ends_with(".partial")), "{names:?}");
 }
@@ -140,4 +146,32 @@ async fn an_adapter_comes_back_as_one_over_its_base() {
     zoo.remove_model(&"demo/base".parse().unwrap()).await.unwrap();
     let error = export(&zoo, &"demo/names".parse().unwrap(), &dir.path().join("none")).await.unwrap_err();
     assert_eq!(error.to_string(), "it is an adapter, and cannot be parted from its base: model demo/base is not in the zoo");
+}
+
+/// Factors of one layer alone, of other ranks, and of a fused module of which a part is zero: PEFT's own names and numbers come back.
+#[tokio::test]
+async fn uneven_adapters_come_back() {
+    let (dir, zoo) = zoo().await;
+    Checkpoint::llama(1).write(&dir.path().join("base"));
+    add_dir(&zoo, &dir.path().join("base"), "demo/base", Recipe::Keep).await.unwrap();
+    add_dir(&zoo, &tiny().join("gpt2"), "demo/gpt2", Recipe::Keep).await.unwrap();
+    let width = chain_of(&zoo, &add_dir(&zoo, &tiny().join("gpt2"), "demo/gpt2", Recipe::Keep).await.unwrap()).await.width as usize;
+
+    let mut first = Peft::over("demo/base");
+    first.lora("model.layers.0.self_attn.q_proj", (D, HEADS * HEAD_DIM), 4, 1);
+    first.lora("model.layers.0.mlp.down_proj", (INNER, D), 8, 2);
+    first.config["rank_pattern"] = serde_json::json!({"down_proj": 8});
+    let mut partly = Peft::over("demo/gpt2");
+    partly.lora("transformer.h.0.attn.c_attn", (width, 3 * width), 4, 3);
+    // The rows of k.
+    let (_, rows) = partly.tensors.get_mut("base_model.model.transformer.h.0.attn.c_attn.lora_B.weight").unwrap();
+    rows[4 * width..8 * width].fill(0.0);
+    for (name, peft) in [("first", first), ("partly", partly)] {
+        let (folder, out) = (dir.path().join(name), dir.path().join(format!("{name}-out")));
+        peft.write(&folder);
+        let added = add_dir(&zoo, &folder, &format!("demo/{name}"), Recipe::Keep).await.unwrap_or_else(|e| panic!("{name}: {e:?}"));
+        export(&zoo, &format!("demo/{name}").parse().unwrap(), &out).await.unwrap_or_else(|e| panic!("{name}: {e}"));
+        let again = add_again(&zoo, &out, &chain_of(&zoo, &added).await.source).await;
+        assert_eq!((again.chain, again.bytes_new), (added.chain, 0), "{name}");
+    }
 }

@@ -8,6 +8,7 @@ use ashlar_kernels::ops::{Ops, PageLayout};
 use ashlar_registry::record::{ExecutorRecord, Plan, SpanAssignment};
 use ashlar_registry::{Registry, Session};
 use ashlar_wire::v1;
+use ashlar_zoo::blocking::blocking;
 use ashlar_zoo::digest::{Digest, lineages};
 use ashlar_zoo::manifest::Block;
 use ashlar_zoo::store::{MappedChange, Zoo};
@@ -461,16 +462,13 @@ impl<B: Ops> Hosting<B> {
         let mapped = self.zoo.map_block(digest).await?;
         let form = Form::of(&mapped.block);
         let (ops, outputs) = (Arc::clone(&self.ops), Arc::clone(&self.outputs));
-        let task = tokio::task::spawn_blocking(move || {
+        let loaded = blocking(move || {
             let loaded = LoadedBlock::load(&*ops, &mapped.block, &mapped, &outputs);
             // Verifying read every page. What is packed needs none of them any more, and of a table only rows that are asked for.
             mapped.tensors.values().for_each(MappedTensor::release_pages);
             loaded
         });
-        let loaded = match task.await {
-            Ok(loaded) => loaded.map_err(|source| HostError::Load { block: digest, index, source: Box::new(source) })?,
-            Err(panic) => std::panic::resume_unwind(panic.into_panic()),
-        };
+        let loaded = loaded.await.map_err(|source| HostError::Load { block: digest, index, source: Box::new(source) })?;
         let weights = loaded.weights();
         self.check_memory("block", digest, self.weight_bytes(Some(weights)) - self.weight_bytes(None))?;
         let (kv_shape, window) = (loaded.kv_shape(self.pages), loaded.window());
@@ -486,17 +484,14 @@ impl<B: Ops> Hosting<B> {
         let (adapter, block) = pair;
         let (mapped, block) = (self.zoo.map_adapter(adapter).await?, self.zoo.read_block(block).await?);
         let ops = Arc::clone(&self.ops);
-        let task = tokio::task::spawn_blocking(move || {
+        let loaded = blocking(move || {
             let loaded = LoadedAdapter::load(&*ops, &block, &mapped.adapter, &mapped);
             for MappedChange::LowRank { a, b, .. } in mapped.changes.values() {
                 [a, b].into_iter().for_each(MappedTensor::release_pages);
             }
             loaded
         });
-        let loaded = match task.await {
-            Ok(loaded) => loaded.map_err(|source| HostError::Adapter { adapter, chain, index, source: Box::new(source) })?,
-            Err(panic) => std::panic::resume_unwind(panic.into_panic()),
-        };
+        let loaded = loaded.await.map_err(|source| HostError::Adapter { adapter, chain, index, source: Box::new(source) })?;
         let bytes = loaded.bytes() as u64;
         self.check_memory("adapter", adapter, bytes)?;
         let place = AdapterIndex(self.adapter_places.take());

@@ -1,10 +1,10 @@
 //! A PEFT directory out of a model that is base and adapter: factors as they were added, under the paths that transformers' modules have.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use serde_json::{Map, Value, json};
 
-use super::tensors::{Tensor, place, stored};
+use super::tensors::{Tensor, element_bytes, made, place, stored};
 use super::{ExportError, Files, json as written};
 use crate::family::names::{Names, Rows};
 use crate::inspect::Resolved;
@@ -29,22 +29,31 @@ pub(super) async fn of_model(zoo: &Zoo, model: &Resolved, names: &Names) -> Resu
         let name = |factor: &str| format!("base_model.model.{path}.{factor}.weight");
         let a = zoo.map_tensor(&module.a).await?;
         tensors.push(stored(name("lora_A"), module.a.dtype, module.a.shape.clone(), vec![a]));
-        let (mut parts, mut rows) = (Vec::new(), 0);
-        for (place, part) in &module.parts {
-            if matches!(place, Rows::Range { from, .. } if *from != rows) {
-                return Err(ExportError::Parts(name("lora_B")));
-            }
-            rows += part.shape[0];
-            parts.push(zoo.map_tensor(part).await?);
-        }
-        if matches!(module.parts.last(), Some((Rows::Range { of, .. }, _)) if *of != rows) {
-            return Err(ExportError::Parts(name("lora_B")));
-        }
-        let first = &module.parts.first().expect("a module has a part").1;
-        tensors.push(stored(name("lora_B"), first.dtype, vec![rows, first.shape[1]], parts));
+        tensors.push(expand(zoo, module, name("lora_B")).await?);
     }
     let config = config(&modules, names, &base);
     Ok((tensors, vec![("adapter_config.json", written(&config))]))
+}
+
+/// The factor `b` of a whole module. What of it is zero was left out when it was added.
+async fn expand(zoo: &Zoo, module: &Module, name: String) -> Result<Tensor, ExportError> {
+    let first = &module.parts.first().expect("a module has a part").1;
+    let row_bytes = usize::try_from(first.shape[1]).expect("it is in memory") * element_bytes(first.dtype);
+    let zeros = |rows: u64| vec![0; usize::try_from(rows).expect("it is in memory") * row_bytes];
+    let (mut bytes, mut rows, mut all) = (Vec::new(), 0, first.shape[0]);
+    for (place, part) in &module.parts {
+        if let Rows::Range { from, of, .. } = place {
+            if *from < rows || part.shape[1] != first.shape[1] || part.dtype != first.dtype {
+                return Err(ExportError::Parts(name));
+            }
+            bytes.extend(zeros(from - rows));
+            (rows, all) = (*from, *of);
+        }
+        bytes.extend_from_slice(zoo.map_tensor(part).await?.as_ref());
+        rows += part.shape[0];
+    }
+    bytes.extend(zeros(all.saturating_sub(rows)));
+    Ok(made(name, first.dtype, vec![all, first.shape[1]], bytes))
 }
 
 /// The model that it is over, whose blocks it has all.
@@ -105,7 +114,8 @@ fn config(modules: &BTreeMap<String, Module>, names: &Names, base: &str) -> Valu
         "lora_alpha": alpha(first),
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
-        "target_modules": targets(modules.keys()),
+        // Their paths: a name alone would mean those of all layers.
+        "target_modules": modules.keys().collect::<Vec<_>>(),
         "bias": "none",
         "fan_in_fan_out": matches!(names, Names::Gpt2 { .. }),
         "inference_mode": true,
@@ -113,29 +123,4 @@ fn config(modules: &BTreeMap<String, Module>, names: &Names, base: &str) -> Valu
         "modules_to_save": null,
         "use_rslora": false,
     })
-}
-
-/// The modules' own names where each is changed in all layers that have any change, and else their paths.
-fn targets<'a>(paths: impl Iterator<Item = &'a String>) -> Vec<String> {
-    let paths: Vec<&String> = paths.collect();
-    let split = |path: &'a String| path.rsplit_once('.').map_or(("", path.as_str()), |(parent, own)| (parent, own));
-    let mut parents: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
-    for path in &paths {
-        let (parent, own) = split(path);
-        parents.entry(own).or_default().insert(parent);
-    }
-    let layers = |own: &str| parents[own].iter().map(|parent| layer(parent)).collect::<BTreeSet<_>>();
-    let own: BTreeSet<&str> = parents.keys().copied().collect();
-    let all: BTreeSet<Option<&str>> = own.iter().flat_map(|own| layers(own)).collect();
-    let (first, last) = (0, all.len());
-    let from_the_start = (first..last).all(|number| all.contains(&Some(number.to_string().as_str())));
-    match from_the_start && own.iter().all(|own| layers(own) == all) {
-        true => own.into_iter().map(str::to_owned).collect(),
-        false => paths.into_iter().cloned().collect(),
-    }
-}
-
-/// The number of the layer that a path is in.
-fn layer(path: &str) -> Option<&str> {
-    path.split('.').find(|part| part.bytes().all(|byte| byte.is_ascii_digit()) && !part.is_empty())
 }

@@ -70,6 +70,11 @@ pub(super) fn stored(name: String, dtype: Dtype, shape: Vec<u64>, parts: Vec<Map
     Tensor { name, dtype, shape, payload: Payload::Stored(parts) }
 }
 
+/// A tensor that was put together.
+pub(super) fn made(name: String, dtype: Dtype, shape: Vec<u64>, bytes: Vec<u8>) -> Tensor {
+    Tensor { name, dtype, shape, payload: Payload::Made(bytes) }
+}
+
 async fn tensor(zoo: &Zoo, name: String, mut parts: Vec<Part>) -> Result<Tensor, ExportError> {
     parts.sort_by_key(|(piece, _)| match piece.rows {
         Rows::Range { from, .. } => from,
@@ -123,7 +128,7 @@ fn turned(source: &[u8], rows: usize, cols: usize, element: usize) -> Vec<u8> {
     out
 }
 
-fn element_bytes(dtype: Dtype) -> usize {
+pub(super) fn element_bytes(dtype: Dtype) -> usize {
     if dtype == Dtype::F32 { 4 } else { 2 }
 }
 

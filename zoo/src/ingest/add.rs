@@ -52,13 +52,13 @@ pub async fn add(zoo: &Zoo, path: &Path, options: &AddOptions, progress: &dyn Pr
         return adapter::add(zoo, path, options, progress).await;
     }
     let (owned, recipe) = (path.to_owned(), options.recipe);
-    let opened = tokio::task::spawn_blocking(move || {
+    let opened = crate::blocking::blocking(move || {
         let checkpoint = Checkpoint::open(&owned)?;
         let plan = plan::plan(&checkpoint, recipe)?;
         let text = text::read(&checkpoint, plan.vocab)?;
         Ok::<_, IngestError>((checkpoint, plan, text))
     });
-    let (checkpoint, mut plan, text) = opened.await.expect("reading a checkpoint does not panic")?;
+    let (checkpoint, mut plan, text) = opened.await?;
     let files = &checkpoint.tensors;
     let tensor_plans: Vec<Arc<TensorPlan>> = std::mem::take(&mut plan.tensors).into_iter().map(Arc::new).collect();
 
@@ -256,5 +256,5 @@ fn concurrency() -> usize {
 }
 
 pub(super) async fn blocking<T: Send + 'static>(task: impl FnOnce() -> Result<T, IngestError> + Send + 'static) -> Result<T, IngestError> {
-    tokio::task::spawn_blocking(task).await.expect("conversion does not panic")
+    crate::blocking::blocking(task).await
 }

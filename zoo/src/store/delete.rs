@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime};
 use object_store::ObjectStoreExt;
 
 use super::{Object, StoreError, Zoo, key};
+use crate::blocking::blocking;
 use crate::gc::is_young;
 
 impl Zoo {
@@ -28,7 +29,7 @@ impl Zoo {
     /// Takes the temporary files (`name#n`) that a killed write left in a local directory. Returns their count and bytes.
     pub(crate) async fn sweep_staged(&self, grace: Duration, dry_run: bool) -> Result<(u64, u64), StoreError> {
         let Some(root) = self.inner.root.clone() else { return Ok((0, 0)) };
-        let swept = tokio::task::spawn_blocking(move || {
+        let swept = blocking(move || {
             let (mut count, mut bytes) = (0, 0);
             let mut folders: Vec<PathBuf> =
                 ["tensors", "blocks", "adapters", "chains", "assets", "models"].iter().map(|folder| root.join(folder)).collect();
@@ -54,7 +55,7 @@ impl Zoo {
             Ok::<_, std::io::Error>((count, bytes))
         });
         let failed = |source| StoreError::File { action: "sweep", path: self.inner.place.clone(), source };
-        swept.await.expect("sweeping does not panic").map_err(failed)
+        swept.await.map_err(failed)
     }
 }
 

@@ -6,6 +6,7 @@ use std::fs::File;
 use object_store::{GetOptions, ObjectStoreExt, PutMode, PutOptions, UpdateVersion};
 
 use super::{MANIFEST_BYTES_MAX, Object, StoreError, Zoo, key, object};
+use crate::blocking::blocking;
 use crate::canonical;
 use crate::manifest::ModelName;
 use crate::model_id::ModelId;
@@ -82,7 +83,7 @@ impl Zoo {
         let path = root.join(".lock");
         let failed = |source| StoreError::File { action: "lock", path: path.display().to_string(), source };
         let file = File::options().create(true).append(true).open(&path).map_err(failed)?;
-        let locked = tokio::task::spawn_blocking(move || file.lock().map(|()| file)).await.expect("locking does not panic");
+        let locked = blocking(move || file.lock().map(|()| file)).await;
         Ok(Lock(Some(locked.map_err(failed)?)))
     }
 

@@ -10,6 +10,7 @@ use object_store::{GetOptions, ObjectMeta};
 use serde::de::DeserializeOwned;
 
 use super::{ASSET_BYTES_MAX, MANIFEST_BYTES_MAX, Object, StoreError, Zoo, key};
+use crate::blocking::blocking;
 use crate::digest::Digest;
 use crate::manifest::{Adapter, Block, Chain, Change, TensorRef};
 use crate::mapping::Mapping;
@@ -149,8 +150,7 @@ impl Zoo {
         match object {
             Object::Tensor(_) | Object::TensorOf { .. } | Object::TensorOfAdapter { .. } => {
                 let bytes = self.load_tensor_bytes(object).await?;
-                let task = tokio::task::spawn_blocking(move || tensor_file::verify_alone(bytes.as_ref()));
-                task.await.expect("hashing does not panic").map_err(|e| damaged(e.to_string()))
+                blocking(move || tensor_file::verify_alone(bytes.as_ref())).await.map_err(|e| damaged(e.to_string()))
             }
             _ => Ok(Digest::of(&self.read(object, ASSET_BYTES_MAX).await?)),
         }
@@ -195,12 +195,11 @@ impl Zoo {
         let object = Object::Tensor(tensor.digest);
         let bytes = self.load_tensor_bytes(&object).await?;
         let expected = tensor.clone();
-        let (bytes, verified) = tokio::task::spawn_blocking(move || {
+        let (bytes, verified) = blocking(move || {
             let verified = tensor_file::verify(&expected, bytes.as_ref());
             (bytes, verified)
         })
-        .await
-        .expect("hashing does not panic");
+        .await;
         verified.map_err(|e| StoreError::Damaged { object, reason: e.to_string() })?;
         let bytes = Arc::new(bytes);
         let mut loaded = self.loaded();
