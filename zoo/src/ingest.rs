@@ -5,7 +5,7 @@ mod adapter;
 mod add;
 mod checkpoint;
 mod convert;
-mod gather;
+pub(crate) mod gather;
 mod plan;
 mod report;
 mod text;

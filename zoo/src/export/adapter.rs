@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 
 use serde_json::{Map, Value, json};
 
-use super::tensors::{Tensor, element_bytes, made, place, stored};
+use super::tensors::{Tensor, made, place, stored};
 use super::{ExportError, Files, json as written};
 use crate::family::names::{Names, Rows};
+use crate::ingest::gather::element_bytes;
 use crate::inspect::Resolved;
 use crate::manifest::{Change, TensorRef};
 use crate::model_id::ModelId;

@@ -9,6 +9,7 @@ use serde_json::{Map, Value, json};
 
 use super::{ExportError, is_tied};
 use crate::family::names::{Names, Piece, Place, Rows};
+use crate::ingest::gather::{self, element_bytes};
 use crate::inspect::Resolved;
 use crate::manifest::TensorRef;
 use crate::store::Zoo;
@@ -108,28 +109,13 @@ async fn tensor(zoo: &Zoo, name: String, mut parts: Vec<Part>) -> Result<Tensor,
     let payload = if transposed && dimensions == 2 {
         let all: Vec<u8> = stored.iter().flat_map(|part| part.as_ref().iter().copied()).collect();
         let size = |value: u64| usize::try_from(value).expect("it is in memory");
-        let turned = turned(&all, size(shape[0]), size(shape[1]), element_bytes(dtype));
+        let turned = gather::transposed(&all, size(shape[0]), size(shape[1]), element_bytes(dtype));
         shape.swap(0, 1);
         Payload::Made(turned)
     } else {
         Payload::Stored(stored)
     };
     Ok(Tensor { name, dtype, shape, payload })
-}
-
-/// Elements of a matrix of so many rows and columns, column by column.
-fn turned(source: &[u8], rows: usize, cols: usize, element: usize) -> Vec<u8> {
-    let mut out = Vec::with_capacity(source.len());
-    for col in 0..cols {
-        for row in 0..rows {
-            out.extend_from_slice(&source[(row * cols + col) * element..][..element]);
-        }
-    }
-    out
-}
-
-pub(super) fn element_bytes(dtype: Dtype) -> usize {
-    if dtype == Dtype::F32 { 4 } else { 2 }
 }
 
 /// Writes a safetensors file: the length of the header, the header, the tensors without holes.

@@ -64,7 +64,8 @@ fn unpermuted(row: usize, head_dim: usize) -> usize {
     if row < half { 2 * row } else { 2 * (row - half) + 1 }
 }
 
-fn transposed(source: &[u8], rows: usize, cols: usize, element: usize) -> Vec<u8> {
+/// Elements of a matrix of so many rows and columns, column by column.
+pub(crate) fn transposed(source: &[u8], rows: usize, cols: usize, element: usize) -> Vec<u8> {
     let mut out = Vec::with_capacity(source.len());
     for col in 0..cols {
         for row in 0..rows {
@@ -74,7 +75,8 @@ fn transposed(source: &[u8], rows: usize, cols: usize, element: usize) -> Vec<u8
     out
 }
 
-fn element_bytes(dtype: Dtype) -> usize {
+/// Bytes of an element of f32, f16 or bf16.
+pub(crate) fn element_bytes(dtype: Dtype) -> usize {
     if dtype == Dtype::F32 { 4 } else { 2 }
 }
 
