@@ -5,6 +5,7 @@ pub mod adapter;
 pub mod blocking;
 pub mod canonical;
 pub mod digest;
+pub mod encoding;
 pub mod export;
 pub mod family;
 pub mod formats;

@@ -1,0 +1,118 @@
+//! What stands before the chunks of an encoded tensor: who the base is, and how long each chunk is. Parsed before anything is decoded,
+//! so that a reader can fetch the base first and knows every length.
+
+use std::ops::Range;
+
+use ashlar_kernels::format::Dtype;
+
+use super::{Base, CHUNK_BYTES, DEPTH_MAX, Encoding, EncodingError};
+use crate::digest::Digest;
+
+/// Bytes before base and chunk table.
+const FIXED_BYTES: usize = 8;
+const DIGEST_BYTES: usize = 32;
+const CHUNK_LOG_MIN: u8 = 12;
+const CHUNK_LOG_MAX: u8 = 20;
+const _: () = assert!(CHUNK_BYTES.is_power_of_two() && CHUNK_BYTES <= 1 << CHUNK_LOG_MAX && CHUNK_BYTES >= 1 << CHUNK_LOG_MIN);
+
+/// The base that a delta names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BaseName {
+    /// Its tensor digest; its dtype and shape are the delta's own.
+    pub digest: Digest,
+    /// Deltas that its writer knew to lie under it: less than [`DEPTH_MAX`]. A reader that follows bases stops at a base whose own
+    /// depth is not exactly this.
+    pub depth: u8,
+}
+
+/// What a reader must know before it decodes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Prelude {
+    /// `Some` for a delta.
+    pub base: Option<BaseName>,
+    /// Deltas on the way to a tensor that needs no base: 0 for solo, else one more than the base's depth.
+    pub depth: u8,
+    /// Bytes of the decoded payload.
+    pub raw_bytes: usize,
+    /// Raw bytes of every chunk but the last, which may be shorter.
+    pub chunk_bytes: usize,
+    /// Bytes of the encoded form, prelude included.
+    pub encoded_bytes: usize,
+    pub(super) dtype: Dtype,
+    /// Where each chunk ends in the encoded form, after where the first begins.
+    ends: Vec<usize>,
+}
+
+impl Prelude {
+    /// How many chunks there are.
+    pub fn chunk_count(&self) -> usize {
+        self.ends.len() - 1
+    }
+
+    /// Where chunk `index` lies in the decoded payload.
+    pub fn chunk_range(&self, index: usize) -> Option<Range<usize>> {
+        let start = (index < self.chunk_count()).then(|| index * self.chunk_bytes)?;
+        Some(start..self.raw_bytes.min(start + self.chunk_bytes))
+    }
+
+    /// Where an existing chunk lies in the encoded form.
+    pub(super) fn encoded_range(&self, index: usize) -> Range<usize> {
+        self.ends[index]..self.ends[index + 1]
+    }
+}
+
+/// Reads the prelude of a tensor of this dtype and shape. `bytes` is all that follows the file's header, `encoding` the header's byte.
+///
+/// # Errors
+/// When the encoding is unknown or raw, a field is impossible, or the chunks do not end where `bytes` does. Allocates eight bytes for each
+/// chunk that dtype and shape imply, once `bytes` is known to hold their table.
+pub fn parse(encoding: u8, dtype: Dtype, rows: usize, cols: usize, bytes: &[u8]) -> Result<Prelude, EncodingError> {
+    let raw_bytes = dtype.bytes(rows, cols).filter(|bytes| *bytes > 0).ok_or(EncodingError::Shape)?;
+    let digest_bytes = match encoding {
+        e if e == Encoding::Solo as u8 => 0,
+        e if e == Encoding::Delta as u8 => DIGEST_BYTES,
+        other => return Err(EncodingError::Unknown(other)),
+    };
+    let short = |expected| EncodingError::Short { expected, actual: bytes.len() };
+    let (fixed, rest) = bytes.split_at_checked(FIXED_BYTES).ok_or(short(FIXED_BYTES))?;
+    let [chunk_log, depth, zeros @ ..] = fixed else { unreachable!("it has FIXED_BYTES") };
+    if !(CHUNK_LOG_MIN..=CHUNK_LOG_MAX).contains(chunk_log) {
+        return Err(EncodingError::Prelude("chunk size"));
+    }
+    if zeros.iter().any(|byte| *byte != 0) {
+        return Err(EncodingError::Prelude("reserved byte"));
+    }
+    let chunk_bytes = 1usize << chunk_log;
+    let chunk_count = raw_bytes.div_ceil(chunk_bytes);
+    let expected = chunk_count.checked_mul(4).and_then(|table| table.checked_add(FIXED_BYTES + digest_bytes)).ok_or(EncodingError::Shape)?;
+    let (digest, rest) = rest.split_at_checked(digest_bytes).ok_or(short(expected))?;
+    let table = rest.get(..4 * chunk_count).ok_or(short(expected))?;
+    let base = match <[u8; DIGEST_BYTES]>::try_from(digest) {
+        Ok(digest) if (1..=DEPTH_MAX).contains(depth) => Some(BaseName { digest: Digest(digest), depth: depth - 1 }),
+        Err(_) if *depth == 0 => None,
+        _ => return Err(EncodingError::Prelude("depth")),
+    };
+    let mut ends = Vec::with_capacity(chunk_count + 1);
+    let mut end = expected;
+    ends.push(end);
+    for len in table.chunks_exact(4) {
+        let len = u32::from_le_bytes(len.try_into().expect("chunks of 4"));
+        end = end.saturating_add(usize::try_from(len).unwrap_or(usize::MAX));
+        ends.push(end);
+    }
+    if end != bytes.len() {
+        return Err(EncodingError::Length { expected: end, actual: bytes.len() });
+    }
+    Ok(Prelude { base, depth: *depth, raw_bytes, chunk_bytes, encoded_bytes: end, dtype, ends })
+}
+
+/// A prelude whose chunk table, its last bytes, is still all zero.
+pub(super) fn head(raw_bytes: usize, base: Option<&Base<'_>>) -> Vec<u8> {
+    let depth = base.map_or(0, |base| base.depth + 1);
+    let mut head = vec![CHUNK_BYTES.trailing_zeros() as u8, depth, 0, 0, 0, 0, 0, 0];
+    if let Some(base) = base {
+        head.extend_from_slice(&base.digest.0);
+    }
+    head.resize(head.len() + 4 * raw_bytes.div_ceil(CHUNK_BYTES), 0);
+    head
+}
