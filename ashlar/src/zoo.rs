@@ -12,6 +12,7 @@ use ashlar_zoo::gc;
 use ashlar_zoo::hub::{self, Hub, PullOptions, RepoId};
 use ashlar_zoo::ingest::{self, AddOptions, AddReport, Recipe};
 use ashlar_zoo::model_id::ModelId;
+use ashlar_zoo::repair;
 use ashlar_zoo::store::{GRACE_DEFAULT, Zoo};
 use ashlar_zoo::verify;
 use clap::{Args, Subcommand};
@@ -102,7 +103,11 @@ pub(crate) enum ZooCommand {
         directory: PathBuf,
     },
     /// Read every object and follow every name; fails if anything is damaged
-    Verify,
+    Verify {
+        /// Write what is damaged or missing anew from the zoo in this directory
+        #[arg(long, value_name = "DIR")]
+        repair: Option<PathBuf>,
+    },
     /// Drop a name; its blocks stay until gc
     Rm {
         /// TENANT/MODEL
@@ -128,6 +133,9 @@ pub(crate) struct Naming {
     /// Store weights as f32, bf16, int8 or int4 (groups of 32), or as they are; an adapter's factors always stay as they are
     #[arg(long, default_value = "keep")]
     dtype: Recipe,
+    /// Store every tensor as its bytes are: larger, and nothing to decode when it is loaded
+    #[arg(long)]
+    raw: bool,
     /// TENANT/MODEL that it was tuned from
     #[arg(long)]
     parent: Option<ModelId>,
@@ -173,8 +181,15 @@ pub(crate) async fn run(args: ZooArgs) -> anyhow::Result<()> {
             let size = ingest::human_bytes(report.bytes);
             Ok(output::line(format_args!("{model} is in {}: {} tensors, {size}", directory.display(), report.tensors))?)
         }
-        ZooCommand::Verify => {
-            let report = verify::verify(&zoo, &*progress::for_terminal()).await.context("verify the zoo")?;
+        ZooCommand::Verify { repair } => {
+            let mut report = verify::verify(&zoo, &*progress::for_terminal()).await.context("verify the zoo")?;
+            if let Some(other) = repair.filter(|_| !report.damage.is_empty()) {
+                output::text(table::verify(&report))?;
+                let other = Zoo::open_dir(&other).await.context("open the zoo to repair from")?;
+                let repaired = repair::repair(&zoo, &other, &report).await.context("repair the zoo")?;
+                output::text(table::repair(&repaired))?;
+                report = verify::verify(&zoo, &*progress::for_terminal()).await.context("verify the zoo again")?;
+            }
             output::text(table::verify(&report))?;
             match report.damage.len() {
                 0 => Ok(()),
@@ -224,7 +239,7 @@ async fn add(zoo: &Zoo, path: &std::path::Path, naming: &Naming, source: Option<
         zoo.resolve(model).await.with_context(|| format!("use {flag} {model}"))?;
     }
     let parent = given.map(|(_, model)| model.clone());
-    let options = AddOptions { model: naming.name.clone(), recipe: naming.dtype, parent, source };
+    let options = AddOptions { recipe: naming.dtype, parent, source, compress: !naming.raw, ..AddOptions::new(naming.name.clone()) };
     let report = ingest::add(zoo, path, &options, &*progress::for_terminal()).await.with_context(|| format!("add {}", path.display()))?;
     Ok(print_added(&report)?)
 }

@@ -23,7 +23,7 @@ use ashlar_wire::id::ExecutorId;
 use ashlar_wire::v1;
 use ashlar_wire::v1::operator_server::Operator as _;
 use ashlar_zoo::digest::{Digest, lineages};
-use ashlar_zoo::ingest::{AddOptions, Recipe, Silent, add};
+use ashlar_zoo::ingest::{AddOptions, Silent, add};
 use ashlar_zoo::model_id::ModelId;
 use ashlar_zoo::store::Zoo;
 use tokio_stream::StreamExt;
@@ -47,7 +47,7 @@ async fn family_of(models: &str, names: &[&str]) -> Family {
     let models = Path::new(env!("CARGO_MANIFEST_DIR")).join(models);
     let mut family = Family { _folder: folder, zoo, chains: Vec::new() };
     for name in names {
-        let options = AddOptions { model: ModelId::new("demo", name).unwrap(), recipe: Recipe::Keep, parent: None, source: None };
+        let options = AddOptions::new(ModelId::new("demo", name).unwrap());
         let report = add(&family.zoo, &models.join(name), &options, &Silent).await.unwrap();
         family.push(report.chain).await;
     }

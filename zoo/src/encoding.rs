@@ -9,7 +9,7 @@ mod stream;
 use ashlar_kernels::format::Dtype;
 
 use crate::digest::Digest;
-pub use prelude::{BaseName, Prelude, parse};
+pub use prelude::{BASE_NAME_BYTES, BaseName, Prelude, parse, parse_base};
 
 /// Deltas that may lie under one another: a restore reads at most this many files and one more.
 pub const DEPTH_MAX: u8 = 4;

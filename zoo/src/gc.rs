@@ -1,14 +1,15 @@
 //! Takes what no name leads to. Marks from names and their history, and from young objects that an `add` may just be
-//! writing; sweeps chains, then blocks and adapters, then tensors and assets, so that a killed run leaves nothing that points to what
-//! is gone. Refuses to sweep when it cannot read all that it must follow.
+//! writing, and on to the tensors that marked ones are stored over; sweeps chains, then blocks and adapters, then tensors (a delta before
+//! its mark and its base) and assets, so that a killed run leaves nothing that points to what is gone. Refuses to sweep when it cannot read all that it must follow.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, SystemTime};
 
 use object_store::ObjectMeta;
 use serde::Serialize;
 
 use crate::digest::Digest;
+use crate::encoding::DEPTH_MAX;
 use crate::store::{Object, StoreError, Zoo, object};
 
 /// What [`collect`] did, or with `dry_run` would do.
@@ -22,6 +23,8 @@ pub struct GcReport {
     pub adapter_count: u64,
     /// Tensors taken.
     pub tensor_count: u64,
+    /// Marks of deltas taken.
+    pub base_count: u64,
     /// Assets taken.
     pub asset_count: u64,
     /// Remains of killed writes taken (local directories only).
@@ -56,11 +59,17 @@ struct Marks {
 pub async fn collect(zoo: &Zoo, grace: Duration, dry_run: bool) -> Result<GcReport, StoreError> {
     // Listed before marking: what is written from here on is not in the lists, so it cannot be taken.
     let mut lists = Vec::new();
-    for folder in ["chains", "blocks", "adapters", "tensors", "assets"] {
+    for folder in ["chains", "blocks", "adapters", "tensors", "bases", "assets"] {
         let metas = zoo.list(folder).await?;
         lists.push(metas.into_iter().filter_map(|meta| Some((object(&meta.location)?, meta))).collect::<Vec<_>>());
     }
-    let Marked { kept, named } = mark(zoo, &lists, grace).await?;
+    let Marked { mut kept, mut named } = mark(zoo, &lists, grace).await?;
+    let bases = Bases::of(&lists[4]);
+    let young = lists[3].iter().filter(|(_, meta)| is_young(meta, grace)).map(|(object, _)| object.clone());
+    kept.leaves.extend(young.clone());
+    bases.close(&mut kept.leaves);
+    bases.close(&mut named.leaves);
+    bases.sort_deltas_first(&mut lists[3]);
     let mut report = GcReport::default();
     for (object, meta) in lists.iter().flatten() {
         if kept.keeps(object) {
@@ -80,6 +89,7 @@ pub async fn collect(zoo: &Zoo, grace: Duration, dry_run: bool) -> Result<GcRepo
             Object::Block(_) => &mut report.block_count,
             Object::Adapter(_) => &mut report.adapter_count,
             Object::Asset(_) => &mut report.asset_count,
+            Object::Base { .. } => &mut report.base_count,
             _ => &mut report.tensor_count,
         } += 1;
         report.bytes += meta.size;
@@ -96,8 +106,55 @@ impl Marks {
             Object::Chain(digest) => self.chains.contains(digest),
             Object::Block(digest) => self.blocks.contains(digest),
             Object::Adapter(digest) => self.adapters.contains(digest),
+            // A mark stays with its delta.
+            Object::Base { tensor, .. } => self.leaves.contains(&Object::Tensor(*tensor)),
             other => self.leaves.contains(other),
         }
+    }
+}
+
+/// What deltas are stored over, by their marks. A tensor has more than one mark where two `add`s stored it over different ones.
+struct Bases(BTreeMap<Digest, Vec<Digest>>);
+
+impl Bases {
+    fn of(marks: &[(Object, ObjectMeta)]) -> Self {
+        let mut bases: BTreeMap<Digest, Vec<Digest>> = BTreeMap::new();
+        for (object, _) in marks {
+            if let Object::Base { tensor, base } = object {
+                bases.entry(*tensor).or_default().push(*base);
+            }
+        }
+        Self(bases)
+    }
+
+    /// Adds to tensors all that they are stored over.
+    fn close(&self, leaves: &mut BTreeSet<Object>) {
+        let mut open: Vec<Digest> = leaves.iter().filter_map(as_tensor).collect();
+        while let Some(tensor) = open.pop() {
+            open.extend(self.0.get(&tensor).into_iter().flatten().filter(|base| leaves.insert(Object::Tensor(**base))));
+        }
+    }
+
+    /// Puts tensors behind all that are stored over them.
+    fn sort_deltas_first(&self, tensors: &mut [(Object, ObjectMeta)]) {
+        let mut depths: BTreeMap<Digest, u8> = BTreeMap::new();
+        let mut ahead: Vec<(Digest, u8)> = self.0.keys().map(|tensor| (*tensor, 0)).collect();
+        while let Some((tensor, depth)) = ahead.pop() {
+            let known = depths.entry(tensor).or_default();
+            // Marks that run in a circle are none of ours; the bound ends them.
+            if depth >= *known && depth <= 2 * DEPTH_MAX {
+                *known = depth;
+                ahead.extend(self.0.get(&tensor).into_iter().flatten().map(|base| (*base, depth + 1)));
+            }
+        }
+        tensors.sort_by_key(|(object, _)| as_tensor(object).and_then(|tensor| depths.get(&tensor)).copied().unwrap_or(0));
+    }
+}
+
+fn as_tensor(object: &Object) -> Option<Digest> {
+    match object {
+        Object::Tensor(digest) => Some(*digest),
+        _ => None,
     }
 }
 

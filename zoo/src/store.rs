@@ -1,29 +1,32 @@
 //! The zoo: objects in a directory, a bucket or memory, every read verified against its digest. Start with [`Zoo`].
 //! Layout and write order are docs/block-format.md; writing is in `store/write.rs`, names in `store/names.rs`.
 
+mod cache;
 mod delete;
 mod error;
+mod fetch;
 mod names;
 mod read;
+mod tensors;
 mod write;
 
-use std::collections::HashMap;
 use std::path::{Path as FilePath, PathBuf};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use object_store::local::LocalFileSystem;
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt, PutMode};
 
+pub use cache::{Cache, CacheError};
 pub use error::{Object, Retry, StoreError};
+pub use fetch::Retries;
 pub use read::{MappedAdapter, MappedBlock, MappedChange};
-pub use write::Put;
+pub use write::{Compression, Put, Stored};
 
 use crate::canonical;
 use crate::digest::Digest;
 use crate::model_id::ModelId;
-use crate::tensor::TensorBytes;
 
 /// Unreferenced objects younger than this are left alone by `gc`, so that what an `add` is writing stays.
 pub const GRACE_DEFAULT: Duration = Duration::from_secs(3600);
@@ -45,8 +48,10 @@ struct Inner {
     place: String,
     /// Objects present but older than half of it are touched by `put_*`.
     grace: Duration,
-    /// Tensors that are in memory now, verified when they were loaded. Lookup only.
-    loaded: Mutex<HashMap<Digest, Weak<TensorBytes>>>,
+    /// Where decoded tensors are kept.
+    cache: Option<Arc<Cache>>,
+    retries: Retries,
+    loads: Mutex<tensors::Loads>,
 }
 
 impl std::fmt::Debug for Zoo {
@@ -95,9 +100,19 @@ impl Zoo {
     /// The same zoo with another grace period (tests, and `gc --grace`).
     #[must_use]
     pub fn with_grace(self, grace: Duration) -> Self {
-        let inner = &self.inner;
-        let (store, root, place) = (inner.store.clone(), inner.root.clone(), inner.place.clone());
-        Self { inner: Arc::new(Inner { store, root, place, grace, loaded: Mutex::default() }) }
+        self.with(|inner| inner.grace = grace)
+    }
+
+    /// The same zoo with a cache for tensors that are not mapped where they are stored.
+    #[must_use]
+    pub fn with_cache(self, cache: Cache) -> Self {
+        self.with(|inner| inner.cache = Some(Arc::new(cache)))
+    }
+
+    /// The same zoo, more or less patient with a store that fails.
+    #[must_use]
+    pub fn with_retries(self, retries: Retries) -> Self {
+        self.with(|inner| inner.retries = retries)
     }
 
     /// The directory or bucket, for people.
@@ -111,7 +126,23 @@ impl Zoo {
     }
 
     fn new(store: Arc<dyn ObjectStore>, root: Option<PathBuf>, place: String) -> Self {
-        Self { inner: Arc::new(Inner { store, root, place, grace: GRACE_DEFAULT, loaded: Mutex::default() }) }
+        let (grace, cache, retries, loads) = (GRACE_DEFAULT, None, Retries::default(), Mutex::default());
+        Self { inner: Arc::new(Inner { store, root, place, grace, cache, retries, loads }) }
+    }
+
+    fn with(self, change: impl FnOnce(&mut Inner)) -> Self {
+        let Inner { store, root, place, grace, cache, retries, .. } = &*self.inner;
+        let mut inner = Inner {
+            store: store.clone(),
+            root: root.clone(),
+            place: place.clone(),
+            grace: *grace,
+            cache: cache.clone(),
+            retries: *retries,
+            loads: Mutex::default(),
+        };
+        change(&mut inner);
+        Self { inner: Arc::new(inner) }
     }
 
     fn at_dir(root: &FilePath) -> Result<Self, StoreError> {
@@ -167,6 +198,7 @@ pub(crate) fn key(object: &Object) -> Path {
             let digest = digest.to_string();
             Path::from(format!("tensors/{}/{digest}", &digest[..2]))
         }
+        Object::Base { tensor, base } => Path::from(format!("bases/{tensor}/{base}")),
         Object::Block(digest) => Path::from(format!("blocks/{digest}.json")),
         Object::Adapter(digest) => Path::from(format!("adapters/{digest}.json")),
         Object::Chain(digest) => Path::from(format!("chains/{digest}.json")),
@@ -185,6 +217,7 @@ pub(crate) fn object(key: &Path) -> Option<Object> {
             let parsed: Digest = digest.parse().ok()?;
             digest.starts_with(shelf).then_some(Object::Tensor(parsed))
         }
+        ["bases", tensor, base] => Some(Object::Base { tensor: tensor.parse().ok()?, base: base.parse().ok()? }),
         ["blocks", file] => Some(Object::Block(file.strip_suffix(".json")?.parse().ok()?)),
         ["adapters", file] => Some(Object::Adapter(file.strip_suffix(".json")?.parse().ok()?)),
         ["chains", file] => Some(Object::Chain(file.strip_suffix(".json")?.parse().ok()?)),

@@ -9,7 +9,19 @@ use crate::manifest::TensorRef;
 pub const HEADER_BYTES: usize = 64;
 
 const MAGIC: &[u8; 8] = b"ASHLART1";
-const ENCODING_RAW: u8 = 0;
+/// The header's byte of a file whose payload is the tensor's bytes as they are; others are [`crate::encoding`]'s.
+pub const ENCODING_RAW: u8 = 0;
+
+/// What a header states.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Header {
+    /// [`ENCODING_RAW`], or how what follows is encoded.
+    pub encoding: u8,
+    /// Element format.
+    pub dtype: Dtype,
+    /// `[K]` or `[N, K]`.
+    pub shape: Vec<u64>,
+}
 
 /// Why the bytes are not the tensor that they should be.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -20,8 +32,8 @@ pub enum TensorFileError {
     /// Another kind of file, or an overwritten header.
     #[error("its header does not start with ASHLART1")]
     Magic,
-    /// An encoding that this build does not know.
-    #[error("its encoding {0} is not known to this build")]
+    /// An encoded payload where a raw one belongs, or an encoding that this build does not know.
+    #[error("its encoding is {0}, and raw bytes are expected")]
     Encoding(u8),
     /// Header fields that do not agree with themselves.
     #[error("its header is malformed")]
@@ -75,12 +87,12 @@ pub fn digest(dtype: Dtype, shape: &[u64], payload: &[u8]) -> Digest {
     Digest(*hasher.finalize().as_bytes())
 }
 
-/// The header of a raw tensor.
-pub fn header(dtype: Dtype, shape: &[u64]) -> [u8; HEADER_BYTES] {
+/// The header of a tensor whose payload is raw or encoded so.
+pub fn header(encoding: u8, dtype: Dtype, shape: &[u64]) -> [u8; HEADER_BYTES] {
     let name = dtype.to_string();
     let mut header = [0; HEADER_BYTES];
     header[..8].copy_from_slice(MAGIC);
-    header[8] = ENCODING_RAW;
+    header[8] = encoding;
     header[9] = u8::try_from(shape.len()).expect("shapes have one or two dimensions");
     header[10..12].copy_from_slice(&u16::try_from(name.len()).expect("dtype names are short").to_le_bytes());
     let mut at = 16;
@@ -92,17 +104,14 @@ pub fn header(dtype: Dtype, shape: &[u64]) -> [u8; HEADER_BYTES] {
     header
 }
 
-/// Dtype and shape that a header states.
+/// What a header states; its encoding may be any.
 ///
 /// # Errors
 /// When it is no header that this build can read.
-pub fn parse_header(file: &[u8]) -> Result<(Dtype, Vec<u64>), TensorFileError> {
+pub fn parse_header(file: &[u8]) -> Result<Header, TensorFileError> {
     let header = file.get(..HEADER_BYTES).ok_or(TensorFileError::Short(file.len()))?;
     if &header[..8] != MAGIC {
         return Err(TensorFileError::Magic);
-    }
-    if header[8] != ENCODING_RAW {
-        return Err(TensorFileError::Encoding(header[8]));
     }
     let dims = usize::from(header[9]);
     let name_len = usize::from(u16::from_le_bytes([header[10], header[11]]));
@@ -116,29 +125,41 @@ pub fn parse_header(file: &[u8]) -> Result<(Dtype, Vec<u64>), TensorFileError> {
     if rest.iter().any(|b| *b != 0) {
         return Err(TensorFileError::Header);
     }
-    Ok((dtype, shape))
+    Ok(Header { encoding: header[8], dtype, shape })
 }
 
-/// Checks that `file` (header and payload) is the tensor `expected`.
+/// Checks that `file` says it is of the dtype and shape of `expected`.
 ///
 /// # Errors
-/// The first thing that is wrong with it.
-pub fn verify(expected: &TensorRef, file: &[u8]) -> Result<(), TensorFileError> {
-    let (dtype, shape) = parse_header(file)?;
+/// When its header cannot be read, or says otherwise.
+pub fn verify_shape(expected: &TensorRef, file: &[u8]) -> Result<(), TensorFileError> {
+    let Header { dtype, shape, .. } = parse_header(file)?;
     if dtype != expected.dtype || shape != expected.shape {
         let expected = format!("{} {:?}", expected.dtype, expected.shape);
         return Err(TensorFileError::Mismatch { expected, actual: format!("{dtype} {shape:?}") });
     }
+    Ok(())
+}
+
+/// Checks that `file` (header and raw payload) is the tensor `expected`.
+///
+/// # Errors
+/// The first thing that is wrong with it.
+pub fn verify(expected: &TensorRef, file: &[u8]) -> Result<(), TensorFileError> {
+    verify_shape(expected, file)?;
     let actual = verify_alone(file)?;
     if actual != expected.digest { Err(TensorFileError::Digest(actual)) } else { Ok(()) }
 }
 
-/// Digest of a tensor file, having checked that header and length agree.
+/// Digest of a file with a raw payload, having checked that header and length agree.
 ///
 /// # Errors
 /// When the header cannot be read or the payload has another length than it implies.
 pub fn verify_alone(file: &[u8]) -> Result<Digest, TensorFileError> {
-    let (dtype, shape) = parse_header(file)?;
+    let Header { encoding, dtype, shape } = parse_header(file)?;
+    if encoding != ENCODING_RAW {
+        return Err(TensorFileError::Encoding(encoding));
+    }
     let payload = &file[HEADER_BYTES..];
     let expected = payload_bytes(dtype, &shape).ok_or(TensorFileError::Header)?;
     if payload.len() != expected {
@@ -156,7 +177,7 @@ mod tests {
         let shape = vec![3, 2];
         let payload: Vec<u8> = (0..24).collect();
         let expected = TensorRef { digest: digest(Dtype::F32, &shape, &payload), dtype: Dtype::F32, shape };
-        let file: Vec<u8> = header(Dtype::F32, &expected.shape).into_iter().chain(payload).collect();
+        let file: Vec<u8> = header(ENCODING_RAW, Dtype::F32, &expected.shape).into_iter().chain(payload).collect();
         assert_eq!(verify(&expected, &file), Ok(()));
         for at in 0..file.len() {
             let mut bad = file.clone();

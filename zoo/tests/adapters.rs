@@ -306,10 +306,9 @@ async fn the_base_is_the_one_that_is_asked_for_or_given() {
     let unsaid = fixture.add(&wanted(json!(null)), "none").await.unwrap_err();
     assert!(message(unsaid).contains("does not say what base"));
     let options = |parent: &str| AddOptions {
-        model: "demo/given".parse().unwrap(),
-        recipe: Recipe::Keep,
         parent: Some(parent.parse().unwrap()),
         source: Some("org/given@0123".to_owned()),
+        ..AddOptions::new("demo/given".parse().unwrap())
     };
     let path = fixture.dir.path().join("given");
     wanted(json!(null)).write(&path);

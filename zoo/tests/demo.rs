@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use ashlar_zoo::ingest::{AddOptions, Recipe, Shared, Silent, add};
+use ashlar_zoo::ingest::{AddOptions, Shared, Silent, add};
 use ashlar_zoo::model_id::ModelId;
 use ashlar_zoo::store::Zoo;
 
@@ -15,8 +15,7 @@ async fn each_descendant_shares_what_its_training_left_alone() {
     for (name, expected) in counted["descendants"].as_object().unwrap() {
         let folder = tempfile::tempdir().unwrap();
         let zoo = Zoo::create_dir(folder.path()).await.unwrap();
-        let options =
-            |name: &str| AddOptions { model: ModelId::new("demo", name).unwrap(), recipe: Recipe::Keep, parent: None, source: None };
+        let options = |name: &str| AddOptions::new(ModelId::new("demo", name).unwrap());
         let base = add(&zoo, &demo.join("base"), &options("base"), &Silent).await.unwrap();
         assert_eq!((base.blocks, base.tensors), (Shared { total: 18, present: 0 }, Shared { total: 130, present: 0 }));
         let report = add(&zoo, &demo.join(name), &options(name), &Silent).await.unwrap();

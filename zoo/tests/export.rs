@@ -24,7 +24,7 @@ async fn chain_of(zoo: &Zoo, report: &AddReport) -> Chain {
 
 /// Adds a directory as what came from another place.
 async fn add_again(zoo: &Zoo, dir: &Path, source: &str) -> AddReport {
-    let options = AddOptions { model: "again/x".parse().unwrap(), recipe: Recipe::Keep, parent: None, source: Some(source.to_owned()) };
+    let options = AddOptions { source: Some(source.to_owned()), ..AddOptions::new("again/x".parse().unwrap()) };
     add(zoo, dir, &options, &Silent).await.unwrap()
 }
 
@@ -134,8 +134,7 @@ async fn an_adapter_comes_back_as_one_over_its_base() {
     let (dir, zoo) = zoo().await;
     let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../demo");
     add_dir(&zoo, &demo.join("base"), "demo/base", Recipe::Keep).await.unwrap();
-    let options =
-        AddOptions { model: "demo/names".parse().unwrap(), recipe: Recipe::Keep, parent: Some("demo/base".parse().unwrap()), source: None };
+    let options = AddOptions { parent: Some("demo/base".parse().unwrap()), ..AddOptions::new("demo/names".parse().unwrap()) };
     let added = add(&zoo, &demo.join("names-lora"), &options, &Silent).await.unwrap();
     let before = chain_of(&zoo, &added).await;
     let out = dir.path().join("out");

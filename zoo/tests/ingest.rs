@@ -44,7 +44,7 @@ async fn a_fine_tune_stores_and_reports_only_what_is_new() {
     checkpoint.retrain("layers.1.mlp.up_proj", 2).write(&dir.path().join("b"));
     let first = add_dir(&zoo, &dir.path().join("a"), "demo/a", Recipe::Keep).await.unwrap();
     let second = add_dir(&zoo, &dir.path().join("b"), "demo/b", Recipe::Keep).await.unwrap();
-    assert_eq!(second.to_string(), "5 of 6 blocks, 20 of 21 tensors already here; 25 kB new of 385 kB");
+    assert_eq!(second.to_string(), "5 of 6 blocks, 20 of 21 tensors already here; 25 kB new of 385 kB, stored as 20 kB");
     assert_eq!(second.bytes_total, first.bytes_total);
     let again = add_dir(&zoo, &dir.path().join("b"), "demo/b", Recipe::Keep).await.unwrap();
     assert_eq!((again.bytes_new, again.replaced, again.blocks.present), (0, None, 6));

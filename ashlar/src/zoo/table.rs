@@ -5,6 +5,7 @@ use std::fmt::Write;
 use ashlar_zoo::gc::GcReport;
 use ashlar_zoo::ingest::human_bytes;
 use ashlar_zoo::inspect::{Diff, Listed, Shown};
+use ashlar_zoo::repair::RepairReport;
 use ashlar_zoo::verify::VerifyReport;
 
 /// Columns as wide as their widest cell; the columns in `right` are aligned to the right.
@@ -185,4 +186,12 @@ pub(super) fn gc(report: &GcReport, dry_run: bool) -> String {
         out.push_str(&format!("; {} objects ({bytes}) that nothing names are younger than the grace period", report.young_count));
     }
     out + "\n"
+}
+
+pub(super) fn repair(report: &RepairReport) -> String {
+    let mut out: String = report.repaired.iter().map(|object| format!("repaired {object}\n")).collect();
+    for (object, reason) in &report.left {
+        out.push_str(&format!("left {object}: {reason}\n"));
+    }
+    out
 }

@@ -3,7 +3,7 @@
 use ashlar_kernels::format::{Dtype, quantise};
 use ashlar_zoo::digest::Digest;
 use ashlar_zoo::manifest::{Adapter, AdapterRef, Chain, Change, TensorRef};
-use ashlar_zoo::store::Zoo;
+use ashlar_zoo::store::{Compression, Zoo};
 use ashlar_zoo::tensor_file;
 
 /// What an adapter is to change in every layer.
@@ -56,6 +56,6 @@ async fn factor(zoo: &Zoo, dtype: Dtype, shape: [u64; 2], salt: u64, size: f32) 
     let values: Vec<f32> = (0..shape[0] * shape[1]).map(value).collect();
     let bytes = quantise(dtype, shape[0] as usize, shape[1] as usize, &values).unwrap();
     let tensor = TensorRef { digest: tensor_file::digest(dtype, &shape, &bytes), dtype, shape: shape.to_vec() };
-    zoo.put_tensor(&tensor, bytes.into()).await.unwrap();
+    zoo.put_tensor(&tensor, bytes.into(), Compression::Off).await.unwrap();
     tensor
 }

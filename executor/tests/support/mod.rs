@@ -32,7 +32,7 @@ impl Home {
             let mut chain = None;
             for (index, path) in paths.iter().enumerate() {
                 let model = ModelId::new("golden", &format!("model-{index}")).unwrap();
-                let options = AddOptions { model, recipe, parent: None, source: None };
+                let options = AddOptions { recipe, ..AddOptions::new(model) };
                 let report = add(&zoo, path, &options, &Silent).await.unwrap_or_else(|e| panic!("{}: {e}", path.display()));
                 chain = Some(report.chain);
             }

@@ -9,7 +9,7 @@ use super::*;
 use crate::digest::Digest;
 use crate::manifest::{AdapterRef, Assets, BlockKind, Chain, Defaults, Norm, Tokens};
 use crate::roles::ManifestError;
-use crate::store::{MappedChange, Put, StoreError, Zoo};
+use crate::store::{Compression, MappedChange, Put, StoreError, Zoo};
 use crate::{canonical, tensor_file};
 use ashlar_kernels::ops::Activation;
 
@@ -107,7 +107,7 @@ async fn an_adapter_comes_back_as_it_went_in_and_damage_names_adapter_and_role()
     let zoo = Zoo::create(store.clone(), "memory").await.unwrap();
     let ((a, a_bytes), (b, b_bytes)) = (tensor(&[2, 8], 1), tensor(&[12, 2], 2));
     let first = adapter(&[("up.weight", Change::LowRank { scale: 0.1, a: a.clone(), b: b.clone() })]);
-    zoo.put_tensor(&a, a_bytes.clone().into()).await.unwrap();
+    zoo.put_tensor(&a, a_bytes.clone().into(), Compression::Off).await.unwrap();
     let (digest, put) = zoo.put_adapter(&first).await.unwrap();
     assert_eq!(put, Put::New);
     assert_eq!(zoo.put_adapter(&first).await.unwrap(), (digest, Put::Present));
@@ -115,7 +115,7 @@ async fn an_adapter_comes_back_as_it_went_in_and_damage_names_adapter_and_role()
     let error = zoo.map_adapter(digest).await.unwrap_err();
     assert_eq!(error.to_string(), format!("tensor {} (`up.weight.b` of adapter {digest}) is not in the zoo", b.digest));
 
-    zoo.put_tensor(&b, b_bytes.clone().into()).await.unwrap();
+    zoo.put_tensor(&b, b_bytes.clone().into(), Compression::Off).await.unwrap();
     let mapped = zoo.map_adapter(digest).await.unwrap();
     let MappedChange::LowRank { scale, a, b } = &mapped.changes["up.weight"];
     assert_eq!((*scale, a.as_ref(), b.as_ref()), (0.1, a_bytes.as_slice(), b_bytes.as_slice()));

@@ -20,8 +20,8 @@ const _: () = assert!(CHUNK_BYTES.is_power_of_two() && CHUNK_BYTES <= 1 << CHUNK
 pub struct BaseName {
     /// Its tensor digest; its dtype and shape are the delta's own.
     pub digest: Digest,
-    /// Deltas that its writer knew to lie under it: less than [`DEPTH_MAX`]. A reader that follows bases stops at a base whose own
-    /// depth is not exactly this.
+    /// Deltas that its writer knew to lie under it: less than [`DEPTH_MAX`]. It may have been stored anew since, in another form; a reader
+    /// that follows bases stops after [`DEPTH_MAX`] of them.
     pub depth: u8,
 }
 
@@ -61,6 +61,37 @@ impl Prelude {
     }
 }
 
+/// Bytes after a tensor file's header that tell its base.
+pub const BASE_NAME_BYTES: usize = FIXED_BYTES + DIGEST_BYTES;
+
+/// Reads what a tensor is stored over from the first [`BASE_NAME_BYTES`] (or more) after its file's header; `None` for solo.
+///
+/// # Errors
+/// When the encoding is unknown or raw, or the depth is impossible.
+pub fn parse_base(encoding: u8, start: &[u8]) -> Result<Option<BaseName>, EncodingError> {
+    let digest_bytes = digest_bytes(encoding)?;
+    let expected = FIXED_BYTES + digest_bytes;
+    let start = start.get(..expected).ok_or(EncodingError::Short { expected, actual: start.len() })?;
+    base_name(start[1], &start[FIXED_BYTES..])
+}
+
+fn digest_bytes(encoding: u8) -> Result<usize, EncodingError> {
+    match encoding {
+        e if e == Encoding::Solo as u8 => Ok(0),
+        e if e == Encoding::Delta as u8 => Ok(DIGEST_BYTES),
+        other => Err(EncodingError::Unknown(other)),
+    }
+}
+
+/// The base out of depth and digest, which has no bytes for solo.
+fn base_name(depth: u8, digest: &[u8]) -> Result<Option<BaseName>, EncodingError> {
+    match <[u8; DIGEST_BYTES]>::try_from(digest) {
+        Ok(digest) if (1..=DEPTH_MAX).contains(&depth) => Ok(Some(BaseName { digest: Digest(digest), depth: depth - 1 })),
+        Err(_) if depth == 0 => Ok(None),
+        _ => Err(EncodingError::Prelude("depth")),
+    }
+}
+
 /// Reads the prelude of a tensor of this dtype and shape. `bytes` is all that follows the file's header, `encoding` the header's byte.
 ///
 /// # Errors
@@ -68,11 +99,7 @@ impl Prelude {
 /// chunk that dtype and shape imply, once `bytes` is known to hold their table.
 pub fn parse(encoding: u8, dtype: Dtype, rows: usize, cols: usize, bytes: &[u8]) -> Result<Prelude, EncodingError> {
     let raw_bytes = dtype.bytes(rows, cols).filter(|bytes| *bytes > 0).ok_or(EncodingError::Shape)?;
-    let digest_bytes = match encoding {
-        e if e == Encoding::Solo as u8 => 0,
-        e if e == Encoding::Delta as u8 => DIGEST_BYTES,
-        other => return Err(EncodingError::Unknown(other)),
-    };
+    let digest_bytes = digest_bytes(encoding)?;
     let short = |expected| EncodingError::Short { expected, actual: bytes.len() };
     let (fixed, rest) = bytes.split_at_checked(FIXED_BYTES).ok_or(short(FIXED_BYTES))?;
     let [chunk_log, depth, zeros @ ..] = fixed else { unreachable!("it has FIXED_BYTES") };
@@ -84,14 +111,11 @@ pub fn parse(encoding: u8, dtype: Dtype, rows: usize, cols: usize, bytes: &[u8])
     }
     let chunk_bytes = 1usize << chunk_log;
     let chunk_count = raw_bytes.div_ceil(chunk_bytes);
-    let expected = chunk_count.checked_mul(4).and_then(|table| table.checked_add(FIXED_BYTES + digest_bytes)).ok_or(EncodingError::Shape)?;
+    let expected =
+        chunk_count.checked_mul(4).and_then(|table| table.checked_add(FIXED_BYTES + digest_bytes)).ok_or(EncodingError::Shape)?;
     let (digest, rest) = rest.split_at_checked(digest_bytes).ok_or(short(expected))?;
     let table = rest.get(..4 * chunk_count).ok_or(short(expected))?;
-    let base = match <[u8; DIGEST_BYTES]>::try_from(digest) {
-        Ok(digest) if (1..=DEPTH_MAX).contains(depth) => Some(BaseName { digest: Digest(digest), depth: depth - 1 }),
-        Err(_) if *depth == 0 => None,
-        _ => return Err(EncodingError::Prelude("depth")),
-    };
+    let base = base_name(*depth, digest)?;
     let mut ends = Vec::with_capacity(chunk_count + 1);
     let mut end = expected;
     ends.push(end);

@@ -22,7 +22,7 @@ use crate::digest::Digest;
 use crate::family::peft::LoraConfig;
 use crate::formats::{TensorFiles, shards};
 use crate::manifest::{Adapter, AdapterRef, Block, Chain, Change, TensorRef};
-use crate::store::{Object, Put, StoreError, Zoo};
+use crate::store::{Compression, Object, Put, StoreError, Zoo};
 use crate::tensor_file;
 use base::Base;
 use plan::AdapterPlan;
@@ -61,7 +61,8 @@ pub(super) async fn add(zoo: &Zoo, path: &Path, options: &AddOptions, progress: 
     let (used_plans, used_refs): (Vec<_>, Vec<_>) = used.iter().map(|index| (plans[*index].clone(), refs[*index].clone())).unzip();
     assert!(kept.is_empty(), "nothing is converted, so nothing is kept");
 
-    let stored = store_tensors(zoo, &tensors, &used_plans, &used_refs, kept, progress).await?;
+    let compression = if options.compress { Compression::Alone } else { Compression::Off };
+    let stored = store_tensors(zoo, &tensors, &used_plans, &used_refs, kept, |_| compression, progress).await?;
     let blocks = replaced_blocks(&base, &planned, &refs);
     let (block_digests, block_count) = store_blocks(zoo, &base, &blocks).await?;
     let (adapters, adapter_count, change_refs) = store_adapters(zoo, &planned, &refs).await?;
@@ -143,7 +144,10 @@ async fn renew(zoo: &Zoo, base: &Base, blocks: &[Block]) -> Result<(), StoreErro
     let blocks = kept.map(|(_, digest)| Object::Block(*digest));
     let assets = [assets.tokenizer, assets.chat_template, assets.card].into_iter().flatten().map(Object::Asset);
     for object in tensors.chain(blocks).chain(assets).collect::<BTreeSet<_>>() {
-        zoo.renew(&object).await?;
+        match object {
+            Object::Tensor(digest) => zoo.renew_tensor(digest).await?,
+            object => zoo.renew(&object).await?,
+        }
     }
     Ok(())
 }
@@ -174,6 +178,7 @@ fn report(
         tensors: Shared { total, present: total - new },
         bytes_total: distinct.values().sum(),
         bytes_new: stored.bytes_new,
+        bytes_stored: stored.bytes_stored,
         notes,
     }
 }

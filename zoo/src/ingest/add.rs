@@ -21,7 +21,7 @@ use crate::digest::Digest;
 use crate::formats::TensorFiles;
 use crate::manifest::{Assets, Block, Chain, ModelName, Past, TensorRef};
 use crate::model_id::ModelId;
-use crate::store::{Put, StoreError, Zoo};
+use crate::store::{Compression, Put, StoreError, Stored as StoredTensor, Zoo};
 use crate::tensor_file;
 
 /// Times that a name is tried again after someone else changed it.
@@ -41,6 +41,15 @@ pub struct AddOptions {
     pub parent: Option<ModelId>,
     /// Where it came from, in place of the path's last component (a hub name).
     pub source: Option<String>,
+    /// Whether tensors are stored encoded where that saves enough.
+    pub compress: bool,
+}
+
+impl AddOptions {
+    /// The model as it is, under this name.
+    pub fn new(model: ModelId) -> Self {
+        Self { model, recipe: Recipe::Keep, parent: None, source: None, compress: true }
+    }
 }
 
 /// Adds the checkpoint or PEFT adapter at `path` under a name.
@@ -63,7 +72,13 @@ pub async fn add(zoo: &Zoo, path: &Path, options: &AddOptions, progress: &dyn Pr
     let tensor_plans: Vec<Arc<TensorPlan>> = std::mem::take(&mut plan.tensors).into_iter().map(Arc::new).collect();
 
     let (refs, kept) = hash(files, &tensor_plans, progress).await?;
-    let stored = store_tensors(zoo, files, &tensor_plans, &refs, kept, progress).await?;
+    let near = if options.compress { near(zoo, options, &plan).await? } else { BTreeMap::new() };
+    let compression = |index: usize| match near.get(&index) {
+        _ if !options.compress => Compression::Off,
+        Some(tensor) => Compression::Over(tensor),
+        None => Compression::Alone,
+    };
+    let stored = store_tensors(zoo, files, &tensor_plans, &refs, kept, compression, progress).await?;
     let (blocks, block_count) = store_blocks(zoo, checkpoint.decoder.width, &plan, &refs).await?;
     let chain = chain(&checkpoint, &plan, blocks, &text, store_assets(zoo, &text).await?, options);
     let (chain, _) = zoo.put_chain(&chain).await?;
@@ -79,6 +94,7 @@ pub async fn add(zoo: &Zoo, path: &Path, options: &AddOptions, progress: &dyn Pr
         tensors: stored.count,
         bytes_total: stored.bytes_total,
         bytes_new: stored.bytes_new,
+        bytes_stored: stored.bytes_stored,
         notes: text.notes,
     })
 }
@@ -129,45 +145,68 @@ pub(super) struct Stored {
     pub(super) count: Shared,
     pub(super) bytes_total: u64,
     pub(super) bytes_new: u64,
+    pub(super) bytes_stored: u64,
 }
 
-/// Stores what is not there.
-pub(super) async fn store_tensors(
+/// The tensors that the plan's may be close to: those in the same places of the model that it was tuned from, or else of the one that has its
+/// name now. By index into the plan's tensors.
+async fn near(zoo: &Zoo, options: &AddOptions, plan: &Plan) -> Result<BTreeMap<usize, TensorRef>, IngestError> {
+    let relative = options.parent.as_ref().unwrap_or(&options.model);
+    let relative = match zoo.resolve(relative).await {
+        Ok(relative) => relative,
+        Err(StoreError::Missing { .. } | StoreError::Damaged { .. }) => return Ok(BTreeMap::new()),
+        Err(e) => return Err(e.into()),
+    };
+    let mut near = BTreeMap::new();
+    for (block, other) in plan.blocks.iter().zip(&relative.blocks) {
+        for (role, index) in &block.tensors {
+            if let Some(tensor) = other.tensors.get(*role) {
+                near.insert(*index, tensor.clone());
+            }
+        }
+    }
+    Ok(near)
+}
+
+/// Stores what is not there, each as `compression` says for its index.
+pub(super) async fn store_tensors<'a>(
     zoo: &Zoo,
     files: &Arc<TensorFiles>,
     plans: &[Arc<TensorPlan>],
     refs: &[TensorRef],
     mut kept: Kept,
+    compression: impl Fn(usize) -> Compression<'a>,
     progress: &dyn Progress,
 ) -> Result<Stored, IngestError> {
     let distinct: BTreeMap<Digest, usize> = refs.iter().enumerate().rev().map(|(index, tensor)| (tensor.digest, index)).collect();
     let bytes_total = distinct.values().map(|index| target_bytes(&plans[*index])).sum();
     progress.begin(Stage::Store, bytes_total);
     let stored = stream::iter(distinct.values().copied()).map(|index| {
-        let (plan, tensor, kept) = (&plans[index], &refs[index], kept.remove(&index));
+        let (plan, tensor, kept, compression) = (&plans[index], &refs[index], kept.remove(&index), compression(index));
         async move {
             let bytes = target_bytes(plan);
-            let put = match zoo.keep_tensor(tensor).await? {
-                true => Put::Present,
+            let stored = match zoo.keep_tensor(tensor).await? {
+                true => StoredTensor { put: Put::Present, bytes: 0 },
                 false => {
                     let (files, plan) = (files.clone(), plan.clone());
                     let payload = match kept {
                         Some(payload) => payload,
                         None => blocking(move || gather::payload(&files, &plan)).await?,
                     };
-                    zoo.put_tensor(tensor, payload).await?
+                    zoo.put_tensor(tensor, payload, compression).await?
                 }
             };
             progress.advance(bytes);
-            Ok::<_, IngestError>((put, bytes))
+            Ok::<_, IngestError>((stored, bytes))
         }
     });
-    let puts: Vec<(Put, u64)> = stored.buffered(concurrency()).try_collect().await?;
+    let puts: Vec<(StoredTensor, u64)> = stored.buffered(concurrency()).try_collect().await?;
     progress.end();
-    let new = puts.iter().filter(|(put, _)| *put == Put::New);
+    let new = puts.iter().filter(|(stored, _)| stored.put == Put::New);
     let bytes_new = new.clone().map(|(_, bytes)| bytes).sum();
+    let bytes_stored = new.clone().map(|(stored, _)| stored.bytes).sum();
     let total = puts.len() as u64;
-    Ok(Stored { count: Shared { total, present: total - new.count() as u64 }, bytes_total, bytes_new })
+    Ok(Stored { count: Shared { total, present: total - new.count() as u64 }, bytes_total, bytes_new, bytes_stored })
 }
 
 async fn store_blocks(zoo: &Zoo, width: u32, plan: &Plan, refs: &[TensorRef]) -> Result<(Vec<Digest>, Shared), StoreError> {

@@ -14,7 +14,7 @@ pub struct Shared {
     pub present: u64,
 }
 
-/// What an `add` did. Displays as "61 of 62 blocks, 271 of 272 tensors already here; 1.8 MB new of 269 MB", of an adapter as
+/// What an `add` did. Displays as "61 of 62 blocks, 271 of 272 tensors already here; 1.8 MB new of 269 MB, stored as 1.2 MB", of an adapter as
 /// "18 of 18 blocks, 0 of 16 adapters, 130 of 194 tensors already here; 102 kB new of 2.1 MB".
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
 pub struct AddReport {
@@ -40,6 +40,8 @@ pub struct AddReport {
     pub bytes_total: u64,
     /// Of these, newly stored.
     pub bytes_new: u64,
+    /// What they take in the store: less where they are encoded.
+    pub bytes_stored: u64,
     /// Things that the user should know.
     pub notes: Vec<String>,
 }
@@ -52,7 +54,11 @@ impl fmt::Display for AddReport {
             write!(f, "{} of {} adapters, ", adapters.present, adapters.total)?;
         }
         write!(f, "{} of {} tensors already here; ", tensors.present, tensors.total)?;
-        write!(f, "{} new of {}", human_bytes(self.bytes_new), human_bytes(self.bytes_total))
+        write!(f, "{} new of {}", human_bytes(self.bytes_new), human_bytes(self.bytes_total))?;
+        match (human_bytes(self.bytes_stored), human_bytes(self.bytes_new)) {
+            (stored, new) if stored != new => write!(f, ", stored as {stored}"),
+            _ => Ok(()),
+        }
     }
 }
 

@@ -32,7 +32,7 @@ impl Zoo {
         let swept = blocking(move || {
             let (mut count, mut bytes) = (0, 0);
             let mut folders: Vec<PathBuf> =
-                ["tensors", "blocks", "adapters", "chains", "assets", "models"].iter().map(|folder| root.join(folder)).collect();
+                ["tensors", "bases", "blocks", "adapters", "chains", "assets", "models"].iter().map(|folder| root.join(folder)).collect();
             // Two levels: shelves of tensors and tenants' folders.
             for depth in 0..2 {
                 for folder in std::mem::take(&mut folders) {

@@ -30,6 +30,13 @@ pub enum Object {
         /// Role and factor (`q.weight.a`).
         role: String,
     },
+    /// The mark that one tensor is stored as a delta of another one.
+    Base {
+        /// The delta.
+        tensor: Digest,
+        /// What it is a delta of.
+        base: Digest,
+    },
     /// A block descriptor.
     Block(Digest),
     /// An adapter descriptor.
@@ -49,6 +56,7 @@ impl fmt::Display for Object {
             Self::Tensor(digest) => write!(f, "tensor {digest}"),
             Self::TensorOf { tensor, block, role } => write!(f, "tensor {tensor} (`{role}` of block {block})"),
             Self::TensorOfAdapter { tensor, adapter, role } => write!(f, "tensor {tensor} (`{role}` of adapter {adapter})"),
+            Self::Base { tensor, base } => write!(f, "mark that tensor {tensor} is stored over {base}"),
             Self::Block(digest) => write!(f, "block {digest}"),
             Self::Adapter(digest) => write!(f, "adapter {digest}"),
             Self::Chain(digest) => write!(f, "chain {digest}"),
@@ -106,6 +114,17 @@ pub enum StoreError {
         /// The name.
         id: ModelId,
     },
+    /// The store did not give an object, however often it was asked.
+    #[error("failed to read {object} from {place}")]
+    Read {
+        /// What was read.
+        object: Object,
+        /// Directory or bucket.
+        place: String,
+        /// Why the last time.
+        #[source]
+        source: object_store::Error,
+    },
     /// The store did not answer, or refused.
     #[error("failed to {action} `{key}`")]
     Store {
@@ -136,7 +155,7 @@ impl StoreError {
         match self {
             Self::NoZoo { .. } | Self::Format { .. } => Retry::Never,
             Self::Missing { .. } | Self::Damaged { .. } => Retry::Elsewhere,
-            Self::Conflict { .. } | Self::Store { .. } | Self::File { .. } => Retry::Same,
+            Self::Conflict { .. } | Self::Read { .. } | Self::Store { .. } | Self::File { .. } => Retry::Same,
         }
     }
 
@@ -160,6 +179,7 @@ impl StoreError {
         match self {
             Self::Missing { object } => Self::Missing { object: name(object) },
             Self::Damaged { object, reason } => Self::Damaged { object: name(object), reason },
+            Self::Read { object, place, source } => Self::Read { object: name(object), place, source },
             other => other,
         }
     }

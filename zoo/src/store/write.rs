@@ -8,13 +8,36 @@ use bytes::Bytes;
 use object_store::{ObjectMeta, ObjectStoreExt, PutPayload, WriteMultipart};
 
 use super::{Object, StoreError, Zoo, key};
+use crate::blocking::blocking;
 use crate::canonical;
 use crate::digest::Digest;
+use crate::encoding::{self, Base, DEPTH_MAX, Encoded, Encoding};
 use crate::manifest::{Adapter, Block, Chain, TensorRef};
+use crate::tensor::MappedTensor;
 use crate::tensor_file;
 
 /// Objects above this go up in parts where the store is remote (S3 takes at most 5 GB in one put).
 const ONE_PUT_BYTES_MAX: usize = 256 << 20;
+
+/// How a tensor may be stored. It never changes what is read, nor its identity.
+#[derive(Debug, Clone, Copy)]
+pub enum Compression<'a> {
+    /// As its bytes are.
+    Off,
+    /// Encoded, where that saves enough.
+    Alone,
+    /// Encoded alone or as a delta of this tensor, whichever is the smallest.
+    Over(&'a TensorRef),
+}
+
+/// What storing a tensor did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stored {
+    /// Whether it was new.
+    pub put: Put,
+    /// Bytes of the file that was written; 0 where none was.
+    pub bytes: u64,
+}
 
 /// Whether a put stored anything.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,10 +53,88 @@ impl Zoo {
     ///
     /// # Errors
     /// When the store fails.
-    pub async fn put_tensor(&self, tensor: &TensorRef, payload: Bytes) -> Result<Put, StoreError> {
+    pub async fn put_tensor(&self, tensor: &TensorRef, payload: Bytes, compression: Compression<'_>) -> Result<Stored, StoreError> {
+        if self.keep_tensor(tensor).await? {
+            return Ok(Stored { put: Put::Present, bytes: 0 });
+        }
+        // What is there is damaged, or too old in a store where only a put renews it.
+        let there = self.head(&Object::Tensor(tensor.digest)).await?.is_some();
+        let bytes = self.write_tensor(tensor, payload, compression).await?;
+        Ok(Stored { put: if there { Put::Present } else { Put::New }, bytes })
+    }
+
+    /// Writes a tensor whatever is there: what is there is damaged.
+    pub(crate) async fn rewrite_tensor(&self, tensor: &TensorRef, payload: Bytes) -> Result<(), StoreError> {
+        self.write_tensor(tensor, payload, Compression::Alone).await.map(|_| ())
+    }
+
+    /// Marks that a tensor is stored as a delta of another one, so that `gc` keeps that as long.
+    pub(crate) async fn put_base(&self, tensor: Digest, base: Digest) -> Result<(), StoreError> {
+        self.put(&Object::Base { tensor, base }, vec![Bytes::new()]).await.map(|_| ())
+    }
+
+    /// Writes a tensor that is not there. Returns the bytes of its file.
+    async fn write_tensor(&self, tensor: &TensorRef, payload: Bytes, compression: Compression<'_>) -> Result<u64, StoreError> {
         debug_assert_eq!(tensor.digest, tensor_file::digest(tensor.dtype, &tensor.shape, &payload));
-        let header = Bytes::copy_from_slice(&tensor_file::header(tensor.dtype, &tensor.shape));
-        self.put(&Object::Tensor(tensor.digest), vec![header, payload]).await
+        let base = match compression {
+            Compression::Over(near) if near.digest != tensor.digest && near.dtype == tensor.dtype && near.shape == tensor.shape => {
+                self.base_to_store_over(near).await?
+            }
+            _ => None,
+        };
+        let encoded = match compression {
+            Compression::Off => None,
+            Compression::Alone | Compression::Over(_) => self.encoded(tensor, payload.clone(), base.as_ref()).await,
+        };
+        let (encoding, body) = match encoded {
+            Some(encoded) => (encoded.encoding as u8, Bytes::from(encoded.bytes)),
+            None => (tensor_file::ENCODING_RAW, payload),
+        };
+        if let Some((base, ..)) = base.filter(|_| encoding == Encoding::Delta as u8) {
+            // Before the delta, so that no `gc` can see one whose base seems unused.
+            self.put_base(tensor.digest, base).await?;
+        }
+        let header = Bytes::copy_from_slice(&tensor_file::header(encoding, tensor.dtype, &tensor.shape));
+        let bytes = (header.len() + body.len()) as u64;
+        self.write(&Object::Tensor(tensor.digest), vec![header, body]).await?;
+        Ok(bytes)
+    }
+
+    /// A tensor to store another one over, with its depth, where it is there and sound and has room for one more; `gc` leaves it from now on.
+    async fn base_to_store_over(&self, near: &TensorRef) -> Result<Option<(Digest, u8, MappedTensor)>, StoreError> {
+        let usable = async {
+            let depth = self.base_of(near.digest).await?.map_or(0, |base| base.depth + 1);
+            if depth >= DEPTH_MAX {
+                return Ok(None);
+            }
+            self.renew_tensor(near.digest).await?;
+            Ok(Some((near.digest, depth, self.map_tensor(near).await?)))
+        };
+        match usable.await {
+            Err(error @ (StoreError::Missing { .. } | StoreError::Damaged { .. })) => {
+                tracing::warn!(%error, "a relative's tensor cannot be read; nothing is stored over it");
+                Ok(None)
+            }
+            other => other,
+        }
+    }
+
+    /// The smallest form of a tensor that is worth it, and decodes to the same bytes.
+    async fn encoded(&self, tensor: &TensorRef, payload: Bytes, base: Option<&(Digest, u8, MappedTensor)>) -> Option<Encoded> {
+        let (tensor, base) = (tensor.clone(), base.cloned());
+        blocking(move || {
+            let (rows, cols) = tensor_file::rows_cols(&tensor.shape).expect("refs have shapes that can be stored");
+            let base = base.as_ref().map(|(digest, depth, held)| Base { digest: *digest, depth: *depth, payload: held.as_ref() });
+            let encoded = encoding::encode(tensor.dtype, rows, cols, &payload, base.as_ref())?;
+            // A tensor that could not be read back would be lost for good: it costs a tenth of the encoding to know.
+            let mut decoded = vec![0; payload.len()];
+            let prelude = encoding::parse(encoded.encoding as u8, tensor.dtype, rows, cols, &encoded.bytes);
+            let read_back =
+                prelude.and_then(|prelude| encoding::decode(&prelude, &encoded.bytes, base.map(|base| base.payload), &mut decoded));
+            assert!(read_back.is_ok() && decoded == payload, "tensor {} does not decode to itself: {read_back:?}", tensor.digest);
+            Some(encoded)
+        })
+        .await
     }
 
     /// Stores a block descriptor.
@@ -87,10 +188,38 @@ impl Zoo {
         Ok((digest, self.put(&Object::Asset(digest), vec![bytes]).await?))
     }
 
-    /// Whether the tensor is there and sound; as [`Zoo::keep`].
+    /// Whether the tensor is there and sound, as [`Zoo::keep`]; where it is, `gc` leaves what it is stored over as well.
     pub(crate) async fn keep_tensor(&self, tensor: &TensorRef) -> Result<bool, StoreError> {
-        let payload = tensor_file::payload_bytes(tensor.dtype, &tensor.shape).expect("refs have shapes that can be stored");
-        self.keep(&Object::Tensor(tensor.digest), (tensor_file::HEADER_BYTES + payload) as u64).await
+        let object = Object::Tensor(tensor.digest);
+        let Some(meta) = self.head(&object).await? else { return Ok(false) };
+        let kept = async {
+            if self.inner.root.is_some() {
+                self.check_tensor(tensor.digest).await?;
+            }
+            // The base first: a `gc` that took it since would leave a delta that cannot be read.
+            if let Some(base) = self.base_of(tensor.digest).await? {
+                self.renew_tensor(base.digest).await?;
+                self.put_base(tensor.digest, base.digest).await?;
+            }
+            self.touch(&object, &meta).await
+        };
+        match kept.await {
+            // Damaged by something outside; the caller writes it anew.
+            Err(StoreError::Damaged { .. } | StoreError::Missing { .. }) => Ok(false),
+            other => other,
+        }
+    }
+
+    /// As [`Zoo::renew`], for a tensor and all that it is stored over.
+    pub(crate) async fn renew_tensor(&self, digest: Digest) -> Result<(), StoreError> {
+        let mut next = Some(digest);
+        for _ in 0..=DEPTH_MAX {
+            let Some(digest) = next else { return Ok(()) };
+            next = self.base_of(digest).await?.map(|base| base.digest);
+            self.renew(&Object::Tensor(digest)).await?;
+        }
+        let reason = "too many deltas lie one over the other".to_owned();
+        Err(StoreError::Damaged { object: Object::Tensor(digest), reason })
     }
 
     /// Whether the object is there and sound (a remote store is trusted with that); where it is, makes sure that `gc` leaves it for a grace period.

@@ -77,6 +77,15 @@ impl Checkpoint {
         self
     }
 
+    /// Moves all values a little, as a fine-tune does.
+    pub fn nudge(&mut self, by: f32, seed: u64) -> &mut Self {
+        for (name, (_, data)) in &mut self.tensors {
+            let moves = values(seed, name, data.len());
+            data.iter_mut().zip(moves).for_each(|(value, step)| *value += by * step);
+        }
+        self
+    }
+
     /// Writes it as a Hugging Face directory.
     pub fn write(&self, dir: &Path) {
         std::fs::create_dir_all(dir).unwrap();
@@ -140,7 +149,7 @@ fn values(seed: u64, name: &str, count: usize) -> Vec<f32> {
 
 /// Adds a directory under a name, with the given recipe.
 pub async fn add_dir(zoo: &Zoo, dir: &Path, model: &str, recipe: Recipe) -> Result<AddReport, IngestError> {
-    let options = AddOptions { model: model.parse().unwrap(), recipe, parent: None, source: None };
+    let options = AddOptions { recipe, ..AddOptions::new(model.parse().unwrap()) };
     add(zoo, dir, &options, &Silent).await
 }
 

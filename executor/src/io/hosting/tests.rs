@@ -7,7 +7,7 @@ use std::path::Path;
 
 use ashlar_kernels::cpu::{Cpu, CpuOptions};
 use ashlar_kernels::ops::KvFormat;
-use ashlar_zoo::ingest::{AddOptions, Recipe, Silent, add};
+use ashlar_zoo::ingest::{AddOptions, Silent, add};
 use ashlar_zoo::model_id::ModelId;
 
 use super::*;
@@ -30,7 +30,7 @@ impl Host {
         let zoo = Zoo::create_dir(folder.path()).await.unwrap();
         let mut chains = Vec::new();
         for name in models {
-            let options = AddOptions { model: ModelId::new("demo", name).unwrap(), recipe: Recipe::Keep, parent: None, source: None };
+            let options = AddOptions::new(ModelId::new("demo", name).unwrap());
             let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../demo").join(name);
             chains.push(add(&zoo, &path, &options, &Silent).await.unwrap().chain);
         }
