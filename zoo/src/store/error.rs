@@ -19,7 +19,7 @@ pub enum Object {
         /// The block.
         block: Digest,
         /// Its role in the block.
-        role: String,
+        role: Box<str>,
     },
     /// A tensor, and the adapter and place that refer to it.
     TensorOfAdapter {
@@ -28,7 +28,7 @@ pub enum Object {
         /// The adapter.
         adapter: Digest,
         /// Role and factor (`q.weight.a`).
-        role: String,
+        role: Box<str>,
     },
     /// The mark that one tensor is stored as a delta of another one.
     Base {
@@ -120,10 +120,10 @@ pub enum StoreError {
         /// What was read.
         object: Object,
         /// Directory or bucket.
-        place: String,
+        place: Box<str>,
         /// Why the last time.
         #[source]
-        source: object_store::Error,
+        source: Box<object_store::Error>,
     },
     /// The store did not answer, or refused.
     #[error("failed to {action} `{key}`")]
@@ -162,13 +162,13 @@ impl StoreError {
     /// The same error, with a tensor named as the `role` of `block`.
     #[must_use]
     pub fn in_block(self, block: Digest, role: &str) -> Self {
-        self.with_tensor(|tensor| Object::TensorOf { tensor, block, role: role.to_owned() })
+        self.with_tensor(|tensor| Object::TensorOf { tensor, block, role: role.into() })
     }
 
     /// The same error, with a tensor named as the factor `role` (`q.weight.a`) of `adapter`.
     #[must_use]
     pub fn in_adapter(self, adapter: Digest, role: &str) -> Self {
-        self.with_tensor(|tensor| Object::TensorOfAdapter { tensor, adapter, role: role.to_owned() })
+        self.with_tensor(|tensor| Object::TensorOfAdapter { tensor, adapter, role: role.into() })
     }
 
     fn with_tensor(self, name: impl Fn(Digest) -> Object) -> Self {

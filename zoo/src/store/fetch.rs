@@ -84,7 +84,7 @@ impl Zoo {
     pub(super) fn failed_read(&self, object: &Object, source: Error) -> StoreError {
         match source {
             Error::NotFound { .. } => StoreError::Missing { object: object.clone() },
-            source => StoreError::Read { object: object.clone(), place: self.inner.place.clone(), source },
+            source => StoreError::Read { object: object.clone(), place: self.inner.place.as_str().into(), source: Box::new(source) },
         }
     }
 
