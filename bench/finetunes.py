@@ -30,7 +30,7 @@ import train as demo  # noqa: E402 (its folder is no package)
 
 State = dict[str, torch.Tensor]
 
-ROWS, ROW_TOKENS = 2, 256  # of a step on running text; a step on chats has at most their product, padding included
+ROW_TOKENS = 256
 TOP_LAYERS = 4
 RANK, ALPHA = 16, 32
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -38,27 +38,30 @@ BETAS = (0.9, 0.999)
 WARMUP_SHARE = 0.1
 GRADIENT_NORM_MAX = 1.0
 HELD_OUT_ONE_IN = 20
-HELD_OUT_CHARS_MAX = 8_000
+HELD_OUT_TEXT_CHARS_MAX, HELD_OUT_CHAT_CHARS_MAX = 16_000, 6_000
+PAIRS_MAX = 4_000  # of questions and answers to train on: all are encoded before the first step, and no training here needs more
 WEIGHTS, ADAPTER = "model.safetensors", "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
 class FineTune:
-    """One training: on what, which weights, and how fast. `rate` is AdamW's at the end of the warm-up; it falls linearly to nothing."""
+    """One training: on what, which weights, and how fast. `rate` is AdamW's at the end of the warm-up; it falls linearly to nothing. A step has
+    `rows` windows of ROW_TOKENS, or of chats as many turns as that has room for, padding included, and at least one."""
 
     corpus: str
     method: str
     rate: float
     weight_decay: float
     steps: int
+    rows: int
 
 
 FINE_TUNES = {
-    "full-a": FineTune("novels", "full", 2e-5, 0.0, 60),
-    "full-c": FineTune("requests", "full", 5e-5, 0.01, 60),
-    "lora": FineTune("sums", "lora", 2e-4, 0.0, 60),
-    "top": FineTune("phonemes", "top", 2e-5, 0.0, 80),
-    "full-b": FineTune("sums", "full", 5e-6, 0.0, 60),
+    "full-a": FineTune("novels", "full", 2e-5, 0.0, steps=60, rows=2),
+    "full-c": FineTune("requests", "full", 5e-5, 0.01, steps=30, rows=1),
+    "lora": FineTune("sums", "lora", 2e-4, 0.0, steps=30, rows=1),
+    "top": FineTune("phonemes", "top", 2e-5, 0.0, steps=40, rows=1),
+    "full-b": FineTune("sums", "full", 5e-6, 0.0, steps=30, rows=1),
 }
 # Text of this repository that stands in where the corpora are not at hand.
 STAND_INS = {"novels": "docs/*.md", "requests": "router/src/**/*.rs", "sums": "executor/src/**/*.rs", "phonemes": "zoo/src/**/*.rs"}
@@ -77,7 +80,7 @@ def corpus_of(name: str, corpora: Path) -> demo.Text | demo.Chat:
         corpus = demo.split_text("\n\n".join(file.read_text(encoding="utf-8") for file in files), "\n\n")
     elif name == "novels":
         both = [demo.shakespeare(corpora), demo.botchan(corpora)]
-        half = HELD_OUT_CHARS_MAX // 2
+        half = HELD_OUT_TEXT_CHARS_MAX // 2
         corpus = demo.Text("\n\n".join(book.train for book in both), "\n\n".join(book.held_out[:half] for book in both))
     else:
         # The list of phonemes has no test file: it comes cut by checksum.
@@ -87,14 +90,14 @@ def corpus_of(name: str, corpora: Path) -> demo.Text | demo.Chat:
             "phonemes": lambda: demo.phonemes(corpora),
         }[name]()
     if isinstance(corpus, demo.Text):
-        return demo.Text(corpus.train, corpus.held_out[:HELD_OUT_CHARS_MAX])
+        return demo.Text(corpus.train, corpus.held_out[:HELD_OUT_TEXT_CHARS_MAX])
     chosen, chars = [], 0
     for pair in random.Random(0).sample(corpus.held_out, k=len(corpus.held_out)):
         chars += len(demo.render(*pair))
-        if chars > HELD_OUT_CHARS_MAX:
+        if chars > HELD_OUT_CHAT_CHARS_MAX:
             break
         chosen.append(pair)
-    return demo.Chat(corpus.train, chosen)
+    return demo.Chat(random.Random(0).sample(corpus.train, k=min(PAIRS_MAX, len(corpus.train))), chosen)
 
 
 def load(folder: Path) -> torch.nn.Module:
@@ -237,18 +240,18 @@ def make(name: str, one: FineTune, out: Path, steps: int, seed: int, corpora: Pa
     before = loss_of(model, tokenizer, corpus)
     print(f"{name}: {before:.4f} nats a held-out token before", file=sys.stderr, flush=True)
     if isinstance(corpus, demo.Chat):
-        batches = demo.chat_batches(tokenizer, corpus.train, batch_tokens=ROWS * ROW_TOKENS)
+        batches = demo.chat_batches(tokenizer, corpus.train, batch_tokens=one.rows * ROW_TOKENS)
     else:
-        batches = demo.text_batches({"": demo.encode_text(tokenizer, corpus)}, {"": 1.0}, ROWS, ROW_TOKENS)
+        batches = demo.text_batches({"": demo.encode_text(tokenizer, corpus)}, {"": 1.0}, one.rows, ROW_TOKENS)
     if one.method == "lora":
         model = wrap(model)
     else:
         for tensor, parameter in model.named_parameters():
             parameter.requires_grad = is_trained(one.method, tensor, layers)
-    began = time.monotonic()
+    began = time.process_time()
     curve = fit(model, batches, one, steps, name)
-    kept = vars(one) | {"steps": steps, "step_tokens_max": ROWS * ROW_TOKENS, "seed": seed, "from_repository": not corpora.is_dir()}
-    kept |= {"seconds": round(time.monotonic() - began), "versions": versions(), "loss_of_steps": curve, "held_out_before": round(before, 4)}
+    kept = vars(one) | {"steps": steps, "step_tokens": one.rows * ROW_TOKENS, "seed": seed, "from_repository": not corpora.is_dir()}
+    kept |= {"cpu_seconds": round(time.process_time() - began), "versions": versions(), "loss_of_steps": curve, "held_out_before": round(before, 4)}
     if one.method == "lora":
         write_adapter(out / name, model)
         told = {name: kept | {"sha256": sha256(out / name / ADAPTER), "bytes": (out / name / ADAPTER).stat().st_size, "rank": RANK, "alpha": ALPHA}}
@@ -269,7 +272,7 @@ def versions() -> dict[str, str]:
 
 
 def table(told: dict):
-    print("| model | trained | on | steps | rate | held-out loss | moved by 0 units, % | 1 | 2 | 3 to 7 | 8 and more | entropy, bits | tensors as the base's |")
+    print("| model | trained | on | steps of tokens | rate | held-out loss | moved by 0 units, % | 1 | 2 | 3 to 7 | 8 and more | entropy, bits | tensors as the base's |")
     print("|" + " --- |" * 13)
     for name, one in sorted(told.items()):
         if "entropy_bits" not in one:
@@ -277,7 +280,7 @@ def table(told: dict):
         of = told[one.get("from", name)]
         units = " | ".join(f"{100 * share:.1f}" for share in one["units_in_the_last_place"].values())
         print(
-            f"| {name} | {of['method']} | {of['corpus']} | {of['steps']} | {of['rate']:g} | {one['held_out_before']:.3f} to {one['held_out_after']:.3f} "
+            f"| {name} | {of['method']} | {of['corpus']} | {of['steps']} of {of['step_tokens']} | {of['rate']:g} | {one['held_out_before']:.3f} to {one['held_out_after']:.3f} "
             f"| {units} | {one['entropy_bits']:.2f} | {one['tensors_same']} of {one['tensors']} |"
         )
 
