@@ -1,7 +1,7 @@
 """Trains the fine-tunes of bench/finetunes.sh from OUT/base: python finetunes.py --out OUT [--only NAME,...] [--steps N] [--corpora DIR].
 
 Each starts from the base as stored in bf16, is trained with master weights and moments in f32 (AdamW), and is rounded to bf16 once, at the end. What a
-method does not train keeps its bytes. Corpora and batches are those of demo/train.py; of no corpus is a test file read for training or for the loss.
+method does not train keeps its bytes. Corpora and batches are those of demo/train.py; nothing of a test file is trained on or scored.
 
 OUT/finetunes.json keeps of each: settings, the loss of every step, the loss on held-out text of the base and of what was stored, and what became
 of the bits. A folder that is there is kept. Fails where a fine-tune did not learn, or changed what its method leaves alone."""

@@ -5,8 +5,8 @@
 #   bench/finetunes.sh          ONLY=full-a,top STEPS=<by method> THREADS=1 SEED=1 CORPORA=../shared/data/corpora
 #
 # Folders go to $ASHLAR_FINETUNES, target/bench/finetunes: base, full-a, full-b, full-c, top, lora, lora-merged, and finetunes.json with what is
-# known of each. What is there already is kept, so a run that was stopped goes on; delete a folder to have it made anew. Takes about 40
-# minutes of one core; without CORPORA's files it trains on this repository's own text. PEERS says where Python's packages go (5 GB).
+# known of each. What is there already is kept, so a run that was stopped goes on; delete a folder to have it made anew. Takes about half
+# an hour of one idle core; without CORPORA's files it trains on this repository's own text. PEERS says where Python's packages go (5 GB).
 set -euo pipefail
 source "$(dirname "$0")/../scripts/lib.sh"
 
