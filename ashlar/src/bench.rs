@@ -14,6 +14,7 @@ mod schedule;
 mod stalls;
 mod stats;
 mod step;
+mod storage;
 #[cfg(test)]
 mod tests;
 
@@ -39,6 +40,8 @@ enum Command {
     Step(step::StepArgs),
     /// Stored forms of a model (int8, int4 and so on): what each costs in perplexity, and how far it is from a baseline
     Quality(quality::QualityArgs),
+    /// The tensors of a zoo: what they take in the forms that they are stored in, and how fast they are read back on one core and on all
+    Storage(storage::StorageArgs),
 }
 
 /// Runs the bench that was asked for.
@@ -49,5 +52,6 @@ pub(crate) async fn run(args: BenchArgs) -> anyhow::Result<()> {
         Command::Kernels(args) => kernels::run(args).await.context("measure the kernels"),
         Command::Step(args) => Box::pin(step::run(args)).await.context("measure steps"),
         Command::Quality(args) => Box::pin(quality::run(args)).await.context("measure the quality"),
+        Command::Storage(args) => Box::pin(storage::run(args)).await.context("measure the storage"),
     }
 }

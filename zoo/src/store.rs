@@ -22,6 +22,7 @@ pub use cache::{Cache, CacheError};
 pub use error::{Object, Retry, StoreError};
 pub use fetch::Retries;
 pub use read::{MappedAdapter, MappedBlock, MappedChange};
+pub use tensors::{Form, StoredAs};
 pub use write::{Compression, Put, Stored};
 
 use crate::canonical;

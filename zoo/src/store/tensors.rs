@@ -21,6 +21,26 @@ use crate::tensor_file::{self, ENCODING_RAW, HEADER_BYTES, Header};
 /// Bytes at the start of a tensor file that tell how it is encoded and over what.
 const START_BYTES: u64 = (HEADER_BYTES + encoding::BASE_NAME_BYTES) as u64;
 
+/// In what form a tensor lies in the store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Form {
+    /// Its bytes as they are.
+    Raw,
+    /// Encoded by itself.
+    Alone,
+    /// As the difference to this tensor.
+    Over(Digest),
+}
+
+/// How a tensor lies in the store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StoredAs {
+    /// In what form.
+    pub form: Form,
+    /// Bytes of its file.
+    pub bytes: u64,
+}
+
 /// Tensors that are in memory or on their way.
 #[derive(Debug, Default)]
 pub(super) struct Loads {
@@ -84,15 +104,35 @@ impl Zoo {
         Ok((tensor, Bytes::from_owner(mapped)))
     }
 
+    /// In what form a tensor lies here, without reading it all.
+    ///
+    /// # Errors
+    /// When it is missing or its start is damaged, or the store fails.
+    pub async fn stored_as(&self, digest: Digest) -> Result<StoredAs, StoreError> {
+        let object = Object::Tensor(digest);
+        let bytes = self.head(&object).await?.ok_or_else(|| StoreError::Missing { object: object.clone() })?.size;
+        let form = match self.start_of(digest).await? {
+            None => Form::Raw,
+            Some(None) => Form::Alone,
+            Some(Some(base)) => Form::Over(base.digest),
+        };
+        Ok(StoredAs { form, bytes })
+    }
+
     /// What a tensor is stored over, without reading it all; `None` where it is raw or stored alone.
     pub(crate) async fn base_of(&self, digest: Digest) -> Result<Option<BaseName>, StoreError> {
+        self.start_of(digest).await.map(Option::flatten)
+    }
+
+    /// The base of an encoded tensor, if it has one; `None` where its bytes are raw.
+    async fn start_of(&self, digest: Digest) -> Result<Option<Option<BaseName>>, StoreError> {
         let object = Object::Tensor(digest);
         let start = self.fetch_start(&object, START_BYTES).await?;
         let header = tensor_file::parse_header(&start).map_err(|e| damaged(&object, e))?;
         if header.encoding == ENCODING_RAW {
             return Ok(None);
         }
-        encoding::parse_base(header.encoding, &start[HEADER_BYTES..]).map_err(|e| damaged(&object, e))
+        encoding::parse_base(header.encoding, &start[HEADER_BYTES..]).map(Some).map_err(|e| damaged(&object, e))
     }
 
     /// A verified tensor that nobody holds. `depth_max` deltas may lie one over the other.
