@@ -320,11 +320,15 @@ pub struct ZooConfig {
     pub root: PathBuf,
     /// How often names are read again, in milliseconds.
     pub refresh_ms: u64,
+    /// Directory where decoded tensors are kept from one start to the next; empty: they are decoded anew.
+    pub cache: PathBuf,
+    /// Bytes of that directory, at most.
+    pub cache_bytes: u64,
 }
 
 impl Default for ZooConfig {
     fn default() -> Self {
-        Self { root: PathBuf::from("zoo-data"), refresh_ms: 2_000 }
+        Self { root: PathBuf::from("zoo-data"), refresh_ms: 2_000, cache: PathBuf::new(), cache_bytes: 64 << 30 }
     }
 }
 

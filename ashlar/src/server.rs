@@ -25,7 +25,7 @@ use ashlar_router::io::rest::config::RestConfig;
 use ashlar_router::state::tenants::may_open;
 use ashlar_wire::id::{ExecutorId, RouterId};
 use ashlar_wire::{MESSAGE_BYTES_MAX, v1};
-use ashlar_zoo::store::Zoo;
+use ashlar_zoo::store::{Cache, Zoo};
 use tokio::net::TcpListener;
 use tokio_stream::StreamExt;
 
@@ -75,6 +75,14 @@ pub async fn run(role: Role, args: ConfigArgs) -> anyhow::Result<()> {
     let zoo = Zoo::open_dir(&config.zoo.root).await.with_context(|| {
         format!("open the zoo in {} (`ashlar zoo add PATH --name TENANT/MODEL --zoo DIR` makes one)", config.zoo.root.display())
     })?;
+    let zoo = match role {
+        // Routers read no tensors.
+        Role::Serve | Role::Executor if !config.zoo.cache.as_os_str().is_empty() => {
+            let cache = Cache::open(&config.zoo.cache, config.zoo.cache_bytes).context("open the cache of the zoo (zoo.cache)")?;
+            zoo.with_cache(cache)
+        }
+        _ => zoo,
+    };
     let registry = open_registry(&config, role).await?;
     match role {
         Role::Serve => serve(config, zoo, registry).await,
