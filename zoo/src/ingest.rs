@@ -6,16 +6,18 @@ mod add;
 mod checkpoint;
 mod convert;
 pub(crate) mod gather;
+mod load;
 mod plan;
 mod report;
 mod text;
 
 use std::path::PathBuf;
 
-pub use adapter::{PeftError, is_adapter};
+pub use adapter::{ADAPTER_BYTES_MAX, AdapterFiles, AdaptersDir, PeftError, is_adapter};
 pub use add::{AddOptions, add};
 pub use checkpoint::Checkpoint;
 pub use convert::Recipe;
+pub use load::{LoadOptions, UnloadError, load, unload};
 pub use report::{AddReport, Progress, Shared, Silent, Stage, human_bytes};
 
 use crate::family::ConfigError;
@@ -24,7 +26,7 @@ use crate::roles::ManifestError;
 use crate::store::StoreError;
 use crate::tokenizer::TokenizerError;
 
-/// Why a checkpoint was not added. Nothing was named, and except for `Store` nothing was written.
+/// Why a checkpoint was not added. Nothing was named, and except for `Store` and `TensorChanged` nothing was written.
 #[derive(Debug, thiserror::Error)]
 pub enum IngestError {
     /// A path that holds no checkpoint.
@@ -81,6 +83,27 @@ pub enum IngestError {
         /// Limit.
         max: u64,
     },
+    /// A name that leads to nothing below the folder that adapters may be loaded from.
+    #[error("`{name}` is nothing in the folder that adapters are loaded from")]
+    Outside {
+        /// As it was given, shortened.
+        name: String,
+    },
+    /// A file that somebody wrote to while it was copied.
+    #[error("{path} was changed while it was read: try again once it is whole")]
+    FileChanged {
+        /// File.
+        path: PathBuf,
+    },
+    /// A tensor that was another one when its digest was computed.
+    #[error("tensor `{name}` was changed in its file meanwhile: try again once the file is whole")]
+    TensorChanged {
+        /// Name in the checkpoint.
+        name: String,
+    },
+    /// A name that means something else.
+    #[error("a model {0} is there already")]
+    Exists(crate::model_id::ModelId),
     /// Weights file.
     #[error(transparent)]
     Format(#[from] FormatError),

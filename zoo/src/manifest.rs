@@ -265,6 +265,9 @@ pub struct ModelName {
     pub parent: Option<String>,
     /// Earlier chains, newest first.
     pub history: Vec<Past>,
+    /// Whether a server was asked to load it as an adapter, and so may be asked to unload it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub loaded: bool,
 }
 
 /// An earlier value of a name.

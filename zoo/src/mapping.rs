@@ -20,15 +20,22 @@ impl Mapping {
         if !std::fs::metadata(path)?.is_file() {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a plain file"));
         }
-        let file = File::open(path)?;
-        let meta = file.metadata()?;
-        if meta.len() == 0 {
+        Self::of(&File::open(path)?)
+    }
+
+    /// Maps an open file.
+    ///
+    /// # Errors
+    /// When it cannot be mapped.
+    pub(crate) fn of(file: &File) -> io::Result<Self> {
+        if file.metadata()?.len() == 0 {
             return Ok(Self { map: None });
         }
         // SAFETY: the map is read-only and private to this process. Objects of the zoo are never changed in place (they
-        // appear by rename, `store/write.rs`, and go by unlink, which keeps the mapped inode); checkpoints belong to whoever
-        // runs `add`, and truncating one under the map ends this process by SIGBUS, as documented for `memmap2`.
-        let map = unsafe { memmap2::Mmap::map(&file)? };
+        // appear by rename, `store/write.rs`, and go by unlink, which keeps the mapped inode); adapters are
+        // copied to files without a name first (`Zoo::private_file`); other checkpoints belong to whoever runs `add`, and truncating one
+        // under the map ends this process by SIGBUS, as documented for `memmap2`.
+        let map = unsafe { memmap2::Mmap::map(file)? };
         Ok(Self { map: Some(map) })
     }
 

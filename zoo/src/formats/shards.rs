@@ -57,7 +57,14 @@ pub fn is_plain_name(name: &str) -> bool {
 /// When it cannot be read, is malformed, or repeats a name.
 pub(crate) fn add(files: &mut TensorFiles, path: &Path) -> Result<(), FormatError> {
     let io = |source| FormatError::Io { path: path.to_owned(), source };
-    let file = Mapping::open(path).map_err(io)?;
+    add_map(files, Mapping::open(path).map_err(io)?, path)
+}
+
+/// As [`add`], of a map; `path` names it in errors.
+///
+/// # Errors
+/// When it is malformed, or repeats a name.
+pub(crate) fn add_map(files: &mut TensorFiles, file: Mapping, path: &Path) -> Result<(), FormatError> {
     let entries = safetensors::parse(file.as_ref()).map_err(|source| FormatError::Safetensors { path: path.to_owned(), source })?;
     files.add(file, entries).map_err(|reason| FormatError::Tensors { path: path.to_owned(), reason })
 }

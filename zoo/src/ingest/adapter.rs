@@ -4,6 +4,7 @@
 mod base;
 mod complete;
 mod error;
+mod files;
 mod keys;
 mod plan;
 
@@ -12,19 +13,22 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 pub use error::PeftError;
+pub use files::{ADAPTER_BYTES_MAX, AdapterFiles, AdaptersDir};
 
 use super::IngestError;
 use super::add::{AddOptions, Stored, blocking, hash, name, store_tensors};
-use super::checkpoint::{read_config, source_name};
 use super::plan::TensorPlan;
 use super::report::{AddReport, Progress, Shared};
+use crate::canonical;
 use crate::digest::Digest;
 use crate::family::peft::LoraConfig;
-use crate::formats::{TensorFiles, shards};
+use crate::formats::TensorFiles;
 use crate::manifest::{Adapter, AdapterRef, Block, Chain, Change, TensorRef};
+use crate::model_id::ModelId;
 use crate::store::{Compression, Object, Put, StoreError, Zoo};
 use crate::tensor_file;
 use base::Base;
+use files::Private;
 use plan::AdapterPlan;
 
 /// What peft calls its files.
@@ -36,19 +40,54 @@ pub fn is_adapter(path: &Path) -> bool {
     path.is_dir() && path.join(CONFIG).exists()
 }
 
-/// An adapter directory, parsed.
-struct Opened {
-    config: LoraConfig,
-    tensors: TensorFiles,
-    source: String,
-    notes: Vec<String>,
-}
-
 /// Adds the adapter at `path` under a name.
 pub(super) async fn add(zoo: &Zoo, path: &Path, options: &AddOptions, progress: &dyn Progress) -> Result<AddReport, IngestError> {
     let owned = path.to_owned();
-    let Opened { config, tensors, source, mut notes } = blocking(move || open(&owned)).await?;
-    let base = base::find(zoo, config.base.as_deref(), options.parent.as_ref()).await?;
+    let files = blocking(move || AdapterFiles::open(&owned)).await?;
+    let prepared = prepare(zoo, files, options.parent.as_ref(), options.source.clone(), progress).await?;
+    let compression = if options.compress { Compression::Alone } else { Compression::Off };
+    let stored = prepared.store(zoo, compression, progress).await?;
+    let replaced = name(zoo, options, prepared.parent(), prepared.digest).await?;
+    Ok(prepared.report(&options.model, replaced, stored))
+}
+
+/// An adapter of which all is known and checked, and nothing stored.
+pub(super) struct Prepared {
+    tensors: Arc<TensorFiles>,
+    base: Base,
+    /// Those that are stored.
+    plans: Vec<Arc<TensorPlan>>,
+    refs: Vec<TensorRef>,
+    /// The chain's, in order.
+    blocks: Vec<Block>,
+    /// In order of their blocks.
+    adapters: Vec<Adapter>,
+    chain: Chain,
+    /// The chain's.
+    pub(super) digest: Digest,
+    notes: Vec<String>,
+}
+
+/// What storing it did.
+pub(super) struct Done {
+    tensors: Stored,
+    blocks: Shared,
+    adapters: Shared,
+}
+
+/// Copies the files, and makes of the copy all that will be stored. `base` is the model that it is over, where that is given; `source` where
+/// it came from, in place of the folder's name.
+pub(super) async fn prepare(
+    zoo: &Zoo,
+    files: AdapterFiles,
+    base: Option<&ModelId>,
+    source: Option<String>,
+    progress: &dyn Progress,
+) -> Result<Prepared, IngestError> {
+    let copies = zoo.clone();
+    let Private { config, tensors, source: folder, mut notes } = blocking(move || files.copied(&copies)).await?;
+    let config = LoraConfig::parse(&config).map_err(IngestError::AdapterConfig)?;
+    let base = base::find(zoo, config.base.as_deref(), base).await?;
     let tensors = Arc::new(tensors);
     let (planned, base) = {
         let tensors = tensors.clone();
@@ -57,35 +96,79 @@ pub(super) async fn add(zoo: &Zoo, path: &Path, options: &AddOptions, progress: 
     let plans: Vec<Arc<TensorPlan>> = planned.tensors.iter().cloned().map(Arc::new).collect();
     // All of it is hashed, and so found to be finite, also what is then left out.
     let (refs, kept) = hash(&tensors, &plans, progress).await?;
-    let used: Vec<usize> = planned.used().into_iter().collect();
-    let (used_plans, used_refs): (Vec<_>, Vec<_>) = used.iter().map(|index| (plans[*index].clone(), refs[*index].clone())).unzip();
     assert!(kept.is_empty(), "nothing is converted, so nothing is kept");
-
-    let compression = if options.compress { Compression::Alone } else { Compression::Off };
-    let stored = store_tensors(zoo, &tensors, &used_plans, &used_refs, kept, |_| compression, progress).await?;
     let blocks = replaced_blocks(&base, &planned, &refs);
-    let (block_digests, block_count) = store_blocks(zoo, &base, &blocks).await?;
-    let (adapters, adapter_count, change_refs) = store_adapters(zoo, &planned, &refs).await?;
-    renew(zoo, &base, &blocks).await?;
-    let chain = Chain { blocks: block_digests, adapters, source: options.source.clone().unwrap_or(source), ..base.chain.clone() };
-    let (chain, _) = zoo.put_chain(&chain).await?;
-    let replaced = name(zoo, options, Some(base.id.to_string()), chain).await?;
+    let (list, adapters) = adapters(&planned, &refs);
+    let chain = Chain { blocks: block_digests(&base, &blocks), adapters: list, source: source.unwrap_or(folder), ..base.chain.clone() };
+    let digest = Digest::of(&canonical::to_bytes(&chain));
+    let (plans, refs) = planned.used().into_iter().map(|index| (plans[index].clone(), refs[index].clone())).unzip();
     notes.extend(base.note.clone());
     notes.extend(planned.notes);
-    Ok(report(options, &base, chain, replaced, (&blocks, block_count), (&change_refs, adapter_count), &stored, notes))
+    Ok(Prepared { tensors, base, plans, refs, blocks, adapters, chain, digest, notes })
 }
 
-fn open(path: &Path) -> Result<Opened, IngestError> {
-    let config = read_config(path, CONFIG)?.ok_or_else(|| missing(path, "it has no adapter_config.json"))?;
-    let config = LoraConfig::parse(&config).map_err(IngestError::AdapterConfig)?;
-    if !path.join(WEIGHTS).exists() {
-        return Err(missing(path, "it has no adapter_model.safetensors (pickled weights are never read)"));
+impl Prepared {
+    /// What its name says that it is over.
+    pub(super) fn parent(&self) -> Option<String> {
+        Some(self.base.id.to_string())
     }
-    let mut tensors = TensorFiles::default();
-    shards::add(&mut tensors, &path.join(WEIGHTS))?;
-    let own = ["tokenizer.json", "chat_template.jinja"].into_iter().filter(|name| path.join(name).exists());
-    let notes = own.map(|name| format!("the adapter's own {name} is not used: an adapter speaks with its base's"));
-    Ok(Opened { config, tensors, source: source_name(path)?, notes: notes.collect() })
+
+    /// Stores all but the name.
+    pub(super) async fn store(&self, zoo: &Zoo, compression: Compression<'_>, progress: &dyn Progress) -> Result<Done, IngestError> {
+        let tensors = store_tensors(zoo, &self.tensors, &self.plans, &self.refs, BTreeMap::new(), |_| compression, progress).await?;
+        let blocks = self.store_blocks(zoo).await?;
+        let adapters = self.store_adapters(zoo).await?;
+        renew(zoo, &self.base, &self.blocks).await?;
+        let (digest, _) = zoo.put_chain(&self.chain).await?;
+        assert_eq!(digest, self.digest, "a chain has one digest");
+        Ok(Done { tensors, blocks, adapters })
+    }
+
+    /// Stores the blocks that are not the base's own.
+    async fn store_blocks(&self, zoo: &Zoo) -> Result<Shared, StoreError> {
+        let mut new = BTreeSet::new();
+        for (_, block) in self.base.blocks.iter().zip(&self.blocks).filter(|(old, block)| old != block) {
+            let (digest, put) = zoo.put_block(block).await?;
+            if put == Put::New {
+                new.insert(digest);
+            }
+        }
+        let total = self.chain.blocks.iter().collect::<BTreeSet<_>>().len() as u64;
+        Ok(Shared { total, present: total - new.len() as u64 })
+    }
+
+    async fn store_adapters(&self, zoo: &Zoo) -> Result<Shared, StoreError> {
+        let mut puts = BTreeMap::new();
+        for adapter in &self.adapters {
+            let (digest, put) = zoo.put_adapter(adapter).await?;
+            puts.entry(digest).or_insert(put);
+        }
+        let present = puts.values().filter(|put| **put == Put::Present).count() as u64;
+        Ok(Shared { total: puts.len() as u64, present })
+    }
+
+    /// What was done, for people.
+    pub(super) fn report(self, model: &ModelId, replaced: Option<Digest>, done: Done) -> AddReport {
+        let factors = self.adapters.iter().flat_map(|adapter| adapter.tensors().map(|(_, tensor)| tensor));
+        let tensors = self.blocks.iter().flat_map(|block| block.tensors.values()).chain(factors);
+        let bytes = |tensor: &TensorRef| tensor_file::payload_bytes(tensor.dtype, &tensor.shape).map_or(0, |bytes| bytes as u64);
+        let distinct: BTreeMap<Digest, u64> = tensors.map(|tensor| (tensor.digest, bytes(tensor))).collect();
+        let (total, new) = (distinct.len() as u64, done.tensors.count.total - done.tensors.count.present);
+        AddReport {
+            model: model.clone(),
+            chain: self.digest,
+            replaced,
+            architecture: self.base.chain.architecture.clone(),
+            base: Some(self.base.id),
+            blocks: done.blocks,
+            adapters: done.adapters,
+            tensors: Shared { total, present: total - new },
+            bytes_total: distinct.values().sum(),
+            bytes_new: done.tensors.bytes_new,
+            bytes_stored: done.tensors.bytes_stored,
+            notes: self.notes,
+        }
+    }
 }
 
 fn missing(path: &Path, reason: &'static str) -> IngestError {
@@ -101,39 +184,21 @@ fn replaced_blocks(base: &Base, planned: &AdapterPlan, refs: &[TensorRef]) -> Ve
     blocks
 }
 
-/// Stores the blocks that are not the base's own. Returns the digests of all.
-async fn store_blocks(zoo: &Zoo, base: &Base, blocks: &[Block]) -> Result<(Vec<Digest>, Shared), StoreError> {
-    let mut digests = base.chain.blocks.clone();
-    let mut new = BTreeSet::new();
-    for (index, block) in blocks.iter().enumerate().filter(|(index, block)| base.blocks[*index] != **block) {
-        let (digest, put) = zoo.put_block(block).await?;
-        digests[index] = digest;
-        if put == Put::New {
-            new.insert(digest);
-        }
-    }
-    let total = digests.iter().collect::<BTreeSet<_>>().len() as u64;
-    Ok((digests, Shared { total, present: total - new.len() as u64 }))
+/// Digests of a chain's blocks: the base's own where they are the same.
+fn block_digests(base: &Base, blocks: &[Block]) -> Vec<Digest> {
+    let pairs = base.blocks.iter().zip(blocks).zip(&base.chain.blocks);
+    pairs.map(|((old, new), digest)| if old == new { *digest } else { Digest::of(&canonical::to_bytes(new)) }).collect()
 }
 
-async fn store_adapters(
-    zoo: &Zoo,
-    planned: &AdapterPlan,
-    refs: &[TensorRef],
-) -> Result<(Vec<AdapterRef>, Shared, Vec<TensorRef>), StoreError> {
-    let (mut list, mut tensors) = (Vec::with_capacity(planned.changes.len()), Vec::new());
-    let mut puts = BTreeMap::new();
-    for (block, changes) in &planned.changes {
-        let change =
-            |change: &plan::ChangePlan| Change::LowRank { scale: change.scale, a: refs[change.a].clone(), b: refs[change.b].clone() };
+/// The planned adapters, in order of their blocks, and how the chain refers to them.
+fn adapters(planned: &AdapterPlan, refs: &[TensorRef]) -> (Vec<AdapterRef>, Vec<Adapter>) {
+    let change = |change: &plan::ChangePlan| Change::LowRank { scale: change.scale, a: refs[change.a].clone(), b: refs[change.b].clone() };
+    let one = |(block, changes): (&usize, &BTreeMap<&'static str, plan::ChangePlan>)| {
         let adapter = Adapter { changes: changes.iter().map(|(role, planned)| ((*role).to_owned(), change(planned))).collect() };
-        tensors.extend(adapter.tensors().map(|(_, tensor)| tensor.clone()));
-        let (digest, put) = zoo.put_adapter(&adapter).await?;
-        puts.entry(digest).or_insert(put);
-        list.push(AdapterRef { block_index: u32::try_from(*block).expect("chains have at most 4096 blocks"), digest });
-    }
-    let present = puts.values().filter(|put| **put == Put::Present).count() as u64;
-    Ok((list, Shared { total: puts.len() as u64, present }, tensors))
+        let block_index = u32::try_from(*block).expect("chains have at most 4096 blocks");
+        (AdapterRef { block_index, digest: Digest::of(&canonical::to_bytes(&adapter)) }, adapter)
+    };
+    planned.changes.iter().map(one).unzip()
 }
 
 /// What is the base's is in use from now on: its own name may go while this is written.
@@ -150,35 +215,4 @@ async fn renew(zoo: &Zoo, base: &Base, blocks: &[Block]) -> Result<(), StoreErro
         }
     }
     Ok(())
-}
-
-#[expect(clippy::too_many_arguments, reason = "the pieces of one report")]
-fn report(
-    options: &AddOptions,
-    base: &Base,
-    chain: Digest,
-    replaced: Option<Digest>,
-    (blocks, block_count): (&[Block], Shared),
-    (change_refs, adapter_count): (&[TensorRef], Shared),
-    stored: &Stored,
-    notes: Vec<String>,
-) -> AddReport {
-    let tensors = blocks.iter().flat_map(|block| block.tensors.values()).chain(change_refs);
-    let bytes = |tensor: &TensorRef| tensor_file::payload_bytes(tensor.dtype, &tensor.shape).map_or(0, |bytes| bytes as u64);
-    let distinct: BTreeMap<Digest, u64> = tensors.map(|tensor| (tensor.digest, bytes(tensor))).collect();
-    let (total, new) = (distinct.len() as u64, stored.count.total - stored.count.present);
-    AddReport {
-        model: options.model.clone(),
-        chain,
-        replaced,
-        architecture: base.chain.architecture.clone(),
-        base: Some(base.id.clone()),
-        blocks: block_count,
-        adapters: adapter_count,
-        tensors: Shared { total, present: total - new },
-        bytes_total: distinct.values().sum(),
-        bytes_new: stored.bytes_new,
-        bytes_stored: stored.bytes_stored,
-        notes,
-    }
 }

@@ -191,7 +191,10 @@ pub(super) async fn store_tensors<'a>(
                     let (files, plan) = (files.clone(), plan.clone());
                     let payload = match kept {
                         Some(payload) => payload,
-                        None => blocking(move || gather::payload(&files, &plan)).await?,
+                        None => {
+                            let digest = tensor.digest;
+                            blocking(move || gather::own_payload(&files, &plan, digest)).await?
+                        }
                     };
                     zoo.put_tensor(tensor, payload, compression).await?
                 }
@@ -260,9 +263,11 @@ pub(super) async fn name(zoo: &Zoo, options: &AddOptions, parent: Option<String>
             Err(e) => return Err(e.into()),
         };
         let new = match &current {
-            Some(current) if current.chain == chain && (parent.is_none() || parent == current.parent) => return Ok(None),
+            Some(current) if current.chain == chain && !current.loaded && (parent.is_none() || parent == current.parent) => {
+                return Ok(None);
+            }
             Some(current) => renamed(current, chain, parent.clone()),
-            None => ModelName { chain, created_ms: now_ms(), parent: parent.clone(), history: Vec::new() },
+            None => ModelName { chain, created_ms: now_ms(), parent: parent.clone(), history: Vec::new(), loaded: false },
         };
         match zoo.set_model(&options.model, current.as_ref(), &new).await {
             Ok(()) => return Ok(current.map(|current| current.chain).filter(|old| *old != chain)),
@@ -278,10 +283,11 @@ fn renamed(current: &ModelName, chain: Digest, parent: Option<String>) -> ModelN
     if current.chain != chain {
         history.insert(0, Past { chain: current.chain, created_ms: current.created_ms });
     }
-    ModelName { chain, created_ms: now_ms(), parent: parent.or_else(|| current.parent.clone()), history }
+    ModelName { chain, created_ms: now_ms(), parent: parent.or_else(|| current.parent.clone()), history, loaded: false }
 }
 
-fn now_ms() -> u64 {
+/// Unix time.
+pub(super) fn now_ms() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }

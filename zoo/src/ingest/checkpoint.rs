@@ -11,7 +11,7 @@ use crate::formats::{FormatError, TensorFiles, shards};
 use crate::mapping::Mapping;
 
 /// Largest configuration or template file.
-const CONFIG_BYTES_MAX: u64 = 16 << 20;
+pub(super) const CONFIG_BYTES_MAX: u64 = 16 << 20;
 
 /// A checkpoint, opened.
 #[derive(Debug)]

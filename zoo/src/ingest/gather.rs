@@ -1,4 +1,5 @@
-//! Takes the planned rows out of a mapped source tensor: a slice of the map where nothing moves, a copy else.
+//! Takes the planned rows out of a mapped source tensor: a slice of the map where nothing moves, a copy else. Somebody may write to the
+//! mapped file meanwhile, so what is converted or stored is a copy that nobody else can change.
 
 use ashlar_kernels::format::{Dtype, TensorView, first_non_finite};
 use bytes::Bytes;
@@ -6,6 +7,7 @@ use bytes::Bytes;
 use super::IngestError;
 use super::convert::convert;
 use super::plan::TensorPlan;
+use crate::digest::Digest;
 use crate::family::names::Rows;
 use crate::formats::{FileSlice, TensorFiles};
 use crate::tensor_file;
@@ -15,8 +17,24 @@ use crate::tensor_file;
 /// # Errors
 /// When it holds a value that is not finite.
 pub(super) fn payload(files: &TensorFiles, plan: &TensorPlan) -> Result<Bytes, IngestError> {
-    let slice = files.bytes(&plan.piece.name).expect("planned from these files");
-    let gathered = gather(slice, plan);
+    let gathered = gather(files.bytes(&plan.piece.name).expect("planned from these files"), plan);
+    // What is found to be finite is what is converted.
+    finished(if plan.source == plan.target { gathered } else { Bytes::from(gathered.to_vec()) }, plan)
+}
+
+/// The same once more, to be written: bytes that nobody else can change, and that have the digest that was computed of them before.
+///
+/// # Errors
+/// When the file was changed since.
+pub(super) fn own_payload(files: &TensorFiles, plan: &TensorPlan, digest: Digest) -> Result<Bytes, IngestError> {
+    let gathered = gather(files.bytes(&plan.piece.name).expect("planned from these files"), plan);
+    let payload = finished(Bytes::from(gathered.to_vec()), plan).ok();
+    let same = payload.filter(|payload| tensor_file::digest(plan.target, &plan.shape, payload) == digest);
+    same.ok_or_else(|| IngestError::TensorChanged { name: plan.piece.name.clone() })
+}
+
+/// Checked, and of the type that is stored.
+fn finished(gathered: Bytes, plan: &TensorPlan) -> Result<Bytes, IngestError> {
     let (rows, cols) = tensor_file::rows_cols(&plan.shape).expect("checked by the plan");
     let view = TensorView { dtype: plan.source, rows, cols, bytes: &gathered };
     if let Some(index) = first_non_finite(&view) {

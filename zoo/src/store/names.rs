@@ -77,6 +77,18 @@ impl Zoo {
         self.inner.store.delete(&key).await.map_err(|source| StoreError::Store { action: "delete", key: key.to_string(), source })
     }
 
+    /// Drops a name, if it still is `expected`. Where the store is remote, names can be swapped and not be dropped by condition: it is looked at
+    /// right before.
+    ///
+    /// # Errors
+    /// [`StoreError::Conflict`] when it is something else by now, or gone.
+    pub async fn remove_model_if(&self, id: &ModelId, expected: &ModelName) -> Result<(), StoreError> {
+        let key = key(&Object::Model(id.clone()));
+        let _lock = self.lock().await?;
+        self.swap_mode(id, expected).await?;
+        self.inner.store.delete(&key).await.map_err(|source| StoreError::Store { action: "delete", key: key.to_string(), source })
+    }
+
     /// The lock of a local directory, shared by all processes that use it. Elsewhere nothing: stores compare themselves.
     pub(crate) async fn lock(&self) -> Result<Lock, StoreError> {
         let Some(root) = &self.inner.root else { return Ok(Lock(None)) };

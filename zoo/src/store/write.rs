@@ -188,6 +188,16 @@ impl Zoo {
         Ok((digest, self.put(&Object::Asset(digest), vec![bytes]).await?))
     }
 
+    /// An empty file without a name, that ends with whoever holds it: on the zoo's own file system where it has one.
+    ///
+    /// # Errors
+    /// When none can be made there.
+    pub(crate) fn private_file(&self) -> Result<File, StoreError> {
+        let folder = self.inner.root.clone().unwrap_or_else(std::env::temp_dir);
+        let failed = |source| StoreError::File { action: "make a temporary file in", path: folder.display().to_string(), source };
+        tempfile::tempfile_in(&folder).map_err(failed)
+    }
+
     /// Whether the tensor is there and sound, as [`Zoo::keep`]; where it is, `gc` leaves what it is stored over as well.
     pub(crate) async fn keep_tensor(&self, tensor: &TensorRef) -> Result<bool, StoreError> {
         let object = Object::Tensor(tensor.digest);

@@ -64,7 +64,7 @@ impl World {
             source: "test".to_owned(),
         };
         let chain = self.zoo.put_chain(&chain).await.unwrap().0;
-        let model = ModelName { chain, created_ms: 5000, parent: Some("public/root".to_owned()), history: vec![] };
+        let model = ModelName { chain, created_ms: 5000, parent: Some("public/root".to_owned()), history: vec![], loaded: false };
         self.zoo.set_model(&name.parse().unwrap(), None, &model).await.unwrap();
         ashlar_registry::ChainDigest(chain.0)
     }

@@ -48,6 +48,8 @@ async fn seek(zoo: &Zoo, wanted: Option<&str>) -> Result<(ModelId, Match), Inges
     for (id, name) in zoo.list_models().await? {
         // What cannot be read cannot be the base; `verify` tells of it.
         let chain = match name {
+            // One that servers were asked to load is nobody's base unless given: it may go at any time.
+            Ok(name) if name.loaded => None,
             Ok(name) => zoo.read_chain(name.chain).await.ok(),
             Err(_) => None,
         };
