@@ -56,6 +56,8 @@ pub struct RouterConfig {
     pub keys_file: String,
     /// Serve without keys even where others than this machine can reach the server.
     pub insecure_open: bool,
+    /// Folder of PEFT adapters that administrators may load by `POST /v1/load_lora_adapter`; empty: none.
+    pub adapters_dir: String,
     /// A sequence must end within so many milliseconds; 0: no limit.
     pub deadline_ms: u64,
     /// Bounds of requests.
@@ -68,6 +70,7 @@ impl Default for RouterConfig {
             listen: "127.0.0.1:8080".to_owned(),
             keys_file: String::new(),
             insecure_open: false,
+            adapters_dir: String::new(),
             deadline_ms: 0,
             limits: RestLimits::default(),
         }

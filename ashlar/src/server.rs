@@ -14,9 +14,10 @@ use ashlar_kernels::cpu::{Cpu, CpuOptions};
 use ashlar_kernels::ops::Ops;
 use ashlar_registry::record::{ExecutorRecord, PlanPolicy, RouterRecord};
 use ashlar_registry::{Registry, Session, key};
+use ashlar_router::io::backend::Administration;
 use ashlar_router::io::catalog::Catalog;
 use ashlar_router::io::cluster::{Cluster, ClusterOptions};
-use ashlar_router::io::dispatch::{Dispatch, DispatchOptions};
+use ashlar_router::io::dispatch::{Adapters, Dispatch, DispatchOptions};
 use ashlar_router::io::grpc::{Clients, ExecutorClient, RunEvents};
 use ashlar_router::io::keys_file::KeysFile;
 use ashlar_router::io::metrics::RouterMetrics;
@@ -25,6 +26,7 @@ use ashlar_router::io::rest::config::RestConfig;
 use ashlar_router::state::tenants::may_open;
 use ashlar_wire::id::{ExecutorId, RouterId};
 use ashlar_wire::{MESSAGE_BYTES_MAX, v1};
+use ashlar_zoo::ingest::AdaptersDir;
 use ashlar_zoo::store::{Cache, Zoo};
 use tokio::net::TcpListener;
 use tokio_stream::StreamExt;
@@ -251,6 +253,14 @@ fn keys_file(config: &Config) -> anyhow::Result<Option<KeysFile>> {
     KeysFile::open(Path::new(path)).map(Some).context("use router.keys_file")
 }
 
+fn adapters_dir(config: &Config) -> anyhow::Result<Option<AdaptersDir>> {
+    let path = &config.router.adapters_dir;
+    if path.is_empty() {
+        return Ok(None);
+    }
+    AdaptersDir::at(Path::new(path)).map(Some).with_context(|| format!("use router.adapters_dir `{path}`"))
+}
+
 async fn route(
     config: Config,
     zoo: Zoo,
@@ -268,6 +278,7 @@ async fn route(
             ashlar_router::state::tenants::Without::Closed
         }
     };
+    let adapters_dir = adapters_dir(&config)?;
     let listener = TcpListener::bind(listen).await.with_context(|| format!("listen on {listen}"))?;
     let router = RouterId::from_bits(random_bits());
     let keys_file = keys_file(&config)?;
@@ -287,7 +298,8 @@ async fn route(
     let options = DispatchOptions { deadline, ..DispatchOptions::default() };
     let dispatch = Dispatch::new(router, cluster, catalog, Clients::new(local), options, metrics.registry()).context("register metrics")?;
     metric_registries.push(process_metrics()?);
-    let rest = RestConfig { limits: config.router.limits, metrics, registries: metric_registries };
+    let administration = adapters_dir.map(|folder| Arc::new(Adapters::new(&dispatch, folder)) as Arc<dyn Administration>);
+    let rest = RestConfig { limits: config.router.limits, metrics, registries: metric_registries, administration };
     let draining = dispatch.clone();
     let (first, was_asked) = tokio::sync::oneshot::channel::<()>();
     let shutdown = async move {

@@ -36,6 +36,9 @@ pub enum TenantCommand {
         /// A model of another tenant that it may use too (repeatable)
         #[arg(long = "model", value_name = "TENANT/MODEL")]
         models: Vec<ModelId>,
+        /// Let it load and unload adapters, of any tenant, where servers have router.adapters_dir; `--admin=false`: no longer
+        #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
+        admin: Option<bool>,
         /// Share cached prompts with the other tenants in this domain; '': with nobody again, as without
         ///
         /// A prompt that one of them has sent is not computed again for another. Members can tell from `cached_tokens`, and from how soon
@@ -73,8 +76,8 @@ pub async fn run(command: TenantCommand, registry: Arc<dyn Registry>, zoo_root: 
             std::io::stdin().read_line(&mut key).context("read the key")?;
             hash(&key)?
         }
-        TenantCommand::Add { name, requests_max, weight, models, cache_domain } => {
-            let changes = Changes { limits: Limits { requests_max, weight }, models, cache_domain };
+        TenantCommand::Add { name, requests_max, weight, models, admin, cache_domain } => {
+            let changes = Changes { limits: Limits { requests_max, weight }, models, admin, cache_domain };
             let text = add(&*registry, &parse(&name)?, &changes).await?;
             for model in &changes.models {
                 deploy::note_missing(zoo_root, model, "the right to use it waits").await;
@@ -93,6 +96,7 @@ pub async fn run(command: TenantCommand, registry: Arc<dyn Registry>, zoo_root: 
 struct Changes {
     limits: Limits,
     models: Vec<ModelId>,
+    admin: Option<bool>,
     /// Empty: none.
     cache_domain: Option<String>,
 }
@@ -122,7 +126,7 @@ fn hash(key: &str) -> anyhow::Result<String> {
 }
 
 async fn add(registry: &dyn Registry, name: &TenantName, changes: &Changes) -> anyhow::Result<String> {
-    let Changes { limits, models, cache_domain } = changes;
+    let Changes { limits, models, admin, cache_domain } = changes;
     if let Some(domain) = cache_domain.as_deref().filter(|domain| !domain.is_empty()) {
         check_name(domain, "a cache domain")?;
     }
@@ -134,6 +138,7 @@ async fn add(registry: &dyn Registry, name: &TenantName, changes: &Changes) -> a
         if let Some(weight) = limits.weight {
             record.limits.weight = (weight > 0).then_some(weight);
         }
+        record.admin = admin.unwrap_or(record.admin);
         if let Some(domain) = cache_domain {
             record.cache_domain = (!domain.is_empty()).then(|| domain.clone());
         }
@@ -167,8 +172,9 @@ async fn list(registry: &dyn Registry) -> anyhow::Result<String> {
         let limit = record.limits.requests_max.map(|most| format!("  at most {most} requests")).unwrap_or_default();
         let weight = record.limits.weight.map(|weight| format!("  weight {weight}")).unwrap_or_default();
         let domain = record.cache_domain.map(|domain| format!("  cache domain {domain}")).unwrap_or_default();
+        let admin = if record.admin { "  administrator" } else { "" };
         let models: String = record.models.iter().map(|model| format!("  {model}")).collect();
-        text += &format!("{name}  {}{limit}{weight}{domain}{models}\n", keys(record.keys.len()));
+        text += &format!("{name}  {}{limit}{weight}{admin}{domain}{models}\n", keys(record.keys.len()));
         for key in &record.keys {
             text += &format!("    {}\n", key.hash.get(..SHOWN_DIGITS).unwrap_or(&key.hash));
         }
@@ -243,7 +249,7 @@ mod tests {
         assert_eq!(list(&registry).await.unwrap(), "no tenants yet: ashlar tenant add NAME\n");
         assert!(make_key(&registry, &acme).await.unwrap_err().to_string().contains("tenant add acme"));
         let limits = Limits { requests_max: Some(4), weight: None };
-        add(&registry, &acme, &Changes { limits, models: vec!["blue/m".parse().unwrap()], cache_domain: None }).await.unwrap();
+        add(&registry, &acme, &Changes { limits, models: vec!["blue/m".parse().unwrap()], admin: None, cache_domain: None }).await.unwrap();
         let key = make_key(&registry, &acme).await.unwrap();
         assert!(key.starts_with("ask_") && key.ends_with('\n'));
         let stored = registry.get("tenants/acme").await.unwrap().unwrap().value;
@@ -268,6 +274,18 @@ mod tests {
         assert!(!list(&registry).await.unwrap().contains(&hashes[0][..12]));
         let told = "revoked 2 keys of tenant acme; acme has no key left: its requests are refused\n";
         assert_eq!(revoke(&registry, &acme, None).await.unwrap(), told);
+    }
+
+    #[tokio::test]
+    async fn an_administrator_is_made_shown_and_unmade() {
+        let registry = Embedded::in_memory();
+        let ops = parse("ops").unwrap();
+        for (admin, shown) in
+            [(Some(true), "ops  0 keys  administrator\n"), (None, "ops  0 keys  administrator\n"), (Some(false), "ops  0 keys\n")]
+        {
+            add(&registry, &ops, &Changes { admin, ..Changes::default() }).await.unwrap();
+            assert_eq!(list(&registry).await.unwrap(), shown);
+        }
     }
 
     #[tokio::test]

@@ -108,6 +108,9 @@ pub struct TenantRecord {
     /// Models of other tenants that it may use too, as `tenant/name`.
     #[serde(default)]
     pub models: Vec<String>,
+    /// Whether it may load and unload adapters, of any tenant.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub admin: bool,
     /// The common domain within which it shares KV pages with the other tenants that are in it; absent: it shares them with nobody.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cache_domain: Option<String>,

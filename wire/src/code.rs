@@ -52,9 +52,13 @@ codes! {
     UnsupportedParameter "unsupported_parameter" 400 "invalid_request_error" "A parameter is unknown or not supported; `param` names it.";
     ContextLengthExceeded "context_length_exceeded" 400 "invalid_request_error" "Prompt plus tokens asked for do not fit the model's context.";
     NeverFits "never_fits" 400 "invalid_request_error" "The sequence would need more KV pages than the executor has.";
+    AdapterRefused "adapter_refused" 400 "invalid_request_error" "The adapter cannot be served; the message says why.";
+    ModelExists "model_exists" 400 "invalid_request_error" "A model of this name is there already, and is another.";
+    NotLoaded "not_loaded" 400 "invalid_request_error" "The model was added to the zoo, not loaded, and so is not unloaded.";
     TemplateFailed "template_failed" 400 "invalid_request_error" "The chat template refused the messages.";
     NoChatTemplate "no_chat_template" 400 "invalid_request_error" "The model has no chat template; use /v1/completions.";
     InvalidApiKey "invalid_api_key" 401 "authentication_error" "No key, or an unknown one.";
+    Forbidden "forbidden" 403 "permission_error" "The key is good, but what was asked is for administrators.";
     ModelNotFound "model_not_found" 404 "invalid_request_error" "No such model for this tenant.";
     NotFound "not_found" 404 "invalid_request_error" "No such route.";
     MethodNotAllowed "method_not_allowed" 405 "invalid_request_error" "The route exists, the verb does not.";

@@ -107,6 +107,39 @@ impl fmt::Debug for NewSequence {
 /// resumes), then one `Finished` and the end; or one error and the end. `Failed` may come as an event or as an error.
 pub type SequenceEvents = BoxStream<'static, Result<v1::sequence_event::Event, ApiError>>;
 
+/// A PEFT adapter to serve under a name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NewAdapter {
+    /// `tenant/name`, or a bare name: one of the tenant that asks.
+    pub name: String,
+    /// Its folder, within the server's folder of adapters; relative to that, or absolute.
+    pub path: String,
+    /// The model that it is over, as `tenant/name`; `None`: the one that its configuration names.
+    pub base: Option<String>,
+    /// Whether a name that was loaded before is to mean this adapter from now on.
+    pub replaces: bool,
+}
+
+/// What administrators may change while the server runs.
+#[async_trait::async_trait]
+pub trait Administration: Send + Sync + 'static {
+    /// Whether the tenant is an administrator; everyone is on a server without tenants.
+    ///
+    /// Fails with `forbidden`.
+    fn admit(&self, tenant: &TenantName) -> Result<(), ApiError>;
+
+    /// Adds an adapter to the zoo, and waits until it can be served. Two loads of one adapter cost one; a name that means it already is no error.
+    ///
+    /// Fails with `invalid_value`, `model_exists`, `model_not_found` (the base), `adapter_refused`, `unavailable`, or `model_not_ready` where it was
+    /// added and no executor has loaded it within the time that a client waits.
+    async fn load_adapter(&self, tenant: &TenantName, adapter: NewAdapter) -> Result<Arc<ModelView>, ApiError>;
+
+    /// Drops the name of an adapter that was loaded. Sequences of it that run go on to their end. Returns `tenant/name`.
+    ///
+    /// Fails with `invalid_value`, `model_not_found`, `not_loaded` or `unavailable`.
+    async fn unload_adapter(&self, tenant: &TenantName, name: &str) -> Result<String, ApiError>;
+}
+
 /// What REST asks of the router. Failures of the world are logged here, where their causes are known; REST logs only `internal_error`.
 #[async_trait::async_trait]
 pub trait Backend: Send + Sync + 'static {

@@ -2,6 +2,7 @@
 //! [`Backend::start`], which hands out one stream of tokens however many executors are lost on the way. One sequence's life is in
 //! `dispatch/running.rs`; where it may run is decided by `state::assembly`, what follows a loss by `state::journal`.
 
+mod adapters;
 mod books;
 mod running;
 
@@ -17,7 +18,7 @@ use ashlar_zoo::digest::Digest;
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures::StreamExt;
-use prometheus::{IntCounter, Registry as MetricRegistry};
+use prometheus::{IntCounter, IntCounterVec, Registry as MetricRegistry};
 
 use super::backend::{ApiError, Backend, ModelView, NewSequence, Readiness, SequenceEvents};
 use super::catalog::Catalog;
@@ -26,6 +27,7 @@ use super::grpc::Clients;
 use crate::state::assembly::{ChainPath, ModelNotReady, Route, Scene, assemble};
 use crate::state::places::Standing;
 use crate::state::tenants::PUBLIC;
+pub use adapters::Adapters;
 use books::{Loads, Requests, Suspects};
 use running::{Caller, Running};
 
@@ -69,6 +71,7 @@ struct Shared {
     suspects: Suspects,
     resumes: IntCounter,
     lost: IntCounter,
+    adapter_changes: IntCounterVec,
 }
 
 impl Dispatch {
@@ -89,6 +92,8 @@ impl Dispatch {
             IntCounter::new("ashlar_sequences_lost_total", "Sequences that had begun and ended because no executor could take over.")?;
         metrics.register(Box::new(resumes.clone()))?;
         metrics.register(Box::new(lost.clone()))?;
+        let adapter_changes = adapters::counter()?;
+        metrics.register(Box::new(adapter_changes.clone()))?;
         let suspects = Suspects::new(options.suspect_for);
         let (sequences_drawn, draining) = (AtomicU64::new(0), AtomicBool::new(false));
         let (loads, requests) = (Arc::default(), Arc::default());
@@ -106,6 +111,7 @@ impl Dispatch {
             suspects,
             resumes,
             lost,
+            adapter_changes,
         });
         tokio::spawn(close_unused(Arc::downgrade(&shared), shared.cluster.subscribe()));
         Ok(Self { shared })

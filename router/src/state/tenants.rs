@@ -166,6 +166,11 @@ impl Tenants {
         self.records.get(tenant).is_some_and(|record| record.models.iter().any(granted))
     }
 
+    /// Whether a tenant may change what is served. Where everyone is let in, everyone may.
+    pub fn may_administer(&self, tenant: &TenantName) -> bool {
+        self.is_open() || self.records.get(tenant).is_some_and(|record| record.admin)
+    }
+
     /// Requests that a tenant may have in flight; `None`: no limit of its own.
     pub fn requests_max(&self, tenant: &TenantName) -> Option<u32> {
         self.records.get(tenant)?.limits.requests_max
@@ -231,6 +236,16 @@ mod tests {
             assert_eq!(tenants.may_use(&name("acme"), owner, model), seen, "{owner}/{model}");
         }
         assert!(!tenants.may_use(&name("blue"), "acme", "x"));
+    }
+
+    #[test]
+    fn administrators_are_those_who_are_made_so_and_everyone_where_all_are_let_in() {
+        assert!(tenants(&[], Without::Open).may_administer(&name("public")));
+        assert!(!tenants(&[], Without::Closed).may_administer(&name("public")));
+        let mut tenants = tenants(&[("ops", &["ask_a"], &[]), ("blue", &["ask_c"], &[])], Without::Open);
+        tenants.records.get_mut(&name("ops")).unwrap().admin = true;
+        let may: Vec<_> = ["ops", "blue", "public"].into_iter().filter(|tenant| tenants.may_administer(&name(tenant))).collect();
+        assert_eq!(may, ["ops"]);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! The REST server over real HTTP, with a backend that plays scripts. One file a route, and one for what all share.
 
+mod adapters;
 mod chat;
 mod completions;
 mod disconnect;

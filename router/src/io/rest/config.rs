@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use crate::io::backend::Administration;
 use crate::io::metrics::RouterMetrics;
 
 /// What one request, and all of them together, may ask for.
@@ -82,4 +83,6 @@ pub struct RestConfig {
     pub metrics: Arc<RouterMetrics>,
     /// Other registries that `/metrics` shows: the process's and, in one process, the executor's.
     pub registries: Vec<prometheus::Registry>,
+    /// Who loads and unloads adapters; `None`: nobody does.
+    pub administration: Option<Arc<dyn Administration>>,
 }

@@ -1,6 +1,7 @@
 //! OpenAI's API over HTTP: one file a route, all over the same `Backend`. Start with `chat`; `fields` is how bodies are read, `run` how
 //! sequences become text, `serve` the listener. It knows nothing of executors and placement. docs/api.md is its contract.
 
+mod adapters;
 mod body;
 mod chat;
 mod choice;
@@ -266,6 +267,8 @@ fn router(rest: Arc<Rest>) -> Router {
         .route("/v1/completions", post(completions::create))
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::retrieve))
+        .route("/v1/load_lora_adapter", post(adapters::load))
+        .route("/v1/unload_lora_adapter", post(adapters::unload))
         .route("/tokenize", post(tokenize::tokenize))
         .route("/detokenize", post(detokenize::detokenize))
         .route("/health", get(health::health))

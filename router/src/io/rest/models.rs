@@ -14,7 +14,7 @@ use crate::io::backend::{ApiError, ModelView};
 use crate::io::rest::Rest;
 
 #[derive(Serialize)]
-struct Model<'a> {
+pub(crate) struct Model<'a> {
     id: &'a str,
     object: &'static str,
     created: u64,
@@ -31,7 +31,7 @@ struct List<'a> {
 }
 
 impl<'a> Model<'a> {
-    fn of(view: &'a ModelView) -> Self {
+    pub(crate) fn of(view: &'a ModelView) -> Self {
         Self {
             id: &view.id,
             object: "model",

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use ashlar_router::io::backend::{ApiError, Backend, ModelView, NewSequence, Readiness, SequenceEvents};
+use ashlar_router::io::backend::{Administration, ApiError, Backend, ModelView, NewAdapter, NewSequence, Readiness, SequenceEvents};
 use ashlar_router::state::places::Standing;
 use ashlar_router::text::tokenizer::Tokenizer;
 use ashlar_wire::code::Code;
@@ -28,6 +28,7 @@ pub(crate) struct ScriptedBackend {
     tokenizer_bytes: Bytes,
     template: Bytes,
     pub(crate) started: Mutex<Vec<NewSequence>>,
+    pub(crate) loaded: Mutex<Vec<NewAdapter>>,
     /// Sequences whose stream is not dropped.
     pub(crate) live: Arc<AtomicUsize>,
     pub(crate) ready: AtomicBool,
@@ -51,6 +52,7 @@ impl ScriptedBackend {
             tokenizer_bytes,
             template: Bytes::from(read("chatml.jinja")),
             started: Mutex::default(),
+            loaded: Mutex::default(),
             live: Arc::default(),
             ready: AtomicBool::new(true),
             draining: AtomicBool::new(false),
@@ -106,6 +108,23 @@ impl ScriptedBackend {
         let top =
             (0..sampling.top_logprobs).map(|k| v1::TokenLogprob { token: (token + k) % VOCAB, logprob: logprob - k as f32 }).collect();
         v1::TokenEvent { index, token, logprob, top }
+    }
+}
+
+/// `acme` is an administrator; whatever it loads is its `tuned`.
+#[async_trait::async_trait]
+impl Administration for ScriptedBackend {
+    fn admit(&self, tenant: &TenantName) -> Result<(), ApiError> {
+        if tenant.0 == "acme" { Ok(()) } else { Err(ApiError::new(Code::Forbidden, "the tenant is no administrator")) }
+    }
+
+    async fn load_adapter(&self, _: &TenantName, adapter: NewAdapter) -> Result<Arc<ModelView>, ApiError> {
+        self.loaded.lock().unwrap().push(adapter);
+        Ok(self.view("tuned").expect("it is there"))
+    }
+
+    async fn unload_adapter(&self, tenant: &TenantName, name: &str) -> Result<String, ApiError> {
+        Ok(format!("{tenant}/{name}"))
     }
 }
 

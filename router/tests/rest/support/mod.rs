@@ -73,10 +73,15 @@ impl Server {
     pub(crate) async fn with(change: impl FnOnce(&mut RestLimits)) -> Self {
         let mut limits = RestLimits::default();
         change(&mut limits);
+        Self::of(limits, true).await
+    }
+
+    pub(crate) async fn of(limits: RestLimits, is_administered: bool) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let backend = ScriptedBackend::new();
-        let config = RestConfig { limits, metrics: RouterMetrics::new().unwrap(), registries: Vec::new() };
+        let administration = is_administered.then(|| Arc::clone(&backend) as _);
+        let config = RestConfig { limits, metrics: RouterMetrics::new().unwrap(), registries: Vec::new(), administration };
         let (stop, stopped) = oneshot::channel();
         let shutdown = async {
             let _ = stopped.await;
