@@ -161,7 +161,7 @@ class Etcd(Program):
 class Cluster:
     """etcd, one router and some executors as processes of their own."""
 
-    def __init__(self, zoo: Path, folder: Path, executor_count: int, settings: str):
+    def __init__(self, zoo: Path, folder: Path, executor_count: int, settings: str, router_settings: str = ""):
         self.programs: list[Program] = []
         try:
             etcd = self._started(Etcd(folder))
@@ -174,7 +174,7 @@ class Cluster:
                 self._started(self._ashlar("executor", f"executor-{index}", folder, common + own))
                 metrics.append(health)
             address = f"127.0.0.1:{free_port()}"
-            router = self._started(self._ashlar("router", "router", folder, common + f'[router]\nlisten = "{address}"\n'))
+            router = self._started(self._ashlar("router", "router", folder, common + f'[router]\nlisten = "{address}"\n{router_settings}\n'))
             self.api = Api(address, [address, *metrics])
             self.executors = [Api(one, [one]) for one in metrics]
             for one in self.executors:
