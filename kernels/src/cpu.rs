@@ -30,6 +30,7 @@ mod scalar;
 mod scales;
 mod scores;
 mod segments;
+mod symbols;
 mod table;
 mod tiles;
 
@@ -41,6 +42,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 pub use isa::{Isa, UnknownIsa};
 pub use kv::Kv;
 pub use pack::Linear;
+pub use symbols::decode_symbols;
 pub use table::Table;
 
 use crate::format::{CodeRow, TensorView};

@@ -6,6 +6,7 @@ mod linear;
 /// Scalar exp, tanh, erf and the activations, with the coefficients that every backend uses.
 pub mod math;
 mod norm;
+mod symbols;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -21,6 +22,7 @@ pub use attention::Kv;
 pub(crate) use linear::round_to_bf16;
 pub use linear::{Activations, Linear, quantise_activations};
 pub(crate) use linear::{check_diagonal, check_parts};
+pub use symbols::{SYMBOL_STATES, SymbolCode, decode_symbols};
 
 /// The scalar backend.
 #[derive(Debug, Clone, Copy, Default)]

@@ -3,12 +3,18 @@
 //! knows neither where a base lies nor who its own base is. Start with [`encode`], then `chunk`.
 
 mod chunk;
+mod codec;
+mod contexts;
+mod model;
+mod planes;
 mod prelude;
-mod stream;
+mod rans;
+mod symbols;
 
 use ashlar_kernels::format::Dtype;
 
 use crate::digest::Digest;
+use codec::Codec;
 pub use prelude::{BASE_NAME_BYTES, BaseName, Prelude, parse, parse_base};
 
 /// Deltas that may lie under one another: a restore reads at most this many files and one more.
@@ -126,6 +132,9 @@ pub enum ChunkError {
     /// A stream that the entropy coder refuses, or of another length than it must have.
     #[error("a stream does not decode to its length")]
     Stream,
+    /// Side bytes of the differences are missing or left over.
+    #[error("its side bytes are not those that its symbols take")]
+    Side,
 }
 
 /// The smallest form that is worth it, or `None` where raw is best: less than 3 % saved, or no such shape. A base that would make the
@@ -146,13 +155,14 @@ pub fn encode(dtype: Dtype, rows: usize, cols: usize, payload: &[u8], base: Opti
 
 /// Prelude and chunks of one form.
 fn write(dtype: Dtype, payload: &[u8], base: Option<&Base<'_>>) -> Encoded {
-    let mut encoder = chunk::Encoder::new(dtype);
-    let mut bytes = prelude::head(payload.len(), base);
+    let codec = Codec::choose(dtype, payload, base.map(|base| base.payload));
+    let mut encoder = chunk::Encoder::new(&codec);
+    let mut bytes = prelude::head(payload.len(), base, &codec);
     let table = bytes.len() - 4 * payload.len().div_ceil(CHUNK_BYTES);
     for (index, raw) in payload.chunks(CHUNK_BYTES).enumerate() {
         let start = bytes.len();
         let at = index * CHUNK_BYTES;
-        encoder.encode(raw, base.map(|base| &base.payload[at..at + raw.len()]), &mut bytes);
+        encoder.encode(raw, base.map_or(&[], |base| &base.payload[at..at + raw.len()]), &mut bytes);
         let len = u32::try_from(bytes.len() - start).expect("a chunk is at most little longer than its raw bytes");
         bytes[table + 4 * index..table + 4 * index + 4].copy_from_slice(&len.to_le_bytes());
     }
@@ -168,7 +178,7 @@ pub fn decode(prelude: &Prelude, bytes: &[u8], base: Option<&[u8]>, out: &mut [u
     if out.len() != prelude.raw_bytes {
         return Err(EncodingError::OutLength { expected: prelude.raw_bytes, actual: out.len() });
     }
-    let mut decoder = chunk::Decoder::new(prelude.dtype);
+    let mut decoder = chunk::Decoder::default();
     for (index, out) in out.chunks_mut(prelude.chunk_bytes).enumerate() {
         decode_with(&mut decoder, prelude, bytes, index, base, out)?;
     }
@@ -181,7 +191,7 @@ pub fn decode(prelude: &Prelude, bytes: &[u8], base: Option<&[u8]>, out: &mut [u
 /// # Errors
 /// As [`decode`], and when there is no such chunk.
 pub fn decode_chunk(prelude: &Prelude, bytes: &[u8], index: usize, base: Option<&[u8]>, out: &mut [u8]) -> Result<(), EncodingError> {
-    decode_with(&mut chunk::Decoder::new(prelude.dtype), prelude, bytes, index, base, out)
+    decode_with(&mut chunk::Decoder::default(), prelude, bytes, index, base, out)
 }
 
 fn decode_with(
@@ -200,14 +210,14 @@ fn decode_with(
         return Err(EncodingError::Length { expected: prelude.encoded_bytes, actual: bytes.len() });
     }
     let base = match (prelude.base, base) {
-        (None, _) => None,
+        (None, _) => &[][..],
         (Some(_), None) => return Err(EncodingError::BaseMissing),
         (Some(_), Some(base)) if base.len() != prelude.raw_bytes => {
             return Err(EncodingError::BaseLength { expected: prelude.raw_bytes, actual: base.len() });
         }
-        (Some(_), Some(base)) => Some(&base[raw]),
+        (Some(_), Some(base)) => &base[raw],
     };
-    decoder.decode(&bytes[prelude.encoded_range(index)], base, out).map_err(|what| EncodingError::Chunk { index, what })
+    decoder.decode(&prelude.codec, &bytes[prelude.encoded_range(index)], base, out).map_err(|what| EncodingError::Chunk { index, what })
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use ashlar_kernels::format::Dtype;
 
+use super::codec::Codec;
 use super::{Base, CHUNK_BYTES, DEPTH_MAX, Encoding, EncodingError};
 use crate::digest::Digest;
 
@@ -38,7 +39,7 @@ pub struct Prelude {
     pub chunk_bytes: usize,
     /// Bytes of the encoded form, prelude included.
     pub encoded_bytes: usize,
-    pub(super) dtype: Dtype,
+    pub(super) codec: Codec,
     /// Where each chunk ends in the encoded form, after where the first begins.
     ends: Vec<usize>,
 }
@@ -95,14 +96,15 @@ fn base_name(depth: u8, digest: &[u8]) -> Result<Option<BaseName>, EncodingError
 /// Reads the prelude of a tensor of this dtype and shape. `bytes` is all that follows the file's header, `encoding` the header's byte.
 ///
 /// # Errors
-/// When the encoding is unknown or raw, a field is impossible, or the chunks do not end where `bytes` does. Allocates eight bytes for each
-/// chunk that dtype and shape imply, once `bytes` is known to hold their table.
+/// When the encoding is unknown or raw, a field is impossible, or the chunks do not end where `bytes` does. Allocates the decoding tables
+/// (256 KiB) and eight bytes for each chunk that dtype and shape imply, once `bytes` is known to hold what describes them.
 pub fn parse(encoding: u8, dtype: Dtype, rows: usize, cols: usize, bytes: &[u8]) -> Result<Prelude, EncodingError> {
     let raw_bytes = dtype.bytes(rows, cols).filter(|bytes| *bytes > 0).ok_or(EncodingError::Shape)?;
     let digest_bytes = digest_bytes(encoding)?;
     let short = |expected| EncodingError::Short { expected, actual: bytes.len() };
-    let (fixed, rest) = bytes.split_at_checked(FIXED_BYTES).ok_or(short(FIXED_BYTES))?;
-    let [chunk_log, depth, zeros @ ..] = fixed else { unreachable!("it has FIXED_BYTES") };
+    let (fixed, rest) = bytes.split_first_chunk::<FIXED_BYTES>().ok_or(short(FIXED_BYTES))?;
+    let [chunk_log, depth, zeros @ .., a, b] = fixed;
+    let codec_bytes = usize::from(u16::from_le_bytes([*a, *b]));
     if !(CHUNK_LOG_MIN..=CHUNK_LOG_MAX).contains(chunk_log) {
         return Err(EncodingError::Prelude("chunk size"));
     }
@@ -111,11 +113,15 @@ pub fn parse(encoding: u8, dtype: Dtype, rows: usize, cols: usize, bytes: &[u8])
     }
     let chunk_bytes = 1usize << chunk_log;
     let chunk_count = raw_bytes.div_ceil(chunk_bytes);
-    let expected =
-        chunk_count.checked_mul(4).and_then(|table| table.checked_add(FIXED_BYTES + digest_bytes)).ok_or(EncodingError::Shape)?;
+    let expected = chunk_count.checked_mul(4).and_then(|table| table.checked_add(FIXED_BYTES + digest_bytes + codec_bytes)).ok_or(EncodingError::Shape)?;
     let (digest, rest) = rest.split_at_checked(digest_bytes).ok_or(short(expected))?;
+    let (mut code, rest) = rest.split_at_checked(codec_bytes).ok_or(short(expected))?;
     let table = rest.get(..4 * chunk_count).ok_or(short(expected))?;
     let base = base_name(*depth, digest)?;
+    let codec = Codec::read(dtype, base.is_some(), &mut code)?;
+    if !code.is_empty() {
+        return Err(EncodingError::Prelude("length of its models"));
+    }
     let mut ends = Vec::with_capacity(chunk_count + 1);
     let mut end = expected;
     ends.push(end);
@@ -127,16 +133,20 @@ pub fn parse(encoding: u8, dtype: Dtype, rows: usize, cols: usize, bytes: &[u8])
     if end != bytes.len() {
         return Err(EncodingError::Length { expected: end, actual: bytes.len() });
     }
-    Ok(Prelude { base, depth: *depth, raw_bytes, chunk_bytes, encoded_bytes: end, dtype, ends })
+    Ok(Prelude { base, depth: *depth, raw_bytes, chunk_bytes, encoded_bytes: end, codec, ends })
 }
 
 /// A prelude whose chunk table, its last bytes, is still all zero.
-pub(super) fn head(raw_bytes: usize, base: Option<&Base<'_>>) -> Vec<u8> {
+pub(super) fn head(raw_bytes: usize, base: Option<&Base<'_>>, codec: &Codec) -> Vec<u8> {
+    let mut code = Vec::new();
+    codec.write(&mut code);
+    let [a, b] = u16::try_from(code.len()).expect("16 models of at most 512 bytes").to_le_bytes();
     let depth = base.map_or(0, |base| base.depth + 1);
-    let mut head = vec![CHUNK_BYTES.trailing_zeros() as u8, depth, 0, 0, 0, 0, 0, 0];
+    let mut head = vec![CHUNK_BYTES.trailing_zeros() as u8, depth, 0, 0, 0, 0, a, b];
     if let Some(base) = base {
         head.extend_from_slice(&base.digest.0);
     }
+    head.extend_from_slice(&code);
     head.resize(head.len() + 4 * raw_bytes.div_ceil(CHUNK_BYTES), 0);
     head
 }

@@ -1,0 +1,38 @@
+//! Symbols out of range asymmetric numeral systems, a symbol at a time; the formula is in `cpu::symbols`.
+
+/// Interleaved states of a code.
+pub const SYMBOL_STATES: usize = 32;
+
+/// What symbols are decoded from.
+#[derive(Debug, Clone, Copy)]
+pub struct SymbolCode<'a> {
+    /// Entries of at most 16 models, 4,096 a model: the symbol (bits 0..8), its frequency less one (8..20), the slot's place in its share (20..32).
+    pub tables: &'a [u32; 1 << 16],
+    /// Where the table of each symbol's model begins: a multiple of 4,096.
+    pub starts: &'a [u16],
+    /// Words of 16 bits, little-endian.
+    pub words: &'a [u8],
+}
+
+/// Decodes `out.len()` symbols, the first of state 0, and returns how many bytes of `code.words` that took; `None` if they end too early.
+///
+/// # Panics
+/// If there is not one start for each symbol.
+pub fn decode_symbols(code: &SymbolCode<'_>, states: &mut [u32; SYMBOL_STATES], out: &mut [u8]) -> Option<usize> {
+    assert_eq!(code.starts.len(), out.len(), "a start for each symbol");
+    let mut bytes = 0;
+    for (i, (start, out)) in code.starts.iter().zip(out).enumerate() {
+        let state = &mut states[i % SYMBOL_STATES];
+        let entry = code.tables[usize::from(start | (*state & 4095) as u16)];
+        // It does not overflow where the offset lies below the frequency; of other tables the bits are as the formula's modulo 2^32.
+        let next = ((entry >> 8 & 4095) + 1).wrapping_mul(*state >> 12).wrapping_add(entry >> 20);
+        *state = next;
+        if next < 1 << 16 {
+            let word = code.words.get(bytes..bytes + 2)?;
+            *state = next << 16 | u32::from(u16::from_le_bytes([word[0], word[1]]));
+            bytes += 2;
+        }
+        *out = entry as u8;
+    }
+    Some(bytes)
+}

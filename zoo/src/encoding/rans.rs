@@ -1,0 +1,67 @@
+//! Range asymmetric numeral systems (Duda, arXiv 1311.2540, section 3) with 32 interleaved states over one stream of 16-bit words: a symbol
+//! costs the logarithm of its share, also less than a bit, and each may have a model of its own at no cost to the decoder. The decoder is
+//! `ashlar_kernels::cpu::decode_symbols`, which has the formula; its inverse is here.
+
+use ashlar_kernels::cpu::{Isa, decode_symbols};
+use ashlar_kernels::reference::{SYMBOL_STATES, SymbolCode};
+
+use super::ChunkError;
+use super::model::{Model, SCALE_BITS, Tables};
+
+/// A state lies in `LOW..2^32` between symbols, and is LOW before the first symbol that is encoded.
+const LOW: u32 = 1 << 16;
+
+/// What a symbol takes of a state: where its share begins and how large it is.
+#[derive(Clone, Copy)]
+struct Share {
+    start: u32,
+    frequency: u32,
+}
+
+/// Shares of all symbols of some models.
+pub(super) struct Shares(Vec<[Share; 256]>);
+
+impl Shares {
+    pub(super) fn of(models: &[Model]) -> Self {
+        let shares = models.iter().map(|model| {
+            let mut start = 0;
+            model.frequencies.map(|frequency| {
+                let share = Share { start, frequency: u32::from(frequency) };
+                start += share.frequency;
+                share
+            })
+        });
+        Self(shares.collect())
+    }
+}
+
+/// Appends the code of `symbols`: the states, u32 each, then the words. `model(i)` is symbol i's; the symbol has a share in it.
+pub(super) fn encode(shares: &Shares, symbols: &[u8], model: impl Fn(usize) -> usize, out: &mut Vec<u8>) {
+    let mut states = [LOW; SYMBOL_STATES];
+    let mut words: Vec<u16> = Vec::with_capacity(symbols.len() / 2);
+    // The decoder takes back what came last, so the last symbol goes first.
+    for (i, symbol) in symbols.iter().enumerate().rev() {
+        let share = shares.0[model(i)][usize::from(*symbol)];
+        let state = &mut states[i % SYMBOL_STATES];
+        if u64::from(*state) >= u64::from(share.frequency) << (32 - SCALE_BITS) {
+            words.push(*state as u16);
+            *state >>= 16;
+        }
+        *state = ((*state / share.frequency) << SCALE_BITS) + *state % share.frequency + share.start;
+    }
+    states.iter().for_each(|state| out.extend_from_slice(&state.to_le_bytes()));
+    words.iter().rev().for_each(|word| out.extend_from_slice(&word.to_le_bytes()));
+}
+
+/// Decodes exactly `out.len()` symbols from all of `code`. `starts` says where each symbol's model begins in the tables.
+pub(super) fn decode(tables: &Tables, starts: &[u16], code: &[u8], out: &mut [u8]) -> Result<(), ChunkError> {
+    let (heads, words) = code.split_at_checked(4 * SYMBOL_STATES).ok_or(ChunkError::Short)?;
+    let mut states = [0u32; SYMBOL_STATES];
+    for (state, head) in states.iter_mut().zip(heads.as_chunks::<4>().0) {
+        *state = u32::from_le_bytes(*head);
+    }
+    let code = SymbolCode { tables: tables.entries(), starts, words };
+    let taken = decode_symbols(Isa::detect(), &code, &mut states, out).ok_or(ChunkError::Stream)?;
+    // The encoder began with these states and no word: a damaged code is most unlikely to end there.
+    if taken == words.len() && states == [LOW; SYMBOL_STATES] { Ok(()) } else { Err(ChunkError::Stream) }
+}
