@@ -9,6 +9,7 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod blend;
+mod differences;
 mod elementwise;
 mod isa;
 mod kv;
@@ -39,6 +40,7 @@ use std::ops::Range;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 
+pub use differences::{add_differences, exponent_classes};
 pub use isa::{Isa, UnknownIsa};
 pub use kv::Kv;
 pub use pack::Linear;

@@ -2,6 +2,7 @@
 //! must equal it bit for bit (tests/ops). Start with `linear` and `attention`; the rest is short.
 
 mod attention;
+mod differences;
 mod linear;
 /// Scalar exp, tanh, erf and the activations, with the coefficients that every backend uses.
 pub mod math;
@@ -18,6 +19,7 @@ use crate::ops::{
     Activation, AttentionShape, Bf16Compute, Columns, DiagonalPart, Finish, KvPlace, KvShape, LinearRun, NormKind, Ops, PackError, Query,
 };
 pub use attention::Kv;
+pub use differences::{add_differences, exponent_classes, of_ordinal, of_zigzag, ordinal, zigzag};
 #[cfg(test)]
 pub(crate) use linear::round_to_bf16;
 pub use linear::{Activations, Linear, quantise_activations};

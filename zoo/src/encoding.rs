@@ -178,9 +178,8 @@ pub fn decode(prelude: &Prelude, bytes: &[u8], base: Option<&[u8]>, out: &mut [u
     if out.len() != prelude.raw_bytes {
         return Err(EncodingError::OutLength { expected: prelude.raw_bytes, actual: out.len() });
     }
-    let mut decoder = chunk::Decoder::default();
     for (index, out) in out.chunks_mut(prelude.chunk_bytes).enumerate() {
-        decode_with(&mut decoder, prelude, bytes, index, base, out)?;
+        decode_chunk(prelude, bytes, index, base, out)?;
     }
     Ok(())
 }
@@ -191,17 +190,6 @@ pub fn decode(prelude: &Prelude, bytes: &[u8], base: Option<&[u8]>, out: &mut [u
 /// # Errors
 /// As [`decode`], and when there is no such chunk.
 pub fn decode_chunk(prelude: &Prelude, bytes: &[u8], index: usize, base: Option<&[u8]>, out: &mut [u8]) -> Result<(), EncodingError> {
-    decode_with(&mut chunk::Decoder::default(), prelude, bytes, index, base, out)
-}
-
-fn decode_with(
-    decoder: &mut chunk::Decoder,
-    prelude: &Prelude,
-    bytes: &[u8],
-    index: usize,
-    base: Option<&[u8]>,
-    out: &mut [u8],
-) -> Result<(), EncodingError> {
     let raw = prelude.chunk_range(index).ok_or(EncodingError::NoChunk(index))?;
     if out.len() != raw.len() {
         return Err(EncodingError::OutLength { expected: raw.len(), actual: out.len() });
@@ -217,7 +205,7 @@ fn decode_with(
         }
         (Some(_), Some(base)) => &base[raw],
     };
-    decoder.decode(&prelude.codec, &bytes[prelude.encoded_range(index)], base, out).map_err(|what| EncodingError::Chunk { index, what })
+    chunk::decode(&prelude.codec, &bytes[prelude.encoded_range(index)], base, out).map_err(|what| EncodingError::Chunk { index, what })
 }
 
 #[cfg(test)]

@@ -1,29 +1,39 @@
 //! Symbols out of range asymmetric numeral systems, a symbol at a time; the formula is in `cpu::symbols`.
 
 /// Interleaved states of a code.
-pub const SYMBOL_STATES: usize = 32;
+pub const SYMBOL_STATES: usize = 64;
 
 /// What symbols are decoded from.
 #[derive(Debug, Clone, Copy)]
 pub struct SymbolCode<'a> {
-    /// Entries of at most 16 models, 4,096 a model: the symbol (bits 0..8), its frequency less one (8..20), the slot's place in its share (20..32).
-    pub tables: &'a [u32; 1 << 16],
-    /// Where the table of each symbol's model begins: a multiple of 4,096.
+    /// Entries of 1, 2, 4, 8 or 16 models, 4,096 a model: the symbol (bits 0..8), its frequency less one (8..20), the slot's place in its
+    /// share (20..32).
+    pub tables: &'a [u32],
+    /// Where the table of each symbol's model begins: a multiple of 4,096, taken modulo the length of `tables`.
     pub starts: &'a [u16],
     /// Words of 16 bits, little-endian.
     pub words: &'a [u8],
 }
 
+impl SymbolCode<'_> {
+    /// Panics unless a slot of any start lies in the tables, and each symbol has a start.
+    pub(crate) fn check(&self, symbols: usize) {
+        assert!((4096..=1 << 16).contains(&self.tables.len()) && self.tables.len().is_power_of_two(), "1, 2, 4, 8 or 16 models");
+        assert_eq!(self.starts.len(), symbols, "a start for each symbol");
+    }
+}
+
 /// Decodes `out.len()` symbols, the first of state 0, and returns how many bytes of `code.words` that took; `None` if they end too early.
 ///
 /// # Panics
-/// If there is not one start for each symbol.
+/// If there is not one start for each symbol, or the tables have another length.
 pub fn decode_symbols(code: &SymbolCode<'_>, states: &mut [u32; SYMBOL_STATES], out: &mut [u8]) -> Option<usize> {
-    assert_eq!(code.starts.len(), out.len(), "a start for each symbol");
+    code.check(out.len());
+    let mask = code.tables.len() - 1;
     let mut bytes = 0;
     for (i, (start, out)) in code.starts.iter().zip(out).enumerate() {
         let state = &mut states[i % SYMBOL_STATES];
-        let entry = code.tables[usize::from(start | (*state & 4095) as u16)];
+        let entry = code.tables[usize::from(start | (*state & 4095) as u16) & mask];
         // It does not overflow where the offset lies below the frequency; of other tables the bits are as the formula's modulo 2^32.
         let next = ((entry >> 8 & 4095) + 1).wrapping_mul(*state >> 12).wrapping_add(entry >> 20);
         *state = next;

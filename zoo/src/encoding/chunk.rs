@@ -1,10 +1,14 @@
 //! One chunk: its planes, each a stream in the form that is shortest, then (differences of floats) the side bytes. How much a stream decodes to
 //! is never in the file: dtype, shape and chunk size say it, so no stream grows beyond its chunk.
 
+use ashlar_kernels::cpu::{Isa, exponent_classes};
+use ashlar_kernels::reference::SYMBOL_STATES;
+
 use super::ChunkError;
 use super::codec::{Codec, Plane};
-use super::planes::{Layout, Planes, exponents_16, exponents_32, join};
-use super::rans::{self, Shares};
+use super::model::SCALE;
+use super::planes::{Layout, PLANES_MAX, Planes, exponents_32, join};
+use super::rans::{self, Code, Shares};
 
 /// As it is.
 const FORM_RAW: u8 = 0;
@@ -75,56 +79,135 @@ fn take<'a>(bytes: &mut &'a [u8]) -> Result<(u8, &'a [u8]), ChunkError> {
     Ok((*form, stored))
 }
 
-/// Decodes chunks of tensors. It holds scratch only.
-#[derive(Default)]
-pub(super) struct Decoder {
-    planes: [Vec<u8>; 4],
-    values: Vec<u16>,
-    /// Where each symbol's model begins.
-    starts: Vec<u16>,
+/// Elements that are decoded at a time: all that one piece needs lies in the first cache.
+const PIECE: usize = 4096;
+const _: () = assert!(PIECE.is_multiple_of(SYMBOL_STATES), "a piece begins with the first state");
+
+/// A plane, read piece by piece.
+enum Reader<'a> {
+    Raw(&'a [u8]),
+    Constant,
+    Coded(Code<'a>, Plane),
 }
 
-impl Decoder {
-    /// Decodes to exactly `out`; `base` has its length where the layout is a delta's.
-    pub(super) fn decode(&mut self, codec: &Codec, mut bytes: &[u8], base: &[u8], out: &mut [u8]) -> Result<(), ChunkError> {
-        let count = out.len() / codec.layout.width();
-        let mut planes: [&[u8]; 4] = [&[]; 4];
-        for ((plane, room), decoded) in codec.planes.iter().zip(&mut self.planes).zip(&mut planes) {
-            let (form, stored) = take(&mut bytes)?;
-            *decoded = match (form, stored) {
-                (FORM_RAW, _) if stored.len() == count => stored,
-                (FORM_CONSTANT, [byte]) => {
-                    room.clear();
-                    room.resize(count, *byte);
-                    room
-                }
-                (FORM_CODED, _) => {
-                    room.resize(count, 0);
-                    let at = &codec.at_exponent;
-                    self.starts.clear();
-                    match (plane, codec.layout) {
-                        (Plane::Uncoded, _) => return Err(ChunkError::Head),
-                        (Plane::Model(model), _) => self.starts.resize(count, codec.at(*model)),
-                        (Plane::ByExponent, Layout::Delta32) => self.starts.extend(exponents_32(base).map(|e| at[usize::from(e)])),
-                        (Plane::ByExponent, _) => self.starts.extend(exponents_16(base).map(|e| at[usize::from(e)])),
-                    }
-                    rans::decode(&codec.tables, &self.starts, stored, room)?;
-                    room
-                }
-                (FORM_RAW | FORM_CONSTANT, _) => return Err(ChunkError::Stream),
-                _ => return Err(ChunkError::Head),
-            };
+/// What a piece needs besides its planes.
+struct Scratch {
+    /// Where each symbol's model begins in the tables.
+    starts: [u16; PIECE],
+    /// The model that all starts are of.
+    starts_model: Option<usize>,
+    values: [u16; PIECE],
+}
+
+impl<'a> Reader<'a> {
+    /// Takes the plane of `count` symbols off the start of `bytes`. `room` holds the symbol of a constant plane from then on.
+    fn take(
+        isa: Isa,
+        codec: &'a Codec,
+        plane: Plane,
+        bytes: &mut &'a [u8],
+        count: usize,
+        room: &mut [u8; PIECE],
+    ) -> Result<Self, ChunkError> {
+        match (take(bytes)?, plane) {
+            ((FORM_RAW, stored), _) if stored.len() == count => Ok(Self::Raw(stored)),
+            ((FORM_CONSTANT, [symbol]), _) => {
+                room.fill(*symbol);
+                Ok(Self::Constant)
+            }
+            ((FORM_RAW | FORM_CONSTANT, _), _) => Err(ChunkError::Stream),
+            ((FORM_CODED, stored), Plane::Model(_) | Plane::ByExponent) => Ok(Self::Coded(Code::new(isa, &codec.tables, stored)?, plane)),
+            _ => Err(ChunkError::Head),
         }
-        let side = match codec.layout.is_difference() {
-            false => &[][..],
-            true => match take(&mut bytes)? {
-                (FORM_RAW, side) => side,
-                _ => return Err(ChunkError::Head),
-            },
-        };
-        if !bytes.is_empty() {
-            return Err(ChunkError::Trailing);
-        }
-        join(codec.layout, &planes[..codec.planes.len()], side, base, &mut self.values, out).ok_or(ChunkError::Side)
     }
+
+    /// The next `count` symbols. `base` is theirs.
+    fn next<'b>(
+        &mut self,
+        isa: Isa,
+        codec: &Codec,
+        count: usize,
+        base: &[u8],
+        scratch: &mut Scratch,
+        room: &'b mut [u8; PIECE],
+    ) -> Result<&'b [u8], ChunkError>
+    where
+        'a: 'b,
+    {
+        match self {
+            Self::Raw(stored) => {
+                let (symbols, rest) = stored.split_at(count);
+                *stored = rest;
+                Ok(symbols)
+            }
+            Self::Constant => Ok(&room[..count]),
+            Self::Coded(code, plane) => {
+                match *plane {
+                    Plane::Model(model) if scratch.starts_model == Some(model) => {}
+                    Plane::Model(model) => {
+                        scratch.starts.fill(codec.at(model));
+                        scratch.starts_model = Some(model);
+                    }
+                    _ => {
+                        let bounds = &codec.contexts.starts;
+                        match codec.layout {
+                            Layout::Delta32 => {
+                                for (start, e) in scratch.starts.iter_mut().zip(exponents_32(base)) {
+                                    *start = bounds.iter().map(|bound| if e >= *bound { SCALE as u16 } else { 0 }).sum();
+                                }
+                            }
+                            _ => exponent_classes(isa, base, bounds, &mut scratch.starts[..count]),
+                        }
+                        scratch.starts_model = None;
+                    }
+                }
+                code.next(&scratch.starts[..count], &mut room[..count])?;
+                Ok(&room[..count])
+            }
+        }
+    }
+
+    fn is_at_end(&self) -> bool {
+        match self {
+            Self::Raw(stored) => stored.is_empty(),
+            Self::Constant => true,
+            Self::Coded(code, _) => code.is_at_end(),
+        }
+    }
+}
+
+/// Decodes a chunk to exactly `out`; `base` has its length where the layout is a delta's, and is empty elsewhere.
+pub(super) fn decode<'a>(codec: &'a Codec, mut bytes: &'a [u8], base: &[u8], out: &mut [u8]) -> Result<(), ChunkError> {
+    let isa = Isa::detect();
+    let width = codec.layout.width();
+    let count = out.len() / width;
+    let mut rooms = [[0; PIECE]; PLANES_MAX];
+    let mut scratch = Scratch { starts: [0; PIECE], starts_model: None, values: [0; PIECE] };
+    let mut readers = Vec::with_capacity(PLANES_MAX);
+    for (plane, room) in codec.planes.iter().zip(&mut rooms) {
+        readers.push(Reader::take(isa, codec, *plane, &mut bytes, count, room)?);
+    }
+    let mut side = match codec.layout.is_difference() {
+        false => &[][..],
+        true => match take(&mut bytes)? {
+            (FORM_RAW, side) => side,
+            _ => return Err(ChunkError::Head),
+        },
+    };
+    if !bytes.is_empty() {
+        return Err(ChunkError::Trailing);
+    }
+    for (piece, out) in out.chunks_mut(PIECE * width).enumerate() {
+        let base = if base.is_empty() { base } else { &base[piece * PIECE * width..][..out.len()] };
+        let mut planes: [&[u8]; PLANES_MAX] = [&[]; PLANES_MAX];
+        for ((reader, room), plane) in readers.iter_mut().zip(&mut rooms).zip(&mut planes) {
+            *plane = reader.next(isa, codec, out.len() / width, base, &mut scratch, room)?;
+        }
+        let planes = &planes[..readers.len()];
+        join(isa, codec.layout, planes, &mut side, base, &mut scratch.values, out).ok_or(ChunkError::Side)?;
+    }
+    if !side.is_empty() {
+        return Err(ChunkError::Side);
+    }
+    if readers.iter().all(Reader::is_at_end) { Ok(()) } else { Err(ChunkError::Stream) }
 }

@@ -29,8 +29,6 @@ pub(super) struct Codec {
     pub(super) contexts: Contexts,
     pub(super) models: Vec<Model>,
     pub(super) tables: Tables,
-    /// Where the model of each base exponent begins in the tables.
-    pub(super) at_exponent: [u16; 256],
 }
 
 impl PartialEq for Codec {
@@ -43,9 +41,8 @@ impl Eq for Codec {}
 
 impl Codec {
     fn new(layout: Layout, planes: Vec<Plane>, contexts: Contexts, models: Vec<Model>) -> Self {
-        let tables = Tables::of(models.iter());
-        let at_exponent = contexts.of_exponents().map(|context| u16::from(context) * SCALE as u16);
-        Self { layout, planes, contexts, models, tables, at_exponent }
+        let tables = Tables::of(&models);
+        Self { layout, planes, contexts, models, tables }
     }
 
     /// Where a model begins in the tables.

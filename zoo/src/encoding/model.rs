@@ -87,29 +87,26 @@ impl Model {
 }
 
 /// What decodes: for each model (first index, times [`SCALE`]) and each slot of it, the symbol (bits 0..8), its frequency less one
-/// (8..20) and how far into the symbol's share the slot lies (20..32).
+/// (8..20) and how far into the symbol's share the slot lies (20..32). Room for 1, 2, 4, 8 or 16 models.
 #[derive(Clone)]
-pub(super) struct Tables(Box<[u32; MODELS_MAX * SCALE]>);
+pub(super) struct Tables(Vec<u32>);
 
 impl Tables {
-    pub(super) fn of<'a>(models: impl Iterator<Item = &'a Model>) -> Self {
-        let mut entries: Box<[u32]> = vec![0; MODELS_MAX * SCALE].into_boxed_slice();
-        for (model, entries) in models.zip(entries.chunks_exact_mut(SCALE)) {
-            let mut at = 0;
-            for (symbol, frequency) in model.frequencies.iter().map(|f| u32::from(*f)).enumerate() {
-                let share = &mut entries[at..at + frequency as usize];
-                for (offset, entry) in share.iter_mut().enumerate() {
-                    *entry = symbol as u32 | (frequency - 1) << 8 | (offset as u32) << 20;
-                }
-                at += frequency as usize;
+    pub(super) fn of(models: &[Model]) -> Self {
+        let mut entries = Vec::with_capacity(models.len().next_power_of_two() * SCALE);
+        for model in models {
+            for (symbol, frequency) in model.frequencies.iter().enumerate().filter(|(_, frequency)| **frequency > 0) {
+                let entry = symbol as u32 | u32::from(frequency - 1) << 8;
+                entries.extend((0..u32::from(*frequency)).map(|offset| entry | offset << 20));
             }
         }
-        Self(entries.try_into().expect("it has that length"))
+        entries.resize(models.len().next_power_of_two() * SCALE, 0);
+        Self(entries)
     }
 
     /// The entries.
     #[inline]
-    pub(super) fn entries(&self) -> &[u32; MODELS_MAX * SCALE] {
+    pub(super) fn entries(&self) -> &[u32] {
         &self.0
     }
 }

@@ -1,9 +1,14 @@
 //! A chunk's elements as planes of bytes, and back. The first plane is what coding gains most on: the exponents (solo), or the symbols of the
 //! differences (delta). Floats are turned left by one bit so that the exponent is a whole byte and the sign lies with the mantissa.
 
+use ashlar_kernels::cpu::{Isa, add_differences};
 use ashlar_kernels::format::Dtype;
+use ashlar_kernels::reference::{ordinal, zigzag};
 
-use super::symbols::{self, of_ordinal, of_ordinal_32, of_zigzag, of_zigzag_32, ordinal, ordinal_32, zigzag, zigzag_32};
+use super::symbols::{self, of_ordinal_32, of_zigzag_32, ordinal_32, zigzag_32};
+
+/// Planes of an element of the widest layout.
+pub(super) const PLANES_MAX: usize = 4;
 
 /// How elements become planes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,7 +67,7 @@ impl Layout {
 /// Planes of a chunk.
 #[derive(Debug, Default)]
 pub(super) struct Planes {
-    pub(super) planes: [Vec<u8>; 4],
+    pub(super) planes: [Vec<u8>; PLANES_MAX],
     /// Side bytes of the first plane's symbols.
     pub(super) side: Vec<u8>,
     /// The base's exponents, one an element (differences only).
@@ -126,9 +131,17 @@ impl Planes {
     }
 }
 
-/// Puts a chunk together again. Each plane has one byte an element of `out`; `values` is scratch. `None` when there are fewer or more
-/// side bytes than the symbols of the first plane take.
-pub(super) fn join(layout: Layout, planes: &[&[u8]], mut side: &[u8], base: &[u8], values: &mut Vec<u16>, out: &mut [u8]) -> Option<()> {
+/// Puts elements together again. Each plane has one byte an element of `out`; side bytes are taken off the start of `side`. `None` when
+/// those end too early. `values` is scratch of as many.
+pub(super) fn join(
+    isa: Isa,
+    layout: Layout,
+    planes: &[&[u8]],
+    side: &mut &[u8],
+    base: &[u8],
+    values: &mut [u16],
+    out: &mut [u8],
+) -> Option<()> {
     match (layout, planes) {
         (Layout::Solo16, [high, low]) => {
             for ((out, high), low) in out.as_chunks_mut::<2>().0.iter_mut().zip(*high).zip(*low) {
@@ -141,18 +154,16 @@ pub(super) fn join(layout: Layout, planes: &[&[u8]], mut side: &[u8], base: &[u8
             }
         }
         (Layout::Delta16, [first]) => {
-            values.resize(first.len(), 0);
-            symbols::join(first, &mut side, values)?;
-            for ((out, value), base) in out.as_chunks_mut::<2>().0.iter_mut().zip(values).zip(u16s(base)) {
-                *out = of_ordinal(ordinal(base).wrapping_add(of_zigzag(*value))).to_le_bytes();
-            }
+            let values = &mut values[..first.len()];
+            symbols::join(first, side, values)?;
+            add_differences(isa, values, base, out);
         }
         (Layout::Delta32, [first, second, third]) => {
-            values.resize(first.len(), 0);
-            symbols::join(first, &mut side, values)?;
-            let lower = second.iter().zip(*third);
-            for (((out, value), (b, c)), base) in out.as_chunks_mut::<4>().0.iter_mut().zip(values).zip(lower).zip(u32s(base)) {
-                let value = u32::from(*value) << 16 | u32::from(*b) << 8 | u32::from(*c);
+            let values = &mut values[..first.len()];
+            symbols::join(first, side, values)?;
+            let values = values.iter().zip(*second).zip(*third);
+            for ((out, ((a, b), c)), base) in out.as_chunks_mut::<4>().0.iter_mut().zip(values).zip(u32s(base)) {
+                let value = u32::from(*a) << 16 | u32::from(*b) << 8 | u32::from(*c);
                 *out = of_ordinal_32(ordinal_32(base).wrapping_add(of_zigzag_32(value))).to_le_bytes();
             }
         }
@@ -160,5 +171,5 @@ pub(super) fn join(layout: Layout, planes: &[&[u8]], mut side: &[u8], base: &[u8
         (Layout::DeltaBytes, [first]) => out.iter_mut().zip(*first).zip(base).for_each(|((out, symbol), base)| *out = symbol ^ base),
         _ => unreachable!("planes are those of the layout"),
     }
-    side.is_empty().then_some(())
+    Some(())
 }

@@ -1,4 +1,4 @@
-//! Range asymmetric numeral systems (Duda, arXiv 1311.2540, section 3) with 32 interleaved states over one stream of 16-bit words: a symbol
+//! Range asymmetric numeral systems (Duda, arXiv 1311.2540, section 3) with 64 interleaved states over one stream of 16-bit words: a symbol
 //! costs the logarithm of its share, also less than a bit, and each may have a model of its own at no cost to the decoder. The decoder is
 //! `ashlar_kernels::cpu::decode_symbols`, which has the formula; its inverse is here.
 
@@ -53,15 +53,35 @@ pub(super) fn encode(shares: &Shares, symbols: &[u8], model: impl Fn(usize) -> u
     words.iter().rev().for_each(|word| out.extend_from_slice(&word.to_le_bytes()));
 }
 
-/// Decodes exactly `out.len()` symbols from all of `code`. `starts` says where each symbol's model begins in the tables.
-pub(super) fn decode(tables: &Tables, starts: &[u16], code: &[u8], out: &mut [u8]) -> Result<(), ChunkError> {
-    let (heads, words) = code.split_at_checked(4 * SYMBOL_STATES).ok_or(ChunkError::Short)?;
-    let mut states = [0u32; SYMBOL_STATES];
-    for (state, head) in states.iter_mut().zip(heads.as_chunks::<4>().0) {
-        *state = u32::from_le_bytes(*head);
+/// A code that is decoded piece by piece.
+pub(super) struct Code<'a> {
+    tables: &'a Tables,
+    words: &'a [u8],
+    states: [u32; SYMBOL_STATES],
+    isa: Isa,
+}
+
+impl<'a> Code<'a> {
+    pub(super) fn new(isa: Isa, tables: &'a Tables, code: &'a [u8]) -> Result<Self, ChunkError> {
+        let (heads, words) = code.split_at_checked(4 * SYMBOL_STATES).ok_or(ChunkError::Short)?;
+        let mut states = [0; SYMBOL_STATES];
+        for (state, head) in states.iter_mut().zip(heads.as_chunks::<4>().0) {
+            *state = u32::from_le_bytes(*head);
+        }
+        Ok(Self { tables, words, states, isa })
     }
-    let code = SymbolCode { tables: tables.entries(), starts, words };
-    let taken = decode_symbols(Isa::detect(), &code, &mut states, out).ok_or(ChunkError::Stream)?;
-    // The encoder began with these states and no word: a damaged code is most unlikely to end there.
-    if taken == words.len() && states == [LOW; SYMBOL_STATES] { Ok(()) } else { Err(ChunkError::Stream) }
+
+    /// Decodes the next `out.len()` symbols, a multiple of the states but for the last piece. `starts` says where each one's model
+    /// begins in the tables.
+    pub(super) fn next(&mut self, starts: &[u16], out: &mut [u8]) -> Result<(), ChunkError> {
+        let code = SymbolCode { tables: self.tables.entries(), starts, words: self.words };
+        let taken = decode_symbols(self.isa, &code, &mut self.states, out).ok_or(ChunkError::Stream)?;
+        self.words = &self.words[taken..];
+        Ok(())
+    }
+
+    /// Whether all of it was taken. The encoder began with these states and no word: a damaged code is most unlikely to end there.
+    pub(super) fn is_at_end(&self) -> bool {
+        self.words.is_empty() && self.states == [LOW; SYMBOL_STATES]
+    }
 }

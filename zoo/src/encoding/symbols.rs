@@ -1,54 +1,30 @@
 //! Elements as symbols. A float of 16 bits becomes an *ordinal*, an integer that grows with it, and a delta is the difference of two ordinals
 //! with its sign in the lowest bit (zigzag). Small differences are a symbol; larger ones are a symbol and one or two side bytes.
 
-/// Zigzag values below this are their own symbol.
+/// Zigzag values below this, whose top two bits are not both set, are their own symbol.
 pub(super) const DIRECT: u16 = 192;
 /// The symbol of a value that is two side bytes; those between DIRECT and it are one side byte and `(symbol - DIRECT) * 256 + DIRECT`.
 pub(super) const WIDE: u8 = 255;
 
-/// An integer that orders floats of 16 bits as their values do; every bit pattern has its own.
-#[inline(always)]
-pub(super) fn ordinal(bits: u16) -> u16 {
-    bits ^ (((bits as i16) >> 15) as u16 | 0x8000)
-}
-
-/// The float of an ordinal.
-#[inline(always)]
-pub(super) fn of_ordinal(ordinal: u16) -> u16 {
-    ordinal ^ (!((ordinal as i16) >> 15) as u16 | 0x8000)
-}
-
-/// 0, -1, 1, -2, 2 .. as 0, 1, 2, 3, 4 ..
-#[inline(always)]
-pub(super) fn zigzag(difference: u16) -> u16 {
-    difference << 1 ^ ((difference as i16) >> 15) as u16
-}
-
-/// The difference of a zigzag value.
-#[inline(always)]
-pub(super) fn of_zigzag(value: u16) -> u16 {
-    value >> 1 ^ (value & 1).wrapping_neg()
-}
-
-/// As [`ordinal`], of 32 bits.
+/// As `ordinal`, of 32 bits.
 #[inline(always)]
 pub(super) fn ordinal_32(bits: u32) -> u32 {
     bits ^ (((bits as i32) >> 31) as u32 | 0x8000_0000)
 }
 
-/// As [`of_ordinal`], of 32 bits.
+/// As `of_ordinal`, of 32 bits.
 #[inline(always)]
 pub(super) fn of_ordinal_32(ordinal: u32) -> u32 {
     ordinal ^ (!((ordinal as i32) >> 31) as u32 | 0x8000_0000)
 }
 
-/// As [`zigzag`], of 32 bits.
+/// As `zigzag`, of 32 bits.
 #[inline(always)]
 pub(super) fn zigzag_32(difference: u32) -> u32 {
     difference << 1 ^ ((difference as i32) >> 31) as u32
 }
 
-/// As [`of_zigzag`], of 32 bits.
+/// As `of_zigzag`, of 32 bits.
 #[inline(always)]
 pub(super) fn of_zigzag_32(value: u32) -> u32 {
     value >> 1 ^ (value & 1).wrapping_neg()
@@ -70,24 +46,30 @@ pub(super) fn split(value: u16, side: &mut Vec<u8>) -> u8 {
     }
 }
 
-/// Values of `symbols`, with side bytes taken off the start of `side`; `None` when those end too early.
+/// Values of `symbols`, of which there are as many, with side bytes taken off the start of `side`; `None` when those end too early.
 pub(super) fn join(symbols: &[u8], side: &mut &[u8], out: &mut [u16]) -> Option<()> {
     const BLOCK: usize = 64;
     for (symbols, out) in symbols.chunks(BLOCK).zip(out.chunks_mut(BLOCK)) {
         for (out, symbol) in out.iter_mut().zip(symbols) {
             *out = u16::from(*symbol);
         }
-        if symbols.iter().fold(0, |largest, symbol| largest.max(*symbol)) < DIRECT as u8 {
-            continue;
+        // All of DIRECT and above have their two top bits set, and no one below has.
+        if symbols.iter().fold(0, |bits, symbol| bits | (symbol & symbol << 1)) & 128 != 0 {
+            join_side(symbols, side, out)?;
         }
-        for (out, symbol) in out.iter_mut().zip(symbols) {
-            if *symbol == WIDE {
-                let (value, rest) = side.split_first_chunk::<2>()?;
-                *side = rest;
-                *out = u16::from_le_bytes(*value);
-            } else if u16::from(*symbol) >= DIRECT {
-                *out = (u16::from(*symbol) - DIRECT) * 256 + DIRECT + u16::from(*side.split_off_first()?);
-            }
+    }
+    Some(())
+}
+
+/// Puts right the values that are not their symbols.
+fn join_side(symbols: &[u8], side: &mut &[u8], out: &mut [u16]) -> Option<()> {
+    for (out, symbol) in out.iter_mut().zip(symbols) {
+        if *symbol == WIDE {
+            let (value, rest) = side.split_first_chunk::<2>()?;
+            *side = rest;
+            *out = u16::from_le_bytes(*value);
+        } else if u16::from(*symbol) >= DIRECT {
+            *out = (u16::from(*symbol) - DIRECT) * 256 + DIRECT + u16::from(*side.split_off_first()?);
         }
     }
     Some(())
