@@ -2,6 +2,7 @@
 //! each for a few seconds; a longer run is `ASHLAR_FUZZ_SECONDS=600 cargo test -p ashlar-fuzz`.
 
 pub mod adapter;
+pub mod encoding;
 pub mod gguf;
 pub mod manifest;
 pub mod mutate;

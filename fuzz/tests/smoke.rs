@@ -49,3 +49,8 @@ fn adapter() {
 fn manifest() {
     run("manifest", ashlar_fuzz::manifest::manifest);
 }
+
+#[test]
+fn encoding() {
+    run("encoding", ashlar_fuzz::encoding::encoding);
+}

@@ -137,18 +137,21 @@ pub enum ChunkError {
     Side,
 }
 
-/// The smallest form that is worth it, or `None` where raw is best: less than 3 % saved, or no such shape. A base that would make the
+/// The smaller form (a delta that saves half is taken at once) if it is worth it, or `None` where raw is best: less than 3 % saved, or no such shape. A base that would make the
 /// chain longer than [`DEPTH_MAX`], or whose payload has another length, is passed over.
 pub fn encode(dtype: Dtype, rows: usize, cols: usize, payload: &[u8], base: Option<&Base<'_>>) -> Option<Encoded> {
     if payload.is_empty() || dtype.bytes(rows, cols) != Some(payload.len()) {
         return None;
     }
     let base = base.filter(|base| base.depth < DEPTH_MAX && base.payload.len() == payload.len());
-    let solo = write(dtype, payload, None);
     let delta = base.map(|base| write(dtype, payload, Some(base)));
+    // Solo forms seldom save half (a third of bf16), so a delta that does is not measured against one.
     let best = match delta {
-        Some(delta) if delta.bytes.len() < solo.bytes.len() => delta,
-        _ => solo,
+        Some(delta) if delta.bytes.len() <= payload.len() / 2 => delta,
+        delta => {
+            let solo = write(dtype, payload, None);
+            delta.filter(|delta| delta.bytes.len() < solo.bytes.len()).unwrap_or(solo)
+        }
     };
     (best.bytes.len() <= payload.len() - payload.len().div_ceil(WORTH_DIVISOR)).then_some(best)
 }

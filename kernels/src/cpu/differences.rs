@@ -9,7 +9,7 @@ use crate::reference;
 ///
 /// # Panics
 /// If lengths differ, or the machine lacks the instruction set.
-pub fn add_differences(isa: Isa, differences: &[u16], base: &[u8], out: &mut [u8]) {
+pub fn add_differences(isa: Isa, differences: &[u8], base: &[u8], out: &mut [u8]) {
     assert!(isa.available(), "this machine does not run {isa:?}");
     match isa {
         // SAFETY: `available` found AVX-512 F, BW and VL, which both of these stand for.
@@ -42,13 +42,13 @@ pub fn exponent_classes(isa: Isa, base: &[u8], bounds: &[u8], out: &mut [u16]) {
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn avx512_add_differences(differences: &[u16], base: &[u8], out: &mut [u8]) {
+fn avx512_add_differences(differences: &[u8], base: &[u8], out: &mut [u8]) {
     reference::add_differences(differences, base, out);
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
-fn avx2_add_differences(differences: &[u16], base: &[u8], out: &mut [u8]) {
+fn avx2_add_differences(differences: &[u8], base: &[u8], out: &mut [u8]) {
     reference::add_differences(differences, base, out);
 }
 
@@ -57,7 +57,7 @@ fn avx2_add_differences(differences: &[u16], base: &[u8], out: &mut [u8]) {
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 fn avx512_exponent_classes(base: &[u8], bounds: &[u8], out: &mut [u16]) -> usize {
     use std::arch::x86_64::*;
-    let step = _mm512_set1_epi16(4096);
+    let step = _mm512_set1_epi16(2048);
     let (bases, outs) = (base.as_chunks::<64>().0, out.as_chunks_mut::<32>().0);
     let count = bases.len().min(outs.len());
     for (base, out) in bases.iter().zip(outs) {
@@ -93,7 +93,7 @@ fn avx2_exponent_classes(base: &[u8], bounds: &[u8], out: &mut [u16]) -> usize {
             classes = _mm256_sub_epi16(classes, above);
         }
         // SAFETY: `out` has 16 elements of two bytes.
-        unsafe { _mm256_storeu_si256(out.as_mut_ptr().cast(), _mm256_slli_epi16::<12>(classes)) };
+        unsafe { _mm256_storeu_si256(out.as_mut_ptr().cast(), _mm256_slli_epi16::<11>(classes)) };
     }
     16 * count
 }

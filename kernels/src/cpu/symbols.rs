@@ -1,7 +1,7 @@
 //! Symbols out of range asymmetric numeral systems (Duda, arXiv 1311.2540, section 3): 64 interleaved states of 32 bits over one stream of 16-bit
 //! words. Symbol i is of state `i % 64`. With s its state and t the start of its model's table:
 //!
-//! `e = tables[(t | (s & 4095)) % tables.len()]`, the symbol is `e & 255`, `s = ((e >> 8 & 4095) + 1) * (s >> 12) + (e >> 20)`, and if `s < 65536`: `s = s << 16 | next word`.
+//! `e = tables[(t | (s & 2047)) % tables.len()]`, the symbol is `e & 255`, `s = ((e >> 8 & 2047) + 1) * (s >> 11) + (e >> 20)`, and if `s < 65536`: `s = s << 16 | next word`.
 //!
 //! Limited by the table's look-ups, a gather of 16 on AVX-512 and of 8 on AVX2; `reference::decode_symbols` is the same a symbol at a time, and takes over where
 //! less than a group of symbols or of words is left. Integers only: all instruction sets give the same bytes.
@@ -36,7 +36,7 @@ pub fn decode_symbols(isa: Isa, code: &SymbolCode<'_>, states: &mut [u32; SYMBOL
 fn avx512_decode_symbols(code: &SymbolCode<'_>, states: &mut [u32; SYMBOL_STATES], out: &mut [u8]) -> (usize, usize) {
     use std::arch::x86_64::*;
     const LANES: usize = 16;
-    let slots = _mm512_set1_epi32(4095);
+    let slots = _mm512_set1_epi32(2047);
     let entries = _mm512_set1_epi32(code.tables.len() as i32 - 1);
     let one = _mm512_set1_epi32(1);
     let low = _mm512_set1_epi32(1 << 16);
@@ -59,7 +59,7 @@ fn avx512_decode_symbols(code: &SymbolCode<'_>, states: &mut [u32; SYMBOL_STATES
             // SAFETY: an index was cut to the length of the tables, a power of two (`check`).
             let entry = unsafe { _mm512_i32gather_epi32::<4>(index, code.tables.as_ptr().cast()) };
             let frequency = _mm512_add_epi32(_mm512_and_si512(_mm512_srli_epi32::<8>(entry), slots), one);
-            let upper = _mm512_mullo_epi32(frequency, _mm512_srli_epi32::<12>(state));
+            let upper = _mm512_mullo_epi32(frequency, _mm512_srli_epi32::<11>(state));
             let next = _mm512_add_epi32(upper, _mm512_srli_epi32::<20>(entry));
             let is_low = _mm512_cmplt_epu32_mask(next, low);
             // SAFETY: 128 bytes were left before this group, of which each earlier quarter took at most 32.
@@ -101,7 +101,7 @@ static PLACES: [[u32; 8]; 256] = {
 #[target_feature(enable = "avx2,popcnt")]
 fn avx2_decode_symbols(code: &SymbolCode<'_>, states: &mut [u32; SYMBOL_STATES], out: &mut [u8]) -> (usize, usize) {
     use std::arch::x86_64::*;
-    let slots = _mm256_set1_epi32(4095);
+    let slots = _mm256_set1_epi32(2047);
     let entries = _mm256_set1_epi32(code.tables.len() as i32 - 1);
     let one = _mm256_set1_epi32(1);
     let zero = _mm256_setzero_si256();
@@ -125,7 +125,7 @@ fn avx2_decode_symbols(code: &SymbolCode<'_>, states: &mut [u32; SYMBOL_STATES],
             // SAFETY: an index was cut to the length of the tables, a power of two (`check`).
             let entry = unsafe { _mm256_i32gather_epi32::<4>(code.tables.as_ptr().cast(), index) };
             let frequency = _mm256_add_epi32(_mm256_and_si256(_mm256_srli_epi32::<8>(entry), slots), one);
-            let upper = _mm256_mullo_epi32(frequency, _mm256_srli_epi32::<12>(state));
+            let upper = _mm256_mullo_epi32(frequency, _mm256_srli_epi32::<11>(state));
             let next = _mm256_add_epi32(upper, _mm256_srli_epi32::<20>(entry));
             // Below 2^16 is where the upper half is zero; there is no unsigned comparison.
             let is_low = _mm256_cmpeq_epi32(_mm256_srli_epi32::<16>(next), zero);

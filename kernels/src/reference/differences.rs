@@ -25,20 +25,20 @@ pub fn of_zigzag(value: u16) -> u16 {
     value >> 1 ^ (value & 1).wrapping_neg()
 }
 
-/// `out = base + difference` in ordinals; `differences` are zigzag values, `base` and `out` little-endian floats of 16 bits.
+/// `out = base + difference` in ordinals; `differences` are zigzag values of a byte, `base` and `out` little-endian floats of 16 bits.
 ///
 /// # Panics
 /// If lengths differ.
 #[inline(always)]
-pub fn add_differences(differences: &[u16], base: &[u8], out: &mut [u8]) {
+pub fn add_differences(differences: &[u8], base: &[u8], out: &mut [u8]) {
     let ((base, []), (out, [])) = (base.as_chunks::<2>(), out.as_chunks_mut::<2>()) else { panic!("whole floats") };
     assert!(base.len() == differences.len() && out.len() == differences.len(), "a base and a place for each difference");
     for i in 0..differences.len() {
-        out[i] = of_ordinal(ordinal(u16::from_le_bytes(base[i])).wrapping_add(of_zigzag(differences[i]))).to_le_bytes();
+        out[i] = of_ordinal(ordinal(u16::from_le_bytes(base[i])).wrapping_add(of_zigzag(u16::from(differences[i])))).to_le_bytes();
     }
 }
 
-/// For each float of 16 bits of `base`, 4,096 times how many of `bounds` are not above its exponent (bits 7 to 15, which is without the sign).
+/// For each float of 16 bits of `base`, 2,048 times how many of `bounds` are not above its exponent (bits 7 to 15, which is without the sign).
 ///
 /// # Panics
 /// If lengths differ, or there are more than 15 bounds.
@@ -47,6 +47,6 @@ pub fn exponent_classes(base: &[u8], bounds: &[u8], out: &mut [u16]) {
     assert!(base.len() == out.len() && bounds.len() <= 15, "a place for each float, and classes that fit 16 bits");
     for (base, out) in base.iter().zip(out) {
         let exponent = (u16::from_le_bytes(*base) >> 7) as u8;
-        *out = 4096 * bounds.iter().map(|bound| u16::from(exponent >= *bound)).sum::<u16>();
+        *out = 2048 * bounds.iter().map(|bound| u16::from(exponent >= *bound)).sum::<u16>();
     }
 }

@@ -7,6 +7,7 @@ mod linear_runs;
 mod machine;
 mod pairs;
 mod rows;
+mod symbols;
 mod tables;
 mod values;
 

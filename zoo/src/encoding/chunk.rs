@@ -6,8 +6,7 @@ use ashlar_kernels::reference::SYMBOL_STATES;
 
 use super::ChunkError;
 use super::codec::{Codec, Plane};
-use super::model::SCALE;
-use super::planes::{Layout, PLANES_MAX, Planes, exponents_32, join};
+use super::planes::{Layout, PLANES_MAX, Planes, join};
 use super::rans::{self, Code, Shares};
 
 /// As it is.
@@ -152,9 +151,10 @@ impl<'a> Reader<'a> {
                         let bounds = &codec.contexts.starts;
                         match codec.layout {
                             Layout::Delta32 => {
-                                for (start, e) in scratch.starts.iter_mut().zip(exponents_32(base)) {
-                                    *start = bounds.iter().map(|bound| if e >= *bound { SCALE as u16 } else { 0 }).sum();
-                                }
+                                // The upper half of an f32 is a bf16.
+                                let mut upper = [[0; 2]; PIECE];
+                                upper.iter_mut().zip(base.as_chunks::<4>().0).for_each(|(upper, base)| *upper = [base[2], base[3]]);
+                                exponent_classes(isa, upper[..count].as_flattened(), bounds, &mut scratch.starts[..count]);
                             }
                             _ => exponent_classes(isa, base, bounds, &mut scratch.starts[..count]),
                         }

@@ -1,10 +1,10 @@
-//! How often each symbol is expected, in 4,096ths, and the table that decodes by it. A model is made once a tensor, so that its cost is
+//! How often each symbol is expected, in 2,048ths, and the table that decodes by it. A model is made once a tensor, so that its cost is
 //! that of a tensor and a chunk has none.
 
 use super::EncodingError;
 
 /// Frequencies of a model sum up to `1 << SCALE_BITS`.
-pub(super) const SCALE_BITS: u32 = 12;
+pub(super) const SCALE_BITS: u32 = 11;
 pub(super) const SCALE: usize = 1 << SCALE_BITS;
 /// Models of one tensor: one for each context of its first plane, one for each other plane.
 pub(super) const MODELS_MAX: usize = 16;
@@ -87,7 +87,7 @@ impl Model {
 }
 
 /// What decodes: for each model (first index, times [`SCALE`]) and each slot of it, the symbol (bits 0..8), its frequency less one
-/// (8..20) and how far into the symbol's share the slot lies (20..32). Room for 1, 2, 4, 8 or 16 models.
+/// (8..19) and how far into the symbol's share the slot lies (20..32). Room for 1, 2, 4, 8 or 16 models.
 #[derive(Clone)]
 pub(super) struct Tables(Vec<u32>);
 

@@ -3,7 +3,7 @@
 
 use ashlar_kernels::cpu::{Isa, add_differences};
 use ashlar_kernels::format::Dtype;
-use ashlar_kernels::reference::{ordinal, zigzag};
+use ashlar_kernels::reference::{of_ordinal, of_zigzag, ordinal, zigzag};
 
 use super::symbols::{self, of_ordinal_32, of_zigzag_32, ordinal_32, zigzag_32};
 
@@ -83,12 +83,12 @@ fn u32s(bytes: &[u8]) -> impl ExactSizeIterator<Item = u32> {
 }
 
 /// Exponents of floats of 16 bits: the eight bits of bf16; of f16 its five and the three highest of the mantissa.
-pub(super) fn exponents_16(bytes: &[u8]) -> impl ExactSizeIterator<Item = u8> {
+fn exponents_16(bytes: &[u8]) -> impl ExactSizeIterator<Item = u8> {
     u16s(bytes).map(|bits| (bits >> 7) as u8)
 }
 
 /// Exponents of f32.
-pub(super) fn exponents_32(bytes: &[u8]) -> impl ExactSizeIterator<Item = u8> {
+fn exponents_32(bytes: &[u8]) -> impl ExactSizeIterator<Item = u8> {
     u32s(bytes).map(|bits| (bits >> 23) as u8)
 }
 
@@ -154,13 +154,17 @@ pub(super) fn join(
             }
         }
         (Layout::Delta16, [first]) => {
-            let values = &mut values[..first.len()];
-            symbols::join(first, side, values)?;
-            add_differences(isa, values, base, out);
+            // All as if they were small, then those anew that are not: few are.
+            add_differences(isa, first, base, out);
+            let (out, base) = (out.as_chunks_mut::<2>().0, base.as_chunks::<2>().0);
+            symbols::for_large(first, side, |i, value| {
+                out[i] = of_ordinal(ordinal(u16::from_le_bytes(base[i])).wrapping_add(of_zigzag(value))).to_le_bytes();
+            })?;
         }
         (Layout::Delta32, [first, second, third]) => {
             let values = &mut values[..first.len()];
-            symbols::join(first, side, values)?;
+            values.iter_mut().zip(*first).for_each(|(value, symbol)| *value = u16::from(*symbol));
+            symbols::for_large(first, side, |i, value| values[i] = value)?;
             let values = values.iter().zip(*second).zip(*third);
             for ((out, ((a, b), c)), base) in out.as_chunks_mut::<4>().0.iter_mut().zip(values).zip(u32s(base)) {
                 let value = u32::from(*a) << 16 | u32::from(*b) << 8 | u32::from(*c);

