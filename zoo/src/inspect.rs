@@ -155,15 +155,7 @@ impl Zoo {
     /// # Errors
     /// When the store cannot list.
     pub async fn list_resolved(&self) -> Result<Vec<Listed>, StoreError> {
-        let mut cache = Cache::default();
-        let mut resolved = Vec::new();
-        for (id, name) in self.list_models().await? {
-            let model = match name {
-                Ok(name) => self.resolve_name(&id, name, &mut cache).await,
-                Err(e) => Err(e),
-            };
-            resolved.push((id, model));
-        }
+        let resolved = self.resolve_all().await?;
         let mut owners: BTreeMap<Digest, usize> = BTreeMap::new();
         for tensors in resolved.iter().filter_map(|(_, model)| model.as_ref().ok()).map(distinct_tensors) {
             tensors.keys().for_each(|digest| *owners.entry(*digest).or_default() += 1);
@@ -218,6 +210,20 @@ impl Zoo {
     /// When a manifest of either is missing or damaged.
     pub async fn diff(&self, a: &ModelId, b: &ModelId) -> Result<Diff, StoreError> {
         Ok(diff(&self.resolve(a).await?, &self.resolve(b).await?))
+    }
+
+    /// Every model; a manifest that many have is read once.
+    pub(crate) async fn resolve_all(&self) -> Result<Vec<(ModelId, Result<Resolved, StoreError>)>, StoreError> {
+        let mut cache = Cache::default();
+        let mut resolved = Vec::new();
+        for (id, name) in self.list_models().await? {
+            let model = match name {
+                Ok(name) => self.resolve_name(&id, name, &mut cache).await,
+                Err(e) => Err(e),
+            };
+            resolved.push((id, model));
+        }
+        Ok(resolved)
     }
 
     async fn resolve_name(&self, id: &ModelId, name: ModelName, cache: &mut Cache) -> Result<Resolved, StoreError> {
@@ -332,7 +338,7 @@ fn diff(a: &Resolved, b: &Resolved) -> Diff {
     }
 }
 
-fn distinct_tensors(model: &Resolved) -> BTreeMap<Digest, u64> {
+pub(crate) fn distinct_tensors(model: &Resolved) -> BTreeMap<Digest, u64> {
     let of_blocks = model.blocks.iter().flat_map(|block| block.tensors.values()).map(|tensor| (tensor.digest, tensor_bytes(tensor)));
     of_blocks.chain(adapter_tensors(model)).collect()
 }
@@ -349,6 +355,6 @@ fn shown_adapter(chain: &Chain, index: usize, adapter: &Adapter, shared_with: im
     ShownAdapter { digest, ranks, bytes: tensors.values().sum(), shared_with: shared_with(&digest) }
 }
 
-fn tensor_bytes(tensor: &TensorRef) -> u64 {
+pub(crate) fn tensor_bytes(tensor: &TensorRef) -> u64 {
     tensor_file::payload_bytes(tensor.dtype, &tensor.shape).map_or(0, |bytes| bytes as u64)
 }

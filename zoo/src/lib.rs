@@ -17,6 +17,7 @@ pub mod manifest;
 mod mapping;
 pub mod model_id;
 pub mod repair;
+pub mod report;
 pub mod roles;
 pub mod store;
 pub mod tensor;

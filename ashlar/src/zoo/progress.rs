@@ -30,6 +30,7 @@ fn verb(stage: Stage) -> &'static str {
         Stage::Download => "downloading",
         Stage::Hash => "checking",
         Stage::Store => "storing",
+        Stage::Compare => "comparing",
     }
 }
 

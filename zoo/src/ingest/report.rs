@@ -87,7 +87,7 @@ pub fn human_bytes(bytes: u64) -> String {
     if value < 9.95 { format!("{value:.1} {unit}") } else { format!("{value:.0} {unit}") }
 }
 
-/// A phase of `add`.
+/// A phase of `add`, or of other long work.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stage {
     /// Fetching files from a hub.
@@ -96,9 +96,11 @@ pub enum Stage {
     Hash,
     /// Storing those that are new.
     Store,
+    /// Reading the weights of two models.
+    Compare,
 }
 
-/// Hears how far `add` has come.
+/// Hears how far long work has come.
 pub trait Progress: Send + Sync {
     /// A stage begins, with so many bytes ahead.
     fn begin(&self, stage: Stage, bytes: u64);
