@@ -13,6 +13,7 @@ use tonic::Code;
 use tonic::transport::Endpoint;
 
 use crate::config::{Config, PlaceArgs};
+use crate::status::Found;
 use crate::{output, server, serving};
 
 /// Time for a connection to be made.
@@ -64,8 +65,12 @@ pub async fn run(args: CheckArgs) -> anyhow::Result<()> {
     let answers = futures::future::join_all(asked.iter().map(ask)).await;
     output::text(asked.iter().zip(&answers).map(|(asked, answer)| line(asked, answer)).collect::<String>())?;
     let unwell = answers.iter().filter(|answer| !answer.as_ref().is_ok_and(|reply| reply.fault.is_empty())).count();
-    ensure!(unwell == 0, "find every executor well: {unwell} of {} has a fault or cannot be reached", answers.len());
-    Ok(())
+    if unwell == 0 {
+        return Ok(());
+    }
+    let said = format!("find every executor well: {unwell} of {} has a fault or cannot be reached", answers.len());
+    let has_fault = answers.iter().any(|answer| answer.as_ref().is_ok_and(|reply| !reply.fault.is_empty()));
+    Err(if has_fault { Found(said).into() } else { anyhow::anyhow!(said) })
 }
 
 /// The executors that the configured registry knows: at least one.

@@ -18,6 +18,7 @@ mod process;
 mod server;
 mod serving;
 mod sim;
+mod status;
 mod tenant;
 mod zoo;
 
@@ -26,6 +27,9 @@ use clap::{CommandFactory, Parser, Subcommand};
 /// Serve many fine-tuned language models by storing, placing, batching and caching blocks of models.
 ///
 /// Begin with `ashlar zoo add PATH --name TENANT/MODEL`, then `ashlar serve`, then `ashlar chat TENANT/MODEL`.
+///
+/// Status 0: done. 1: failed, and the last line of standard error says at what. 2: the command line was not understood. 3: done, and found what
+/// must not be: damage (`zoo verify`), a fault (`check`), a seed that does not pass (`sim`). 141: nobody reads what is printed.
 #[derive(Debug, Parser)]
 #[command(name = "ashlar", version, propagate_version = true)]
 struct Cli {
@@ -41,7 +45,7 @@ enum Command {
     Router(config::ConfigArgs),
     /// An executor alone: holds the blocks that the plan gives it
     Executor(config::ConfigArgs),
-    /// The block zoo: add, pull, list, show, diff, verify, rm, gc
+    /// The block zoo: add, pull, list, show, diff, report, verify, rm, gc
     Zoo(zoo::ZooArgs),
     /// Tenants and their API keys
     Tenant {
@@ -67,7 +71,7 @@ enum Command {
     /// etcd://HOST:PORT` for a cluster. Or name them: `--executor HOST:PORT` is an executor's `executor.listen`; `ashlar serve` logs an
     /// address of its own, on this machine alone.
     ///
-    /// Status 0: all are well. 1: one has a fault or cannot be reached, or there is none. A fault is a defect of Ashlar: report the line, and
+    /// Status 0: all are well. 1: one cannot be reached, or there is none. 3: one has a fault. A fault is a defect of Ashlar: report the line, and
     /// restart that executor; in a cluster its sequences go on elsewhere.
     Check(check::CheckArgs),
     /// Talk to a model in the terminal
@@ -84,7 +88,7 @@ enum Command {
     /// checkers look: is each token that of its sequence alone, is none lost or repeated, has a page leaked, was a budget exceeded, does
     /// a sequence starve? The same seed does the same every time.
     ///
-    /// Status 0: all seeds pass. 1: a checker found something; which, when, what happened last and the command that does it again are printed.
+    /// Status 0: all seeds pass. 3: a checker found something; which, when, what happened last and the command that does it again are printed.
     Sim(Box<sim::SimArgs>),
     /// Which devices there are, and why one is not used
     Devices,
@@ -113,10 +117,11 @@ fn main() -> std::process::ExitCode {
     };
     match outcome {
         Ok(()) => std::process::ExitCode::SUCCESS,
-        Err(error) if output::reader_is_gone(&error) => std::process::ExitCode::from(output::READER_GONE_STATUS),
         Err(error) => {
-            eprintln!("error: failed to {error:#}");
-            std::process::ExitCode::FAILURE
+            if !output::reader_is_gone(&error) {
+                eprintln!("error: failed to {error:#}");
+            }
+            std::process::ExitCode::from(status::of(&error))
         }
     }
 }

@@ -8,6 +8,7 @@ use ashlar_sim::load::Load;
 use ashlar_sim::{CANARIES, Canary, Failure, Options, Report, simulation, trace};
 
 use crate::output;
+use crate::status::Found;
 
 /// What to simulate.
 #[derive(Debug, clap::Args)]
@@ -78,7 +79,7 @@ fn told(seed: u64, outcome: Result<Report, Box<Failure>>) -> anyhow::Result<()> 
         Ok(report) => Ok(output::text(format_args!("seed {seed} passes\n{report}"))?),
         Err(failure) => {
             output::line(&failure)?;
-            anyhow::bail!("pass seed {}: {}", failure.seed, failure.checker)
+            Err(Found(format!("pass seed {}: {}", failure.seed, failure.checker)).into())
         }
     }
 }

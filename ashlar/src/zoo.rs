@@ -1,6 +1,7 @@
 //! `ashlar zoo ...`: the block zoo from the command line. Parses, calls ashlar-zoo, prints; it decides nothing.
 
 mod progress;
+mod report;
 mod table;
 
 use std::path::PathBuf;
@@ -19,6 +20,7 @@ use clap::{Args, Subcommand};
 
 use crate::config::{ZooConfig, zoo_of_environment};
 use crate::output::{self, OutputError};
+use crate::status::Found;
 
 /// Arguments of `ashlar zoo`.
 #[derive(Debug, Args)]
@@ -102,7 +104,14 @@ pub(crate) enum ZooCommand {
         /// Directory; not there yet, or empty
         directory: PathBuf,
     },
-    /// Read every object and follow every name; fails if anything is damaged
+    /// Show the zoo: which models share which blocks, and what each costs alone and in company
+    ///
+    /// Draws a map with a line for each model and a sign for each block, and tables of costs; with --html, a page for a browser. It reads
+    /// manifests and the sizes of files; only --compare reads weights. It shows all tenants' models: whoever can read the zoo is its operator.
+    Report(report::ReportArgs),
+    /// Read every object and follow every name
+    ///
+    /// Status 0: all is sound. 1: it could not be read. 3: something is damaged or missing; what, and which blocks and models that hits, is printed.
     Verify {
         /// Write what is damaged or missing anew from the zoo in this directory
         #[arg(long, value_name = "DIR")]
@@ -176,6 +185,7 @@ pub(crate) async fn run(args: ZooArgs) -> anyhow::Result<()> {
             let diff = zoo.diff(&a, &b).await.with_context(|| format!("compare {a} with {b}"))?;
             print(json, &diff, || table::diff(&diff))
         }
+        ZooCommand::Report(args) => report::run(&zoo, args).await,
         ZooCommand::Export { model, directory } => {
             let report = export(&zoo, &model, &directory).await.with_context(|| format!("export {model} to {}", directory.display()))?;
             let size = ingest::human_bytes(report.bytes);
@@ -193,7 +203,7 @@ pub(crate) async fn run(args: ZooArgs) -> anyhow::Result<()> {
             output::text(table::verify(&report))?;
             match report.damage.len() {
                 0 => Ok(()),
-                count => bail!("verify the zoo: {count} of its objects are damaged or missing"),
+                count => Err(Found(format!("verify the zoo: {count} of its objects are damaged or missing")).into()),
             }
         }
         ZooCommand::Rm { model } => {

@@ -127,3 +127,30 @@ fn targets_may_be_set_before_their_model_is_there_and_say_so() {
     let output = run(&["deploy", "list", "--zoo", root], Stdio::piped());
     assert_eq!(String::from_utf8_lossy(&output.stdout), "acme/later  first token: as executors are set  gap: 50 ms\n");
 }
+
+#[test]
+fn help_tells_the_statuses() {
+    for (args, expected) in [
+        (&["--help"][..], "Status 0: done. 1: failed"),
+        (&["zoo", "verify", "--help"], "3: something is damaged or missing"),
+        (&["check", "--help"], "3: one has a fault"),
+        (&["sim", "--help"], "3: a checker found something"),
+    ] {
+        let output = run(args, Stdio::piped());
+        let help = String::from_utf8_lossy(&output.stdout).split_whitespace().collect::<Vec<_>>().join(" ");
+        assert!(output.status.success() && help.contains(expected), "{args:?}: {help}");
+    }
+    for args in [&["no-such-command"][..], &["zoo", "show", "no model id"], &["sim", "--seeds", "0"]] {
+        assert_eq!(run(args, Stdio::piped()).status.code(), Some(2), "{args:?}");
+    }
+    let planted = run(&["sim", "--seeds", "30", "--canary", "leaks-pages"], Stdio::piped());
+    assert_eq!(planted.status.code(), Some(3), "{}", String::from_utf8_lossy(&planted.stdout));
+}
+
+#[test]
+fn shells_complete_the_report() {
+    for shell in ["bash", "zsh", "fish"] {
+        let script = run(&["completions", shell], Stdio::piped());
+        assert!(script.status.success() && String::from_utf8_lossy(&script.stdout).contains("compare"), "{shell}");
+    }
+}

@@ -117,12 +117,45 @@ fn verify_fails_on_damage_and_names_block_and_models() {
     *bytes.last_mut().unwrap() ^= 1;
     std::fs::write(&tensor, bytes).unwrap();
     let output = zoo(&root, &["verify"]);
-    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(output.status.code(), Some(3));
     let text = String::from_utf8(output.stdout).unwrap();
     assert!(
         text.contains(tensor.file_name().unwrap().to_str().unwrap()) && text.contains("  block ") && text.contains("models demo/a"),
         "{text}"
     );
+}
+
+#[test]
+fn a_report_is_a_map_a_page_or_json() {
+    let dir = tempfile::tempdir().unwrap();
+    let (root, a, b) = (dir.path().join("zoo"), dir.path().join("a"), dir.path().join("b"));
+    let mut checkpoint = Checkpoint::llama(1);
+    checkpoint.write(&a);
+    checkpoint.retrain("layers.1.mlp.up_proj", 2).write(&b);
+    ok(&root, &["add", a.to_str().unwrap(), "--name", "one/a"]);
+    ok(&root, &["add", b.to_str().unwrap(), "--name", "two/b"]);
+    let report = ok(&root, &["report"]);
+    assert!(report.starts_with("2 models that share weights\n       0\none/a  AAAAAA\ntwo/b  AAAA=A\n"), "{report}");
+    assert!(report.contains("\nTENANT  ALONE") && report.contains("2 models of 2 tenants: 12 blocks, 7 of them distinct"), "{report}");
+    let first = ok(&root, &["report", "--rows", "1"]);
+    assert!(first.contains("1 more rows are left out: --rows 2") && first.contains("... and 1 more: --rows 2 shows all"), "{first}");
+    let compared = ok(&root, &["report", "--compare", "one/a", "two/b"]);
+    assert!(compared.contains("two/b against one/a: 20 tensors are the same, 1 differ\n#  KIND"), "{compared}");
+    let page = dir.path().join("report.html");
+    let said = ok(&root, &["report", "--compare", "one/a", "two/b", "--html", page.to_str().unwrap()]);
+    assert_eq!(said, format!("the report is in {}\n", page.display()));
+    assert!(std::fs::read_to_string(&page).unwrap().contains(r#""models":["one/a","two/b"]"#));
+    let json: serde_json::Value = serde_json::from_str(&ok(&root, &["report", "--json", "--compare", "one/a", "two/b"])).unwrap();
+    assert_eq!((&json["report"]["totals"]["block_count"], &json["report"]["kin"][0]["rows"][1]["ranks"][4]), (&7.into(), &1.into()));
+    assert_eq!(json["comparison"]["places"][4]["tensors"]["up.weight"]["state"], "compared");
+    let absent = zoo(&root, &["report", "--compare", "one/a", "two/c"]);
+    assert_eq!((absent.status.code(), absent.stdout.len()), (Some(1), 0));
+    assert!(String::from_utf8_lossy(&absent.stderr).contains("failed to compare one/a with two/c"));
+    let nowhere = zoo(&root, &["report", "--html", dir.path().join("no/such/file.html").to_str().unwrap()]);
+    assert_eq!(nowhere.status.code(), Some(1));
+    for args in [&["report", "--compare", "one/a"][..], &["report", "--html", "x", "--json"], &["report", "--rows", "-1"]] {
+        assert_eq!(zoo(&root, args).status.code(), Some(2), "{args:?}");
+    }
 }
 
 #[test]

@@ -145,7 +145,8 @@ fn adapter_facts(models: &[Resolved]) -> Vec<AdapterFacts> {
     let mut found: BTreeMap<Digest, (&Adapter, usize)> = BTreeMap::new();
     for model in models {
         let digest = |index: usize| model.chain.adapters.iter().find(|adapter| adapter.block_index as usize == index).map(|a| a.digest);
-        let distinct: BTreeMap<Digest, &Adapter> = model.adapters.iter().filter_map(|(index, adapter)| Some((digest(*index)?, adapter))).collect();
+        let distinct: BTreeMap<Digest, &Adapter> =
+            model.adapters.iter().filter_map(|(index, adapter)| Some((digest(*index)?, adapter))).collect();
         for (digest, adapter) in distinct {
             found.entry(digest).or_insert((adapter, 0)).1 += 1;
         }

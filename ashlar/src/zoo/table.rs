@@ -6,6 +6,8 @@ use ashlar_zoo::gc::GcReport;
 use ashlar_zoo::ingest::human_bytes;
 use ashlar_zoo::inspect::{Diff, Listed, Shown};
 use ashlar_zoo::repair::RepairReport;
+use ashlar_zoo::report::similarity::{Comparison, TensorSimilarity};
+use ashlar_zoo::report::{Cost, Report};
 use ashlar_zoo::verify::VerifyReport;
 
 /// Columns as wide as their widest cell; the columns in `right` are aligned to the right.
@@ -192,6 +194,90 @@ pub(super) fn repair(report: &RepairReport) -> String {
     let mut out: String = report.repaired.iter().map(|object| format!("repaired {object}\n")).collect();
     for (object, reason) in &report.left {
         out.push_str(&format!("left {object}: {reason}\n"));
+    }
+    out
+}
+
+/// Costs of a report's models and tenants, `rows_max` of each, and its sums.
+pub(super) fn report(report: &Report, rows_max: usize) -> String {
+    let costs = |name: &str, memory: &Cost, disk: &Cost| {
+        let figures = [memory.alone_bytes, memory.fair_bytes, memory.own_bytes, disk.fair_bytes, disk.own_bytes];
+        std::iter::once(name.to_owned()).chain(figures.map(human_bytes)).collect::<Vec<_>>()
+    };
+    let head = |what| row([what, "ALONE", "FAIR SHARE", "OWN", "DISK, FAIR", "DISK, OWN"]);
+    let right = [1, 2, 3, 4, 5];
+    let models = report.models.iter().take(rows_max).map(|model| costs(&model.model, &model.memory, &model.disk));
+    let mut out = format!("\n{}", columns(&std::iter::once(head("MODEL")).chain(models).collect::<Vec<_>>(), &right));
+    out.push_str(&left_out(report.models.len(), rows_max));
+    if report.tenants.len() > 1 {
+        let tenants = report.tenants.iter().take(rows_max).map(|tenant| costs(&tenant.tenant, &tenant.memory, &tenant.disk));
+        out.push_str(&format!("\n{}", columns(&std::iter::once(head("TENANT")).chain(tenants).collect::<Vec<_>>(), &right)));
+        out.push_str(&left_out(report.tenants.len(), rows_max));
+    }
+    let totals = &report.totals;
+    let less = |bytes: u64| match totals.alone_bytes {
+        0 => String::new(),
+        alone => format!(" ({:.0}% less)", (1.0 - bytes as f64 / alone as f64) * 100.0),
+    };
+    out.push_str(&format!(
+        "\n{} models of {} tenants: {} blocks, {} of them distinct, and {} distinct adapters\nin memory {} alone, {} together{}; on disk {}{}\n",
+        totals.model_count,
+        totals.tenant_count,
+        totals.placed_count,
+        totals.block_count,
+        totals.adapter_count,
+        human_bytes(totals.alone_bytes),
+        human_bytes(totals.resident_bytes),
+        less(totals.resident_bytes),
+        human_bytes(totals.stored_bytes),
+        less(totals.stored_bytes)
+    ));
+    if totals.other_stored_bytes > 0 {
+        let bytes = human_bytes(totals.other_stored_bytes);
+        out.push_str(&format!("{bytes} more on disk belong to no model now: earlier chains, bases of others, what `zoo gc` would free\n"));
+    }
+    for broken in report.broken.iter().take(rows_max) {
+        out.push_str(&format!("broken: {}: {}\n", broken.model, broken.error));
+    }
+    out + &left_out(report.broken.len(), rows_max)
+}
+
+fn left_out(count: usize, rows_max: usize) -> String {
+    if count > rows_max { format!("... and {} more: --rows {count} shows all\n", count - rows_max) } else { String::new() }
+}
+
+/// How alike the weights of two models are, where they differ.
+pub(super) fn comparison(comparison: &Comparison) -> String {
+    let [a, b] = &comparison.models;
+    let mut rows = vec![row(["#", "KIND", "TENSOR", "EQUAL", "DIFFERENCE", "COSINE"])];
+    let mut same_count = 0;
+    let percent = |share: f64| format!("{:.2}%", share * 100.0);
+    let or_none = |value: Option<String>| value.unwrap_or_else(|| "-".to_owned());
+    for (index, place) in comparison.places.iter().enumerate() {
+        let kind = match place.kinds {
+            [Some(a), Some(b)] if a != b => format!("{a} / {b}"),
+            [a, b] => a.or(b).unwrap_or("-").to_owned(),
+        };
+        for (role, similarity) in &place.tensors {
+            let figures = match similarity {
+                TensorSimilarity::Same { .. } => {
+                    same_count += 1;
+                    continue;
+                }
+                TensorSimilarity::Apart => ["-".to_owned(), "-".to_owned(), "-".to_owned()],
+                TensorSimilarity::Compared(measures) => [
+                    percent(measures.equal_share),
+                    or_none(measures.relative_rms.map(percent)),
+                    or_none(measures.cosine.map(|cosine| format!("{cosine:.6}"))),
+                ],
+            };
+            rows.push([index.to_string(), kind.clone(), role.clone()].into_iter().chain(figures).collect());
+        }
+    }
+    let differ_count = rows.len() - 1;
+    let mut out = format!("\n{b} against {a}: {same_count} tensors are the same, {differ_count} differ\n");
+    if differ_count > 0 {
+        out.push_str(&columns(&rows, &[0, 3, 4, 5]));
     }
     out
 }

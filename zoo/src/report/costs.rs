@@ -181,12 +181,7 @@ fn counts<K: Ord + Copy>(owners: &[BTreeMap<K, u64>]) -> BTreeMap<K, usize> {
     counts
 }
 
-fn tenants(
-    models: &[Resolved],
-    costs: &[ModelCost],
-    memory: &[BTreeMap<Part, u64>],
-    disk: &[BTreeMap<Digest, u64>],
-) -> Vec<TenantCost> {
+fn tenants(models: &[Resolved], costs: &[ModelCost], memory: &[BTreeMap<Part, u64>], disk: &[BTreeMap<Digest, u64>]) -> Vec<TenantCost> {
     let mut of: BTreeMap<&str, Vec<usize>> = BTreeMap::new();
     models.iter().enumerate().for_each(|(index, model)| of.entry(model.id.tenant()).or_default().push(index));
     let sets: Vec<&Vec<usize>> = of.values().collect();

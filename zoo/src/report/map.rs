@@ -32,7 +32,8 @@ pub fn map(report: &Report, look: &Look) -> String {
     let (several, single): (Vec<&Kin>, Vec<&Kin>) = report.kin.iter().partition(|kin| kin.model_count > 1);
     let sections = several.into_iter().map(|kin| (format!("{} models that share weights", kin.model_count), kin.rows.iter().collect()));
     let alone: Vec<&Row> = single.iter().flat_map(|kin| &kin.rows).collect();
-    let title = if alone.len() == 1 { "a model that shares nothing".to_owned() } else { format!("{} models that share nothing", alone.len()) };
+    let title =
+        if alone.len() == 1 { "a model that shares nothing".to_owned() } else { format!("{} models that share nothing", alone.len()) };
     let alone = (!alone.is_empty()).then_some((title, alone));
     for (title, rows) in sections.chain(alone) {
         let drawn = rows.len().min(rows_left);

@@ -102,9 +102,11 @@ function heatTable(rows, kinds, measure) {
   return element('div', { class: 'scroll' }, table);
 }
 
-// Matrices before norms and biases, each by name.
+const ROLES = ['q', 'k', 'v', 'o', 'gate', 'up', 'down'];
+
+// Matrices in the order in which a block uses them, then norms and biases by name.
 function byMatrix(a, b) {
-  const rank = (key) => (/norm|bias/.test(key) ? 1 : 0);
+  const rank = (key) => (ROLES.indexOf(roleText(key.split(' ')[1])) + 1 || 100) + (/norm|bias/.test(key) ? 1 : 0);
   return rank(a) - rank(b) || a.localeCompare(b);
 }
 
@@ -121,7 +123,7 @@ function heatCell(found, measure, isFirst) {
     {
       role: 'gridcell',
       tabindex: -1,
-      class: `heat ${state} ${heat > 0.5 ? 'hot' : ''} ${isFirst ? 'first' : ''}`,
+      class: `heat ${state} ${heat > 0.55 ? 'hot' : ''} ${isFirst ? 'first' : ''}`,
       '--heat': `${(heat * 100).toFixed(1)}%`,
       'aria-label': `${where}: ${{ same: 'the same tensor', apart: 'nothing to compare', compared: text }[state]}`,
     },
