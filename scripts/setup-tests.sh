@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what the tests need: system packages, a virtual environment in .venv, and in .venv/bin the programs helm, promtool
-# and etcd where the system has none. Safe to run again; does nothing that is already done. scripts/test.sh calls it.
+# and etcd where the system has none; Debian's Chromium, for tests of pages. Safe to run again; does nothing that is already done. scripts/test.sh calls it.
 set -euo pipefail
 source "$(dirname "$0")/lib.sh"
 
@@ -20,6 +20,12 @@ if [ "$(cat .venv/requirements.sha256 2>/dev/null)" != "$wanted" ]; then
   say "installing Python packages"
   "$bin/pip" install --quiet --disable-pip-version-check -r scripts/requirements.txt
   echo "$wanted" > .venv/requirements.sha256
+fi
+
+# Ubuntu has Chromium as a snap only, which a container cannot run: the tests of pages are skipped there, and say so.
+if ! command -v chromium >/dev/null; then
+  command -v apt-get >/dev/null && apt_update_once
+  if apt-cache show chromium >/dev/null 2>&1; then need_packages chromium; else say "there is no package chromium: tests of pages are skipped"; fi
 fi
 
 need_server_program etcd etcd-server "$bin"

@@ -80,7 +80,10 @@ fn bounded(report: &Report, cells_max: usize) -> (Report, usize) {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use super::*;
+    use crate::report::{Kin, Row};
 
     #[test]
     fn nothing_in_the_facts_ends_their_block() {
@@ -88,6 +91,16 @@ mod tests {
         let block = in_data_block(&json);
         assert!(!block.contains('<'), "{block}");
         assert_eq!(serde_json::from_str::<String>(&block).unwrap(), "</script><!--<script>alert(1)</script>");
+    }
+
+    #[test]
+    fn rows_beyond_the_bound_are_left_out_and_counted() {
+        let row = |places: usize| Row { models: vec![0], blocks: vec![0; places], ranks: vec![0; places], adapters: BTreeMap::new() };
+        let mut report = Report::new(String::new(), &[], Vec::new(), &BTreeMap::new());
+        report.kin = vec![Kin { model_count: 2, rows: vec![row(6), row(6)] }, Kin { model_count: 1, rows: vec![row(4)] }];
+        let bounds = [16, 15, 11, 5].map(|cells_max| bounded(&report, cells_max));
+        let rows = bounds.map(|(report, left_out)| (report.kin.iter().map(|kin| kin.rows.len()).collect::<Vec<_>>(), left_out));
+        assert_eq!(rows, [(vec![2, 1], 0), (vec![2], 1), (vec![1], 2), (vec![], 3)]);
     }
 
     #[test]

@@ -8,7 +8,8 @@ function mapSection(facts) {
   const cellsOf = new Map();
   const pages = paged(MAP_ROWS, (part) => {
     cellsOf.clear();
-    const box = element('div', { class: 'maps' });
+    const longestName = part.reduce((most, row) => Math.max(most, row.names[0].length), 0);
+    const box = element('div', { class: 'maps', '--name': longestName });
     for (const title of new Set(part.map((row) => row.title))) {
       const shown = part.filter((row) => row.title === title);
       box.append(element('h3', {}, title), element('div', { class: 'scroll' }, mapTable(facts, shown, title, cellsOf)));
@@ -108,7 +109,9 @@ function mapCell(facts, rows, index, place) {
     // What others have of a block of its own; a hair stays visible at either end.
     '--part': part === 0 ? '0%' : `${Math.max(8, Math.min(part * 100, 88))}%`,
   });
-  if (isShared && !above) cell.append(element('span', { 'aria-hidden': 'true' }, String(block.model_count)));
+  const figure = String(block.model_count);
+  const fits = figure.length <= 2 || block.kind === 'embed' || block.kind === 'head';
+  if (isShared && !above && fits) cell.append(element('span', { 'aria-hidden': 'true' }, figure));
   cell.facts = { number, row, place };
   return cell;
 }
