@@ -130,7 +130,7 @@ function heatCell(found, measure, isFirst) {
     text
   );
   const tell = () => tellTensor(where, tensor);
-  cell.addEventListener('pointerenter', tell);
+  onPoint(cell, tell);
   cell.addEventListener('focus', tell);
   return cell;
 }

@@ -84,7 +84,17 @@ function showDetails(title, ...facts) {
   document.getElementById('details').replaceChildren(element('strong', {}, title), element('dl', {}, list));
 }
 
-// One cell of `cells` is in the order of tabs; arrows, Home and End go on from it. `cells` is a list of rows of cells.
+// Calls `tell` with events of a pointer that moves onto something in `node`; not where the page scrolls under one that rests, as the keyboard makes it do.
+const pointer = { x: NaN, y: NaN };
+function onPoint(node, tell) {
+  node.addEventListener('pointerover', (event) => {
+    const rests = event.clientX === pointer.x && event.clientY === pointer.y;
+    Object.assign(pointer, { x: event.clientX, y: event.clientY });
+    if (!rests) tell(event);
+  });
+}
+
+// One cell of `rows` is in the order of tabs; arrows, Home and End go on from it.
 function arrowKeys(table, rows) {
   const places = new Map();
   rows.forEach((row, y) => row.forEach((cell, x) => places.set(cell, [x, y])));

@@ -133,7 +133,7 @@ function lightSharers(box, facts, cellsOf) {
     box.classList.add('pointing');
     tellBlock(facts, cell.facts);
   };
-  box.addEventListener('pointerover', light);
+  onPoint(box, light);
   box.addEventListener('focusin', light);
   box.addEventListener('pointerleave', dark);
   box.addEventListener('focusout', dark);
