@@ -16,6 +16,11 @@ pub fn to_bytes<T: Serialize>(value: &T) -> Vec<u8> {
     serde_json::to_vec(&value).expect("a Value is always JSON")
 }
 
+/// The digest of a value: of the one text that it has.
+pub fn digest<T: Serialize>(value: &T) -> crate::digest::Digest {
+    crate::digest::Digest::of(&to_bytes(value))
+}
+
 fn sort(value: &mut Value) {
     match value {
         Value::Array(items) => items.iter_mut().for_each(sort),

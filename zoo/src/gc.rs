@@ -1,5 +1,5 @@
 //! Takes what no name leads to. Marks from names and their history, and from young objects that an `add` may just be
-//! writing, and on to the tensors that marked ones are stored over; sweeps chains, then blocks and adapters, then tensors (a delta before
+//! writing, and on to the tensors that marked ones are stored over; sweeps sketches and chains, then blocks and adapters, then tensors (a delta before
 //! its mark and its base) and assets, so that a killed run leaves nothing that points to what is gone. Refuses to sweep when it cannot read all that it must follow.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -27,7 +27,9 @@ pub struct GcReport {
     pub base_count: u64,
     /// Assets taken.
     pub asset_count: u64,
-    /// Remains of killed writes taken (local directories only).
+    /// Sketches taken.
+    pub sketch_count: u64,
+    /// Remains of killed writes taken.
     pub staged_count: u64,
     /// Bytes freed.
     pub bytes: u64,
@@ -59,17 +61,17 @@ struct Marks {
 pub async fn collect(zoo: &Zoo, grace: Duration, dry_run: bool) -> Result<GcReport, StoreError> {
     // Listed before marking: what is written from here on is not in the lists, so it cannot be taken.
     let mut lists = Vec::new();
-    for folder in ["chains", "blocks", "adapters", "tensors", "bases", "assets"] {
+    for folder in ["sketches", "chains", "blocks", "adapters", "tensors", "bases", "assets", "scratch"] {
         let metas = zoo.list(folder).await?;
         lists.push(metas.into_iter().filter_map(|meta| Some((object(&meta.location)?, meta))).collect::<Vec<_>>());
     }
     let Marked { mut kept, mut named } = mark(zoo, &lists, grace).await?;
-    let bases = Bases::of(&lists[4]);
-    let young = lists[3].iter().filter(|(_, meta)| is_young(meta, grace)).map(|(object, _)| object.clone());
+    let bases = Bases::of(&lists[5]);
+    let young = lists[4].iter().filter(|(_, meta)| is_young(meta, grace)).map(|(object, _)| object.clone());
     kept.leaves.extend(young.clone());
     bases.close(&mut kept.leaves);
     bases.close(&mut named.leaves);
-    bases.sort_deltas_first(&mut lists[3]);
+    bases.sort_deltas_first(&mut lists[4]);
     let mut report = GcReport::default();
     for (object, meta) in lists.iter().flatten() {
         if kept.keeps(object) {
@@ -90,12 +92,14 @@ pub async fn collect(zoo: &Zoo, grace: Duration, dry_run: bool) -> Result<GcRepo
             Object::Adapter(_) => &mut report.adapter_count,
             Object::Asset(_) => &mut report.asset_count,
             Object::Base { .. } => &mut report.base_count,
+            Object::Sketch(_) => &mut report.sketch_count,
+            Object::Scratch(_) => &mut report.staged_count,
             _ => &mut report.tensor_count,
         } += 1;
         report.bytes += meta.size;
     }
     let (count, bytes) = zoo.sweep_staged(grace, dry_run).await?;
-    report.staged_count = count;
+    report.staged_count += count;
     report.bytes += bytes;
     Ok(report)
 }
@@ -103,7 +107,7 @@ pub async fn collect(zoo: &Zoo, grace: Duration, dry_run: bool) -> Result<GcRepo
 impl Marks {
     fn keeps(&self, object: &Object) -> bool {
         match object {
-            Object::Chain(digest) => self.chains.contains(digest),
+            Object::Chain(digest) | Object::Sketch(digest) => self.chains.contains(digest),
             Object::Block(digest) => self.blocks.contains(digest),
             Object::Adapter(digest) => self.adapters.contains(digest),
             // A mark stays with its delta.
@@ -176,7 +180,7 @@ async fn mark(zoo: &Zoo, lists: &[Vec<(Object, ObjectMeta)>], grace: Duration) -
             .collect::<Vec<_>>()
     };
     let mut unnamed_chains = BTreeSet::new();
-    for digest in young(&lists[0]) {
+    for digest in young(&lists[1]) {
         if marks.chains.insert(digest) {
             unnamed_chains.insert(digest);
         }
@@ -198,8 +202,8 @@ async fn mark(zoo: &Zoo, lists: &[Vec<(Object, ObjectMeta)>], grace: Duration) -
         marks.leaves.extend(assets);
     }
     let (blocks_of_chains, adapters_of_chains) = (marks.blocks.clone(), marks.adapters.clone());
-    marks.blocks.extend(young(&lists[1]));
-    marks.adapters.extend(young(&lists[2]));
+    marks.blocks.extend(young(&lists[2]));
+    marks.adapters.extend(young(&lists[3]));
     let mut held = Vec::new();
     for digest in &marks.blocks {
         match zoo.read_block(*digest).await {

@@ -9,6 +9,7 @@ pub(crate) mod gather;
 mod load;
 mod plan;
 mod report;
+mod sight;
 mod text;
 
 use std::path::PathBuf;
@@ -63,6 +64,14 @@ pub enum IngestError {
         base: crate::model_id::ModelId,
         /// What it is over.
         parent: String,
+    },
+    /// The base belongs to another tenant, who is not public.
+    #[error("{base} is not {tenant}'s to build on: `ashlar zoo public {}` lets every tenant see and share what {} has", .base.tenant(), .base.tenant())]
+    BaseHidden {
+        /// The base that was given.
+        base: crate::model_id::ModelId,
+        /// Whom the new model is for.
+        tenant: String,
     },
     /// A small file of the checkpoint could not be read.
     #[error("failed to read {path}")]

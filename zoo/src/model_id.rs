@@ -56,6 +56,11 @@ impl FromStr for ModelId {
     }
 }
 
+/// Whether a text can be a tenant.
+pub fn is_tenant(text: &str) -> bool {
+    part_is_valid(text)
+}
+
 fn part_is_valid(part: &str) -> bool {
     part.len() <= PART_BYTES_MAX
         && part.starts_with(|c: char| c.is_ascii_alphanumeric())

@@ -44,8 +44,13 @@ async fn copy(zoo: &Zoo, other: &Zoo, object: &Object) -> Result<(), StoreError>
         Object::Chain(digest) => zoo.put_chain(&other.read_chain(*digest).await?).await.map(|_| ()),
         Object::Asset(digest) => zoo.put_asset(other.read_asset(*digest).await?).await.map(|_| ()),
         Object::Base { tensor, base } => zoo.put_base(*tensor, *base).await,
-        Object::Format | Object::Model(_) | Object::TensorOf { .. } | Object::TensorOfAdapter { .. } => {
-            Err(StoreError::Missing { object: object.clone() })
-        }
+        // It is a function of its chain.
+        Object::Sketch(chain) => zoo.make_sketch(*chain).await.map(|_| ()),
+        Object::Format
+        | Object::Domains
+        | Object::Scratch(_)
+        | Object::Model(_)
+        | Object::TensorOf { .. }
+        | Object::TensorOfAdapter { .. } => Err(StoreError::Missing { object: object.clone() }),
     }
 }

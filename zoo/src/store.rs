@@ -3,10 +3,12 @@
 
 mod cache;
 mod delete;
+mod domains;
 mod error;
 mod fetch;
 mod names;
 mod read;
+mod sketches;
 mod tensors;
 mod write;
 
@@ -19,6 +21,7 @@ use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt, PutMode};
 
 pub use cache::{Cache, CacheError};
+pub use domains::Domains;
 pub use error::{Object, Retry, StoreError};
 pub use fetch::Retries;
 pub use read::{MappedAdapter, MappedBlock, MappedChange};
@@ -40,6 +43,8 @@ pub const ASSET_BYTES_MAX: u64 = 256 << 20;
 #[derive(Clone)]
 pub struct Zoo {
     inner: Arc<Inner>,
+    /// Whether puts write what is there already as they write what is not, and say that it is new.
+    blind: bool,
 }
 
 struct Inner {
@@ -116,6 +121,12 @@ impl Zoo {
         self.with(|inner| inner.retries = retries)
     }
 
+    /// The same zoo to someone who must not learn what it holds: puts do what they would do if it held nothing, and say that all is new.
+    #[must_use]
+    pub fn blind(&self) -> Self {
+        Self { inner: Arc::clone(&self.inner), blind: true }
+    }
+
     /// The directory or bucket, for people.
     pub fn place(&self) -> &str {
         &self.inner.place
@@ -128,10 +139,11 @@ impl Zoo {
 
     fn new(store: Arc<dyn ObjectStore>, root: Option<PathBuf>, place: String) -> Self {
         let (grace, cache, retries, loads) = (GRACE_DEFAULT, None, Retries::default(), Mutex::default());
-        Self { inner: Arc::new(Inner { store, root, place, grace, cache, retries, loads }) }
+        Self { inner: Arc::new(Inner { store, root, place, grace, cache, retries, loads }), blind: false }
     }
 
     fn with(self, change: impl FnOnce(&mut Inner)) -> Self {
+        let blind = self.blind;
         let Inner { store, root, place, grace, cache, retries, .. } = &*self.inner;
         let mut inner = Inner {
             store: store.clone(),
@@ -143,7 +155,7 @@ impl Zoo {
             loads: Mutex::default(),
         };
         change(&mut inner);
-        Self { inner: Arc::new(inner) }
+        Self { inner: Arc::new(inner), blind }
     }
 
     fn at_dir(root: &FilePath) -> Result<Self, StoreError> {
@@ -204,6 +216,9 @@ pub(crate) fn key(object: &Object) -> Path {
         Object::Adapter(digest) => Path::from(format!("adapters/{digest}.json")),
         Object::Chain(digest) => Path::from(format!("chains/{digest}.json")),
         Object::Asset(digest) => Path::from(format!("assets/{digest}")),
+        Object::Sketch(chain) => Path::from(format!("sketches/{chain}")),
+        Object::Scratch(digest) => Path::from(format!("scratch/{digest}")),
+        Object::Domains => Path::from("domains.json"),
         Object::Model(id) => Path::from(format!("models/{}/{}.json", id.tenant(), id.name())),
     }
 }
@@ -223,6 +238,9 @@ pub(crate) fn object(key: &Path) -> Option<Object> {
         ["adapters", file] => Some(Object::Adapter(file.strip_suffix(".json")?.parse().ok()?)),
         ["chains", file] => Some(Object::Chain(file.strip_suffix(".json")?.parse().ok()?)),
         ["assets", file] => Some(Object::Asset(file.parse().ok()?)),
+        ["sketches", file] => Some(Object::Sketch(file.parse().ok()?)),
+        ["scratch", file] => Some(Object::Scratch(file.parse().ok()?)),
+        ["domains.json"] => Some(Object::Domains),
         ["models", tenant, file] => Some(Object::Model(ModelId::new(tenant, file.strip_suffix(".json")?).ok()?)),
         _ => None,
     }

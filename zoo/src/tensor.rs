@@ -4,8 +4,9 @@ use std::sync::Arc;
 
 use ashlar_kernels::format::{Dtype, TensorView};
 
+use crate::manifest::TensorRef;
 use crate::mapping::Mapping;
-use crate::tensor_file::HEADER_BYTES;
+use crate::tensor_file::{self, HEADER_BYTES};
 
 /// A verified tensor. Cheap to clone; the bytes live as long as any clone. `as_ref()` is the payload, 64-byte aligned.
 #[derive(Debug, Clone)]
@@ -38,6 +39,16 @@ impl MappedTensor {
     /// Takes bytes that were verified to be a tensor of this dtype and shape.
     pub(crate) fn new(dtype: Dtype, (rows, cols): (usize, usize), bytes: Arc<TensorBytes>) -> Self {
         Self { dtype, rows, cols, bytes }
+    }
+
+    /// Takes a copy of a payload that is of this tensor.
+    pub(crate) fn owned(tensor: &TensorRef, payload: &[u8]) -> Self {
+        debug_assert_eq!(tensor.digest, tensor_file::digest(tensor.dtype, &tensor.shape, payload));
+        let mut bytes = AlignedBytes::zeroed(HEADER_BYTES + payload.len());
+        bytes.as_mut()[..HEADER_BYTES].copy_from_slice(&tensor_file::header(tensor_file::ENCODING_RAW, tensor.dtype, &tensor.shape));
+        bytes.as_mut()[HEADER_BYTES..].copy_from_slice(payload);
+        let shape = tensor_file::rows_cols(&tensor.shape).expect("refs have shapes that can be stored");
+        Self::new(tensor.dtype, shape, Arc::new(TensorBytes::Owned(bytes)))
     }
 
     /// Element format.

@@ -64,7 +64,7 @@ pub async fn verify(zoo: &Zoo, progress: &dyn Progress) -> Result<VerifyReport, 
     let mut listed = Vec::new();
     let mut bases = BTreeSet::new();
     // Manifests first: they are small, and tell who needs a damaged tensor.
-    for folder in ["chains", "blocks", "adapters", "assets", "bases", "tensors"] {
+    for folder in ["chains", "blocks", "adapters", "sketches", "assets", "bases", "tensors"] {
         let metas = zoo.list(folder).await?;
         listed.extend(metas.into_iter().filter_map(|meta| Some((object(&meta.location)?, meta.size))));
     }
@@ -88,6 +88,9 @@ pub async fn verify(zoo: &Zoo, progress: &dyn Progress) -> Result<VerifyReport, 
         progress.advance(size);
     }
     progress.end();
+    if let Err(StoreError::Damaged { object, reason }) = zoo.read_domains().await {
+        broken.insert(object, reason);
+    }
     let mut needs = follow_names(zoo, &mut report, &mut broken).await?;
     follow_bases(&bases, &mut needs);
     for (tensor, base) in &bases {
@@ -102,6 +105,8 @@ pub async fn verify(zoo: &Zoo, progress: &dyn Progress) -> Result<VerifyReport, 
     }
     let is_needed = |object: &&Object| match object {
         Object::Base { tensor, .. } => needs.contains_key(&Object::Tensor(*tensor)),
+        // A sketch goes with its chain; a missing one is made when it is wanted.
+        Object::Sketch(chain) => needs.contains_key(&Object::Chain(*chain)),
         object => needs.contains_key(*object),
     };
     report.unreferenced_count = present.iter().filter(|object| !is_needed(object)).count() as u64;
@@ -149,6 +154,9 @@ pub(crate) async fn check(zoo: &Zoo, object: &Object) -> Result<(), StoreError> 
         Object::Tensor(digest) => zoo.check_tensor(*digest).await.map(|_| ()),
         // It says all by being there.
         Object::Base { .. } => Ok(()),
+        Object::Sketch(chain) => zoo.checked_sketch(*chain).await.map(|_| ()),
+        Object::Domains => zoo.read_domains().await.map(|_| ()),
+        Object::Scratch(_) => Ok(()),
         Object::Format | Object::TensorOf { .. } | Object::TensorOfAdapter { .. } | Object::Model(_) => Ok(()),
     }
 }

@@ -66,6 +66,7 @@ fn ordinals_grow_with_their_floats_and_turn_back() {
         assert_eq!(of_ordinal(ordinal(bits)), bits);
         assert_eq!(of_zigzag(zigzag(bits)), bits);
     }
-    let floats: Vec<u16> = [f32::NEG_INFINITY, -2.0, -1.0, -0.0, 0.0, 1e-40, 1.0, 1.5, f32::INFINITY].map(|f| (f.to_bits() >> 16) as u16).into();
+    let floats: Vec<u16> =
+        [f32::NEG_INFINITY, -2.0, -1.0, -0.0, 0.0, 1e-40, 1.0, 1.5, f32::INFINITY].map(|f| (f.to_bits() >> 16) as u16).into();
     assert!(floats.windows(2).all(|pair| ordinal(pair[0]) < ordinal(pair[1])));
 }

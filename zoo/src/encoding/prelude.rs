@@ -113,7 +113,10 @@ pub fn parse(encoding: u8, dtype: Dtype, rows: usize, cols: usize, bytes: &[u8])
     }
     let chunk_bytes = 1usize << chunk_log;
     let chunk_count = raw_bytes.div_ceil(chunk_bytes);
-    let expected = chunk_count.checked_mul(4).and_then(|table| table.checked_add(FIXED_BYTES + digest_bytes + codec_bytes)).ok_or(EncodingError::Shape)?;
+    let expected = chunk_count
+        .checked_mul(4)
+        .and_then(|table| table.checked_add(FIXED_BYTES + digest_bytes + codec_bytes))
+        .ok_or(EncodingError::Shape)?;
     let (digest, rest) = rest.split_at_checked(digest_bytes).ok_or(short(expected))?;
     let (mut code, rest) = rest.split_at_checked(codec_bytes).ok_or(short(expected))?;
     let table = rest.get(..4 * chunk_count).ok_or(short(expected))?;

@@ -8,6 +8,7 @@ mod files;
 mod keys;
 mod plan;
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -16,15 +17,17 @@ pub use error::PeftError;
 pub use files::{ADAPTER_BYTES_MAX, AdapterFiles, AdaptersDir};
 
 use super::IngestError;
-use super::add::{AddOptions, Stored, blocking, hash, name, store_tensors};
+use super::add::{AddOptions, Hashed, Stored, blocking, hash, name, store_chain, store_tensors};
 use super::plan::TensorPlan;
 use super::report::{AddReport, Progress, Shared};
+use super::sight::Sight;
 use crate::canonical;
 use crate::digest::Digest;
 use crate::family::peft::LoraConfig;
 use crate::formats::TensorFiles;
 use crate::manifest::{Adapter, AdapterRef, Block, Chain, Change, TensorRef};
 use crate::model_id::ModelId;
+use crate::relatives::{Samples, Sketch};
 use crate::store::{Compression, Object, Put, StoreError, Zoo};
 use crate::tensor_file;
 use base::Base;
@@ -44,9 +47,8 @@ pub fn is_adapter(path: &Path) -> bool {
 pub(super) async fn add(zoo: &Zoo, path: &Path, options: &AddOptions, progress: &dyn Progress) -> Result<AddReport, IngestError> {
     let owned = path.to_owned();
     let files = blocking(move || AdapterFiles::open(&owned)).await?;
-    let prepared = prepare(zoo, files, options.parent.as_ref(), options.source.clone(), progress).await?;
-    let compression = if options.compress { Compression::Alone } else { Compression::Off };
-    let stored = prepared.store(zoo, compression, progress).await?;
+    let prepared = prepare(zoo, files, options, progress).await?;
+    let stored = prepared.store(zoo, options, progress).await?;
     let replaced = name(zoo, options, prepared.parent(), prepared.digest).await?;
     Ok(prepared.report(&options.model, replaced, stored))
 }
@@ -65,6 +67,10 @@ pub(super) struct Prepared {
     chain: Chain,
     /// The chain's.
     pub(super) digest: Digest,
+    /// The chain's.
+    sketch: Sketch,
+    /// What the tenant may know of what is there.
+    sight: Sight,
     notes: Vec<String>,
 }
 
@@ -75,19 +81,17 @@ pub(super) struct Done {
     adapters: Shared,
 }
 
-/// Copies the files, and makes of the copy all that will be stored. `base` is the model that it is over, where that is given; `source` where
-/// it came from, in place of the folder's name.
+/// Copies the files, and makes of the copy all that will be stored.
 pub(super) async fn prepare(
     zoo: &Zoo,
     files: AdapterFiles,
-    base: Option<&ModelId>,
-    source: Option<String>,
+    options: &AddOptions,
     progress: &dyn Progress,
 ) -> Result<Prepared, IngestError> {
     let copies = zoo.clone();
     let Private { config, tensors, source: folder, mut notes } = blocking(move || files.copied(&copies)).await?;
     let config = LoraConfig::parse(&config).map_err(IngestError::AdapterConfig)?;
-    let base = base::find(zoo, config.base.as_deref(), base).await?;
+    let base = base::find(zoo, options.model.tenant(), config.base.as_deref(), options.parent.as_ref()).await?;
     let tensors = Arc::new(tensors);
     let (planned, base) = {
         let tensors = tensors.clone();
@@ -95,16 +99,21 @@ pub(super) async fn prepare(
     };
     let plans: Vec<Arc<TensorPlan>> = planned.tensors.iter().cloned().map(Arc::new).collect();
     // All of it is hashed, and so found to be finite, also what is then left out.
-    let (refs, kept) = hash(&tensors, &plans, progress).await?;
+    let Hashed { refs, samples, kept } = hash(&tensors, &plans, progress).await?;
     assert!(kept.is_empty(), "nothing is converted, so nothing is kept");
-    let blocks = replaced_blocks(&base, &planned, &refs);
+    let (block_digests, blocks) = replaced_blocks(&base, &planned, &refs).into_iter().unzip::<_, _, Vec<_>, Vec<_>>();
     let (list, adapters) = adapters(&planned, &refs);
-    let chain = Chain { blocks: block_digests(&base, &blocks), adapters: list, source: source.unwrap_or(folder), ..base.chain.clone() };
+    let chain = Chain { blocks: block_digests, adapters: list, source: options.source.clone().unwrap_or(folder), ..base.chain.clone() };
     let digest = Digest::of(&canonical::to_bytes(&chain));
+    let sample = |tensor: &TensorRef| samples[refs.iter().position(|of_file| of_file == tensor).expect("it is the file's")];
+    let sketch = sketch(zoo, &base, &chain, &blocks, &adapters, sample).await?;
+    let viewer = zoo.viewer(options.model.tenant()).await?;
+    let sight = Sight::of(zoo, &viewer, &sketch, options, digest).await?;
     let (plans, refs) = planned.used().into_iter().map(|index| (plans[index].clone(), refs[index].clone())).unzip();
     notes.extend(base.note.clone());
     notes.extend(planned.notes);
-    Ok(Prepared { tensors, base, plans, refs, blocks, adapters, chain, digest, notes })
+    notes.extend(sight.notes());
+    Ok(Prepared { tensors, base, plans, refs, blocks, adapters, chain, digest, sketch, sight, notes })
 }
 
 impl Prepared {
@@ -114,34 +123,37 @@ impl Prepared {
     }
 
     /// Stores all but the name.
-    pub(super) async fn store(&self, zoo: &Zoo, compression: Compression<'_>, progress: &dyn Progress) -> Result<Done, IngestError> {
-        let tensors = store_tensors(zoo, &self.tensors, &self.plans, &self.refs, BTreeMap::new(), |_| compression, progress).await?;
-        let blocks = self.store_blocks(zoo).await?;
-        let adapters = self.store_adapters(zoo).await?;
+    pub(super) async fn store(&self, zoo: &Zoo, options: &AddOptions, progress: &dyn Progress) -> Result<Done, IngestError> {
+        let compression = if options.compress { Compression::Alone } else { Compression::Off };
+        let (plans, refs) = (&self.plans, &self.refs);
+        let tensors = store_tensors(&self.sight, &self.tensors, plans, refs, BTreeMap::new(), |_| compression, progress).await?;
+        let blocks = self.store_blocks().await?;
+        let adapters = self.store_adapters().await?;
         renew(zoo, &self.base, &self.blocks).await?;
-        let (digest, _) = zoo.put_chain(&self.chain).await?;
+        let digest = store_chain(&self.sight, &self.chain, &self.sketch).await?;
         assert_eq!(digest, self.digest, "a chain has one digest");
         Ok(Done { tensors, blocks, adapters })
     }
 
     /// Stores the blocks that are not the base's own.
-    async fn store_blocks(&self, zoo: &Zoo) -> Result<Shared, StoreError> {
+    async fn store_blocks(&self) -> Result<Shared, StoreError> {
         let mut new = BTreeSet::new();
-        for (_, block) in self.base.blocks.iter().zip(&self.blocks).filter(|(old, block)| old != block) {
-            let (digest, put) = zoo.put_block(block).await?;
-            if put == Put::New {
-                new.insert(digest);
+        for (index, digest) in self.chain.blocks.iter().enumerate() {
+            let is_own = *digest != self.base.chain.blocks[index];
+            if is_own && self.sight.zoo(*digest).put_block(&self.blocks[index]).await?.1 == Put::New {
+                new.insert(*digest);
             }
         }
         let total = self.chain.blocks.iter().collect::<BTreeSet<_>>().len() as u64;
         Ok(Shared { total, present: total - new.len() as u64 })
     }
 
-    async fn store_adapters(&self, zoo: &Zoo) -> Result<Shared, StoreError> {
+    async fn store_adapters(&self) -> Result<Shared, StoreError> {
         let mut puts = BTreeMap::new();
-        for adapter in &self.adapters {
-            let (digest, put) = zoo.put_adapter(adapter).await?;
-            puts.entry(digest).or_insert(put);
+        for (of_chain, adapter) in self.chain.adapters.iter().zip(&self.adapters) {
+            if let Entry::Vacant(place) = puts.entry(of_chain.digest) {
+                place.insert(self.sight.zoo(of_chain.digest).put_adapter(adapter).await?.1);
+            }
         }
         let present = puts.values().filter(|put| **put == Put::Present).count() as u64;
         Ok(Shared { total: puts.len() as u64, present })
@@ -166,6 +178,7 @@ impl Prepared {
             bytes_total: distinct.values().sum(),
             bytes_new: done.tensors.bytes_new,
             bytes_stored: done.tensors.bytes_stored,
+            nearest: None,
             notes: self.notes,
         }
     }
@@ -175,19 +188,17 @@ fn missing(path: &Path, reason: &'static str) -> IngestError {
     IngestError::NoCheckpoint { path: PathBuf::from(path), reason }
 }
 
-/// The base's blocks, with the tensors in them that the adapter brings whole.
-fn replaced_blocks(base: &Base, planned: &AdapterPlan, refs: &[TensorRef]) -> Vec<Block> {
-    let mut blocks = base.blocks.clone();
+/// The base's blocks, with the tensors in them that the adapter brings whole, and their digests.
+fn replaced_blocks(base: &Base, planned: &AdapterPlan, refs: &[TensorRef]) -> Vec<(Digest, Block)> {
+    let mut blocks: Vec<(Digest, Block)> = base.chain.blocks.iter().copied().zip(base.blocks.iter().cloned()).collect();
     for ((block, role), index) in &planned.replaced {
-        blocks[*block].tensors.insert((*role).to_owned(), refs[*index].clone());
+        blocks[*block].1.tensors.insert((*role).to_owned(), refs[*index].clone());
+    }
+    for (index, (digest, block)) in blocks.iter_mut().enumerate().filter(|(index, (_, block))| base.blocks[*index] != *block) {
+        *digest = canonical::digest(block);
+        debug_assert_ne!(*digest, base.chain.blocks[index]);
     }
     blocks
-}
-
-/// Digests of a chain's blocks: the base's own where they are the same.
-fn block_digests(base: &Base, blocks: &[Block]) -> Vec<Digest> {
-    let pairs = base.blocks.iter().zip(blocks).zip(&base.chain.blocks);
-    pairs.map(|((old, new), digest)| if old == new { *digest } else { Digest::of(&canonical::to_bytes(new)) }).collect()
 }
 
 /// The planned adapters, in order of their blocks, and how the chain refers to them.
@@ -199,6 +210,33 @@ fn adapters(planned: &AdapterPlan, refs: &[TensorRef]) -> (Vec<AdapterRef>, Vec<
         (AdapterRef { block_index, digest: Digest::of(&canonical::to_bytes(&adapter)) }, adapter)
     };
     planned.changes.iter().map(one).unzip()
+}
+
+/// The chain's sketch: the base's samples, but of matrices that the adapter brings whole.
+async fn sketch(
+    zoo: &Zoo,
+    base: &Base,
+    chain: &Chain,
+    blocks: &[Block],
+    adapters: &[Adapter],
+    own: impl Fn(&TensorRef) -> Samples,
+) -> Result<Sketch, StoreError> {
+    let of_base = match zoo.read_sketch(base.digest).await? {
+        Some(sketch) => sketch,
+        None => zoo.make_sketch(base.digest).await?,
+    };
+    let blocks: Vec<(Digest, &Block)> = chain.blocks.iter().copied().zip(blocks).collect();
+    let adapters: Vec<(Digest, &Adapter)> = chain.adapters.iter().map(|adapter| adapter.digest).zip(adapters).collect();
+    let mut at = 0;
+    Sketch::new(&blocks, &adapters, &base.chain.assets, |index, role| {
+        let (tensor, place) = (&blocks[index].1.tensors[role], at);
+        at += 1;
+        if *tensor != base.blocks[index].tensors[role] {
+            return Ok(own(tensor));
+        }
+        let damaged = || StoreError::Damaged { object: Object::Sketch(base.digest), reason: "it is of another chain".to_owned() };
+        of_base.samples(place).ok_or_else(damaged)
+    })
 }
 
 /// What is the base's is in use from now on: its own name may go while this is written.

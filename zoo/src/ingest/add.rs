@@ -2,11 +2,14 @@
 //! the chain, and last the name.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::convert::Infallible;
 use std::path::Path;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use ashlar_kernels::format::TensorView;
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt, stream};
 
@@ -15,12 +18,15 @@ use super::checkpoint::Checkpoint;
 use super::convert::Recipe;
 use super::plan::{self, Plan, TensorPlan};
 use super::report::{AddReport, Progress, Shared, Stage};
+use super::sight::Sight;
 use super::text::{self, Text};
 use super::{IngestError, gather};
+use crate::canonical;
 use crate::digest::Digest;
 use crate::formats::TensorFiles;
 use crate::manifest::{Assets, Block, Chain, ModelName, Past, TensorRef};
 use crate::model_id::ModelId;
+use crate::relatives::{Samples, Sketch};
 use crate::store::{Compression, Put, StoreError, Stored as StoredTensor, Zoo};
 use crate::tensor_file;
 
@@ -71,18 +77,27 @@ pub async fn add(zoo: &Zoo, path: &Path, options: &AddOptions, progress: &dyn Pr
     let files = &checkpoint.tensors;
     let tensor_plans: Vec<Arc<TensorPlan>> = std::mem::take(&mut plan.tensors).into_iter().map(Arc::new).collect();
 
-    let (refs, kept) = hash(files, &tensor_plans, progress).await?;
-    let near = if options.compress { near(zoo, options, &plan).await? } else { BTreeMap::new() };
+    let Hashed { refs, samples, kept } = hash(files, &tensor_plans, progress).await?;
+    let blocks = blocks(checkpoint.decoder.width, &plan, &refs);
+    let chain = chain(&checkpoint, &plan, blocks.iter().map(|(digest, _)| *digest).collect(), &text, options);
+    let sketch = sketch(&plan, &blocks, &chain.assets, &samples);
+    let viewer = zoo.viewer(options.model.tenant()).await?;
+    let sight = Sight::of(zoo, &viewer, &sketch, options, canonical::digest(&chain)).await?;
+
+    let near = if options.compress { sight.near(options, &plan).await? } else { BTreeMap::new() };
     let compression = |index: usize| match near.get(&index) {
         _ if !options.compress => Compression::Off,
         Some(tensor) => Compression::Over(tensor),
         None => Compression::Alone,
     };
-    let stored = store_tensors(zoo, files, &tensor_plans, &refs, kept, compression, progress).await?;
-    let (blocks, block_count) = store_blocks(zoo, checkpoint.decoder.width, &plan, &refs).await?;
-    let chain = chain(&checkpoint, &plan, blocks, &text, store_assets(zoo, &text).await?, options);
-    let (chain, _) = zoo.put_chain(&chain).await?;
+    let stored = store_tensors(&sight, files, &tensor_plans, &refs, kept, compression, progress).await?;
+    let block_count = store_blocks(&sight, &blocks).await?;
+    store_assets(&sight, &text).await?;
+    let chain = store_chain(&sight, &chain, &sketch).await?;
     let replaced = name(zoo, options, options.parent.as_ref().map(ToString::to_string), chain).await?;
+    let mut notes = text.notes;
+    notes.extend(sight.notes());
+    let nearest = sight.kinship(&blocks, &mut notes).await;
     Ok(AddReport {
         model: options.model.clone(),
         chain,
@@ -95,19 +110,23 @@ pub async fn add(zoo: &Zoo, path: &Path, options: &AddOptions, progress: &dyn Pr
         bytes_total: stored.bytes_total,
         bytes_new: stored.bytes_new,
         bytes_stored: stored.bytes_stored,
-        notes: text.notes,
+        nearest,
+        notes,
     })
+}
+
+/// What [`hash`] found of each tensor, in the order of the plans.
+pub(super) struct Hashed {
+    pub(super) refs: Vec<TensorRef>,
+    pub(super) samples: Vec<Samples>,
+    pub(super) kept: Kept,
 }
 
 /// Payloads by index, where they were converted and kept.
 pub(super) type Kept = BTreeMap<usize, Bytes>;
 
 /// Identity of every tensor as it will be stored. Finds values that are not finite before anything is written.
-pub(super) async fn hash(
-    files: &Arc<TensorFiles>,
-    plans: &[Arc<TensorPlan>],
-    progress: &dyn Progress,
-) -> Result<(Vec<TensorRef>, Kept), IngestError> {
+pub(super) async fn hash(files: &Arc<TensorFiles>, plans: &[Arc<TensorPlan>], progress: &dyn Progress) -> Result<Hashed, IngestError> {
     progress.begin(Stage::Hash, plans.iter().map(|plan| target_bytes(plan)).sum());
     let hashed = stream::iter(plans.iter().cloned()).map(|plan| {
         let files = files.clone();
@@ -116,8 +135,10 @@ pub(super) async fn hash(
             let hashed = blocking(move || {
                 let payload = gather::payload(&files, &plan)?;
                 let digest = tensor_file::digest(plan.target, &plan.shape, &payload);
+                let (rows, cols) = tensor_file::rows_cols(&plan.shape).expect("checked by the plan");
+                let samples = Samples::of(&TensorView { dtype: plan.target, rows, cols, bytes: &payload });
                 let tensor = TensorRef { digest, dtype: plan.target, shape: plan.shape.clone() };
-                Ok((tensor, (plan.source != plan.target).then_some(payload)))
+                Ok((tensor, samples, (plan.source != plan.target).then_some(payload)))
             })
             .await?;
             progress.advance(bytes);
@@ -126,8 +147,9 @@ pub(super) async fn hash(
     });
     // A few at a time: memory is bounded by so many tensors and what is kept, whatever the model.
     let mut hashed = pin!(hashed.buffered(concurrency()));
-    let (mut refs, mut kept, mut kept_bytes) = (Vec::with_capacity(plans.len()), Kept::new(), 0);
-    while let Some((tensor, converted)) = hashed.try_next().await? {
+    let (mut refs, mut samples) = (Vec::with_capacity(plans.len()), Vec::with_capacity(plans.len()));
+    let (mut kept, mut kept_bytes) = (Kept::new(), 0);
+    while let Some((tensor, sampled, converted)) = hashed.try_next().await? {
         if let Some(payload) = converted
             && kept_bytes + payload.len() as u64 <= KEPT_BYTES_MAX
         {
@@ -135,9 +157,10 @@ pub(super) async fn hash(
             kept.insert(refs.len(), payload);
         }
         refs.push(tensor);
+        samples.push(sampled);
     }
     progress.end();
-    Ok((refs, kept))
+    Ok(Hashed { refs, samples, kept })
 }
 
 /// What [`store_tensors`] did.
@@ -148,29 +171,9 @@ pub(super) struct Stored {
     pub(super) bytes_stored: u64,
 }
 
-/// The tensors that the plan's may be close to: those in the same places of the model that it was tuned from, or else of the one that has its
-/// name now. By index into the plan's tensors.
-async fn near(zoo: &Zoo, options: &AddOptions, plan: &Plan) -> Result<BTreeMap<usize, TensorRef>, IngestError> {
-    let relative = options.parent.as_ref().unwrap_or(&options.model);
-    let relative = match zoo.resolve(relative).await {
-        Ok(relative) => relative,
-        Err(StoreError::Missing { .. } | StoreError::Damaged { .. }) => return Ok(BTreeMap::new()),
-        Err(e) => return Err(e.into()),
-    };
-    let mut near = BTreeMap::new();
-    for (block, other) in plan.blocks.iter().zip(&relative.blocks) {
-        for (role, index) in &block.tensors {
-            if let Some(tensor) = other.tensors.get(*role) {
-                near.insert(*index, tensor.clone());
-            }
-        }
-    }
-    Ok(near)
-}
-
-/// Stores what is not there, each as `compression` says for its index.
+/// Stores what is not there, as far as `sight` goes, each as `compression` says for its index.
 pub(super) async fn store_tensors<'a>(
-    zoo: &Zoo,
+    sight: &Sight,
     files: &Arc<TensorFiles>,
     plans: &[Arc<TensorPlan>],
     refs: &[TensorRef],
@@ -183,6 +186,7 @@ pub(super) async fn store_tensors<'a>(
     progress.begin(Stage::Store, bytes_total);
     let stored = stream::iter(distinct.values().copied()).map(|index| {
         let (plan, tensor, kept, compression) = (&plans[index], &refs[index], kept.remove(&index), compression(index));
+        let zoo = sight.zoo(tensor.digest);
         async move {
             let bytes = target_bytes(plan);
             let stored = match zoo.keep_tensor(tensor).await? {
@@ -212,32 +216,56 @@ pub(super) async fn store_tensors<'a>(
     Ok(Stored { count: Shared { total, present: total - new.count() as u64 }, bytes_total, bytes_new, bytes_stored })
 }
 
-async fn store_blocks(zoo: &Zoo, width: u32, plan: &Plan, refs: &[TensorRef]) -> Result<(Vec<Digest>, Shared), StoreError> {
-    let mut digests = Vec::with_capacity(plan.blocks.len());
-    let mut puts = BTreeMap::new();
-    for block in &plan.blocks {
+/// The block descriptors of a planned model, and their digests.
+fn blocks(width: u32, plan: &Plan, refs: &[TensorRef]) -> Vec<(Digest, Block)> {
+    let described = plan.blocks.iter().map(|block| {
         let tensors = block.tensors.iter().map(|(role, index)| ((*role).to_owned(), refs[*index].clone())).collect();
-        let (digest, put) = zoo.put_block(&Block { width, params: block.params.clone(), tensors }).await?;
-        // A block that the model has twice is new once.
-        puts.entry(digest).or_insert(put);
-        digests.push(digest);
-    }
-    let present = puts.values().filter(|put| **put == Put::Present).count() as u64;
-    Ok((digests, Shared { total: puts.len() as u64, present }))
+        let block = Block { width, params: block.params.clone(), tensors };
+        (canonical::digest(&block), block)
+    });
+    described.collect()
 }
 
-async fn store_assets(zoo: &Zoo, text: &Text) -> Result<Assets, StoreError> {
-    let mut digests = [None; 3];
-    for (digest, bytes) in digests.iter_mut().zip([&text.tokenizer, &text.chat_template, &text.card]) {
-        if let Some(bytes) = bytes {
-            *digest = Some(zoo.put_asset(bytes.clone()).await?.0);
+fn sketch(plan: &Plan, blocks: &[(Digest, Block)], assets: &Assets, samples: &[Samples]) -> Sketch {
+    let blocks: Vec<(Digest, &Block)> = blocks.iter().map(|(digest, block)| (*digest, block)).collect();
+    let sample = |index: usize, role: &str| Ok::<_, Infallible>(samples[plan.blocks[index].tensor(role)]);
+    Sketch::new(&blocks, &[], assets, sample).unwrap_or_else(|never| match never {})
+}
+
+async fn store_blocks(sight: &Sight, blocks: &[(Digest, Block)]) -> Result<Shared, StoreError> {
+    let mut puts = BTreeMap::new();
+    for (digest, block) in blocks {
+        // A block that the model has twice is stored, and new, once.
+        if let Entry::Vacant(place) = puts.entry(*digest) {
+            place.insert(sight.zoo(*digest).put_block(block).await?.1);
         }
     }
-    let [tokenizer, chat_template, card] = digests;
-    Ok(Assets { tokenizer, chat_template, card })
+    let present = puts.values().filter(|put| **put == Put::Present).count() as u64;
+    Ok(Shared { total: puts.len() as u64, present })
 }
 
-fn chain(checkpoint: &Checkpoint, plan: &Plan, blocks: Vec<Digest>, text: &Text, assets: Assets, options: &AddOptions) -> Chain {
+async fn store_assets(sight: &Sight, text: &Text) -> Result<(), StoreError> {
+    for bytes in [&text.tokenizer, &text.chat_template, &text.card].into_iter().flatten() {
+        sight.zoo(Digest::of(bytes)).put_asset(bytes.clone()).await?;
+    }
+    Ok(())
+}
+
+fn assets(text: &Text) -> Assets {
+    let [tokenizer, chat_template, card] =
+        [&text.tokenizer, &text.chat_template, &text.card].map(|bytes| bytes.as_ref().map(|bytes| Digest::of(bytes)));
+    Assets { tokenizer, chat_template, card }
+}
+
+/// Stores a chain and its sketch.
+pub(super) async fn store_chain(sight: &Sight, chain: &Chain, sketch: &Sketch) -> Result<Digest, StoreError> {
+    let zoo = sight.zoo(canonical::digest(chain));
+    let (digest, _) = zoo.put_chain(chain).await?;
+    zoo.put_sketch(digest, sketch).await?;
+    Ok(digest)
+}
+
+fn chain(checkpoint: &Checkpoint, plan: &Plan, blocks: Vec<Digest>, text: &Text, options: &AddOptions) -> Chain {
     Chain {
         format: 1,
         architecture: checkpoint.decoder.architecture.to_owned(),
@@ -246,7 +274,7 @@ fn chain(checkpoint: &Checkpoint, plan: &Plan, blocks: Vec<Digest>, text: &Text,
         context_tokens: plan.context_tokens,
         blocks,
         adapters: Vec::new(),
-        assets,
+        assets: assets(text),
         tokens: text.tokens.clone(),
         defaults: text.defaults.clone(),
         licence: text.licence.clone(),

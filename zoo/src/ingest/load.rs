@@ -3,12 +3,12 @@
 
 use super::IngestError;
 use super::adapter::{AdapterFiles, prepare};
-use super::add::now_ms;
+use super::add::{AddOptions, now_ms};
 use super::report::{AddReport, Progress};
 use crate::digest::Digest;
 use crate::manifest::ModelName;
 use crate::model_id::ModelId;
-use crate::store::{Compression, StoreError, Zoo};
+use crate::store::{StoreError, Zoo};
 
 /// What a load was asked.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -44,12 +44,13 @@ pub enum UnloadError {
 /// # Errors
 /// As `add`, and [`IngestError::Exists`] where the name means another chain.
 pub async fn load(zoo: &Zoo, files: AdapterFiles, options: &LoadOptions, progress: &dyn Progress) -> Result<AddReport, IngestError> {
-    let prepared = prepare(zoo, files, options.base.as_ref(), None, progress).await?;
+    // Raw, as somebody waits for it.
+    let add = AddOptions { parent: options.base.clone(), compress: false, ..AddOptions::new(options.model.clone()) };
+    let prepared = prepare(zoo, files, &add, progress).await?;
     let model = &options.model;
     let free = Free { options, chain: prepared.digest };
     free.check(current(zoo, model).await?.as_ref())?;
-    // Raw, as somebody waits for it.
-    let done = prepared.store(zoo, Compression::Off, progress).await?;
+    let done = prepared.store(zoo, &add, progress).await?;
     let found = current(zoo, model).await?;
     let is_there = free.check(found.as_ref())?;
     if !is_there {

@@ -33,6 +33,13 @@ pub(super) struct BlockPlan {
     pub(super) tensors: Vec<(&'static str, usize)>,
 }
 
+impl BlockPlan {
+    /// Index of the tensor of a role.
+    pub(super) fn tensor(&self, role: &str) -> usize {
+        self.tensors.iter().find(|(name, _)| *name == role).expect("planned for the block's kind").1
+    }
+}
+
 /// A tensor to store: where it comes from and what it becomes.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct TensorPlan {
@@ -207,7 +214,7 @@ impl Planner<'_> {
 }
 
 fn tensor_of(blocks: &[BlockPlan], block: usize, role: &str) -> usize {
-    blocks[block].tensors.iter().find(|(name, _)| *name == role).expect("planned above").1
+    blocks[block].tensor(role)
 }
 
 fn used_as(role: &Role) -> Use {

@@ -4,19 +4,20 @@ use std::fmt;
 
 use crate::digest::Digest;
 use crate::model_id::ModelId;
+use crate::relatives::Kinship;
 
 /// How much of something was there already.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Shared {
     /// Distinct ones that the model has.
     pub total: u64,
-    /// Of these, stored before.
+    /// Of these, what a model has that the tenant may see.
     pub present: u64,
 }
 
 /// What an `add` did. Displays as "61 of 62 blocks, 271 of 272 tensors already here; 1.8 MB new of 269 MB, stored as 1.2 MB", of an adapter as
 /// "18 of 18 blocks, 0 of 16 adapters, 130 of 194 tensors already here; 102 kB new of 2.1 MB".
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+#[derive(Debug, Clone, PartialEq, serde::Serialize)]
 pub struct AddReport {
     /// The name.
     #[serde(serialize_with = "as_text")]
@@ -38,10 +39,12 @@ pub struct AddReport {
     pub tensors: Shared,
     /// Bytes of the model's distinct tensors.
     pub bytes_total: u64,
-    /// Of these, newly stored.
+    /// Of these, bytes that no model has that the tenant may see.
     pub bytes_new: u64,
     /// What they take in the store: less where they are encoded.
     pub bytes_stored: u64,
+    /// The nearest relative that the tenant may see, and how it differs; none of an adapter, which has a base.
+    pub nearest: Option<Kinship>,
     /// Things that the user should know.
     pub notes: Vec<String>,
 }

@@ -45,6 +45,12 @@ pub enum Object {
     Chain(Digest),
     /// A tokenizer, template or card.
     Asset(Digest),
+    /// The sketch of a chain, by the chain.
+    Sketch(Digest),
+    /// What a tenant adds that does not see that it is there already: written, and deleted.
+    Scratch(Digest),
+    /// `domains.json`.
+    Domains,
     /// A name.
     Model(ModelId),
 }
@@ -61,6 +67,9 @@ impl fmt::Display for Object {
             Self::Adapter(digest) => write!(f, "adapter {digest}"),
             Self::Chain(digest) => write!(f, "chain {digest}"),
             Self::Asset(digest) => write!(f, "asset {digest}"),
+            Self::Sketch(chain) => write!(f, "sketch of chain {chain}"),
+            Self::Scratch(tensor) => write!(f, "scratch of tensor {tensor}"),
+            Self::Domains => f.write_str("domains.json"),
             Self::Model(id) => write!(f, "model {id}"),
         }
     }
@@ -125,6 +134,9 @@ pub enum StoreError {
         #[source]
         source: Box<object_store::Error>,
     },
+    /// Others changed `domains.json` faster than we could follow.
+    #[error("domains.json is being changed by others; try again")]
+    DomainsContended,
     /// The store did not answer, or refused.
     #[error("failed to {action} `{key}`")]
     Store {
@@ -155,7 +167,7 @@ impl StoreError {
         match self {
             Self::NoZoo { .. } | Self::Format { .. } => Retry::Never,
             Self::Missing { .. } | Self::Damaged { .. } => Retry::Elsewhere,
-            Self::Conflict { .. } | Self::Read { .. } | Self::Store { .. } | Self::File { .. } => Retry::Same,
+            Self::Conflict { .. } | Self::DomainsContended | Self::Read { .. } | Self::Store { .. } | Self::File { .. } => Retry::Same,
         }
     }
 

@@ -30,9 +30,7 @@ impl Zoo {
     /// # Errors
     /// When the store cannot list.
     pub async fn list_models(&self) -> Result<Vec<(ModelId, Result<ModelName, StoreError>)>, StoreError> {
-        let metas = self.list("models").await?;
-        let mut ids: Vec<ModelId> = metas.iter().filter_map(|meta| as_model(object(&meta.location)?)).collect();
-        ids.sort();
+        let ids = self.model_ids(None).await?;
         let mut models = Vec::with_capacity(ids.len());
         for id in ids {
             match self.read_model(&id).await {
@@ -41,6 +39,15 @@ impl Zoo {
             }
         }
         Ok(models)
+    }
+
+    /// The names that there are, of all tenants or of one, in order.
+    pub(crate) async fn model_ids(&self, tenant: Option<&str>) -> Result<Vec<ModelId>, StoreError> {
+        let folder = tenant.map_or_else(|| "models".to_owned(), |tenant| format!("models/{tenant}"));
+        let metas = self.list(&folder).await?;
+        let mut ids: Vec<ModelId> = metas.iter().filter_map(|meta| as_model(object(&meta.location)?)).collect();
+        ids.sort();
+        Ok(ids)
     }
 
     /// Sets a name, if it still is `expected` (`None`: if it does not exist).

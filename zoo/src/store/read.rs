@@ -121,7 +121,7 @@ impl Zoo {
     }
 
     /// Objects under a folder (`tensors`, `blocks`, ...), in no particular order.
-    pub(crate) async fn list(&self, folder: &'static str) -> Result<Vec<ObjectMeta>, StoreError> {
+    pub(crate) async fn list(&self, folder: &str) -> Result<Vec<ObjectMeta>, StoreError> {
         let mut stream = self.inner.store.list(Some(&Path::from(folder)));
         let mut metas = Vec::new();
         while let Some(meta) = stream.next().await {

@@ -1,5 +1,5 @@
-//! Writing immutable objects: present ones are only touched, so that `gc` takes nothing that an `add` relies on.
-//! In a local directory an object appears by rename of a synced temporary file (`LocalFileSystem` with fsync).
+//! Writing immutable objects: present ones are only touched (but by those who must not learn that they are present, `Zoo::blind`), so that
+//! `gc` takes nothing that an `add` relies on. In a local directory an object appears by rename of a synced temporary file (`LocalFileSystem` with fsync).
 
 use std::fs::File;
 use std::time::SystemTime;
@@ -57,15 +57,15 @@ impl Zoo {
         if self.keep_tensor(tensor).await? {
             return Ok(Stored { put: Put::Present, bytes: 0 });
         }
-        // What is there is damaged, or too old in a store where only a put renews it.
+        // What is there is damaged, too old in a store where only a put renews it, or not to be known of.
         let there = self.head(&Object::Tensor(tensor.digest)).await?.is_some();
-        let bytes = self.write_tensor(tensor, payload, compression).await?;
-        Ok(Stored { put: if there { Put::Present } else { Put::New }, bytes })
+        let bytes = self.write_tensor(tensor, payload, compression, there).await?;
+        Ok(Stored { put: if there && !self.blind { Put::Present } else { Put::New }, bytes })
     }
 
     /// Writes a tensor whatever is there: what is there is damaged.
     pub(crate) async fn rewrite_tensor(&self, tensor: &TensorRef, payload: Bytes) -> Result<(), StoreError> {
-        self.write_tensor(tensor, payload, Compression::Alone).await.map(|_| ())
+        self.write_tensor(tensor, payload, Compression::Alone, true).await.map(|_| ())
     }
 
     /// Marks that a tensor is stored as a delta of another one, so that `gc` keeps that as long.
@@ -73,10 +73,12 @@ impl Zoo {
         self.put(&Object::Base { tensor, base }, vec![Bytes::new()]).await.map(|_| ())
     }
 
-    /// Writes a tensor that is not there. Returns the bytes of its file.
-    async fn write_tensor(&self, tensor: &TensorRef, payload: Bytes, compression: Compression<'_>) -> Result<u64, StoreError> {
+    /// Writes a tensor. Returns the bytes of its file. Where it is `there`, others may be stored over it: it must come to lie no deeper, nor over one of
+    /// them, so it never becomes a delta then.
+    async fn write_tensor(&self, tensor: &TensorRef, payload: Bytes, compression: Compression<'_>, there: bool) -> Result<u64, StoreError> {
         debug_assert_eq!(tensor.digest, tensor_file::digest(tensor.dtype, &tensor.shape, &payload));
         let base = match compression {
+            Compression::Over(_) if there && !self.blind => None,
             Compression::Over(near) if near.digest != tensor.digest && near.dtype == tensor.dtype && near.shape == tensor.shape => {
                 self.base_to_store_over(near).await?
             }
@@ -88,16 +90,39 @@ impl Zoo {
         };
         let (encoding, body) = match encoded {
             Some(encoded) => (encoded.encoding as u8, Bytes::from(encoded.bytes)),
-            None => (tensor_file::ENCODING_RAW, payload),
+            None => (tensor_file::ENCODING_RAW, payload.clone()),
         };
-        if let Some((base, ..)) = base.filter(|_| encoding == Encoding::Delta as u8) {
+        let (is_delta, raw) = (encoding == Encoding::Delta as u8, payload);
+        let header = Bytes::copy_from_slice(&tensor_file::header(encoding, tensor.dtype, &tensor.shape));
+        let bytes = (header.len() + body.len()) as u64;
+        if is_delta && there {
+            self.write_beside(tensor, vec![header, body], raw).await?;
+            return Ok(bytes);
+        }
+        if let Some((base, ..)) = base.filter(|_| is_delta) {
             // Before the delta, so that no `gc` can see one whose base seems unused.
             self.put_base(tensor.digest, base).await?;
         }
-        let header = Bytes::copy_from_slice(&tensor_file::header(encoding, tensor.dtype, &tensor.shape));
-        let bytes = (header.len() + body.len()) as u64;
         self.write(&Object::Tensor(tensor.digest), vec![header, body]).await?;
         Ok(bytes)
+    }
+
+    /// Does for a tensor that is there what would be done if it were not: writes the same bytes, and takes them away again. What is there is
+    /// trusted if its start can be read, as it is in a remote store, and renewed; else it is written raw.
+    async fn write_beside(&self, tensor: &TensorRef, parts: Vec<Bytes>, raw: Bytes) -> Result<(), StoreError> {
+        let scratch = Object::Scratch(tensor.digest);
+        self.write(&scratch, parts).await?;
+        match self.inner.store.delete(&key(&scratch)).await {
+            Ok(()) | Err(object_store::Error::NotFound { .. }) => {}
+            Err(source) => return Err(StoreError::Store { action: "delete", key: key(&scratch).to_string(), source }),
+        }
+        match self.renew_tensor(tensor.digest).await {
+            Err(StoreError::Damaged { .. } | StoreError::Missing { .. }) => {
+                let header = tensor_file::header(tensor_file::ENCODING_RAW, tensor.dtype, &tensor.shape);
+                self.write(&Object::Tensor(tensor.digest), vec![Bytes::copy_from_slice(&header), raw]).await
+            }
+            renewed => renewed,
+        }
     }
 
     /// A tensor to store another one over, with its depth, where it is there and sound and has room for one more; `gc` leaves it from now on.
@@ -200,6 +225,9 @@ impl Zoo {
 
     /// Whether the tensor is there and sound, as [`Zoo::keep`]; where it is, `gc` leaves what it is stored over as well.
     pub(crate) async fn keep_tensor(&self, tensor: &TensorRef) -> Result<bool, StoreError> {
+        if self.blind {
+            return Ok(false);
+        }
         let object = Object::Tensor(tensor.digest);
         let Some(meta) = self.head(&object).await? else { return Ok(false) };
         let kept = async {
@@ -234,6 +262,9 @@ impl Zoo {
 
     /// Whether the object is there and sound (a remote store is trusted with that); where it is, makes sure that `gc` leaves it for a grace period.
     pub(crate) async fn keep(&self, object: &Object, len: u64) -> Result<bool, StoreError> {
+        if self.blind {
+            return Ok(false);
+        }
         let Some(meta) = self.head(object).await? else { return Ok(false) };
         if meta.size != len {
             return Ok(false); // Damaged by something outside; the caller writes it anew.
@@ -286,7 +317,10 @@ impl Zoo {
         }
     }
 
-    async fn put(&self, object: &Object, parts: Vec<Bytes>) -> Result<Put, StoreError> {
+    pub(super) async fn put(&self, object: &Object, parts: Vec<Bytes>) -> Result<Put, StoreError> {
+        if self.blind {
+            return self.write(object, parts).await.map(|()| Put::New);
+        }
         let len: usize = parts.iter().map(Bytes::len).sum();
         let present = self.head(object).await?.is_some_and(|meta| meta.size == len as u64);
         if self.keep(object, len as u64).await? {

@@ -1,9 +1,11 @@
-//! The model that an adapter is over: named by the user, or the one model whose name or source is what the adapter asks for. Only
+//! The model that an adapter is over: named by the user, or the one model that the tenant may see whose name or source is what the adapter asks for. Only
 //! the last component of it is a guess, which is told.
 
+use crate::digest::Digest;
 use crate::ingest::IngestError;
 use crate::manifest::{Block, Chain};
 use crate::model_id::ModelId;
+use crate::relatives::Viewer;
 use crate::store::Zoo;
 
 /// Most characters of the name that the adapter asks for in what people read.
@@ -13,6 +15,7 @@ const WANTED_CHARS_MAX: usize = 200;
 #[derive(Debug)]
 pub(super) struct Base {
     pub(super) id: ModelId,
+    pub(super) digest: Digest,
     pub(super) chain: Chain,
     pub(super) blocks: Vec<Block>,
     /// What the user should know of the choice.
@@ -20,10 +23,15 @@ pub(super) struct Base {
 }
 
 /// Finds and reads it. `wanted` is what adapter_config.json asks for.
-pub(super) async fn find(zoo: &Zoo, wanted: Option<&str>, given: Option<&ModelId>) -> Result<Base, IngestError> {
+///
+/// # Errors
+/// When there is none that `tenant` may see, or not one.
+pub(super) async fn find(zoo: &Zoo, tenant: &str, wanted: Option<&str>, given: Option<&ModelId>) -> Result<Base, IngestError> {
+    let viewer = zoo.viewer(tenant).await?;
     let (id, found) = match given {
+        Some(id) if !viewer.sees(id) => return Err(IngestError::BaseHidden { base: id.clone(), tenant: tenant.to_owned() }),
         Some(id) => (id.clone(), None),
-        None => seek(zoo, wanted).await.map(|(id, found)| (id, Some(found)))?,
+        None => seek(zoo, &viewer, wanted).await.map(|(id, found)| (id, Some(found)))?,
     };
     let model = zoo.resolve(&id).await?;
     let note = wanted.and_then(|wanted| {
@@ -37,22 +45,18 @@ pub(super) async fn find(zoo: &Zoo, wanted: Option<&str>, given: Option<&ModelId
         }
     });
     match model.chain.adapters.is_empty() {
-        true => Ok(Base { id, chain: model.chain, blocks: model.blocks, note }),
+        true => Ok(Base { id, digest: model.name.chain, chain: model.chain, blocks: model.blocks, note }),
         false => Err(IngestError::BaseAdapted { base: id, parent: model.name.parent.unwrap_or_else(|| "its own base".to_owned()) }),
     }
 }
 
-async fn seek(zoo: &Zoo, wanted: Option<&str>) -> Result<(ModelId, Match), IngestError> {
+async fn seek(zoo: &Zoo, viewer: &Viewer, wanted: Option<&str>) -> Result<(ModelId, Match), IngestError> {
     let Some(wanted) = wanted else { return Err(IngestError::BaseUnsaid) };
     let (mut full, mut last) = (Vec::new(), Vec::new());
-    for (id, name) in zoo.list_models().await? {
+    for (id, name) in zoo.list_visible(viewer).await? {
         // What cannot be read cannot be the base; `verify` tells of it.
-        let chain = match name {
-            // One that servers were asked to load is nobody's base unless given: it may go at any time.
-            Ok(name) if name.loaded => None,
-            Ok(name) => zoo.read_chain(name.chain).await.ok(),
-            Err(_) => None,
-        };
+        // One that servers were asked to load is nobody's base unless given: it may go at any time.
+        let chain = if name.loaded { None } else { zoo.read_chain(name.chain).await.ok() };
         let Some(chain) = chain.filter(|chain| chain.adapters.is_empty()) else { continue };
         match matches(wanted, &id, &chain.source) {
             Some(Match::Full) => full.push(id),

@@ -1,0 +1,41 @@
+//! Whose models someone may see: one's own, and those of tenants that the operator declared public (`domains.json`).
+
+use std::collections::BTreeSet;
+
+use crate::model_id::ModelId;
+use crate::store::{Domains, StoreError, Zoo};
+
+/// A tenant, as one who looks for relatives.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Viewer {
+    tenants: BTreeSet<String>,
+}
+
+impl Viewer {
+    /// What `tenant` may see where these domains hold.
+    pub fn new(tenant: &str, domains: Domains) -> Self {
+        let mut tenants = domains.public;
+        tenants.insert(tenant.to_owned());
+        Self { tenants }
+    }
+
+    /// Whether it may see a model.
+    pub fn sees(&self, model: &ModelId) -> bool {
+        self.tenants.contains(model.tenant())
+    }
+
+    /// Tenants whose models it may see, in order.
+    pub fn tenants(&self) -> impl Iterator<Item = &str> {
+        self.tenants.iter().map(String::as_str)
+    }
+}
+
+impl Zoo {
+    /// What a tenant may see now.
+    ///
+    /// # Errors
+    /// When `domains.json` is damaged, or the store fails.
+    pub async fn viewer(&self, tenant: &str) -> Result<Viewer, StoreError> {
+        Ok(Viewer::new(tenant, self.read_domains().await?))
+    }
+}
