@@ -1,8 +1,10 @@
 //! `ashlar zoo ...`: the block zoo from the command line. Parses, calls ashlar-zoo, prints; it decides nothing.
 
+mod measure;
 mod progress;
 mod report;
 mod table;
+mod unmerge;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -12,9 +14,9 @@ use ashlar_zoo::export::export;
 use ashlar_zoo::gc;
 use ashlar_zoo::hub::{self, Hub, PullOptions, RepoId};
 use ashlar_zoo::ingest::{self, AddOptions, AddReport, Recipe};
-use ashlar_zoo::model_id::ModelId;
+use ashlar_zoo::model_id::{ModelId, is_tenant};
 use ashlar_zoo::repair;
-use ashlar_zoo::store::{GRACE_DEFAULT, Zoo};
+use ashlar_zoo::store::{Domains, GRACE_DEFAULT, Zoo};
 use ashlar_zoo::verify;
 use clap::{Args, Subcommand};
 
@@ -109,6 +111,21 @@ pub(crate) enum ZooCommand {
     /// Draws a map with a line for each model and a sign for each block, and tables of costs; with --html, a page for a browser. It reads
     /// manifests and the sizes of files; only --compare reads weights. It shows all tenants' models: whoever can read the zoo is its operator.
     Report(report::ReportArgs),
+    /// Find the base and the adapter of a model into which a LoRA was merged, so that it shares its base
+    ///
+    /// Proposes, and measures what it would change in the model's output; --apply stores it under another name.
+    Unmerge(unmerge::UnmergeArgs),
+    /// Declare tenants public: their models are seen, shared and built on by every tenant; lists them where none is given
+    ///
+    /// Others see their own models only: what `add` says is there, and what it takes for a relative or a base, is a tenant's own or a public
+    /// one's. What is equal is stored once all the same.
+    Public {
+        /// Tenants
+        tenants: Vec<String>,
+        /// They are public no more
+        #[arg(long, requires = "tenants")]
+        remove: bool,
+    },
     /// Read every object and follow every name
     ///
     /// Status 0: all is sound. 1: it could not be read. 3: something is damaged or missing; what, and which blocks and models that hits, is printed.
@@ -151,6 +168,9 @@ pub(crate) struct Naming {
     /// TENANT/MODEL that an adapter is over [default: the one that adapter_config.json asks for]
     #[arg(long, conflicts_with = "parent")]
     base: Option<ModelId>,
+    /// Say what was done as JSON
+    #[arg(long)]
+    json: bool,
 }
 
 /// Runs `ashlar zoo`.
@@ -191,6 +211,8 @@ pub(crate) async fn run(args: ZooArgs) -> anyhow::Result<()> {
             let size = ingest::human_bytes(report.bytes);
             Ok(output::line(format_args!("{model} is in {}: {} tensors, {size}", directory.display(), report.tensors))?)
         }
+        ZooCommand::Unmerge(args) => unmerge::run(&zoo, args).await,
+        ZooCommand::Public { tenants, remove } => public(&zoo, &tenants, remove).await,
         ZooCommand::Verify { repair } => {
             let mut report = verify::verify(&zoo, &*progress::for_terminal()).await.context("verify the zoo")?;
             if let Some(other) = repair.filter(|_| !report.damage.is_empty()) {
@@ -224,6 +246,27 @@ pub(crate) async fn run(args: ZooArgs) -> anyhow::Result<()> {
     }
 }
 
+async fn public(zoo: &Zoo, tenants: &[String], remove: bool) -> anyhow::Result<()> {
+    if let Some(tenant) = tenants.iter().find(|tenant| !is_tenant(tenant)) {
+        bail!("declare `{tenant}` public: a tenant has 1 to 96 letters, digits, `.`, `_` or `-`, and begins with a letter or digit");
+    }
+    let domains = match tenants.is_empty() {
+        true => zoo.read_domains().await,
+        false => {
+            let change = |domains: &mut Domains| match remove {
+                true => domains.public.retain(|public| !tenants.contains(public)),
+                false => domains.public.extend(tenants.iter().cloned()),
+            };
+            zoo.update_domains(change).await
+        }
+    };
+    let public: Vec<String> = domains.context("read or change which tenants are public")?.public.into_iter().collect();
+    Ok(match public.is_empty() {
+        true => output::line("no tenant is public: each sees its own models only"),
+        false => output::line(format_args!("public: {}", public.join(", "))),
+    }?)
+}
+
 /// Names of models that are adapters over one, as far as they can be read.
 async fn adapters_over(zoo: &Zoo, base: &ModelId) -> Vec<String> {
     let mut over = Vec::new();
@@ -251,6 +294,9 @@ async fn add(zoo: &Zoo, path: &std::path::Path, naming: &Naming, source: Option<
     let parent = given.map(|(_, model)| model.clone());
     let options = AddOptions { recipe: naming.dtype, parent, source, compress: !naming.raw, ..AddOptions::new(naming.name.clone()) };
     let report = ingest::add(zoo, path, &options, &*progress::for_terminal()).await.with_context(|| format!("add {}", path.display()))?;
+    if naming.json {
+        return Ok(output::line(serde_json::to_string_pretty(&report)?)?);
+    }
     Ok(print_added(&report)?)
 }
 
@@ -273,6 +319,9 @@ async fn pull(
 
 fn print_added(report: &AddReport) -> Result<(), OutputError> {
     output::line(report)?;
+    if let Some(nearest) = &report.nearest {
+        output::line(format_args!("nearest: {nearest}"))?;
+    }
     for note in &report.notes {
         output::line(format_args!("note: {note}"))?;
     }

@@ -14,7 +14,7 @@ use ashlar_zoo::store::{MappedChange, Zoo};
 use ashlar_zoo::verify::verify;
 use serde_json::json;
 use support::peft::Peft;
-use support::{Checkpoint, D, HEAD_DIM, HEADS, INNER, KV_HEADS, LAYERS, VOCAB, add_dir, tiny};
+use support::{Checkpoint, D, HEAD_DIM, HEADS, INNER, KV_HEADS, LAYERS, VOCAB, add_dir, make_public, tiny};
 
 const Q: usize = HEADS * HEAD_DIM;
 const KV: usize = KV_HEADS * HEAD_DIM;
@@ -119,6 +119,7 @@ async fn factors_become_adapters_over_the_bases_own_blocks() {
     let again = fixture.add(&peft, "tuned").await.unwrap();
     assert_eq!((again.chain, again.bytes_new, again.adapters.present, again.replaced), (report.chain, 0, 3, None));
     let path = fixture.dir.path().join("tuned");
+    make_public(&fixture.zoo, &["demo"]).await;
     let other = add_dir(&fixture.zoo, &path, "other/tuned", Recipe::Int8).await.unwrap();
     assert_eq!((other.chain, other.bytes_new), (report.chain, 0), "a recipe does not touch adapters");
 }
@@ -196,7 +197,7 @@ async fn fused_modules_are_split_by_rows_and_share_their_a() {
         }
         let path = dir.path().join(base);
         peft.write(&path);
-        let report = add_dir(&zoo, &path, &format!("lora/{base}"), Recipe::Keep).await.unwrap_or_else(|e| panic!("{base}: {e}"));
+        let report = add_dir(&zoo, &path, &format!("demo/{base}-lora"), Recipe::Keep).await.unwrap_or_else(|e| panic!("{base}: {e}"));
         let chain = zoo.read_chain(report.chain).await.unwrap();
         for (module, _, _, parts) in modules {
             let mut rows = Vec::new();
@@ -218,6 +219,7 @@ async fn fused_modules_are_split_by_rows_and_share_their_a() {
 async fn every_tiny_adapter_is_taken_with_each_of_its_values() {
     let dir = tempfile::tempdir().unwrap();
     let zoo = Zoo::create_dir(&dir.path().join("zoo")).await.unwrap();
+    make_public(&zoo, &["base"]).await;
     let mut seen = BTreeMap::new();
     for entry in std::fs::read_dir(tiny().join("../adapters")).unwrap() {
         let path = entry.unwrap().path();
@@ -333,6 +335,8 @@ async fn the_base_is_the_one_that_is_asked_for_or_given() {
     let error = add(&fixture.zoo, &path, &options("demo/base-lora"), &Silent).await.unwrap_err();
     assert!(message(error).contains("demo/base-lora has adapters of its own"), "and names demo/base");
     add_dir(&fixture.zoo, &fixture.dir.path().join("base"), "other/base", Recipe::Keep).await.unwrap();
+    assert_eq!(fixture.add(&peft, "base-lora").await.unwrap().notes.len(), 1, "another tenant's is not seen");
+    make_public(&fixture.zoo, &["other", "more0", "more1", "more2"]).await;
     let error = fixture.add(&peft, "none").await.unwrap_err();
     assert!(message(error).contains("`org/base`, and 2 models here have that name or source (demo/base, other/base): give it"));
     let full = fixture.add(&wanted(json!("other/base")), "full").await.unwrap();
@@ -381,7 +385,7 @@ async fn reports_verify_and_gc_know_adapters() {
     assert_eq!((swept.chain_count, swept.block_count, swept.adapter_count, swept.tensor_count), (1, 0, 0, 0));
     zoo.remove_model(&"demo/tuned".parse().unwrap()).await.unwrap();
     let young = gc::collect(zoo, Duration::from_secs(3600), false).await.unwrap();
-    assert_eq!((young.adapter_count, young.young_count), (0, 1 + 6 + 2 + 21 + 8 + 2));
+    assert_eq!((young.adapter_count, young.young_count), (0, 1 + 1 + 6 + 2 + 21 + 8 + 2), "and a sketch");
     let swept = gc::collect(zoo, Duration::ZERO, false).await.unwrap();
     assert_eq!((swept.chain_count, swept.block_count, swept.adapter_count, swept.tensor_count), (1, 6, 2, 21 + 8));
     assert_eq!(verify(zoo, &Silent).await.unwrap().object_count, 0);

@@ -10,11 +10,12 @@ use ashlar_zoo::ingest::{AddOptions, AddReport, Recipe, Silent, add};
 use ashlar_zoo::manifest::Chain;
 use ashlar_zoo::store::Zoo;
 use support::peft::Peft;
-use support::{Checkpoint, D, HEAD_DIM, HEADS, INNER, add_dir, tiny};
+use support::{Checkpoint, D, HEAD_DIM, HEADS, INNER, add_dir, make_public, tiny};
 
 async fn zoo() -> (tempfile::TempDir, Zoo) {
     let dir = tempfile::tempdir().unwrap();
     let zoo = Zoo::create_dir(&dir.path().join("zoo")).await.unwrap();
+    make_public(&zoo, &["demo", "tiny"]).await;
     (dir, zoo)
 }
 

@@ -49,7 +49,7 @@ async fn a_fine_tune_stores_and_reports_only_what_is_new() {
     let again = add_dir(&zoo, &dir.path().join("b"), "demo/b", Recipe::Keep).await.unwrap();
     assert_eq!((again.bytes_new, again.replaced, again.blocks.present), (0, None, 6));
     // Under another name nothing is stored but the name.
-    let other = add_dir(&zoo, &dir.path().join("b"), "tenant/c", Recipe::Keep).await.unwrap();
+    let other = add_dir(&zoo, &dir.path().join("b"), "demo/c", Recipe::Keep).await.unwrap();
     assert_eq!((other.chain, other.bytes_new), (second.chain, 0));
 }
 
@@ -65,7 +65,7 @@ async fn quantising_keeps_shared_what_was_shared() {
         (Recipe::Bf16, Dtype::Bf16, Dtype::Bf16),
         (Recipe::F32, Dtype::F32, Dtype::F32),
     ] {
-        let (a, b) = (format!("a/{recipe:?}"), format!("b/{recipe:?}"));
+        let (a, b) = (format!("a/a-{recipe:?}"), format!("a/b-{recipe:?}"));
         add_dir(&zoo, &dir.path().join("a"), &a, recipe).await.unwrap();
         let second = add_dir(&zoo, &dir.path().join("b"), &b, recipe).await.unwrap();
         assert_eq!((second.tensors.present, second.blocks.present), (20, 5), "{recipe:?}");

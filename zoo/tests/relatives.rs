@@ -5,14 +5,15 @@ mod support;
 use std::path::Path;
 use std::sync::Arc;
 
+use ashlar_zoo::digest::Digest;
 use ashlar_zoo::ingest::{AddReport, Recipe, Shared, Silent};
-use ashlar_zoo::relatives::relative_for;
+use ashlar_zoo::relatives::{UnmergeError, propose, relative_for};
 use ashlar_zoo::store::Zoo;
 use ashlar_zoo::verify::verify;
 use object_store::memory::InMemory;
 use object_store::{ObjectStore, ObjectStoreExt};
 use support::peft::Peft;
-use support::{Checkpoint, D, add_dir};
+use support::{Checkpoint, D, add_dir, make_public};
 
 async fn zoo() -> (tempfile::TempDir, Zoo) {
     let dir = tempfile::tempdir().unwrap();
@@ -22,10 +23,6 @@ async fn zoo() -> (tempfile::TempDir, Zoo) {
 
 async fn add(zoo: &Zoo, dir: &Path, name: &str) -> AddReport {
     add_dir(zoo, dir, name, Recipe::Keep).await.unwrap()
-}
-
-async fn make_public(zoo: &Zoo, tenant: &str) {
-    zoo.update_domains(|domains| _ = domains.public.insert(tenant.to_owned())).await.unwrap();
 }
 
 #[tokio::test]
@@ -77,7 +74,7 @@ async fn public_tenants_are_seen_by_all_until_they_are_not() {
     };
     assert_eq!(nearest("hub").await.as_deref(), Some("hub/base"));
     assert_eq!(nearest("acme").await, None);
-    make_public(&zoo, "hub").await;
+    make_public(&zoo, &["hub"]).await;
     assert_eq!(nearest("acme").await.as_deref(), Some("hub/base"));
     let seen = add(&zoo, &dir.path().join("b"), "acme/b").await;
     assert_eq!((seen.blocks, seen.tensors), (Shared { total: 6, present: 5 }, Shared { total: 21, present: 20 }));
@@ -103,7 +100,7 @@ async fn a_hidden_base_is_refused_by_name_and_not_found_by_search() {
     };
     let named = ashlar_zoo::ingest::add(&zoo, &dir.path().join("lora"), &options("acme/lora"), &Silent).await.unwrap_err().to_string();
     assert!(named.contains("hub/base is not acme's to build on: `ashlar zoo public hub`"), "{named}");
-    make_public(&zoo, "hub").await;
+    make_public(&zoo, &["hub"]).await;
     let report = ashlar_zoo::ingest::add(&zoo, &dir.path().join("lora"), &options("acme/lora"), &Silent).await.unwrap();
     assert_eq!((report.blocks.present, report.tensors.present), (6, 21));
     // The same adapter of another tenant: the base is there, the factors are not.
@@ -173,4 +170,109 @@ async fn of_many_who_declare_tenants_public_at_once_none_is_lost() {
         futures::future::try_join_all(changes).await.unwrap();
         assert_eq!(zoo.read_domains().await.unwrap().public.into_iter().collect::<Vec<_>>(), tenants);
     }
+}
+
+/// The demo family and its ways of training, as `demo/train.py` has them.
+#[tokio::test]
+async fn the_demo_familys_ways_of_training_are_recognised() {
+    let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../demo");
+    let (_dir, zoo) = zoo().await;
+    assert_eq!(add(&zoo, &demo.join("base"), "demo/base").await.nearest, None);
+    let mut seen = Vec::new();
+    for name in ["math-lora", "shakespeare-top", "banking-bias", "phonemes-attention", "japanese-full"] {
+        let report = add(&zoo, &demo.join(name), &format!("hidden-{name}/x")).await;
+        assert_eq!(report.nearest, None, "{name}: the base is another tenant's");
+        make_public(&zoo, &["demo"]).await;
+        let found = add(&zoo, &demo.join(name), &format!("{name}/x")).await.nearest.unwrap_or_else(|| panic!("{name} has no relative"));
+        zoo.update_domains(|domains| domains.public.clear()).await.unwrap();
+        assert_eq!((found.model.as_str(), found.visible_count), ("demo/base", 1), "{name}");
+        seen.push((name, found.identical_count, found.low_rank_count, found.ranks, found.small_count, found.unrelated_count));
+        if name == "math-lora" {
+            assert_eq!(
+                found.to_string(),
+                "demo/base (of 1 that are visible): 14 blocks identical, 4 low-rank (rank 8), 0 small, 0 unrelated"
+            );
+            let places = found.blocks.iter().map(|block| (block.index, block.tensors.keys().map(String::as_str).collect::<Vec<_>>()));
+            assert_eq!(places.collect::<Vec<_>>(), [9, 11, 13, 15].map(|index| (index, vec!["q.weight", "v.weight"])));
+            let exact = found.blocks.iter().flat_map(|block| block.tensors.values()).map(|tensor| tensor.proof.unwrap().exact_share());
+            assert!(exact.into_iter().all(|share| share > 0.99), "{found:?}");
+        }
+    }
+    let expected = [
+        ("math-lora", 14, 4, Some((8, 8)), 0, 0),
+        ("shakespeare-top", 14, 0, None, 4, 0),
+        ("banking-bias", 2, 0, None, 16, 0),
+        ("phonemes-attention", 10, 0, None, 8, 0),
+        ("japanese-full", 0, 0, None, 18, 0),
+    ];
+    assert_eq!(seen, expected);
+}
+
+#[tokio::test]
+async fn a_longer_table_of_tokens_and_another_model_are_told_apart() {
+    let (dir, zoo) = zoo().await;
+    let mut checkpoint = Checkpoint::llama(1);
+    checkpoint.write(&dir.path().join("a"));
+    add(&zoo, &dir.path().join("a"), "demo/a").await;
+    for name in ["model.embed_tokens.weight", "lm_head.weight"] {
+        let (shape, values) = checkpoint.tensors.get_mut(name).unwrap();
+        shape[0] += 2;
+        values.extend(vec![0.5; 2 * D]);
+    }
+    checkpoint.config["vocab_size"] = (support::VOCAB + 2).into();
+    checkpoint.write(&dir.path().join("grown"));
+    let grown = add(&zoo, &dir.path().join("grown"), "demo/grown").await.nearest.unwrap();
+    assert_eq!((grown.identical_count, grown.small_count, grown.unrelated_count), (4, 2, 0), "{grown}");
+    assert_eq!(grown.blocks[0].tensors["token.weight"].equal_share, 1.0, "in the rows that both have");
+    Checkpoint::llama(2).write(&dir.path().join("other"));
+    assert_eq!(add(&zoo, &dir.path().join("other"), "demo/other").await.nearest, None);
+}
+
+#[tokio::test]
+async fn a_merged_lora_is_unmerged_stored_and_read_back() {
+    let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../demo");
+    let (dir, zoo) = zoo().await;
+    add(&zoo, &demo.join("base"), "demo/base").await;
+    let merged = add(&zoo, &demo.join("math-lora"), "demo/math").await;
+    let viewer = zoo.viewer("demo").await.unwrap();
+    let (model, name) = ("demo/math".parse().unwrap(), "demo/unmerged".parse().unwrap());
+    let objects = verify(&zoo, &Silent).await.unwrap().object_count;
+    let proposal = propose(&zoo, ("demo", &viewer), &model, None, 64).await.unwrap();
+    assert_eq!(verify(&zoo, &Silent).await.unwrap().object_count, objects, "a proposal writes nothing");
+    let ranks = proposal.ranks();
+    assert_eq!(ranks.keys().copied().collect::<Vec<_>>(), [9, 11, 13, 15].map(|block| [(block, "q.weight"), (block, "v.weight")]).concat());
+    assert!(ranks.values().all(|rank| *rank == 8), "{ranks:?}");
+    assert!(proposal.proof.exact_share() > 0.99 && proposal.proof.changed_count > 80_000, "{:?}", proposal.proof);
+    // q [128, 128] and v [64, 128] in bf16, four times; their factors in f32.
+    assert_eq!((proposal.bytes_before, proposal.bytes_after), (4 * (128 + 64) * 128 * 2, 4 * 8 * (256 + 192) * 4));
+    let chain = proposal.store(&zoo, &name, 1).await.unwrap();
+    let stored = zoo.resolve(&name).await.unwrap();
+    let base = zoo.resolve(&"demo/base".parse().unwrap()).await.unwrap();
+    assert_eq!((stored.name.chain, stored.name.parent.as_deref(), stored.adapters.len()), (chain, Some("demo/base"), 4));
+    assert_eq!(stored.chain.blocks, base.chain.blocks, "every block is the base's own");
+    for adapter in &stored.chain.adapters {
+        zoo.map_adapter(adapter.digest).await.unwrap();
+    }
+    let sketch = zoo.read_sketch(chain).await.unwrap().unwrap();
+    assert_eq!(zoo.make_sketch(chain).await.unwrap(), sketch);
+    assert!(verify(&zoo, &Silent).await.unwrap().damage.is_empty());
+
+    let error = |result: Result<_, UnmergeError>| result.map(|_: Digest| ()).unwrap_err().to_string();
+    assert_eq!(error(proposal.store(&zoo, &name, 1).await), "demo/unmerged exists: give another name with --name");
+    let refused = async |tenant: &str, model: &str, base: Option<&str>, rank_max: usize| {
+        let viewer = zoo.viewer(tenant).await.unwrap();
+        let base = base.map(|base| base.parse().unwrap());
+        propose(&zoo, (tenant, &viewer), &model.parse().unwrap(), base.as_ref(), rank_max).await.unwrap_err().to_string()
+    };
+    assert_eq!(refused("demo", "demo/unmerged", None, 64).await, "demo/unmerged has adapters: it is not merged");
+    assert_eq!(
+        refused("demo", "demo/math", Some("demo/base"), 7).await,
+        "no matrix of demo/math is one of demo/base and a difference of rank 7 or less"
+    );
+    assert!(refused("rival", "demo/math", None, 64).await.starts_with("demo/math is not rival's to see: "));
+    Checkpoint::llama(1).write(&dir.path().join("other"));
+    add(&zoo, &dir.path().join("other"), "demo/other").await;
+    assert!(refused("demo", "demo/other", None, 64).await.contains("none of the 4 models that demo may see is a relative of demo/other"));
+    assert_eq!(refused("demo", "demo/math", Some("demo/other"), 64).await, "demo/math and demo/other have 18 and 6 blocks");
+    assert_eq!(zoo.read_model(&model).await.unwrap().chain, merged.chain);
 }

@@ -4,11 +4,15 @@ use std::fmt::Write;
 
 use ashlar_zoo::gc::GcReport;
 use ashlar_zoo::ingest::human_bytes;
-use ashlar_zoo::inspect::{Diff, Listed, Shown};
+use ashlar_zoo::inspect::{Diff, Listed, Shown, kind};
+use ashlar_zoo::model_id::ModelId;
+use ashlar_zoo::relatives::{Proof, Proposal};
 use ashlar_zoo::repair::RepairReport;
 use ashlar_zoo::report::similarity::{Comparison, TensorSimilarity};
 use ashlar_zoo::report::{Cost, Report};
 use ashlar_zoo::verify::VerifyReport;
+
+use super::measure::Measured;
 
 /// Columns as wide as their widest cell; the columns in `right` are aligned to the right.
 fn columns(rows: &[Vec<String>], right: &[usize]) -> String {
@@ -145,6 +149,68 @@ pub(super) fn diff(diff: &Diff) -> String {
     out + &columns(&rows, &[0])
 }
 
+/// A proposal: matrices by role with their ranks, what is reproduced, bytes, and the measured change.
+pub(super) fn unmerge(model: &ModelId, proposal: &Proposal, measured: Result<&Measured, &anyhow::Error>) -> String {
+    let mut rows = vec![row(["#", "KIND", "RANK", "DIFFERENCE", "EXACT", "OTHER CHANGES"])];
+    for block in proposal.differences.iter().filter(|block| !block.tensors.is_empty()) {
+        let (mut ranks, mut others, mut proof, mut furthest) = (Vec::new(), Vec::new(), Proof::default(), 0.0f64);
+        for (role, tensor) in &block.tensors {
+            match (tensor.rank, tensor.proof) {
+                (Some(rank), Some(of_tensor)) => {
+                    ranks.push(format!("{}:{rank}", role.trim_end_matches(".weight")));
+                    proof = proof.plus(of_tensor);
+                    furthest = furthest.max(tensor.relative_rms.unwrap_or(0.0));
+                }
+                _ => others.push(role.clone()),
+            }
+        }
+        let found = !ranks.is_empty();
+        let if_found = |text: String| if found { text } else { "-".to_owned() };
+        rows.push(vec![
+            block.index.to_string(),
+            kind(&proposal.blocks()[block.index].params).to_owned(),
+            if_found(ranks.join(",")),
+            if_found(format!("{:.2}%", 100.0 * furthest)),
+            if_found(percent(proof.exact_count, proof.element_count)),
+            if others.is_empty() { "-".to_owned() } else { others.join(" ") },
+        ]);
+    }
+    let Proof { element_count, exact_count, changed_count, changed_exact_count, far_count } = proposal.proof;
+    let mut out = columns(&rows, &[0, 3, 4]);
+    let mut line = |text: std::fmt::Arguments<'_>| out.write_fmt(format_args!("{text}\n")).expect("writing to a String");
+    line(format_args!("\n{model} is {} and adapters on {} matrices", proposal.base, proposal.matrix_count));
+    line(format_args!(
+        "of their elements {} come out exactly, of those that changed {}; {far_count} are more than one unit in the last place away",
+        percent(exact_count, element_count),
+        percent(changed_exact_count, changed_count)
+    ));
+    line(format_args!(
+        "beyond the base it takes {} now, {} unmerged",
+        human_bytes(proposal.bytes_before),
+        human_bytes(proposal.bytes_after)
+    ));
+    match measured {
+        Ok(Measured { unmerged, base }) => {
+            for (name, quality) in [("unmerged", unmerged), ("base alone", base)] {
+                line(format_args!(
+                    "{name:<10}  mean KL {:.2e}, 99% below {:.2e}, most {:.2e}; the same likeliest token {:.2}% of {}",
+                    quality.divergence.mean,
+                    quality.divergence_p99,
+                    quality.divergence_max,
+                    100.0 * quality.same_top_share,
+                    quality.row_count
+                ));
+            }
+        }
+        Err(error) => line(format_args!("the change of its output was not measured: {error:#}")),
+    }
+    out
+}
+
+fn percent(part: u64, whole: u64) -> String {
+    format!("{:.3}%", 100.0 * part as f64 / whole.max(1) as f64)
+}
+
 pub(super) fn verify(report: &VerifyReport) -> String {
     let mut out = String::new();
     for damage in &report.damage {
@@ -180,6 +246,9 @@ pub(super) fn gc(report: &GcReport, dry_run: bool) -> String {
         report.tensor_count,
         report.asset_count
     );
+    if report.sketch_count > 0 {
+        out.push_str(&format!(", {} sketches", report.sketch_count));
+    }
     if report.staged_count > 0 {
         out.push_str(&format!(", {} unfinished writes", report.staged_count));
     }

@@ -12,6 +12,9 @@ use nalgebra::DMatrix;
 /// and so moves a few of a thousand by one unit in the last place; a full fine-tune keeps less than half of its changes at any rank that saves space.
 pub const REPRODUCED_MIN: f64 = 0.98;
 
+/// Changed elements for each number in the factors, at least. With two, trained matrices of 64 rows "had" rank 21. With four, factors in f32 take at
+/// most half of what a matrix in bf16 takes.
+const EVIDENCE_MIN: u64 = 4;
 /// Rows and columns of the random part of a matrix that is tried first. What is not of low rank ends there, whatever the matrix's size.
 const PART_MAX: usize = 256;
 /// Columns of the random projection above the rank that is sought.
@@ -20,10 +23,14 @@ const OVERSAMPLE: usize = 8;
 const POWER_STEPS: usize = 2;
 /// Rounds of alternating projections.
 const ROUNDS_MAX: usize = 60;
-/// Steps past the nearest point of the set: 1 would stop at its border.
-const RELAXATION: f32 = 1.6;
+/// Steps past the nearest point of the set: 1 would stop at its border, 2 is its mirror image.
+const RELAXATION: f32 = 1.95;
 /// How much more than even rounding errors may be left beyond the rank: where a merge changed less than a unit, they are not spread evenly.
 const NOISE_FACTOR: f32 = 2.5;
+/// Share of a sum of squares in f32 that may be its own error.
+const SUM_ERROR: f32 = 1e-4;
+/// Steps of the iteration for singular values; it needs some tens, and would not end for numbers that are none.
+const SVD_STEPS_MAX: usize = 10_000;
 /// Ranks that are tried: those behind which singular values fall most.
 const RANKS_TRIED: usize = 3;
 
@@ -61,7 +68,11 @@ impl Proof {
         self.exact_count as f64 / self.element_count.max(1) as f64
     }
 
-    fn holds(&self) -> bool {
+    /// Whether base and product of this rank are the matrix. What has as many numbers as elements changed could be made to fit anything.
+    fn holds(&self, number_count: usize) -> bool {
+        if self.changed_count < EVIDENCE_MIN * number_count as u64 {
+            return false;
+        }
         let changed = self.changed_exact_count as f64 / self.changed_count.max(1) as f64;
         changed >= REPRODUCED_MIN && self.exact_share() >= REPRODUCED_MIN && self.far_count * 1000 <= self.element_count
     }
@@ -86,14 +97,14 @@ struct Pair {
     tuned: DMatrix<f32>,
 }
 
-/// Factors of rank at most `rank_max` of the difference of two matrices of one shape, both f32, f16 or bf16; `None` where there are none, or none that
-/// are smaller than half the matrix. Equal matrices have none.
+/// Factors of rank at most `rank_max` of the difference of two matrices of one shape, both f32, f16 or bf16; `None` where there are none that
+/// have fewer numbers than a quarter of the changed elements. Equal matrices have none.
 pub fn low_rank(base: &TensorView<'_>, tuned: &TensorView<'_>, rank_max: usize) -> Option<LowRank> {
     let is_float = matches!(tuned.dtype, Dtype::F32 | Dtype::F16 | Dtype::Bf16);
     if !is_float || (base.dtype, base.rows, base.cols) != (tuned.dtype, tuned.rows, tuned.cols) {
         return None;
     }
-    let rank_max = rank_max.min(tuned.rows * tuned.cols / (tuned.rows + tuned.cols) / 2);
+    let rank_max = rank_max.min(tuned.rows * tuned.cols / (tuned.rows + tuned.cols) / EVIDENCE_MIN as usize);
     if rank_max == 0 {
         return None;
     }
@@ -116,11 +127,11 @@ impl Pair {
         Self { dtype: self.dtype, base: select(&self.base), tuned: select(&self.tuned) }
     }
 
-    /// Counts what base + x is after rounding.
-    fn prove(&self, x: &DMatrix<f32>) -> Proof {
+    /// Counts what base + `unit` x is after rounding. `largest` is the largest change.
+    fn prove(&self, x: &DMatrix<f32>, unit: f32, largest: f32) -> Proof {
         let mut proof = Proof { element_count: x.len() as u64, ..Proof::default() };
         for ((base, tuned), x) in self.base.iter().zip(&self.tuned).zip(x) {
-            let apart = units_apart(self.dtype, base + x, *tuned);
+            let apart = units_apart(self.dtype, base + unit * x, *tuned, largest);
             let (changed, exact) = (base != tuned, apart == 0);
             proof.changed_count += u64::from(changed);
             proof.exact_count += u64::from(exact);
@@ -133,26 +144,29 @@ impl Pair {
 
 /// Factors of the least rank among those tried for which the proof holds.
 fn fit(pair: &Pair, rank_max: usize, rng: &mut Seeded) -> Option<LowRank> {
-    let difference = &pair.tuned - &pair.base;
-    if difference.iter().all(|d| *d == 0.0) {
+    let mut difference = &pair.tuned - &pair.base;
+    // In units of the largest change, so that no product overflows.
+    let unit = difference.amax();
+    if !unit.is_normal() {
         return None;
     }
-    let slack = pair.tuned.map(|tuned| half_unit(pair.dtype, tuned));
+    difference /= unit;
+    let slack = pair.tuned.map(|tuned| half_unit(pair.dtype, tuned, unit) / unit);
     let width = (rank_max + OVERSAMPLE).min(difference.nrows()).min(difference.ncols());
     let mut range = orthonormal(&difference * rng.matrix(difference.ncols(), width));
     for _ in 0..POWER_STEPS {
         let back = orthonormal(difference.tr_mul(&range));
         range = orthonormal(&difference * back);
     }
-    let small = range.tr_mul(&difference).svd(true, false);
+    let small = range.tr_mul(&difference).try_svd(true, false, f32::EPSILON, SVD_STEPS_MAX)?;
     // What no product of so little rank explains must be rounding, whose errors are spread evenly over a unit.
     let (whole, explained) = (difference.norm_squared(), small.singular_values.norm_squared());
-    if whole - explained > NOISE_FACTOR * slack.norm_squared() / 3.0 {
+    if whole - explained > NOISE_FACTOR * slack.norm_squared() / 3.0 + SUM_ERROR * whole {
         return None;
     }
     let left = range * small.u.expect("asked for");
     for rank in ranks(small.singular_values.as_slice(), rank_max) {
-        if let Some(found) = refine(pair, &difference, &slack, left.columns(0, rank).into_owned()) {
+        if let Some(found) = refine(pair, (&difference, &slack, unit), left.columns(0, rank).into_owned()) {
             return Some(found);
         }
     }
@@ -172,10 +186,13 @@ fn ranks(singular: &[f32], rank_max: usize) -> Vec<usize> {
     ranks
 }
 
-/// Moves the product whose columns `left` spans to where rounding gives the tuned matrix, as far as it can.
-fn refine(pair: &Pair, difference: &DMatrix<f32>, slack: &DMatrix<f32>, mut left: DMatrix<f32>) -> Option<LowRank> {
+/// Moves the product whose columns `left` spans to where rounding gives the tuned matrix, as far as it can. `sought` are the difference, how far off
+/// each of its elements may be, and the unit of both.
+fn refine(pair: &Pair, sought: (&DMatrix<f32>, &DMatrix<f32>, f32), mut left: DMatrix<f32>) -> Option<LowRank> {
+    let (difference, slack, unit) = sought;
     let rank = left.ncols();
     let mut target = difference.clone();
+    let mut last: Option<DMatrix<f32>> = None;
     let mut best: Option<(Proof, DMatrix<f32>, DMatrix<f32>)> = None;
     let mut stale = 0;
     for round in 0..ROUNDS_MAX {
@@ -184,7 +201,7 @@ fn refine(pair: &Pair, difference: &DMatrix<f32>, slack: &DMatrix<f32>, mut left
         left = orthonormal(&target * right);
         let right = target.tr_mul(&left);
         let product = &left * right.transpose();
-        let proof = pair.prove(&product);
+        let proof = pair.prove(&product, unit, unit);
         let missed = |proof: &Proof| proof.element_count - proof.exact_count;
         let is_better = best.as_ref().is_none_or(|(best, ..)| missed(&proof) < missed(best));
         stale = if is_better { 0 } else { stale + 1 };
@@ -195,22 +212,34 @@ fn refine(pair: &Pair, difference: &DMatrix<f32>, slack: &DMatrix<f32>, mut left
         if missed(&proof) == 0 || stale >= 8 || hopeless {
             break;
         }
-        // Towards the set of differences that round to the tuned matrix, and a little past its border.
-        for (((target, product), d), slack) in target.iter_mut().zip(&product).zip(difference).zip(slack) {
-            let nearest = product.clamp(d - slack, d + slack);
-            *target = product + RELAXATION * (nearest - product);
+        // On in the direction of the last step, as Nesterov does, then towards the set of differences that round to the tuned matrix, and a
+        // little past its border. Without the momentum 60 rounds leave 2.7 % of math-lora's elements wrong, with it 0.06 %.
+        let momentum = round as f32 / (round + 3) as f32;
+        let ahead = match &last {
+            Some(last) => &product + (&product - last) * momentum,
+            None => product.clone(),
+        };
+        for (((target, ahead), d), slack) in target.iter_mut().zip(&ahead).zip(difference).zip(slack) {
+            let nearest = ahead.clamp(d - slack, d + slack);
+            *target = ahead + RELAXATION * (nearest - ahead);
         }
+        last = Some(product);
     }
     let (_, left, right) = best?;
     // Both factors of one size: product = U (S V'), and each gets the root of S.
-    let small = right.transpose().svd(true, true);
-    let roots = small.singular_values.map(f32::sqrt);
+    let small = right.transpose().try_svd(true, true, f32::EPSILON, SVD_STEPS_MAX)?;
+    let roots = small.singular_values.map(|value| (value * unit).sqrt());
     let (u, v) = (small.u.expect("asked for"), small.v_t.expect("asked for"));
     let b = left * u * DMatrix::from_diagonal(&roots);
     let a = DMatrix::from_diagonal(&roots) * v;
-    let proof = pair.prove(&(&b * &a));
+    let proof = pair.prove(&(&b * &a), 1.0, unit);
     // Row by row is column by column of the transpose.
-    proof.holds().then(|| LowRank { rank, a: a.transpose().as_slice().to_vec(), b: b.transpose().as_slice().to_vec(), proof })
+    proof.holds(a.len() + b.len()).then(|| LowRank {
+        rank,
+        a: a.transpose().as_slice().to_vec(),
+        b: b.transpose().as_slice().to_vec(),
+        proof,
+    })
 }
 
 /// Columns that span the same, orthonormal.
@@ -218,26 +247,29 @@ fn orthonormal(matrix: DMatrix<f32>) -> DMatrix<f32> {
     matrix.qr().q()
 }
 
-/// Half the distance of a stored value to the next one. Of f32 it is four of them: a product is summed in some order, and
-/// a merge may have taken another one.
-fn half_unit(dtype: Dtype, value: f32) -> f32 {
+/// Half the distance of a stored value to the next one. Of f32 it is four distances, of the largest change where that is greater: a product is summed
+/// in some order, and a merge may have taken another one.
+fn half_unit(dtype: Dtype, value: f32, largest: f32) -> f32 {
     let next = match dtype {
         Dtype::Bf16 => bf16::from_bits((bf16::from_f32(value).to_bits() & 0x7FFF) + 1).to_f32(),
         Dtype::F16 => f16::from_bits((f16::from_f32(value).to_bits() & 0x7FFF) + 1).to_f32(),
-        _ => return 4.0 * (value.abs().next_up() - value.abs()),
+        _ => {
+            let size = value.abs().max(largest);
+            return 4.0 * (size.next_up() - size);
+        }
     };
     (next - value.abs()) / 2.0
 }
 
-/// Stored values between two numbers, one of them not yet rounded. Of f32 what is within four counts as none.
-fn units_apart(dtype: Dtype, value: f32, stored: f32) -> u32 {
+/// Stored values between two numbers, one of them not yet rounded. Of f32 what is within [`half_unit`] counts as none.
+fn units_apart(dtype: Dtype, value: f32, stored: f32, largest: f32) -> u32 {
     // Of a sign and a magnitude, to a line of integers.
     let line = |bits: u16| if bits & 0x8000 == 0 { i32::from(bits) } else { -i32::from(bits & 0x7FFF) };
     match dtype {
         Dtype::Bf16 => line(bf16::from_f32(value).to_bits()).abs_diff(line(bf16::from_f32(stored).to_bits())),
         Dtype::F16 => line(f16::from_f32(value).to_bits()).abs_diff(line(f16::from_f32(stored).to_bits())),
         _ => {
-            let units = (value - stored).abs() / half_unit(dtype, stored);
+            let units = (value - stored).abs() / half_unit(dtype, stored, largest);
             if units <= 1.0 { 0 } else { 1 + u32::from(units > 2.0) }
         }
     }

