@@ -18,9 +18,9 @@ use ashlar_zoo::store::{Compression, Stored, Zoo};
 use ashlar_zoo::verify::verify;
 use ashlar_zoo::{gc, tensor_file};
 use faulty::FaultyStore;
-use object_store::ObjectStoreExt;
 use object_store::memory::InMemory;
 use object_store::path::Path;
+use object_store::{ObjectStore, ObjectStoreExt};
 use support::{Checkpoint, add_dir};
 
 const SHAPE: [u64; 2] = [96, 1024];
@@ -240,4 +240,36 @@ async fn deltas_that_name_each_other_are_refused() {
     for error in [first.unwrap_err(), second.unwrap_err()] {
         assert!(error.to_string().contains("is damaged"), "{error}");
     }
+}
+
+#[tokio::test]
+async fn what_is_there_never_comes_to_lie_over_what_lies_over_it() {
+    let inner = Arc::new(InMemory::new());
+    let zoo = Zoo::create(inner.clone(), "memory").await.unwrap();
+    let (base, tuned) = (weights(1, 0), weights(1, 3));
+    let (base_ref, _) = put(&zoo, &base, Compression::Alone).await;
+    let (tuned_ref, over) = put(&zoo, &tuned, Compression::Over(&base_ref)).await;
+    let reads_back = async |when: &str| {
+        let zoo = Zoo::open(inner.clone(), "memory").await.unwrap();
+        assert!(zoo.map_tensor(&tuned_ref).await.unwrap().as_ref() == tuned, "{when}");
+        assert!(zoo.map_tensor(&base_ref).await.unwrap().as_ref() == base, "{when}");
+        assert_eq!((encoding(&inner, base_ref.digest).await, encoding(&inner, tuned_ref.digest).await), (1, 2), "{when}");
+        assert_eq!(inner.list_with_delimiter(Some(&Path::from("scratch"))).await.unwrap().objects.len(), 0, "{when}");
+    };
+    // Too old in a store where only a put renews: written again.
+    put(&zoo.clone().with_grace(Duration::ZERO), &base, Compression::Over(&tuned_ref)).await;
+    reads_back("renewed").await;
+    // To someone who must not know that it is there it is as small as it would be.
+    let (_, seen) = put(&zoo.blind(), &base, Compression::Over(&tuned_ref)).await;
+    assert_eq!(seen.put, ashlar_zoo::store::Put::New);
+    assert!(seen.bytes.abs_diff(over.bytes) < over.bytes / 20, "{} and {}", seen.bytes, over.bytes);
+    reads_back("added again by another").await;
+    let (_, seen) = put(&zoo.blind(), &tuned, Compression::Over(&base_ref)).await;
+    assert_eq!(seen, over, "the first one was told the same");
+    reads_back("the delta added again by another").await;
+    // What is there and cannot be read is written, not kept.
+    inner.put(&key(base_ref.digest), "rubbish".into()).await.unwrap();
+    put(&zoo.blind(), &base, Compression::Over(&tuned_ref)).await;
+    let zoo = Zoo::open(inner.clone(), "memory").await.unwrap();
+    assert!(zoo.map_tensor(&tuned_ref).await.unwrap().as_ref() == tuned && zoo.map_tensor(&base_ref).await.unwrap().as_ref() == base);
 }

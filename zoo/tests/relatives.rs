@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use ashlar_zoo::digest::Digest;
-use ashlar_zoo::ingest::{AddReport, Recipe, Shared, Silent};
+use ashlar_zoo::ingest::{AddOptions, AddReport, Recipe, Shared, Silent};
 use ashlar_zoo::relatives::{UnmergeError, propose, relative_for};
 use ashlar_zoo::store::Zoo;
 use ashlar_zoo::verify::verify;
@@ -92,12 +92,7 @@ async fn a_hidden_base_is_refused_by_name_and_not_found_by_search() {
     add(&zoo, &dir.path().join("base"), "hub/base").await;
     let sought = add_dir(&zoo, &dir.path().join("lora"), "acme/lora", Recipe::Keep).await.unwrap_err().to_string();
     assert!(sought.contains("no model here has that name or source") && !sought.contains("hub"), "{sought}");
-    let options = |model: &str| ashlar_zoo::ingest::AddOptions {
-        model: model.parse().unwrap(),
-        recipe: Recipe::Keep,
-        parent: Some("hub/base".parse().unwrap()),
-        source: None,
-    };
+    let options = |model: &str| AddOptions { parent: Some("hub/base".parse().unwrap()), ..AddOptions::new(model.parse().unwrap()) };
     let named = ashlar_zoo::ingest::add(&zoo, &dir.path().join("lora"), &options("acme/lora"), &Silent).await.unwrap_err().to_string();
     assert!(named.contains("hub/base is not acme's to build on: `ashlar zoo public hub`"), "{named}");
     make_public(&zoo, &["hub"]).await;
