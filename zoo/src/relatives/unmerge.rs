@@ -277,7 +277,7 @@ impl Proposal {
         }
         let (chain, _) = zoo.put_chain(&self.chain).await?;
         zoo.put_sketch(chain, &self.sketch).await?;
-        let new = ModelName { chain, created_ms, parent: Some(self.base.to_string()), history: Vec::new() };
+        let new = ModelName { chain, created_ms, parent: Some(self.base.to_string()), history: Vec::new(), loaded: false };
         match zoo.set_model(name, None, &new).await {
             Err(StoreError::Conflict { .. }) => Err(UnmergeError::Exists(name.clone())),
             other => Ok(other.map(|()| chain)?),
