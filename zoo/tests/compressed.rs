@@ -144,7 +144,7 @@ async fn a_base_stays_while_a_delta_needs_it_and_goes_with_the_last_one() {
     assert!(report.bytes_stored < report.bytes_new / 2, "{report}");
     zoo.remove_model(&"demo/base".parse().unwrap()).await.unwrap();
     let collected = gc::collect(&zoo, Duration::ZERO, false).await.unwrap();
-    assert!(collected.chain_count == 1 && collected.tensor_count < 5, "{collected:?}");
+    assert!(collected.chain_count == 1 && collected.tensor_count < 8, "{collected:?}");
     names_resolve(&Zoo::open(inner.clone(), "memory").await.unwrap(), "without the base's name").await;
     zoo.remove_model(&"demo/tuned".parse().unwrap()).await.unwrap();
     let collected = gc::collect(&zoo, Duration::ZERO, false).await.unwrap();

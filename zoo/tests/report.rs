@@ -33,6 +33,7 @@ async fn fixture() -> Fixture {
     let path = fixture.dir.path().join("lora");
     Peft::over("base").lora("model.layers.0.self_attn.q_proj", (D, D), 4, 1).write(&path);
     let options = AddOptions { parent: Some("one/base".parse().unwrap()), ..AddOptions::new("two/lora".parse().unwrap()) };
+    support::make_public(&fixture.zoo, &["one"]).await;
     add(&fixture.zoo, &path, &options, &Silent).await.unwrap();
     fixture
 }

@@ -59,7 +59,7 @@ impl fmt::Display for AddReport {
         write!(f, "{} of {} tensors already here; ", tensors.present, tensors.total)?;
         write!(f, "{} new of {}", human_bytes(self.bytes_new), human_bytes(self.bytes_total))?;
         match (human_bytes(self.bytes_stored), human_bytes(self.bytes_new)) {
-            (stored, new) if stored != new => write!(f, ", stored as {stored}"),
+            (stored, new) if self.bytes_stored < self.bytes_new && stored != new => write!(f, ", stored as {stored}"),
             _ => Ok(()),
         }
     }

@@ -125,7 +125,7 @@ function heatCell(found, measure, isFirst) {
       tabindex: -1,
       class: `heat ${state} ${heat > 0.55 ? 'hot' : ''} ${isFirst ? 'first' : ''}`,
       '--heat': `${(heat * 100).toFixed(1)}%`,
-      'aria-label': `${where}: ${{ same: 'the same tensor', apart: 'nothing to compare', compared: text }[state]}`,
+      'aria-label': `${where}: ${({ same: 'the same tensor', apart: 'nothing to compare', compared: text })[state]}`,
     },
     text
   );
