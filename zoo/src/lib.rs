@@ -16,6 +16,7 @@ pub mod inspect;
 pub mod manifest;
 mod mapping;
 pub mod model_id;
+pub mod quantised;
 pub mod relatives;
 pub mod repair;
 pub mod report;
