@@ -31,7 +31,9 @@ fn the_commands_say_what_is_there() {
     let orphan = zoo(&root, &["add", b.to_str().unwrap(), "--name", "demo/b", "--parent", "no/such"]);
     assert!(!orphan.status.success() && String::from_utf8_lossy(&orphan.stderr).contains("--parent no/such"));
     let added = ok(&root, &["add", b.to_str().unwrap(), "--name", "demo/b", "--parent", "demo/a"]);
-    assert!(added.starts_with("5 of 6 blocks, 20 of 21 tensors already here; 25 kB new of 385 kB\ndemo/b is chain "), "{added}");
+    assert!(added.starts_with("5 of 6 blocks, 20 of 21 tensors already here; 25 kB new of 385 kB"), "{added}");
+    let nearest = "\nnearest: demo/a (of 1 that are visible): 5 blocks identical, 0 low-rank, 0 small, 1 unrelated\ndemo/b is chain ";
+    assert!(added.contains(nearest), "{added}");
     let list = ok(&root, &["list"]);
     assert_eq!(list.lines().count(), 3);
     assert!(list.contains("demo/b") && list.contains("25 kB"), "{list}");
@@ -87,6 +89,61 @@ fn an_adapter_is_added_over_its_base_and_shown_beside_it() {
     let gc = ok(&root, &["gc", "--grace", "0", "--dry-run"]);
     assert!(gc.contains("1 chains, 0 blocks, 0 adapters, 0 tensors"), "the adapter's chain keeps all: {gc}");
     assert!(!ok(&root, &["rm", "demo/lora"]).contains("adapters over it"));
+}
+
+#[test]
+fn a_merged_lora_is_proposed_as_base_and_adapter_and_stored_when_told_to() {
+    let dir = tempfile::tempdir().unwrap();
+    let (root, demo) = (dir.path().join("zoo"), Path::new(env!("CARGO_MANIFEST_DIR")).join("../demo"));
+    let folder = |name: &str| demo.join(name).to_str().unwrap().to_owned();
+    ok(&root, &["add", &folder("base"), "--name", "hub/base"]);
+    let hidden = ok(&root, &["add", &folder("math-lora"), "--name", "acme/math"]);
+    assert!(hidden.starts_with("0 of 18 blocks, 0 of 130 tensors already here; ") && !hidden.contains("nearest"), "{hidden}");
+    let failed = |args: &[&str]| {
+        let output = zoo(&root, args);
+        assert_eq!(output.status.code(), Some(1), "{args:?}");
+        String::from_utf8(output.stderr).unwrap()
+    };
+    assert!(failed(&["unmerge", "acme/math"]).contains("none of the 1 models that acme may see is a relative of acme/math"));
+    assert!(failed(&["unmerge", "acme/math", "--base", "hub/base"]).contains("hub/base is not acme's to see: `ashlar zoo public hub`"));
+    assert_eq!(ok(&root, &["public"]), "no tenant is public: each sees its own models only\n");
+    assert!(failed(&["public", "a/b"]).contains("declare `a/b` public: a tenant has"));
+    assert_eq!(ok(&root, &["public", "hub", "shop"]), "public: hub, shop\n");
+    assert_eq!(ok(&root, &["public", "shop", "--remove"]), "public: hub\n");
+
+    let proposed = ok(&root, &["unmerge", "acme/math"]);
+    for expected in [
+        " 9  attention  q:8,v:8",
+        "15  attention  q:8,v:8",
+        "acme/math is hub/base and adapters on 8 matrices",
+        "beyond the base it takes 197 kB now, 57 kB unmerged",
+    ] {
+        assert!(proposed.contains(expected), "{expected}: {proposed}");
+    }
+    assert!(proposed.contains("\nunmerged    mean KL ") && proposed.contains("\nbase alone  mean KL "), "{proposed}");
+    assert_eq!(ok(&root, &["list"]).lines().count(), 3, "nothing was stored");
+    let json: serde_json::Value = serde_json::from_str(&ok(&root, &["unmerge", "acme/math", "--json"])).unwrap();
+    let kl = |which: &str| json[which]["kl"].as_f64().unwrap();
+    assert!(kl("unmerged") < 1e-5 && kl("base_alone") > 100.0 * kl("unmerged"), "{json}");
+    assert!(json["unmerged"]["same_top_share"].as_f64().unwrap() > 0.97 && json["matrices"] == 8, "{json}");
+
+    let short = dir.path().join("short.txt");
+    std::fs::write(&short, "a word").unwrap();
+    let unmeasured = ok(&root, &["unmerge", "acme/math", "--text", short.to_str().unwrap()]);
+    assert!(unmeasured.contains("the change of its output was not measured: the text has "), "{unmeasured}");
+    assert_eq!(zoo(&root, &["unmerge", "acme/math", "--apply"]).status.code(), Some(2), "--apply wants a name");
+    assert!(failed(&["unmerge", "acme/math", "--apply", "--name", "acme/math"]).contains("acme/math exists: give another name"));
+    let stored = ok(&root, &["unmerge", "acme/math", "--apply", "--name", "acme/thin"]);
+    assert!(
+        stored.contains("acme/thin is chain ") && stored.contains(" over hub/base; `zoo rm acme/math` and `zoo gc` free 139 kB"),
+        "{stored}"
+    );
+    let shown = ok(&root, &["show", "acme/thin"]);
+    assert!(shown.contains("on 4 of 18 blocks, 57 kB") && shown.contains("q:8,v:8"), "{shown}");
+    assert!(ok(&root, &["verify"]).contains("all sound; 0 unreferenced"));
+    let report: serde_json::Value =
+        serde_json::from_str(&ok(&root, &["add", &folder("math-lora"), "--name", "acme/again", "--json"])).unwrap();
+    assert_eq!((&report["bytes_new"], &report["nearest"]["identical_count"]), (&0.into(), &18.into()), "{report}");
 }
 
 #[test]
