@@ -14,7 +14,7 @@ use ashlar_zoo::encoding::DEPTH_MAX;
 use ashlar_zoo::ingest::{AddOptions, AddReport, Recipe, Silent, add};
 use ashlar_zoo::manifest::TensorRef;
 use ashlar_zoo::repair::repair;
-use ashlar_zoo::store::{Compression, Stored, Zoo};
+use ashlar_zoo::store::{Compression, Form, Stored, Zoo};
 use ashlar_zoo::verify::verify;
 use ashlar_zoo::{gc, tensor_file};
 use faulty::FaultyStore;
@@ -105,6 +105,12 @@ async fn deltas_over_deltas_are_few_and_all_read_back() {
     // Each fifth one begins again.
     let alone = 12_u64.div_ceil(u64::from(DEPTH_MAX) + 1);
     assert_eq!(count("bases"), 12 - alone);
+    // The deepest of all can be renewed: to one who must not know of it, it is stored again, and lies as it did.
+    let deepest = usize::from(DEPTH_MAX);
+    let lies_over = zoo.stored_as(refs[deepest].digest).await.unwrap();
+    assert_eq!(lies_over.form, Form::Over(refs[deepest - 1].digest));
+    put(&zoo.blind(), &weights(1, u64::from(DEPTH_MAX)), Compression::Over(&refs[deepest - 1])).await;
+    assert_eq!(zoo.stored_as(refs[deepest].digest).await.unwrap(), lies_over);
     let zoo = Zoo::open_dir(dir.path()).await.unwrap();
     for (steps, tensor) in refs.iter().enumerate() {
         assert!(zoo.map_tensor(tensor).await.unwrap().as_ref() == weights(1, steps as u64), "{steps}");

@@ -250,11 +250,14 @@ impl Zoo {
 
     /// As [`Zoo::renew`], for a tensor and all that it is stored over.
     pub(crate) async fn renew_tensor(&self, digest: Digest) -> Result<(), StoreError> {
-        let mut next = Some(digest);
+        let mut next = digest;
         for _ in 0..=DEPTH_MAX {
-            let Some(digest) = next else { return Ok(()) };
-            next = self.base_of(digest).await?.map(|base| base.digest);
-            self.renew(&Object::Tensor(digest)).await?;
+            let base = self.base_of(next).await?;
+            self.renew(&Object::Tensor(next)).await?;
+            match base {
+                Some(base) => next = base.digest,
+                None => return Ok(()),
+            }
         }
         let reason = "too many deltas lie one over the other".to_owned();
         Err(StoreError::Damaged { object: Object::Tensor(digest), reason })
