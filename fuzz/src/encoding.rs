@@ -17,8 +17,8 @@ pub fn encoding(data: &[u8]) {
     let mut whole = vec![0; prelude.raw_bytes];
     let mut pieces = vec![0; prelude.raw_bytes];
     let result = decode(&prelude, bytes, Some(&base), &mut whole);
-    let chunks = pieces.chunks_mut(prelude.chunk_bytes).enumerate();
-    let each = chunks.map(|(index, out)| decode_chunk(&prelude, bytes, index, Some(&base), out)).collect::<Result<(), _>>();
+    let mut chunks = pieces.chunks_mut(prelude.chunk_bytes).enumerate();
+    let each = chunks.try_for_each(|(index, out)| decode_chunk(&prelude, bytes, index, Some(&base), out));
     assert_eq!(result, each);
     assert!(result.is_err() || whole == pieces);
 }

@@ -2,6 +2,7 @@
 //! read. Start with docs/block-format.md and `manifest`. It is never a server in the request path.
 
 pub mod adapter;
+mod apart;
 pub mod blocking;
 pub mod canonical;
 pub mod digest;

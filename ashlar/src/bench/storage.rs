@@ -125,6 +125,7 @@ async fn kinds(zoo: &Zoo) -> anyhow::Result<BTreeMap<&'static str, Kind>> {
 }
 
 /// Raw bytes a second of loading all tensors, `cores` at a time: read, decoded (a delta's base as well) and verified.
+#[expect(clippy::disallowed_methods, reason = "a measurement reads the real clock")]
 async fn restore_speed(zoo: &Zoo, kind: &Kind, cores: usize, rounds: usize) -> anyhow::Result<f64> {
     let mut times = Vec::with_capacity(rounds);
     for _ in 0..rounds {
@@ -137,6 +138,7 @@ async fn restore_speed(zoo: &Zoo, kind: &Kind, cores: usize, rounds: usize) -> a
 }
 
 /// Bytes a second that so many threads copy from memory to memory.
+#[expect(clippy::disallowed_methods, reason = "a measurement reads the real clock")]
 fn copy_speed(cores: usize) -> f64 {
     let times = (0..5).map(|_| {
         let buffers: Vec<(Vec<u8>, Vec<u8>)> = (0..cores).map(|_| (vec![1; COPY_BYTES], vec![2; COPY_BYTES])).collect();

@@ -83,6 +83,7 @@ const PIECE: usize = 4096;
 const _: () = assert!(PIECE.is_multiple_of(SYMBOL_STATES), "a piece begins with the first state");
 
 /// A plane, read piece by piece.
+#[expect(clippy::large_enum_variant, reason = "a chunk has at most four, on the stack")]
 enum Reader<'a> {
     Raw(&'a [u8]),
     Constant,

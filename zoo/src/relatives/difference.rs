@@ -3,12 +3,13 @@
 
 use std::collections::BTreeMap;
 
-use ashlar_kernels::format::{CodeRow, Dtype, TensorView, dequantise_row};
+use ashlar_kernels::format::Dtype;
 use futures::{StreamExt, TryStreamExt, stream};
 use serde::Serialize;
 
 use super::low_rank::{LowRank, Proof, low_rank};
 use crate::adapter::ADAPTED_ROLES;
+use crate::apart::Apart;
 use crate::blocking::blocking;
 use crate::digest::Digest;
 use crate::manifest::{Block, TensorRef};
@@ -132,7 +133,7 @@ fn compare_tensor(base: &MappedTensor, tuned: &MappedTensor, rows: usize, rank_m
     let (base_view, tuned_view) = (base.view(), tuned.view());
     let apart = Apart::of(&base_view, &tuned_view, rows);
     let grown = base_view.rows != tuned_view.rows;
-    let ratio = apart.relative_rms();
+    let ratio = relative_rms(&apart);
     let found = if ratio < UNRELATED_MIN && rank_max > 0 && !grown { low_rank(&base_view, &tuned_view, rank_max) } else { None };
     base.release_pages();
     tuned.release_pages();
@@ -141,44 +142,14 @@ fn compare_tensor(base: &MappedTensor, tuned: &MappedTensor, rows: usize, rank_m
         None if ratio < UNRELATED_MIN => Kind::Small,
         None => Kind::Unrelated,
     };
-    let equal_share = apart.equal_count as f64 / apart.element_count.max(1) as f64;
     let (rank, proof) = (found.as_ref().map(|found| found.rank), found.as_ref().map(|found| found.proof));
-    (TensorDifference { kind, rank, relative_rms: Some(ratio), equal_share, proof }, found)
+    (TensorDifference { kind, rank, relative_rms: Some(ratio), equal_share: apart.equal_share(), proof }, found)
 }
 
-/// Sums over the elements of two tensors.
-#[derive(Default)]
-struct Apart {
-    base: f64,
-    tuned: f64,
-    difference: f64,
-    equal_count: u64,
-    element_count: u64,
-}
-
-impl Apart {
-    fn of(base: &TensorView<'_>, tuned: &TensorView<'_>, rows: usize) -> Self {
-        let mut sums = Self::default();
-        let (mut codes, mut a, mut b) = (CodeRow::default(), vec![0.0; base.cols], vec![0.0; tuned.cols]);
-        for row in 0..rows {
-            dequantise_row(base, row, &mut codes, &mut a);
-            dequantise_row(tuned, row, &mut codes, &mut b);
-            for (a, b) in std::iter::zip(&a, &b) {
-                let (a, b) = (f64::from(*a), f64::from(*b));
-                sums.base += a * a;
-                sums.tuned += b * b;
-                sums.difference += (a - b) * (a - b);
-                sums.equal_count += u64::from(a == b);
-            }
-            sums.element_count += base.cols as u64;
-        }
-        sums
-    }
-
-    fn relative_rms(&self) -> f64 {
-        let larger = self.base.max(self.tuned);
-        if larger > 0.0 { (self.difference / larger).sqrt() } else { 0.0 }
-    }
+/// Root mean square of the difference over that of the larger tensor; 0 where both are 0.
+fn relative_rms(apart: &Apart) -> f64 {
+    let larger = apart.a.max(apart.b);
+    if larger > 0.0 { (apart.difference / larger).sqrt() } else { 0.0 }
 }
 
 /// What [`compare`] found, counted: of `zoo add`.

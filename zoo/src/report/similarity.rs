@@ -3,10 +3,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use ashlar_kernels::format::{CodeRow, TensorView, dequantise_row};
+use ashlar_kernels::format::TensorView;
 use futures::{StreamExt, TryStreamExt, stream};
 use serde::Serialize;
 
+use crate::apart::Apart;
 use crate::blocking::blocking;
 use crate::ingest::{Progress, Stage};
 use crate::inspect::{Resolved, kind, tensor_bytes};
@@ -124,55 +125,24 @@ fn begin(a: &Resolved, b: &Resolved) -> (Comparison, Vec<Pair>) {
 }
 
 fn measure(a: &MappedTensor, b: &MappedTensor) -> Measures {
-    let measures = Sums::of(&a.view(), &b.view()).measures();
+    let measures = Measures::of(&a.view(), &b.view());
     a.release_pages();
     b.release_pages();
     measures
 }
 
-/// Sums over the elements of two tensors of one shape, in f64.
-#[derive(Debug, Default)]
-struct Sums {
-    count: u64,
-    equal_count: u64,
-    /// Of squares.
-    a: f64,
-    b: f64,
-    difference: f64,
-    /// Of products.
-    product: f64,
-}
-
-impl Sums {
+impl Measures {
     fn of(a: &TensorView<'_>, b: &TensorView<'_>) -> Self {
-        let mut sums = Self::default();
-        let (mut codes, mut row_a, mut row_b) = (CodeRow::default(), vec![0.0; a.cols], vec![0.0; b.cols]);
-        for row in 0..a.rows {
-            dequantise_row(a, row, &mut codes, &mut row_a);
-            dequantise_row(b, row, &mut codes, &mut row_b);
-            for (a, b) in std::iter::zip(&row_a, &row_b) {
-                let (a, b) = (f64::from(*a), f64::from(*b));
-                sums.a += a * a;
-                sums.b += b * b;
-                sums.difference += (a - b) * (a - b);
-                sums.product += a * b;
-                sums.equal_count += u64::from(a == b);
-            }
-            sums.count += a.cols as u64;
-        }
-        sums
-    }
-
-    fn measures(&self) -> Measures {
-        let both = (self.a * self.b).sqrt();
-        let is_zero = self.a == 0.0 && self.b == 0.0;
+        let sums = Apart::of(a, b, a.rows);
+        let both = (sums.a * sums.b).sqrt();
+        let is_zero = sums.a == 0.0 && sums.b == 0.0;
         // A weight that is no number makes sums that are none; JSON has no word for them.
         let finite = |value: f64| value.is_finite().then_some(value);
-        Measures {
-            count: self.count,
-            equal_share: self.equal_count as f64 / self.count.max(1) as f64,
-            relative_rms: if is_zero { Some(0.0) } else { finite((self.difference / self.a).sqrt()) },
-            cosine: if is_zero { Some(1.0) } else { finite((self.product / both).clamp(-1.0, 1.0)) },
+        Self {
+            count: sums.count,
+            equal_share: sums.equal_share(),
+            relative_rms: if is_zero { Some(0.0) } else { finite((sums.difference / sums.a).sqrt()) },
+            cosine: if is_zero { Some(1.0) } else { finite((sums.product / both).clamp(-1.0, 1.0)) },
         }
     }
 }
@@ -187,7 +157,7 @@ mod tests {
         let bytes = |values: &[f32]| values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>();
         let (a_bytes, b_bytes) = (bytes(a), bytes(b));
         let view = |bytes| TensorView { dtype: Dtype::F32, rows: 2, cols: 2, bytes };
-        Sums::of(&view(&a_bytes), &view(&b_bytes)).measures()
+        Measures::of(&view(&a_bytes), &view(&b_bytes))
     }
 
     #[test]
