@@ -19,7 +19,7 @@ use crate::ops::{
     Activation, AttentionShape, Bf16Compute, Columns, DiagonalPart, Finish, KvPlace, KvShape, LinearRun, NormKind, Ops, PackError, Query,
 };
 pub use attention::Kv;
-pub use differences::{add_differences, exponent_classes, of_ordinal, of_zigzag, ordinal, zigzag};
+pub use differences::{BOUNDS_MAX, add_differences, exponent_classes, of_ordinal, of_zigzag, ordinal, zigzag};
 #[cfg(test)]
 pub(crate) use linear::round_to_bf16;
 pub use linear::{Activations, Linear, quantise_activations};

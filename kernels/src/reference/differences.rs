@@ -1,6 +1,9 @@
 //! Floats of 16 bits as integers, and their differences. An *ordinal* grows with the float that it stands for, and every bit pattern has its own.
 //! Plain loops: `cpu::differences` compiles the same for each instruction set.
 
+/// Bounds of classes; classes are models of a code, of which there are at most 16.
+pub const BOUNDS_MAX: usize = 15;
+
 /// The ordinal of a float of 16 bits.
 #[inline(always)]
 pub fn ordinal(bits: u16) -> u16 {
@@ -41,10 +44,10 @@ pub fn add_differences(differences: &[u8], base: &[u8], out: &mut [u8]) {
 /// For each float of 16 bits of `base`, 2,048 times how many of `bounds` are not above its exponent (bits 7 to 15, which is without the sign).
 ///
 /// # Panics
-/// If lengths differ, or there are more than 15 bounds.
+/// If lengths differ, or there are more than [`BOUNDS_MAX`] bounds.
 pub fn exponent_classes(base: &[u8], bounds: &[u8], out: &mut [u16]) {
     let (base, []) = base.as_chunks::<2>() else { panic!("whole floats") };
-    assert!(base.len() == out.len() && bounds.len() <= 15, "a place for each float, and classes that fit 16 bits");
+    assert!(base.len() == out.len() && bounds.len() <= BOUNDS_MAX, "a place for each float, and classes that fit 16 bits");
     for (base, out) in base.iter().zip(out) {
         let exponent = (u16::from_le_bytes(*base) >> 7) as u8;
         *out = 2048 * bounds.iter().map(|bound| u16::from(exponent >= *bound)).sum::<u16>();

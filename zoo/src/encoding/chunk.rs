@@ -79,7 +79,7 @@ fn take<'a>(bytes: &mut &'a [u8]) -> Result<(u8, &'a [u8]), ChunkError> {
 }
 
 /// Elements that are decoded at a time: all that one piece needs lies in the first cache.
-const PIECE: usize = 4096;
+const PIECE: usize = 1024;
 const _: () = assert!(PIECE.is_multiple_of(SYMBOL_STATES), "a piece begins with the first state");
 
 /// A plane, read piece by piece.
