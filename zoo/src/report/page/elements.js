@@ -94,11 +94,18 @@ function onPoint(node, tell) {
   });
 }
 
-// One cell of `rows` is in the order of tabs; arrows, Home and End go on from it.
+// One cell of `rows` is in the order of tabs, the one that had the focus last; arrows, Home and End go on from it.
 function arrowKeys(table, rows) {
   const places = new Map();
   rows.forEach((row, y) => row.forEach((cell, x) => places.set(cell, [x, y])));
-  if (rows[0] && rows[0][0]) rows[0][0].tabIndex = 0;
+  let stop = rows[0] && rows[0][0];
+  if (stop) stop.tabIndex = 0;
+  table.addEventListener('focusin', (event) => {
+    if (!places.has(event.target)) return;
+    stop.tabIndex = -1;
+    stop = event.target;
+    stop.tabIndex = 0;
+  });
   table.addEventListener('keydown', (event) => {
     const at = places.get(event.target);
     if (!at || event.ctrlKey || event.metaKey || event.altKey) return;
@@ -112,9 +119,6 @@ function arrowKeys(table, rows) {
     else return;
     event.preventDefault();
     const row = rows[Math.max(0, Math.min(y, rows.length - 1))];
-    const next = row[Math.max(0, Math.min(x, row.length - 1))];
-    event.target.tabIndex = -1;
-    next.tabIndex = 0;
-    next.focus();
+    row[Math.max(0, Math.min(x, row.length - 1))].focus();
   });
 }
