@@ -289,9 +289,9 @@ pub(super) fn report(report: &Report, rows_max: usize) -> String {
         alone => format!(" ({:.0}% less)", (1.0 - bytes as f64 / alone as f64) * 100.0),
     };
     out.push_str(&format!(
-        "\n{} models of {} tenants: {} blocks, {} of them distinct, and {} distinct adapters\nin memory {} alone, {} together{}; on disk {}{}\n",
-        totals.model_count,
-        totals.tenant_count,
+        "\n{}, {}: {} blocks, {} of them distinct, and {} distinct adapters\nin memory {} alone, {} together{}; on disk {}{}\n",
+        counted(totals.model_count, "model"),
+        counted(totals.tenant_count, "tenant"),
         totals.placed_count,
         totals.block_count,
         totals.adapter_count,
@@ -309,6 +309,10 @@ pub(super) fn report(report: &Report, rows_max: usize) -> String {
         out.push_str(&format!("broken: {}: {}\n", broken.model, broken.error));
     }
     out + &left_out(report.broken.len(), rows_max)
+}
+
+fn counted(count: usize, noun: &str) -> String {
+    format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
 }
 
 fn left_out(count: usize, rows_max: usize) -> String {
