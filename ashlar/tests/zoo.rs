@@ -196,7 +196,7 @@ fn a_report_is_a_map_a_page_or_json() {
         report.starts_with("2 models that share weights\n") && report.contains("one/a  AAAA=A\n") && report.contains("two/b  AAAA=A\n"),
         "{report}"
     );
-    assert!(report.contains("\nTENANT   ALONE") && report.contains("2 models of 2 tenants: 12 blocks, 7 of them distinct"), "{report}");
+    assert!(report.contains("\nTENANT   ALONE") && report.contains("2 models, 2 tenants: 12 blocks, 7 of them distinct"), "{report}");
     let first = ok(&root, &["report", "--rows", "1"]);
     assert!(first.contains("1 more rows are left out: --rows 2") && first.contains("... and 1 more: --rows 2 shows all"), "{first}");
     let compared = ok(&root, &["report", "--compare", "one/a", "two/b"]);
