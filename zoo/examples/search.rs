@@ -98,7 +98,7 @@ async fn main() {
     for model in 0..count {
         let sketch = sketch(model, model % BASES, if model == count / 3 { 0.001 } else { 0.02 });
         let chain = Digest::of(&model.to_le_bytes());
-        let name = ModelName { chain, created_ms: 0, parent: None, history: Vec::new() };
+        let name = ModelName { chain, created_ms: 0, parent: None, history: Vec::new(), loaded: false };
         // Not through the zoo: it syncs each file, which is not what is measured.
         std::fs::write(names.join(format!("m{model}.json")), canonical::to_bytes(&name)).expect("a name");
         let file = sketch.to_bytes();
