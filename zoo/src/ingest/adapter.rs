@@ -247,10 +247,7 @@ async fn renew(zoo: &Zoo, base: &Base, blocks: &[Block]) -> Result<(), StoreErro
     let blocks = kept.map(|(_, digest)| Object::Block(*digest));
     let assets = [assets.tokenizer, assets.chat_template, assets.card].into_iter().flatten().map(Object::Asset);
     for object in tensors.chain(blocks).chain(assets).collect::<BTreeSet<_>>() {
-        match object {
-            Object::Tensor(digest) => zoo.renew_tensor(digest).await?,
-            object => zoo.renew(&object).await?,
-        }
+        zoo.renew(&object).await?;
     }
     Ok(())
 }

@@ -116,7 +116,7 @@ impl Zoo {
             Ok(()) | Err(object_store::Error::NotFound { .. }) => {}
             Err(source) => return Err(StoreError::Store { action: "delete", key: key(&scratch).to_string(), source }),
         }
-        match self.renew_tensor(tensor.digest).await {
+        match self.renew(&Object::Tensor(tensor.digest)).await {
             Err(StoreError::Damaged { .. } | StoreError::Missing { .. }) => {
                 let header = tensor_file::header(tensor_file::ENCODING_RAW, tensor.dtype, &tensor.shape);
                 self.write(&Object::Tensor(tensor.digest), vec![Bytes::copy_from_slice(&header), raw]).await
@@ -132,7 +132,7 @@ impl Zoo {
             if depth >= DEPTH_MAX {
                 return Ok(None);
             }
-            self.renew_tensor(near.digest).await?;
+            self.renew(&Object::Tensor(near.digest)).await?;
             Ok(Some((near.digest, depth, self.map_tensor(near).await?)))
         };
         match usable.await {
@@ -236,7 +236,7 @@ impl Zoo {
             }
             // The base first: a `gc` that took it since would leave a delta that cannot be read.
             if let Some(base) = self.base_of(tensor.digest).await? {
-                self.renew_tensor(base.digest).await?;
+                self.renew(&Object::Tensor(base.digest)).await?;
                 self.put_base(tensor.digest, base.digest).await?;
             }
             self.touch(&object, &meta).await
@@ -246,21 +246,6 @@ impl Zoo {
             Err(StoreError::Damaged { .. } | StoreError::Missing { .. }) => Ok(false),
             other => other,
         }
-    }
-
-    /// As [`Zoo::renew`], for a tensor and all that it is stored over.
-    pub(crate) async fn renew_tensor(&self, digest: Digest) -> Result<(), StoreError> {
-        let mut next = digest;
-        for _ in 0..=DEPTH_MAX {
-            let base = self.base_of(next).await?;
-            self.renew(&Object::Tensor(next)).await?;
-            match base {
-                Some(base) => next = base.digest,
-                None => return Ok(()),
-            }
-        }
-        let reason = "too many deltas lie one over the other".to_owned();
-        Err(StoreError::Damaged { object: Object::Tensor(digest), reason })
     }
 
     /// Whether the object is there and sound (a remote store is trusted with that); where it is, makes sure that `gc` leaves it for a grace period.
@@ -282,11 +267,29 @@ impl Zoo {
         self.touch(object, &meta).await
     }
 
-    /// Makes sure that `gc` leaves an object for a grace period that is in use already, and so is not read to its end here.
+    /// Makes sure that `gc` leaves an object for a grace period that is in use already, and so is not read to its end here; of a tensor also all
+    /// that it is stored over.
     ///
     /// # Errors
     /// When it is missing, or the store fails.
     pub(crate) async fn renew(&self, object: &Object) -> Result<(), StoreError> {
+        let Object::Tensor(digest) = object else { return self.renew_alone(object).await };
+        let mut chain = vec![*digest];
+        while let Some(base) = self.base_of(chain[chain.len() - 1]).await? {
+            if chain.len() > usize::from(DEPTH_MAX) {
+                let reason = "too many deltas lie one over the other".to_owned();
+                return Err(StoreError::Damaged { object: object.clone(), reason });
+            }
+            chain.push(base.digest);
+        }
+        // The bases first: a `gc` that finds the delta young and its base old would leave a delta that cannot be read.
+        for digest in chain.into_iter().rev() {
+            self.renew_alone(&Object::Tensor(digest)).await?;
+        }
+        Ok(())
+    }
+
+    async fn renew_alone(&self, object: &Object) -> Result<(), StoreError> {
         let missing = || StoreError::Missing { object: object.clone() };
         let meta = self.head(object).await?.ok_or_else(missing)?;
         if self.touch(object, &meta).await? {
