@@ -27,7 +27,7 @@ use crate::family::peft::LoraConfig;
 use crate::formats::TensorFiles;
 use crate::manifest::{Adapter, AdapterRef, Block, Chain, Change, TensorRef};
 use crate::model_id::ModelId;
-use crate::relatives::{Samples, Sketch};
+use crate::relatives::{Samples, Sketch, Viewer};
 use crate::store::{Compression, Object, Put, StoreError, Zoo};
 use crate::tensor_file;
 use base::Base;
@@ -47,7 +47,8 @@ pub fn is_adapter(path: &Path) -> bool {
 pub(super) async fn add(zoo: &Zoo, path: &Path, options: &AddOptions, progress: &dyn Progress) -> Result<AddReport, IngestError> {
     let owned = path.to_owned();
     let files = blocking(move || AdapterFiles::open(&owned)).await?;
-    let prepared = prepare(zoo, files, options, progress).await?;
+    let viewer = zoo.viewer(options.model.tenant()).await?;
+    let prepared = prepare(zoo, files, options, &viewer, progress).await?;
     let stored = prepared.store(zoo, options, progress).await?;
     let replaced = name(zoo, options, prepared.parent(), prepared.digest).await?;
     Ok(prepared.report(&options.model, replaced, stored))
@@ -81,17 +82,18 @@ pub(super) struct Done {
     adapters: Shared,
 }
 
-/// Copies the files, and makes of the copy all that will be stored.
+/// Copies the files, and makes of the copy all that will be stored. The base is one that `viewer` may see.
 pub(super) async fn prepare(
     zoo: &Zoo,
     files: AdapterFiles,
     options: &AddOptions,
+    viewer: &Viewer,
     progress: &dyn Progress,
 ) -> Result<Prepared, IngestError> {
     let copies = zoo.clone();
     let Private { config, tensors, source: folder, mut notes } = blocking(move || files.copied(&copies)).await?;
     let config = LoraConfig::parse(&config).map_err(IngestError::AdapterConfig)?;
-    let base = base::find(zoo, options.model.tenant(), config.base.as_deref(), options.parent.as_ref()).await?;
+    let base = base::find(zoo, (options.model.tenant(), viewer), config.base.as_deref(), options.parent.as_ref()).await?;
     let tensors = Arc::new(tensors);
     let (planned, base) = {
         let tensors = tensors.clone();
@@ -107,8 +109,7 @@ pub(super) async fn prepare(
     let digest = Digest::of(&canonical::to_bytes(&chain));
     let sample = |tensor: &TensorRef| samples[refs.iter().position(|of_file| of_file == tensor).expect("it is the file's")];
     let sketch = sketch(zoo, &base, &chain, &blocks, &adapters, sample).await?;
-    let viewer = zoo.viewer(options.model.tenant()).await?;
-    let sight = Sight::of(zoo, &viewer, &sketch, options, digest).await?;
+    let sight = Sight::of(zoo, viewer, &sketch, options, digest).await?;
     let (plans, refs) = planned.used().into_iter().map(|index| (plans[index].clone(), refs[index].clone())).unzip();
     notes.extend(base.note.clone());
     notes.extend(planned.notes);

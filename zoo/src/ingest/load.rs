@@ -8,6 +8,7 @@ use super::report::{AddReport, Progress};
 use crate::digest::Digest;
 use crate::manifest::ModelName;
 use crate::model_id::ModelId;
+use crate::relatives::Viewer;
 use crate::store::{StoreError, Zoo};
 
 /// What a load was asked.
@@ -38,7 +39,7 @@ pub enum UnloadError {
     Store(StoreError),
 }
 
-/// Adds an adapter under a name that is not there yet, or means this very chain already. The name is looked at before anything is written, and
+/// Adds an adapter, for an administrator, under a name that is not there yet, or means this very chain already. The name is looked at before anything is written, and
 /// again when it is made. What a replaced name meant is not kept: `gc` takes it.
 ///
 /// # Errors
@@ -46,7 +47,7 @@ pub enum UnloadError {
 pub async fn load(zoo: &Zoo, files: AdapterFiles, options: &LoadOptions, progress: &dyn Progress) -> Result<AddReport, IngestError> {
     // Raw, as somebody waits for it.
     let add = AddOptions { parent: options.base.clone(), compress: false, ..AddOptions::new(options.model.clone()) };
-    let prepared = prepare(zoo, files, &add, progress).await?;
+    let prepared = prepare(zoo, files, &add, &Viewer::Administrator, progress).await?;
     let model = &options.model;
     let free = Free { options, chain: prepared.digest };
     free.check(current(zoo, model).await?.as_ref())?;

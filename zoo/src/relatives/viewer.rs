@@ -5,10 +5,13 @@ use std::collections::BTreeSet;
 use crate::model_id::ModelId;
 use crate::store::{Domains, StoreError, Zoo};
 
-/// A tenant, as one who looks for relatives.
+/// One who looks for relatives.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Viewer {
-    tenants: BTreeSet<String>,
+pub enum Viewer {
+    /// Sees everybody's models: an administrator of servers.
+    Administrator,
+    /// Sees the models of these tenants.
+    Tenant(BTreeSet<String>),
 }
 
 impl Viewer {
@@ -16,17 +19,15 @@ impl Viewer {
     pub fn new(tenant: &str, domains: Domains) -> Self {
         let mut tenants = domains.public;
         tenants.insert(tenant.to_owned());
-        Self { tenants }
+        Self::Tenant(tenants)
     }
 
     /// Whether it may see a model.
     pub fn sees(&self, model: &ModelId) -> bool {
-        self.tenants.contains(model.tenant())
-    }
-
-    /// Tenants whose models it may see, in order.
-    pub fn tenants(&self) -> impl Iterator<Item = &str> {
-        self.tenants.iter().map(String::as_str)
+        match self {
+            Self::Administrator => true,
+            Self::Tenant(tenants) => tenants.contains(model.tenant()),
+        }
     }
 }
 

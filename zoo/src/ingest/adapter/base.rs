@@ -25,13 +25,17 @@ pub(super) struct Base {
 /// Finds and reads it. `wanted` is what adapter_config.json asks for.
 ///
 /// # Errors
-/// When there is none that `tenant` may see, or not one.
-pub(super) async fn find(zoo: &Zoo, tenant: &str, wanted: Option<&str>, given: Option<&ModelId>) -> Result<Base, IngestError> {
-    let viewer = zoo.viewer(tenant).await?;
+/// When there is none that `viewer`, who adds for `tenant`, may see, or not one.
+pub(super) async fn find(
+    zoo: &Zoo,
+    (tenant, viewer): (&str, &Viewer),
+    wanted: Option<&str>,
+    given: Option<&ModelId>,
+) -> Result<Base, IngestError> {
     let (id, found) = match given {
         Some(id) if !viewer.sees(id) => return Err(IngestError::BaseHidden { base: id.clone(), tenant: tenant.to_owned() }),
         Some(id) => (id.clone(), None),
-        None => seek(zoo, &viewer, wanted).await.map(|(id, found)| (id, Some(found)))?,
+        None => seek(zoo, viewer, wanted).await.map(|(id, found)| (id, Some(found)))?,
     };
     let model = zoo.resolve(&id).await?;
     let note = wanted.and_then(|wanted| {
