@@ -1,5 +1,5 @@
 //! Takes what no name leads to. Marks from names and their history, and from young objects that an `add` may just be
-//! writing, and on to the tensors that marked ones are stored over; sweeps sketches and chains, then blocks and adapters, then tensors (a delta before
+//! writing, and on to the tensors that marked ones are stored over; sweeps measures, sketches and chains, then blocks and adapters, then tensors (a delta before
 //! its mark and its base) and assets, so that a killed run leaves nothing that points to what is gone. Refuses to sweep when it cannot read all that it must follow.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -29,6 +29,8 @@ pub struct GcReport {
     pub asset_count: u64,
     /// Sketches taken.
     pub sketch_count: u64,
+    /// Records of what was measured of chains that are gone, taken.
+    pub measure_count: u64,
     /// Remains of killed writes taken.
     pub staged_count: u64,
     /// Bytes freed.
@@ -61,7 +63,7 @@ struct Marks {
 pub async fn collect(zoo: &Zoo, grace: Duration, dry_run: bool) -> Result<GcReport, StoreError> {
     // Listed before marking: what is written from here on is not in the lists, so it cannot be taken.
     let mut lists = Vec::new();
-    for folder in ["sketches", "chains", "blocks", "adapters", "tensors", "bases", "assets", "scratch"] {
+    for folder in ["sketches", "chains", "blocks", "adapters", "tensors", "bases", "assets", "scratch", "measures"] {
         let metas = zoo.list(folder).await?;
         lists.push(metas.into_iter().filter_map(|meta| Some((object(&meta.location)?, meta))).collect::<Vec<_>>());
     }
@@ -72,6 +74,8 @@ pub async fn collect(zoo: &Zoo, grace: Duration, dry_run: bool) -> Result<GcRepo
     bases.close(&mut kept.leaves);
     bases.close(&mut named.leaves);
     bases.sort_deltas_first(&mut lists[4]);
+    // Records go before their chains.
+    lists.rotate_right(1);
     let mut report = GcReport::default();
     for (object, meta) in lists.iter().flatten() {
         if kept.keeps(object) {
@@ -93,6 +97,7 @@ pub async fn collect(zoo: &Zoo, grace: Duration, dry_run: bool) -> Result<GcRepo
             Object::Asset(_) => &mut report.asset_count,
             Object::Base { .. } => &mut report.base_count,
             Object::Sketch(_) => &mut report.sketch_count,
+            Object::Measure { .. } => &mut report.measure_count,
             Object::Scratch(_) => &mut report.staged_count,
             _ => &mut report.tensor_count,
         } += 1;
@@ -107,7 +112,7 @@ pub async fn collect(zoo: &Zoo, grace: Duration, dry_run: bool) -> Result<GcRepo
 impl Marks {
     fn keeps(&self, object: &Object) -> bool {
         match object {
-            Object::Chain(digest) | Object::Sketch(digest) => self.chains.contains(digest),
+            Object::Chain(digest) | Object::Sketch(digest) | Object::Measure { chain: digest, .. } => self.chains.contains(digest),
             Object::Block(digest) => self.blocks.contains(digest),
             Object::Adapter(digest) => self.adapters.contains(digest),
             // A mark stays with its delta.

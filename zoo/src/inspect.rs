@@ -7,6 +7,7 @@ use serde::Serialize;
 use crate::adapter::AdapterError;
 use crate::digest::{Digest, lineages};
 use crate::manifest::{Adapter, AdapterRef, Block, BlockKind, Chain, Change, ModelName, TensorRef};
+use crate::measures::Measure;
 use crate::model_id::ModelId;
 use crate::store::{Object, StoreError, Zoo};
 use crate::tensor_file;
@@ -66,6 +67,8 @@ pub struct Shown {
     pub bytes: u64,
     /// Of these, bytes of adapters.
     pub adapter_bytes: u64,
+    /// What it was measured to change against the model that it approximates, newest first.
+    pub measures: Vec<Measure>,
     /// Its blocks, in order.
     pub blocks: Vec<ShownBlock>,
 }
@@ -201,7 +204,8 @@ impl Zoo {
         let (blocks, bytes) = (blocks.collect(), distinct_tensors(&model).values().sum());
         let adapter_tensors: BTreeMap<Digest, u64> = adapter_tensors(&model).collect();
         let adapter_bytes = adapter_tensors.values().sum();
-        Ok(Shown { model: id.to_string(), name: model.name, chain: model.chain, bytes, adapter_bytes, blocks })
+        let measures = self.read_measures(model.name.chain).await?;
+        Ok(Shown { model: id.to_string(), name: model.name, chain: model.chain, bytes, adapter_bytes, measures, blocks })
     }
 
     /// How two models differ.

@@ -16,6 +16,7 @@ pub mod ingest;
 pub mod inspect;
 pub mod manifest;
 mod mapping;
+pub mod measures;
 pub mod model_id;
 pub mod relatives;
 pub mod repair;

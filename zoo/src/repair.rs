@@ -46,6 +46,7 @@ async fn copy(zoo: &Zoo, other: &Zoo, object: &Object) -> Result<(), StoreError>
         Object::Base { tensor, base } => zoo.put_base(*tensor, *base).await,
         // It is a function of its chain.
         Object::Sketch(chain) => zoo.make_sketch(*chain).await.map(|_| ()),
+        Object::Measure { chain, record } => zoo.put_measure(*chain, &other.read_measure(*chain, *record).await?).await.map(|_| ()),
         Object::Format
         | Object::Domains
         | Object::Scratch(_)

@@ -6,6 +6,7 @@ mod delete;
 mod domains;
 mod error;
 mod fetch;
+mod measures;
 mod names;
 mod read;
 mod sketches;
@@ -217,6 +218,7 @@ pub(crate) fn key(object: &Object) -> Path {
         Object::Chain(digest) => Path::from(format!("chains/{digest}.json")),
         Object::Asset(digest) => Path::from(format!("assets/{digest}")),
         Object::Sketch(chain) => Path::from(format!("sketches/{chain}")),
+        Object::Measure { chain, record } => Path::from(format!("measures/{chain}/{record}.json")),
         Object::Scratch(digest) => Path::from(format!("scratch/{digest}")),
         Object::Domains => Path::from("domains.json"),
         Object::Model(id) => Path::from(format!("models/{}/{}.json", id.tenant(), id.name())),
@@ -239,6 +241,9 @@ pub(crate) fn object(key: &Path) -> Option<Object> {
         ["chains", file] => Some(Object::Chain(file.strip_suffix(".json")?.parse().ok()?)),
         ["assets", file] => Some(Object::Asset(file.parse().ok()?)),
         ["sketches", file] => Some(Object::Sketch(file.parse().ok()?)),
+        ["measures", chain, file] => {
+            Some(Object::Measure { chain: chain.parse().ok()?, record: file.strip_suffix(".json")?.parse().ok()? })
+        }
         ["scratch", file] => Some(Object::Scratch(file.parse().ok()?)),
         ["domains.json"] => Some(Object::Domains),
         ["models", tenant, file] => Some(Object::Model(ModelId::new(tenant, file.strip_suffix(".json")?).ok()?)),

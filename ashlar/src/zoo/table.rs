@@ -5,6 +5,7 @@ use std::fmt::Write;
 use ashlar_zoo::gc::GcReport;
 use ashlar_zoo::ingest::human_bytes;
 use ashlar_zoo::inspect::{Diff, Listed, Shown, kind};
+use ashlar_zoo::measures::Measure;
 use ashlar_zoo::model_id::ModelId;
 use ashlar_zoo::relatives::{Proof, Proposal};
 use ashlar_zoo::repair::RepairReport;
@@ -62,7 +63,7 @@ pub(super) fn show(model: &Shown) -> String {
     let or_none = |value: Option<String>| value.unwrap_or_else(|| "-".to_owned());
     let digest = |value: Option<ashlar_zoo::digest::Digest>| or_none(value.map(|digest| digest.short()));
     let eos: Vec<String> = chain.tokens.eos.iter().map(ToString::to_string).collect();
-    let facts = vec![
+    let mut facts = vec![
         vec!["model".to_owned(), model.model.clone()],
         vec!["chain".to_owned(), model.name.chain.to_string()],
         vec!["family".to_owned(), chain.architecture.clone()],
@@ -78,6 +79,7 @@ pub(super) fn show(model: &Shown) -> String {
         vec!["parent".to_owned(), or_none(model.name.parent.clone())],
         vec!["earlier chains".to_owned(), model.name.history.len().to_string()],
     ];
+    facts.extend(model.measures.iter().map(|measure| vec!["measured".to_owned(), measured(measure)]));
     let mut rows = vec![row(["#", "KIND", "BLOCK", "LINEAGE", "SIZE", "DTYPES", "ALSO IN"])];
     for block in &model.blocks {
         rows.push(vec![
@@ -104,6 +106,18 @@ pub(super) fn show(model: &Shown) -> String {
         }
     }
     format!("{}\n{}", columns(&facts, &[]), columns(&rows, &[0, 4]))
+}
+
+fn measured(measure: &Measure) -> String {
+    let Measure { method, against, rows, kl, same_top_share, perplexity, perplexity_of_source, .. } = measure;
+    let (top, more) = (100.0 * same_top_share, 100.0 * measure.perplexity_change());
+    format!(
+        "{method} of chain {}: mean KL {:.2e}, 99% below {:.2e}, most {:.2e}; the same likeliest token {top:.2}% of {rows}; perplexity {perplexity_of_source:.2} to {perplexity:.2} ({more:+.2}%)",
+        against.short(),
+        kl.mean,
+        kl.p99,
+        kl.max
+    )
 }
 
 fn adapters(model: &Shown) -> String {
@@ -248,6 +262,9 @@ pub(super) fn gc(report: &GcReport, dry_run: bool) -> String {
     );
     if report.sketch_count > 0 {
         out.push_str(&format!(", {} sketches", report.sketch_count));
+    }
+    if report.measure_count > 0 {
+        out.push_str(&format!(", {} measures", report.measure_count));
     }
     if report.staged_count > 0 {
         out.push_str(&format!(", {} unfinished writes", report.staged_count));

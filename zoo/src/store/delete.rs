@@ -31,10 +31,11 @@ impl Zoo {
         let Some(root) = self.inner.root.clone() else { return Ok((0, 0)) };
         let swept = blocking(move || {
             let (mut count, mut bytes) = (0, 0);
-            let mut folders: Vec<PathBuf> = ["tensors", "bases", "blocks", "adapters", "chains", "assets", "sketches", "scratch", "models"]
-                .iter()
-                .map(|folder| root.join(folder))
-                .collect();
+            let mut folders: Vec<PathBuf> =
+                ["tensors", "bases", "blocks", "adapters", "chains", "assets", "sketches", "measures", "scratch", "models"]
+                    .iter()
+                    .map(|folder| root.join(folder))
+                    .collect();
             // Two levels: shelves of tensors and tenants' folders.
             for depth in 0..2 {
                 for folder in std::mem::take(&mut folders) {

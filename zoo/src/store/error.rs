@@ -47,6 +47,13 @@ pub enum Object {
     Asset(Digest),
     /// The sketch of a chain, by the chain.
     Sketch(Digest),
+    /// What was measured of a chain.
+    Measure {
+        /// The chain.
+        chain: Digest,
+        /// The record.
+        record: Digest,
+    },
     /// What a tenant adds that does not see that it is there already: written, and deleted.
     Scratch(Digest),
     /// `domains.json`.
@@ -68,6 +75,7 @@ impl fmt::Display for Object {
             Self::Chain(digest) => write!(f, "chain {digest}"),
             Self::Asset(digest) => write!(f, "asset {digest}"),
             Self::Sketch(chain) => write!(f, "sketch of chain {chain}"),
+            Self::Measure { chain, record } => write!(f, "measure {record} of chain {chain}"),
             Self::Scratch(tensor) => write!(f, "scratch of tensor {tensor}"),
             Self::Domains => f.write_str("domains.json"),
             Self::Model(id) => write!(f, "model {id}"),

@@ -147,7 +147,12 @@ impl Zoo {
     }
 
     async fn read_manifest<T: DeserializeOwned>(&self, object: Object, digest: Digest) -> Result<T, StoreError> {
-        let bytes = self.read(&object, MANIFEST_BYTES_MAX).await?;
+        self.read_json(object, digest, MANIFEST_BYTES_MAX).await
+    }
+
+    /// A JSON object of at most so many bytes, which are those of `digest`.
+    pub(super) async fn read_json<T: DeserializeOwned>(&self, object: Object, digest: Digest, bytes_max: u64) -> Result<T, StoreError> {
+        let bytes = self.read(&object, bytes_max).await?;
         check_digest(object.clone(), digest, &bytes)?;
         serde_json::from_slice(&bytes).map_err(|e| StoreError::Damaged { object, reason: format!("this build cannot read it: {e}") })
     }
