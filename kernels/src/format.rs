@@ -4,12 +4,14 @@
 
 mod codes;
 mod finite;
+pub(crate) mod fp8;
 mod name;
 mod quantise;
 mod row;
 
 pub use codes::{CodeRow, TwoLevelScales};
 pub use finite::first_non_finite;
+pub use fp8::{fp8_is_nan, fp8_to_f32};
 pub use name::UnknownDtype;
 pub use quantise::quantise;
 pub use row::{dequantise, dequantise_row};
@@ -49,6 +51,18 @@ pub enum Dtype {
         /// Weights that share a scale and a minimum.
         group: u16,
     },
+    /// As `Int4Minimum` with all zero points (a byte each, 0..=16) after all scales in place of minima: `w = (code - zero) * scale`, which is
+    /// `code * scale + minimum` with the minimum `-zero * scale`, exact in f32. What AWQ and GPTQ checkpoints hold.
+    Int4Zero {
+        /// Weights that share a scale and a zero point.
+        group: u16,
+    },
+    /// Eight-bit floats (e4m3fn: sign, 4 bits of exponent, 3 of mantissa, NaN but no infinity), a byte each, row by row, then all scales
+    /// (f32), `ceil(K / group)` a row; the last group may be short. `w = code * scale` in f32, rounded once. Computed as floats are.
+    Fp8 {
+        /// Weights that share a scale.
+        group: u16,
+    },
     /// Ours, for one-bit deltas: a bit a weight (k = 0 is the lowest bit, a row padded to a whole byte), then scales (f16).
     /// `w = +scale` where the bit is set, `-scale` where it is clear; codes read as +1 and -1.
     Int1 {
@@ -80,7 +94,13 @@ impl Dtype {
         let row = match self {
             Self::F32 => cols.checked_mul(4)?,
             Self::F16 | Self::Bf16 => cols.checked_mul(2)?,
-            Self::Int8 { .. } | Self::Int4 { .. } | Self::Int8Minimum { .. } | Self::Int4Minimum { .. } | Self::Int1 { .. } => {
+            Self::Int8 { .. }
+            | Self::Int4 { .. }
+            | Self::Int8Minimum { .. }
+            | Self::Int4Minimum { .. }
+            | Self::Int4Zero { .. }
+            | Self::Fp8 { .. }
+            | Self::Int1 { .. } => {
                 return self.sections(rows, cols)?.into_iter().try_fold(0usize, usize::checked_add);
             }
             _ => {
@@ -93,12 +113,12 @@ impl Dtype {
         rows.checked_mul(row)
     }
 
-    /// Bytes of the three sections of a planar matrix `[rows, cols]`, in the order in which they lie: codes, scales, minima (0
-    /// for formats without). `None` for other formats, for a bad group, or on overflow.
+    /// Bytes of the three sections of a planar matrix `[rows, cols]`, in the order in which they lie: codes, scales, minima or zero points
+    /// (0 for formats without). `None` for other formats, for a bad group, or on overflow.
     pub fn sections(self, rows: usize, cols: usize) -> Option<[usize; 3]> {
         let (codes_per_byte, group) = match self {
-            Self::Int8 { group } | Self::Int8Minimum { group } => (1, group),
-            Self::Int4 { group } | Self::Int4Minimum { group } => (2, group),
+            Self::Int8 { group } | Self::Int8Minimum { group } | Self::Fp8 { group } => (1, group),
+            Self::Int4 { group } | Self::Int4Minimum { group } | Self::Int4Zero { group } => (2, group),
             Self::Int1 { group } => (8, group),
             _ => return None,
         };
@@ -106,8 +126,13 @@ impl Dtype {
         if group == 0 || !GROUP_MAX.is_multiple_of(group) {
             return None;
         }
-        let scales = cols.div_ceil(group).checked_mul(2)?.checked_mul(rows)?;
-        Some([cols.div_ceil(codes_per_byte).checked_mul(rows)?, scales, if self.has_minimum() { scales } else { 0 }])
+        let groups = cols.div_ceil(group).checked_mul(rows)?;
+        let (scale_bytes, minimum_bytes) = match self {
+            Self::Fp8 { .. } => (4, 0),
+            Self::Int4Zero { .. } => (2, 1),
+            _ => (2, if self.has_minimum() { 2 } else { 0 }),
+        };
+        Some([cols.div_ceil(codes_per_byte).checked_mul(rows)?, groups.checked_mul(scale_bytes)?, groups.checked_mul(minimum_bytes)?])
     }
 
     /// Columns of one stored block: a row's columns are a multiple of it. 1 for the float and planar formats.
@@ -115,16 +140,18 @@ impl Dtype {
         match self {
             Self::F32 | Self::F16 | Self::Bf16 => 1,
             Self::Int8 { .. } | Self::Int4 { .. } | Self::Int8Minimum { .. } | Self::Int4Minimum { .. } | Self::Int1 { .. } => 1,
+            Self::Int4Zero { .. } | Self::Fp8 { .. } => 1,
             Self::Q8_0 | Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 => 32,
             Self::Q4K | Self::Q5K | Self::Q6K => 256,
         }
     }
 
-    /// Weights that share a scale (and a minimum); `None` for floats. Activations are quantised in the same groups.
+    /// Weights that share a scale (and a minimum) and are integers; `None` for floats, fp8 too. Activations are quantised in the same groups.
     pub fn group(self) -> Option<usize> {
         match self {
-            Self::F32 | Self::F16 | Self::Bf16 => None,
-            Self::Int8 { group }
+            Self::F32 | Self::F16 | Self::Bf16 | Self::Fp8 { .. } => None,
+            Self::Int4Zero { group }
+            | Self::Int8 { group }
             | Self::Int4 { group }
             | Self::Int8Minimum { group }
             | Self::Int4Minimum { group }
@@ -136,7 +163,10 @@ impl Dtype {
 
     /// Whether weights are `code * scale + minimum`.
     pub fn has_minimum(self) -> bool {
-        matches!(self, Self::Int8Minimum { .. } | Self::Int4Minimum { .. } | Self::Q4_1 | Self::Q5_1 | Self::Q4K | Self::Q5K)
+        matches!(
+            self,
+            Self::Int8Minimum { .. } | Self::Int4Minimum { .. } | Self::Int4Zero { .. } | Self::Q4_1 | Self::Q5_1 | Self::Q4K | Self::Q5K
+        )
     }
 
     /// Bytes of one GGUF block, or of a float. The planar formats have no blocks.
@@ -144,7 +174,13 @@ impl Dtype {
         match self {
             Self::F32 => 4,
             Self::F16 | Self::Bf16 => 2,
-            Self::Int8 { .. } | Self::Int4 { .. } | Self::Int8Minimum { .. } | Self::Int4Minimum { .. } | Self::Int1 { .. } => {
+            Self::Int8 { .. }
+            | Self::Int4 { .. }
+            | Self::Int8Minimum { .. }
+            | Self::Int4Minimum { .. }
+            | Self::Int4Zero { .. }
+            | Self::Fp8 { .. }
+            | Self::Int1 { .. } => {
                 unreachable!("{self} is not stored in blocks")
             }
             Self::Q8_0 => 2 + 32,

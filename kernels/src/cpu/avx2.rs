@@ -89,6 +89,13 @@ impl<const VNNI: bool> Lanes for Avx2<VNNI> {
         both!(|x| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(x))))
     }
     #[inline(always)]
+    fn load_fp8(self, x: &[u8; 16]) -> [__m256; 2] {
+        // SAFETY: the reference covers both 8-byte loads. The token proves the instruction.
+        let x = unsafe { [_mm_loadl_epi64(x.as_ptr().cast()), _mm_loadl_epi64(x.as_ptr().add(8).cast())] };
+        // Widened, the sign fills the upper byte: shifted by 7 it is in the top two bits, of which the lower is the exponent's.
+        both!(|x| _mm256_cvtph_ps(_mm_and_si128(_mm_slli_epi16::<7>(_mm_cvtepi8_epi16(x)), _mm_set1_epi16(0xbf80u16.cast_signed()))))
+    }
+    #[inline(always)]
     fn load_pairs(self, x: &[u32; 16]) -> ([__m256; 2], [__m256; 2]) {
         // SAFETY: the reference covers both 32-byte loads. The token proves the instruction.
         let x = unsafe { [_mm256_loadu_si256(x.as_ptr().cast()), _mm256_loadu_si256(x.as_ptr().add(8).cast())] };

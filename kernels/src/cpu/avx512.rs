@@ -71,6 +71,13 @@ impl Lanes for Avx512 {
         unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(x.as_ptr().cast())))) }
     }
     #[inline(always)]
+    fn load_fp8(self, x: &[u8; 16]) -> __m512 {
+        // SAFETY: the reference covers the 16 bytes. The token proves the instruction.
+        let wide = unsafe { _mm256_cvtepi8_epi16(_mm_loadu_si128(x.as_ptr().cast())) };
+        // The sign is at the top in all of the upper byte: shifted by 7 it is in the top two bits, of which one is the exponent's.
+        op!(_mm512_cvtph_ps(_mm256_and_si256(_mm256_slli_epi16::<7>(wide), _mm256_set1_epi16(0xbf80u16.cast_signed()))))
+    }
+    #[inline(always)]
     fn load_pairs(self, x: &[u32; 16]) -> (__m512, __m512) {
         // SAFETY: the reference covers the 64 bytes. The token proves the instruction.
         let x = unsafe { _mm512_loadu_si512(x.as_ptr().cast()) };

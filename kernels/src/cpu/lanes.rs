@@ -28,6 +28,8 @@ pub(super) trait Lanes: Copy + Send + Sync + 'static {
     fn store(self, x: Self::F, out: &mut [f32; 16]);
     fn load_f16(self, x: &[u16; 16]) -> Self::F;
     fn load_bf16(self, x: &[u16; 16]) -> Self::F;
+    /// 16 e4m3fn, each divided by 256 (`format::fp8`); codes that are NaN give some number.
+    fn load_fp8(self, x: &[u8; 16]) -> Self::F;
     /// The lower, then the upper bf16 of 16 pairs.
     fn load_pairs(self, x: &[u32; 16]) -> (Self::F, Self::F);
     /// The lower, then the upper bf16 of one pair, for every lane.

@@ -12,12 +12,12 @@ use super::activations::{Activations, QUANTISE_ROWS, QuantiseRows};
 use super::elementwise::{Map, MapElements};
 use super::isa::Kernel;
 use super::lanes::{Lanes, load_some, store_some};
-use super::linear_float::{Bf16, F16, F32, FloatTiles};
+use super::linear_float::{Bf16, ElementScales, F16, F32, FloatTiles, Fp8};
 use super::linear_integer::IntegerTiles;
 use super::linear_pairs::PairTiles;
 use super::math;
 use super::memory::{Aligned, Shared};
-use super::pack::{LANES, Linear, Part, Weights};
+use super::pack::{Fp8Weights, LANES, Linear, Part, Weights};
 use super::rounded::{ROUND_ROWS, RoundRows, Rounded};
 use super::segments::Attended;
 use super::{Buffer, Cpu};
@@ -370,10 +370,21 @@ impl Running<'_> {
     ) {
         let Call { x, inputs: all, .. } = *self.call;
         let (proven, x_at, inputs, first_row) = (self.cpu.proven, part.inputs_in(all), part.inputs, run.rows.start);
+        let scales = ElementScales::NONE;
         match &part.weights {
-            Weights::F32(weights) => proven.run(FloatTiles::<F32> { x, x_at, inputs, weights, first_row, rows, panels, places, output }),
-            Weights::F16(weights) => proven.run(FloatTiles::<F16> { x, x_at, inputs, weights, first_row, rows, panels, places, output }),
-            Weights::Bf16(weights) => proven.run(FloatTiles::<Bf16> { x, x_at, inputs, weights, first_row, rows, panels, places, output }),
+            Weights::F32(weights) => {
+                proven.run(FloatTiles::<F32> { x, x_at, inputs, weights, scales, first_row, rows, panels, places, output })
+            }
+            Weights::F16(weights) => {
+                proven.run(FloatTiles::<F16> { x, x_at, inputs, weights, scales, first_row, rows, panels, places, output })
+            }
+            Weights::Bf16(weights) => {
+                proven.run(FloatTiles::<Bf16> { x, x_at, inputs, weights, scales, first_row, rows, panels, places, output })
+            }
+            Weights::Fp8(Fp8Weights { codes: weights, scales, group }) => {
+                let scales = ElementScales { all: scales.as_chunks().0, group: *group };
+                proven.run(FloatTiles::<Fp8> { x, x_at, inputs, weights, scales, first_row, rows, panels, places, output });
+            }
             Weights::Pairs(weights) => {
                 let x = self.rounded.iter().find(|x| (x.first_input, x.inputs) == (part.first_input, inputs));
                 let x = x.expect("round has been here for every run of columns");

@@ -1,6 +1,7 @@
-//! Linear layers with f32, f16 or bf16 weights.
+//! Linear layers with f32, f16, bf16 or fp8 weights.
 //!
 //! Formula: inside a slice of 512 `acc[r][n] = fma(x[r][k], w[n][k], acc[r][n])` by ascending k; lanes are 16 n.
+//! Weights of fp8 are `w = code * scale` first, rounded once, with a scale for each group of k.
 //! Weights: panels `[K][16]`; activations: rows `[K]`, broadcast.
 //! Tiles: 8 rows x 3 panels with 32 registers (24 accumulators hide the fma's latency; 11 loads for 24 fma), 4 x 1 with
 //! 16 registers, 1 row x 4 panels (four streams keep the memory busy). Tolerance against the reference: none, equal bits.
@@ -18,12 +19,16 @@ use crate::ops::Columns;
 /// How a float is stored in a panel.
 pub(super) trait FloatFormat {
     type Element: Element;
+    /// Whether elements are multiplied with scales.
+    const SCALED: bool = false;
     fn load<S: Lanes>(s: S, x: &[Self::Element; 16]) -> S::F;
 }
 
 pub(super) struct F32;
 pub(super) struct F16;
 pub(super) struct Bf16;
+/// Divided by 256; scales make up for it.
+pub(super) struct Fp8;
 
 impl FloatFormat for F32 {
     type Element = f32;
@@ -49,6 +54,27 @@ impl FloatFormat for Bf16 {
     }
 }
 
+impl FloatFormat for Fp8 {
+    type Element = u8;
+    const SCALED: bool = true;
+    #[inline(always)]
+    fn load<S: Lanes>(s: S, x: &[u8; 16]) -> S::F {
+        s.load_fp8(x)
+    }
+}
+
+/// Scales of elements, `[panels][groups][16]`; none for formats that are not `SCALED`.
+#[derive(Clone, Copy)]
+pub(super) struct ElementScales<'a> {
+    pub(super) all: &'a [[f32; LANES]],
+    /// K of a group, a divisor of a slice.
+    pub(super) group: usize,
+}
+
+impl ElementScales<'_> {
+    pub(super) const NONE: Self = Self { all: &[], group: SLICE };
+}
+
 /// One unit: rows `rows` by panels `panels`.
 pub(super) struct FloatTiles<'a, W: FloatFormat> {
     pub(super) x: &'a [f32],
@@ -58,6 +84,7 @@ pub(super) struct FloatTiles<'a, W: FloatFormat> {
     pub(super) inputs: usize,
     /// `[panels][K][16]`.
     pub(super) weights: &'a [W::Element],
+    pub(super) scales: ElementScales<'a>,
     /// Of all units that read these weights.
     pub(super) first_row: usize,
     pub(super) rows: Range<usize>,
@@ -166,7 +193,14 @@ impl<W: FloatFormat> FloatTiles<'_, W> {
                 for c in 0..C {
                     w[c] = &all[at[c] * self.inputs..][slice.clone()];
                 }
-                let sums = tile::<S, W, R, C>(s, x, w, ahead);
+                let mut scales = [&self.scales.all[..0]; C];
+                if W::SCALED {
+                    let group = self.scales.group;
+                    for c in 0..C {
+                        scales[c] = &self.scales.all[at[c] * self.inputs.div_ceil(group)..][slice.start / group..slice.end.div_ceil(group)];
+                    }
+                }
+                let sums = tile::<S, W, R, C>(s, x, w, scales, self.scales.group, ahead);
                 for r in 0..R {
                     for c in 0..C {
                         totals[r][c] = if start == 0 { sums[r][c] } else { s.add(totals[r][c], sums[r][c]) };
@@ -191,6 +225,8 @@ fn tile<S: Lanes, W: FloatFormat, const R: usize, const C: usize>(
     s: S,
     x: [&[f32]; R],
     w: [&[[W::Element; 16]]; C],
+    scales: [&[[f32; LANES]]; C],
+    group: usize,
     ahead: Option<usize>,
 ) -> [[S::F; C]; R] {
     let len = x[0].len();
@@ -201,7 +237,13 @@ fn tile<S: Lanes, W: FloatFormat, const R: usize, const C: usize>(
         assert_eq!(w[c].len(), len, "panels of one slice");
     }
     let mut acc = [[s.splat(0.0); C]; R];
+    let mut scale = [s.splat(0.0); C];
     for k in 0..len {
+        if W::SCALED && k % group == 0 {
+            for c in 0..C {
+                scale[c] = s.load(&scales[c][k / group]);
+            }
+        }
         let mut weights = [s.splat(0.0); C];
         for c in 0..C {
             if let Some(ahead) = ahead {
@@ -209,6 +251,9 @@ fn tile<S: Lanes, W: FloatFormat, const R: usize, const C: usize>(
             }
             // SAFETY: k < len, which is every slice's length (asserted above).
             weights[c] = W::load(s, unsafe { w[c].get_unchecked(k) });
+            if W::SCALED {
+                weights[c] = s.mul(weights[c], scale[c]);
+            }
         }
         for r in 0..R {
             // SAFETY: as above.

@@ -38,31 +38,36 @@ impl<'a> IntegerTiles<'a> {
             (Scales::F16(scales), None) => {
                 let scales = HalfScales::new(scales);
                 match weights.width {
-                    CodeWidth::Bit => self.run::<Bits, _, false>(proven, scales, none),
-                    CodeWidth::Nibble => self.run::<Nibbles, _, false>(proven, scales, none),
-                    CodeWidth::Byte => self.run::<Bytes, _, false>(proven, scales, none),
-                    CodeWidth::WholeByte => self.run::<WholeBytes, _, false>(proven, scales, none),
+                    CodeWidth::Bit => self.run::<Bits, _, _, false>(proven, scales, none),
+                    CodeWidth::Nibble => self.run::<Nibbles, _, _, false>(proven, scales, none),
+                    CodeWidth::Byte => self.run::<Bytes, _, _, false>(proven, scales, none),
+                    CodeWidth::WholeByte => self.run::<WholeBytes, _, _, false>(proven, scales, none),
                 }
             }
             (Scales::F16(scales), Some(Scales::F16(minima))) => {
                 let (scales, minima) = (HalfScales::new(scales), HalfScales::new(minima));
                 match weights.width {
                     CodeWidth::Bit => unreachable!("no format has bits and minima"),
-                    CodeWidth::Nibble => self.run::<Nibbles, _, true>(proven, scales, minima),
-                    CodeWidth::Byte => self.run::<Bytes, _, true>(proven, scales, minima),
-                    CodeWidth::WholeByte => self.run::<WholeBytes, _, true>(proven, scales, minima),
+                    CodeWidth::Nibble => self.run::<Nibbles, _, _, true>(proven, scales, minima),
+                    CodeWidth::Byte => self.run::<Bytes, _, _, true>(proven, scales, minima),
+                    CodeWidth::WholeByte => self.run::<WholeBytes, _, _, true>(proven, scales, minima),
                 }
+            }
+            (Scales::F16(supers), Some(Scales::Zeros(zeros))) => {
+                assert_eq!(weights.width, CodeWidth::Nibble, "codes of the formats with zero points");
+                // A minimum is a zero point times its group's own scale.
+                self.run::<Nibbles, _, _, true>(proven, HalfScales::new(supers), TwoLevelScales::<1>::new(zeros, supers));
             }
             (Scales::TwoLevel { subs, supers, block_groups: 16 }, None) => {
                 assert_eq!(weights.width, CodeWidth::Byte, "q6_k's codes");
                 let scales = TwoLevelScales::<16>::new(subs, supers);
-                self.run::<Bytes, _, false>(proven, scales, scales);
+                self.run::<Bytes, _, _, false>(proven, scales, scales);
             }
             (Scales::TwoLevel { subs, supers, block_groups: 8 }, Some(Scales::TwoLevel { subs: sub_minima, supers: super_minima, .. })) => {
                 let (scales, minima) = (TwoLevelScales::<8>::new(subs, supers), TwoLevelScales::<8>::new(sub_minima, super_minima));
                 match weights.width {
-                    CodeWidth::Nibble => self.run::<Nibbles, _, true>(proven, scales, minima),
-                    CodeWidth::Byte => self.run::<Bytes, _, true>(proven, scales, minima),
+                    CodeWidth::Nibble => self.run::<Nibbles, _, _, true>(proven, scales, minima),
+                    CodeWidth::Byte => self.run::<Bytes, _, _, true>(proven, scales, minima),
                     CodeWidth::Bit | CodeWidth::WholeByte => unreachable!("no format has such codes and blocks"),
                 }
             }
@@ -70,9 +75,9 @@ impl<'a> IntegerTiles<'a> {
         }
     }
 
-    fn run<B: CodeFormat, W: ScaleTable, const MINIMUM: bool>(self, proven: Proven, scales: W, minima: W) {
+    fn run<B: CodeFormat, W: ScaleTable, M: ScaleTable, const MINIMUM: bool>(self, proven: Proven, scales: W, minima: M) {
         let codes = B::chunks(&self.weights.codes);
-        proven.run(Tiles::<B, W, MINIMUM> { unit: self, codes, scales, minima });
+        proven.run(Tiles::<B, W, M, MINIMUM> { unit: self, codes, scales, minima });
     }
 }
 
@@ -167,16 +172,16 @@ impl CodeFormat for Bits {
     }
 }
 
-struct Tiles<'a, B: CodeFormat, W: ScaleTable, const MINIMUM: bool> {
+struct Tiles<'a, B: CodeFormat, W: ScaleTable, M: ScaleTable, const MINIMUM: bool> {
     unit: IntegerTiles<'a>,
     /// `[panels][K'/8][CHUNKS]`.
     codes: &'a [B::Chunk],
     scales: W,
     /// Read if `MINIMUM`.
-    minima: W,
+    minima: M,
 }
 
-impl<B: CodeFormat, W: ScaleTable, const MINIMUM: bool> Kernel for Tiles<'_, B, W, MINIMUM> {
+impl<B: CodeFormat, W: ScaleTable, M: ScaleTable, const MINIMUM: bool> Kernel for Tiles<'_, B, W, M, MINIMUM> {
     type Output = ();
 
     #[inline(always)]
@@ -200,7 +205,7 @@ impl<B: CodeFormat, W: ScaleTable, const MINIMUM: bool> Kernel for Tiles<'_, B, 
     }
 }
 
-impl<B: CodeFormat, W: ScaleTable, const MINIMUM: bool> Tiles<'_, B, W, MINIMUM> {
+impl<B: CodeFormat, W: ScaleTable, M: ScaleTable, const MINIMUM: bool> Tiles<'_, B, W, M, MINIMUM> {
     /// One row, C streams.
     #[inline(always)]
     fn streams<S: Lanes, const C: usize>(&self, s: S) {

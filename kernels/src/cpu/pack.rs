@@ -4,11 +4,13 @@
 //! | weights | panel |
 //! | --- | --- |
 //! | f32, f16, bf16 | `[K][16]` elements as stored |
+//! | fp8 | `[K][16]` codes as stored, and `[groups][16]` f32: scales times 256 (`format::fp8`) |
 //! | bf16 that meets bf16 | `[K/2][16][2]` elements; an odd K is padded with a zero |
 //! | codes of a byte | `[K'/4][16][4]` unsigned: code + offset |
 //! | codes of a nibble | `[K'/8][16][4]` bytes: low nibbles are the first four k of eight, high nibbles the next four |
 //! | codes of a bit | `[K'/8][2][16][4]` bits: code + offset is 0 or 2 |
 //! | scales, minima | `[groups][16]` f16 |
+//! | zero points | `[groups][16]` i8, negated: the minimum is theirs times the scale |
 //! | two-level scales, minima | `[groups][16]` i8, and `[blocks][16]` f16: multiplied out they would take 1 bit a weight and more |
 //!
 //! K' is K with each group padded to a multiple of 8 (what the code is there does not matter, it meets activation 0). The dot
@@ -20,7 +22,7 @@ use super::memory::{Aligned, Element, Shared};
 use super::pairs::{flush, smallest_exponent};
 use super::pool::Pool;
 use crate::SLICE;
-use crate::format::{CodeRow, Dtype, TensorView};
+use crate::format::{CodeRow, Dtype, TensorView, fp8};
 use crate::ops::{Bf16Compute, Columns, DiagonalPart, PackError};
 use crate::reference::{check_diagonal, check_parts};
 
@@ -53,8 +55,20 @@ pub(super) enum Weights {
     F32(Aligned<f32>),
     F16(Aligned<u16>),
     Bf16(Aligned<u16>),
+    Fp8(Fp8Weights),
     Pairs(PairWeights),
     Integer(IntegerWeights),
+}
+
+/// Eight-bit floats with scales.
+#[derive(Debug)]
+pub(super) struct Fp8Weights {
+    /// `[panels][K][16]`.
+    pub(super) codes: Aligned<u8>,
+    /// `[panels][groups][16]`, 256 times what was stored.
+    pub(super) scales: Aligned<f32>,
+    /// K of a group; the last may be short.
+    pub(super) group: usize,
 }
 
 /// bf16 weights for docs/numerics.md, rule 9; subnormal ones are zeros.
@@ -105,6 +119,8 @@ impl CodeWidth {
 #[derive(Debug)]
 pub(super) enum Scales {
     F16(Aligned<u16>),
+    /// Minima only: `scales[g] * zeros[g]`, which f32 holds.
+    Zeros(Aligned<i8>),
     /// K-quants: the f32 product of `subs[g]` and `supers[g / block_groups]`.
     TwoLevel {
         subs: Aligned<i8>,
@@ -179,6 +195,7 @@ impl Part {
         match &self.weights {
             Weights::F32(w) => w.bytes(),
             Weights::F16(w) | Weights::Bf16(w) => w.bytes(),
+            Weights::Fp8(w) => w.codes.bytes() + w.scales.bytes(),
             Weights::Pairs(w) => w.pairs.bytes() + w.exponents.bytes(),
             Weights::Integer(w) => w.codes.bytes() + w.scales.bytes() + w.minima.as_ref().map_or(0, Scales::bytes),
         }
@@ -198,6 +215,7 @@ impl Scales {
     fn duplicate(&self) -> Result<Self, PackError> {
         Ok(match self {
             Self::F16(scales) => Self::F16(Aligned::from_slice(scales)?),
+            Self::Zeros(zeros) => Self::Zeros(Aligned::from_slice(zeros)?),
             Self::TwoLevel { subs, supers, block_groups } => {
                 Self::TwoLevel { subs: Aligned::from_slice(subs)?, supers: Aligned::from_slice(supers)?, block_groups: *block_groups }
             }
@@ -207,6 +225,7 @@ impl Scales {
     fn bytes(&self) -> usize {
         match self {
             Self::F16(scales) => scales.bytes(),
+            Self::Zeros(zeros) => zeros.bytes(),
             Self::TwoLevel { subs, supers, .. } => subs.bytes() + supers.bytes(),
         }
     }
@@ -214,6 +233,7 @@ impl Scales {
     fn share(&mut self) -> SharedScales<'_> {
         match self {
             Self::F16(scales) => SharedScales::F16(Shared::new(scales)),
+            Self::Zeros(zeros) => SharedScales::Zeros(Shared::new(zeros)),
             Self::TwoLevel { subs, supers, .. } => SharedScales::TwoLevel { subs: Shared::new(subs), supers: Shared::new(supers) },
         }
     }
@@ -223,6 +243,7 @@ impl Scales {
 #[derive(Clone, Copy)]
 enum SharedScales<'a> {
     F16(Shared<'a, u16>),
+    Zeros(Shared<'a, i8>),
     TwoLevel { subs: Shared<'a, i8>, supers: Shared<'a, u16> },
 }
 
@@ -245,6 +266,7 @@ impl SharedScales<'_> {
             match *self {
                 // Exact: the source has f16.
                 Self::F16(out) => spread(out, panel, lane, scales.iter().map(|scale| f16::from_f32(*scale).to_bits())),
+                Self::Zeros(out) => spread(out, panel, lane, subs.iter().copied()),
                 Self::TwoLevel { subs: out_subs, supers: out_supers } => {
                     spread(out_subs, panel, lane, subs.iter().copied());
                     spread(out_supers, panel, lane, supers.iter().map(|scale| scale.to_bits()));
@@ -298,6 +320,9 @@ impl Linear {
                 Weights::F32(w) => Weights::F32(Aligned::from_slice(w)?),
                 Weights::F16(w) => Weights::F16(Aligned::from_slice(w)?),
                 Weights::Bf16(w) => Weights::Bf16(Aligned::from_slice(w)?),
+                Weights::Fp8(w) => {
+                    Weights::Fp8(Fp8Weights { codes: Aligned::from_slice(&w.codes)?, scales: Aligned::from_slice(&w.scales)?, ..*w })
+                }
                 Weights::Pairs(w) => Weights::Pairs(PairWeights {
                     pairs: Aligned::from_slice(&w.pairs)?,
                     exponents: Aligned::from_slice(&w.exponents)?,
@@ -324,6 +349,7 @@ fn pack(pool: &Pool, view: &TensorView<'_>, bf16_compute: Bf16Compute) -> Result
         Dtype::F16 => Weights::F16(pack_elements(pool, view, |at| u16::from_le_bytes([view.bytes[at * 2], view.bytes[at * 2 + 1]]))?),
         Dtype::Bf16 if bf16_compute == Bf16Compute::Bf16 => Weights::Pairs(pack_pairs(pool, view)?),
         Dtype::Bf16 => Weights::Bf16(pack_elements(pool, view, |at| u16::from_le_bytes([view.bytes[at * 2], view.bytes[at * 2 + 1]]))?),
+        Dtype::Fp8 { group } => Weights::Fp8(pack_fp8(pool, view, usize::from(group))?),
         _ => Weights::Integer(pack_codes(pool, view)?),
     })
 }
@@ -344,6 +370,18 @@ fn pack_elements<T: Element>(pool: &Pool, view: &TensorView<'_>, element: impl F
         }
     });
     Ok(out)
+}
+
+/// Transposes each 16 rows to `[K][16]`, and their scales to `[groups][16]`.
+fn pack_fp8(pool: &Pool, view: &TensorView<'_>, group: usize) -> Result<Fp8Weights, PackError> {
+    let codes = pack_elements(pool, view, |at| view.bytes[at])?;
+    let groups = view.cols.div_ceil(group);
+    let mut scales = Aligned::<f32>::new(view.rows.div_ceil(LANES) * groups * LANES)?;
+    for row in 0..view.rows {
+        let panel = &mut scales[row / LANES * groups * LANES..][..groups * LANES];
+        panel[row % LANES..].iter_mut().step_by(LANES).zip(fp8::scales(view, row, group)).for_each(|(out, scale)| *out = scale * 256.0);
+    }
+    Ok(Fp8Weights { codes, scales, group })
 }
 
 /// Transposes each 16 rows to `[K/2][16][2]`.
@@ -381,7 +419,7 @@ fn pack_codes(pool: &Pool, view: &TensorView<'_>) -> Result<IntegerWeights, Pack
     let (width, offset) = match view.dtype {
         Dtype::Int1 { .. } => (CodeWidth::Bit, 1),
         Dtype::Int4 { .. } | Dtype::Q4_0 => (CodeWidth::Nibble, 8),
-        Dtype::Int4Minimum { .. } | Dtype::Q4_1 | Dtype::Q4K => (CodeWidth::Nibble, 0),
+        Dtype::Int4Minimum { .. } | Dtype::Int4Zero { .. } | Dtype::Q4_1 | Dtype::Q4K => (CodeWidth::Nibble, 0),
         Dtype::Q5_0 => (CodeWidth::Byte, 16),
         Dtype::Q5_1 | Dtype::Q5K => (CodeWidth::Byte, 0),
         Dtype::Q6K => (CodeWidth::Byte, 32),
@@ -396,7 +434,11 @@ fn pack_codes(pool: &Pool, view: &TensorView<'_>) -> Result<IntegerWeights, Pack
 
     let mut codes = Aligned::<u8>::new(panels * panel_codes)?;
     let mut scales = Scales::new(panels, groups.count, block_groups)?;
-    let mut minima = if view.dtype.has_minimum() { Some(Scales::new(panels, groups.count, block_groups)?) } else { None };
+    let mut minima = match view.dtype {
+        Dtype::Int4Zero { .. } => Some(Scales::Zeros(Aligned::new(panels * groups.count * LANES)?)),
+        dtype if dtype.has_minimum() => Some(Scales::new(panels, groups.count, block_groups)?),
+        _ => None,
+    };
     let (all_codes, all_scales, all_minima) = (Shared::new(&mut codes), scales.share(), minima.as_mut().map(Scales::share));
     pool.run(panels, &|panel| {
         // SAFETY: each unit takes its own panel's codes.

@@ -1,6 +1,7 @@
 //! [`Lanes`] as arrays: the fallback on machines without AVX2, and a check of the kernels' logic without intrinsics.
 
 use super::lanes::Lanes;
+use crate::format::fp8::as_half;
 use half::{bf16, f16};
 use std::array::from_fn;
 
@@ -41,6 +42,10 @@ impl Lanes for Scalar {
     #[inline(always)]
     fn load_bf16(self, x: &[u16; 16]) -> [f32; 16] {
         x.map(|bits| bf16::from_bits(bits).to_f32())
+    }
+    #[inline(always)]
+    fn load_fp8(self, x: &[u8; 16]) -> [f32; 16] {
+        x.map(|code| f16::from_bits(as_half(code)).to_f32())
     }
     #[inline(always)]
     fn load_pairs(self, x: &[u32; 16]) -> ([f32; 16], [f32; 16]) {

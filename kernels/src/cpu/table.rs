@@ -11,6 +11,7 @@ use half::{bf16, f16};
 use super::memory::Element;
 use super::pack::{CodeWidth, IntegerWeights, LANES, Linear, Part, Scales, Weights};
 use crate::format::CodeRow;
+use crate::format::fp8::as_half;
 use crate::table::Table as Stored;
 
 /// Rows `[rows, width]` that are read where they lie.
@@ -62,12 +63,25 @@ fn read_packed(part: &Part, row: usize, scratch: &mut CodeRow, out: &mut [f32]) 
         Weights::F32(elements) => read_elements(elements, panel, lane, out, |element| element),
         Weights::F16(elements) => read_elements(elements, panel, lane, out, |element| f16::from_bits(element).to_f32()),
         Weights::Bf16(elements) => read_elements(elements, panel, lane, out, |element| bf16::from_bits(element).to_f32()),
+        Weights::Fp8(weights) => {
+            let (inputs, groups) = (out.len(), out.len().div_ceil(weights.group));
+            let (lines, _) = weights.codes[panel * inputs * LANES..][..inputs * LANES].as_chunks::<LANES>();
+            let (scales, _) = weights.scales[panel * groups * LANES..][..groups * LANES].as_chunks::<LANES>();
+            for ((out, lines), scales) in out.chunks_mut(weights.group).zip(lines.chunks(weights.group)).zip(scales) {
+                out.iter_mut().zip(lines).for_each(|(out, line)| *out = f16::from_bits(as_half(line[lane])).to_f32() * scales[lane]);
+            }
+        }
         Weights::Pairs(_) => unreachable!("no table is made of pairs"),
         Weights::Integer(weights) => {
             assert_eq!(out.len(), weights.groups.inputs, "a row has K elements");
             read_codes(weights, panel, lane, &mut scratch.codes);
             read_scales(&weights.scales, weights.groups.count, panel, lane, &mut scratch.scales);
             match &weights.minima {
+                Some(Scales::Zeros(zeros)) => {
+                    scratch.minima.clear();
+                    let zeros = lane_of(zeros, panel, weights.groups.count, lane);
+                    scratch.minima.extend(scratch.scales.iter().zip(zeros).map(|(scale, zero)| scale * f32::from(zero)));
+                }
                 Some(minima) => read_scales(minima, weights.groups.count, panel, lane, &mut scratch.minima),
                 None => scratch.minima.clear(),
             }
@@ -124,17 +138,20 @@ fn read_codes(weights: &IntegerWeights, panel: usize, lane: usize, out: &mut Vec
 
 /// Scales or minima of one lane, multiplied out where there are two levels.
 fn read_scales(scales: &Scales, groups: usize, panel: usize, lane: usize, out: &mut Vec<f32>) {
-    fn lane_of<T: Element>(all: &[T], panel: usize, count: usize, lane: usize) -> impl Iterator<Item = T> {
-        let (lines, _) = all[panel * count * LANES..][..count * LANES].as_chunks::<LANES>();
-        lines.iter().map(move |line| line[lane])
-    }
     out.clear();
     match scales {
         Scales::F16(scales) => out.extend(lane_of(scales, panel, groups, lane).map(|scale| f16::from_bits(scale).to_f32())),
+        Scales::Zeros(_) => unreachable!("zero points have no value without scales"),
         Scales::TwoLevel { subs, supers, block_groups } => {
             let supers = lane_of(supers, panel, groups / block_groups, lane).flat_map(|factor| std::iter::repeat_n(factor, *block_groups));
             let subs = lane_of(subs, panel, groups, lane);
             out.extend(supers.zip(subs).map(|(factor, sub)| f16::from_bits(factor).to_f32() * f32::from(sub)));
         }
     }
+}
+
+/// One lane of a panel of `count` lines.
+fn lane_of<T: Element>(all: &[T], panel: usize, count: usize, lane: usize) -> impl Iterator<Item = T> {
+    let (lines, _) = all[panel * count * LANES..][..count * LANES].as_chunks::<LANES>();
+    lines.iter().map(move |line| line[lane])
 }

@@ -17,7 +17,8 @@ pub struct CodeRow {
     pub scales: Vec<f32>,
     /// A minimum for each group where the format has them, else empty.
     pub minima: Vec<f32>,
-    /// For K-quants, whose scales have two levels, the factors of `scales` and `minima`; else empty.
+    /// For K-quants, whose scales have two levels, the factors of `scales` and `minima`; for formats with zero points those, negated, as
+    /// `sub_minima`; else empty.
     pub two_level: TwoLevelScales,
 }
 
@@ -31,7 +32,7 @@ pub struct TwoLevelScales {
     pub sub_scales: Vec<i8>,
     /// A factor for each block: GGUF's `dmin` negated, since it is subtracted there.
     pub super_minima: Vec<f16>,
-    /// A factor for each group, not negative.
+    /// A factor for each group; not negative in K-quants.
     pub sub_minima: Vec<i8>,
 }
 
@@ -59,7 +60,7 @@ impl CodeRow {
                 self.codes.extend(view.bytes[row * cols..][..cols].iter().map(|&byte| byte.cast_signed()));
                 self.planar_scales(view, row);
             }
-            Dtype::Int4 { .. } | Dtype::Int4Minimum { .. } => {
+            Dtype::Int4 { .. } | Dtype::Int4Minimum { .. } | Dtype::Int4Zero { .. } => {
                 let offset = if view.dtype.has_minimum() { 0 } else { 8 };
                 let row_bytes = cols.div_ceil(2);
                 let packed = &view.bytes[row * row_bytes..][..row_bytes];
@@ -108,7 +109,12 @@ impl CodeRow {
         let groups = view.row_groups();
         let halves = |start| (0..groups).map(move |group| read_f16(view.bytes, start + (row * groups + group) * 2).to_f32());
         self.scales.extend(halves(codes));
-        if minima > 0 {
+        if let Dtype::Int4Zero { .. } = view.dtype {
+            let zeros = &view.bytes[codes + scales..][row * groups..][..groups];
+            // A byte that is no zero point is taken as one modulo 256, as it would be packed.
+            self.two_level.sub_minima.extend(zeros.iter().map(|zero| zero.cast_signed().wrapping_neg()));
+            self.minima.extend(self.scales.iter().zip(&self.two_level.sub_minima).map(|(scale, zero)| scale * f32::from(*zero)));
+        } else if minima > 0 {
             self.minima.extend(halves(codes + scales));
         }
     }

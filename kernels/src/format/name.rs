@@ -16,6 +16,8 @@ impl fmt::Display for Dtype {
             Self::Int4 { group } => write!(f, "int4g{group}"),
             Self::Int8Minimum { group } => write!(f, "int8mg{group}"),
             Self::Int4Minimum { group } => write!(f, "int4mg{group}"),
+            Self::Int4Zero { group } => write!(f, "int4zg{group}"),
+            Self::Fp8 { group } => write!(f, "fp8g{group}"),
             Self::Int1 { group } => write!(f, "int1g{group}"),
             other => f.write_str(FIXED.iter().find(|(_, dtype)| dtype == other).map_or("?", |(name, _)| name)),
         }
@@ -40,6 +42,8 @@ impl FromStr for Dtype {
             "int4" => Self::Int4 { group },
             "int8m" => Self::Int8Minimum { group },
             "int4m" => Self::Int4Minimum { group },
+            "int4z" => Self::Int4Zero { group },
+            "fp8" => Self::Fp8 { group },
             "int1" => Self::Int1 { group },
             _ => return Err(unknown()),
         };

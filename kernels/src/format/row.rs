@@ -1,6 +1,6 @@
 //! Rows of any format as f32.
 
-use super::{CodeRow, Dtype, TensorView};
+use super::{CodeRow, Dtype, TensorView, fp8, fp8_to_f32};
 use half::{bf16, f16};
 
 /// Writes row `row` (`cols` weights) as f32; floats convert exactly, quantised formats by GGUF's formulas. `scratch` is
@@ -20,6 +20,12 @@ pub fn dequantise_row(view: &TensorView<'_>, row: usize, scratch: &mut CodeRow, 
         Dtype::Bf16 => {
             let (words, _) = view.bytes[row * cols * 2..][..cols * 2].as_chunks();
             out.iter_mut().zip(words).for_each(|(out, word)| *out = bf16::from_le_bytes(*word).to_f32());
+        }
+        Dtype::Fp8 { group } => {
+            let (group, codes) = (usize::from(group), &view.bytes[row * cols..][..cols]);
+            for ((out, codes), scale) in out.chunks_mut(group).zip(codes.chunks(group)).zip(fp8::scales(view, row, group)) {
+                out.iter_mut().zip(codes).for_each(|(out, code)| *out = fp8_to_f32(*code) * scale);
+            }
         }
         quantised => {
             scratch.read(view, row);

@@ -1,7 +1,7 @@
 use super::*;
 use proptest::prelude::*;
 
-const ALL: [Dtype; 20] = [
+const ALL: [Dtype; 22] = [
     Dtype::F32,
     Dtype::F16,
     Dtype::Bf16,
@@ -12,6 +12,8 @@ const ALL: [Dtype; 20] = [
     Dtype::Int8Minimum { group: 32 },
     Dtype::Int8Minimum { group: 1 },
     Dtype::Int4Minimum { group: 64 },
+    Dtype::Int4Zero { group: 64 },
+    Dtype::Fp8 { group: 128 },
     Dtype::Int1 { group: 128 },
     Dtype::Int1 { group: 2 },
     Dtype::Q8_0,
@@ -34,6 +36,8 @@ fn names_round_trip() {
     }
     assert_eq!(Dtype::Int8Minimum { group: 32 }.to_string(), "int8mg32");
     assert_eq!(Dtype::Int4Minimum { group: 64 }.to_string(), "int4mg64");
+    assert_eq!(Dtype::Int4Zero { group: 64 }.to_string(), "int4zg64");
+    assert_eq!(Dtype::Fp8 { group: 128 }.to_string(), "fp8g128");
     assert_eq!(Dtype::Int1 { group: 128 }.to_string(), "int1g128");
     for bad in [
         "int1mg32",
@@ -72,6 +76,8 @@ fn sizes_follow_the_layouts() {
     assert_eq!(Dtype::Int1 { group: 128 }.bytes(usize::MAX / 2, 128), None);
     assert_eq!(Dtype::Int4Minimum { group: 32 }.sections(2, 33), Some([34, 8, 8]));
     assert_eq!(Dtype::Int4 { group: 32 }.sections(2, 33), Some([34, 8, 0]));
+    assert_eq!(Dtype::Int4Zero { group: 32 }.sections(2, 33), Some([34, 8, 4]));
+    assert_eq!(Dtype::Fp8 { group: 32 }.sections(2, 33), Some([66, 16, 0]));
     assert_eq!(Dtype::Q4_1.sections(2, 64), None);
     assert_eq!(Dtype::Int4 { group: 3 }.bytes(2, 33), None);
     assert_eq!(Dtype::Int4 { group: 0 }.bytes(2, 33), None);
@@ -181,6 +187,36 @@ fn planar_layouts_are_codes_then_scales_then_minima() {
     assert_eq!(stored(Dtype::Int4 { group }, &[0x90, 0x08, 0xf7, 0x07], &scales), [-8.0, 1.0, 0.0, -0.5, 3.5, -4.0]);
     assert_eq!(stored(Dtype::Int4Minimum { group }, &[0x90, 0x08, 0xf7, 0x07], &both), [10.0, 19.0, 36.0, 33.5, 37.5, 68.0]);
     assert_eq!(stored(Dtype::Int1 { group }, &[0b101, 0b010], &scales), [1.0, -1.0, 2.0, -0.5, 0.5, -4.0]);
+}
+
+#[test]
+fn zero_points_are_bytes_behind_the_scales() {
+    let half = |x: f32| half::f16::from_f32(x).to_le_bytes();
+    let mut bytes = vec![0x90, 0x08, 0xf7, 0x07];
+    bytes.extend([1.0, 2.0, 0.5, 4.0].into_iter().flat_map(half));
+    bytes.extend([8, 0, 16, 7]);
+    let view = TensorView { dtype: Dtype::Int4Zero { group: 2 }, rows: 2, cols: 3, bytes: &bytes };
+    view.check().unwrap();
+    assert_eq!(dequantise(&view), [-8.0, 1.0, 16.0, -4.5, -0.5, 0.0]);
+}
+
+#[test]
+fn eight_bit_floats_lie_before_their_f32_scales() {
+    let mut bytes = vec![0x38, 0xbc, 0x01, 0x7e, 0x00, 0x80];
+    bytes.extend([1.0f32, 0.1, 0.5, 3.0].into_iter().flat_map(f32::to_le_bytes));
+    let dtype = Dtype::Fp8 { group: 2 };
+    let view = TensorView { dtype, rows: 2, cols: 3, bytes: &bytes };
+    view.check().unwrap();
+    assert_eq!(dequantise(&view), [1.0, -1.5, 0.001953125 * 0.1, 224.0, 0.0, -0.0]);
+    assert_eq!(first_non_finite(&view), None);
+    for (at, broken, index) in [(4, 0xff, 4), (13, 0xff, 2), (9, 0x7f, 0)] {
+        let mut bytes = bytes.clone();
+        bytes[at] = broken;
+        if at > 6 {
+            bytes[at - 1] = 0xff;
+        }
+        assert_eq!(first_non_finite(&TensorView { dtype, rows: 2, cols: 3, bytes: &bytes }), Some(index), "byte {at}");
+    }
 }
 
 const WITH_MINIMUM: [Dtype; 2] = [Dtype::Int8Minimum { group: 32 }, Dtype::Int4Minimum { group: 32 }];

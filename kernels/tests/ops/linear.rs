@@ -145,6 +145,8 @@ formats! {
     linear_int4_has_the_reference_bits: |random: &mut Random| Dtype::Int4 { group: random.pick(&GROUPS) };
     linear_int8m_has_the_reference_bits: |random: &mut Random| Dtype::Int8Minimum { group: random.pick(&GROUPS) };
     linear_int4m_has_the_reference_bits: |random: &mut Random| Dtype::Int4Minimum { group: random.pick(&GROUPS) };
+    linear_int4z_has_the_reference_bits: |random: &mut Random| Dtype::Int4Zero { group: random.pick(&GROUPS) };
+    linear_fp8_has_the_reference_bits: |random: &mut Random| Dtype::Fp8 { group: random.pick(&GROUPS) };
     linear_int1_has_the_reference_bits: |random: &mut Random| Dtype::Int1 { group: random.pick(&GROUPS) };
     linear_q8_0_has_the_reference_bits: |_: &mut Random| Dtype::Q8_0;
     linear_q4_0_has_the_reference_bits: |_: &mut Random| Dtype::Q4_0;
@@ -193,8 +195,16 @@ proptest! {
 }
 
 /// The planar kinds with one group.
-fn planar(group: u16) -> [Dtype; 5] {
-    [Dtype::Int8 { group }, Dtype::Int4 { group }, Dtype::Int8Minimum { group }, Dtype::Int4Minimum { group }, Dtype::Int1 { group }]
+fn planar(group: u16) -> [Dtype; 7] {
+    [
+        Dtype::Int8 { group },
+        Dtype::Int4 { group },
+        Dtype::Int8Minimum { group },
+        Dtype::Int4Minimum { group },
+        Dtype::Int4Zero { group },
+        Dtype::Fp8 { group },
+        Dtype::Int1 { group },
+    ]
 }
 
 #[test]

@@ -49,7 +49,7 @@ fn check(tensor: &Tensor) {
 fn dtypes(group: u16) -> impl Iterator<Item = Dtype> {
     let planar =
         [Dtype::Int8 { group }, Dtype::Int4 { group }, Dtype::Int8Minimum { group }, Dtype::Int4Minimum { group }, Dtype::Int1 { group }];
-    [Dtype::F32, Dtype::F16, Dtype::Bf16].into_iter().chain(planar).chain(GGUF)
+    [Dtype::F32, Dtype::F16, Dtype::Bf16, Dtype::Int4Zero { group }, Dtype::Fp8 { group }].into_iter().chain(planar).chain(GGUF)
 }
 
 proptest! {

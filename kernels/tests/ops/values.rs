@@ -73,6 +73,25 @@ impl Random {
                     }
                 }
             }
+            Dtype::Fp8 { .. } => {
+                let [codes, scales, _] = dtype.sections(rows, cols).unwrap();
+                out.extend((0..codes).map(|_| self.next() as u8).map(|code| if code & 0x7f == 0x7f { 1 } else { code }));
+                (0..scales / 4).for_each(|_| {
+                    let scale = match self.below(8) {
+                        0 => 0.0,
+                        1 => self.unit() * 1e-38,
+                        2 => self.unit() * 1e9,
+                        _ => self.unit() * 0.01,
+                    };
+                    out.extend(scale.to_le_bytes());
+                });
+            }
+            Dtype::Int4Zero { .. } => {
+                let [codes, scales, zeros] = dtype.sections(rows, cols).unwrap();
+                out.extend((0..codes).map(|_| self.next() as u8));
+                (0..scales / 2).for_each(|_| out.extend(self.scale().to_le_bytes()));
+                out.extend((0..zeros).map(|_| self.below(17) as u8));
+            }
             planar if planar.sections(rows, cols).is_some() => {
                 let [codes, scales, minima] = planar.sections(rows, cols).unwrap();
                 out.extend((0..codes).map(|_| self.next() as u8));
