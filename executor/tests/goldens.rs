@@ -184,6 +184,38 @@ gguf_families! {
     gguf_qwen3_matches_transformers "gguf-qwen3"
 }
 
+/// Runs one ready-quantised checkpoint: as f32 its weights are those of the golden, kept they are the same with activations of 8 bits.
+fn check_quantised(name: &str, kept: f32) {
+    let folder = data("quantised").join(name);
+    let golden = Golden::read(&folder);
+    for (recipe, tolerance) in [(Recipe::F32, TOLERANCE), (Recipe::Keep, kept)] {
+        check_home(&format!("{name} {recipe:?}"), &golden, &Home::of(&folder, recipe), tolerance);
+    }
+}
+
+macro_rules! quantised {
+    ($($test:ident $name:literal $kept:ident)*) => {
+        $(#[test]
+        fn $test() {
+            check_quantised($name, $kept);
+        })*
+
+        const QUANTISED: &[&str] = &[$($name),*];
+    };
+}
+
+quantised! {
+    awq_matches_its_dequantised_weights "awq-phi3" TOLERANCE_INTEGER
+    compressed_int4_matches_its_dequantised_weights "ct-gemma3-int4" TOLERANCE_INTEGER
+    compressed_int8_matches_its_dequantised_weights "ct-mistral-int8" TOLERANCE_INTEGER
+    compressed_fp8_matches_its_dequantised_weights "ct-qwen3-fp8" TOLERANCE
+    fp8_of_one_scale_matches_its_dequantised_weights "fp8-llama3-tensor" TOLERANCE
+    fp8_in_blocks_matches_its_dequantised_weights "fp8-qwen3-blocks" TOLERANCE
+    gptq_matches_its_dequantised_weights "gptq-llama" TOLERANCE_INTEGER
+    gptq_of_conv1d_matches_its_dequantised_weights "gptq-gpt2" TOLERANCE_INTEGER
+    gptq_in_the_order_of_activations_matches_its_dequantised_weights "gptq-qwen2-order" TOLERANCE
+}
+
 /// Nothing to compare the numbers with: weights lose bits here. What must hold is that every backend loses the same.
 #[test]
 fn quantised_recipes_have_the_same_bits_everywhere() {
@@ -219,7 +251,7 @@ fn bf16_activations_have_the_same_bits_everywhere() {
 #[test]
 fn every_golden_is_listed() {
     let families: Vec<&str> = FAMILIES.iter().chain(GGUF_FAMILIES).copied().collect();
-    for (folder, listed) in [("tiny", families.as_slice()), ("adapters", ADAPTERS)] {
+    for (folder, listed) in [("tiny", families.as_slice()), ("adapters", ADAPTERS), ("quantised", QUANTISED)] {
         let listed: BTreeSet<String> = listed.iter().map(|name| (*name).to_owned()).collect();
         let entries = std::fs::read_dir(data(folder)).unwrap().map(|entry| entry.unwrap());
         let found: BTreeSet<String> =

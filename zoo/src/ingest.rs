@@ -23,6 +23,7 @@ pub use report::{AddReport, Progress, Shared, Silent, Stage, human_bytes};
 
 use crate::family::ConfigError;
 use crate::formats::FormatError;
+use crate::quantised::QuantisedError;
 use crate::roles::ManifestError;
 use crate::store::StoreError;
 use crate::tokenizer::TokenizerError;
@@ -170,6 +171,9 @@ pub enum IngestError {
         /// What is supported.
         advice: &'static str,
     },
+    /// A tensor of a quantised matrix.
+    #[error(transparent)]
+    Quantised(#[from] QuantisedError),
     /// NaN or infinity.
     #[error("tensor `{name}` holds {value} (element {index})")]
     NotFinite {

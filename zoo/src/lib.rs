@@ -18,6 +18,7 @@ pub mod manifest;
 mod mapping;
 pub mod measures;
 pub mod model_id;
+pub mod quantised;
 pub mod relatives;
 pub mod repair;
 pub mod report;

@@ -38,7 +38,7 @@ async fn each_is_refused_by_name_before_anything_is_written() {
         ("bad rope", config("rope_scaling", json!({"rope_type": "linear"})), "`factor` is missing"),
         ("rope of no object", config("rope_scaling", json!(3)), "`rope_scaling` is 3, expected an object"),
         ("experts", config("num_local_experts", json!(8)), "`num_local_experts` = 8 is not supported"),
-        ("quantised", config("quantization_config", json!({"quant_method": "gptq"})), "`quantization_config`"),
+        ("quantised", config("quantization_config", json!({"quant_method": "gptq"})), "`quantization_config.bits` is missing"),
         ("tiny rope base", config("rope_theta", json!(1e-300)), "`rope.theta` is out of range"),
         ("tiny rope factor", config("rope_scaling", json!({"rope_type": "linear", "factor": 1e-300})), "`rope.factor` is out of range"),
         ("unknown activation", config("hidden_act", json!("xielu")), "`hidden_act` = xielu"),

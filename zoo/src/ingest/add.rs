@@ -73,7 +73,8 @@ pub async fn add(zoo: &Zoo, path: &Path, options: &AddOptions, progress: &dyn Pr
         let text = text::read(&checkpoint, plan.vocab)?;
         Ok::<_, IngestError>((checkpoint, plan, text))
     });
-    let (checkpoint, mut plan, text) = opened.await?;
+    let (checkpoint, mut plan, mut text) = opened.await?;
+    text.notes.extend_from_slice(&checkpoint.quantised.notes);
     let files = &checkpoint.tensors;
     let tensor_plans: Vec<Arc<TensorPlan>> = std::mem::take(&mut plan.tensors).into_iter().map(Arc::new).collect();
 
@@ -138,7 +139,7 @@ pub(super) async fn hash(files: &Arc<TensorFiles>, plans: &[Arc<TensorPlan>], pr
                 let (rows, cols) = tensor_file::rows_cols(&plan.shape).expect("checked by the plan");
                 let samples = Samples::of(&TensorView { dtype: plan.target, rows, cols, bytes: &payload });
                 let tensor = TensorRef { digest, dtype: plan.target, shape: plan.shape.clone() };
-                Ok((tensor, samples, (plan.source != plan.target).then_some(payload)))
+                Ok((tensor, samples, (plan.source != plan.target || plan.matrix.is_some()).then_some(payload)))
             })
             .await?;
             progress.advance(bytes);

@@ -9,6 +9,7 @@ use crate::family::{self, Config, Decoder};
 use crate::formats::gguf::{self, Value};
 use crate::formats::{FormatError, TensorFiles, shards};
 use crate::mapping::Mapping;
+use crate::quantised::{Quantised, Scheme};
 
 /// Largest configuration or template file.
 pub(super) const CONFIG_BYTES_MAX: u64 = 16 << 20;
@@ -22,6 +23,8 @@ pub struct Checkpoint {
     pub tensors: Arc<TensorFiles>,
     /// What the family makes of its configuration.
     pub decoder: Decoder,
+    /// Matrices of which several tensors are one.
+    pub(super) quantised: Quantised,
     /// The rest, by container.
     pub(super) kind: Kind,
 }
@@ -73,9 +76,13 @@ fn open_directory(path: &Path, source: String) -> Result<Checkpoint, IngestError
     let generation_config = read_config(path, "generation_config.json")?;
     let tokenizer_config = read_config(path, "tokenizer_config.json")?;
     let tensors = shards::open(path)?;
-    let decoder = family::from_config(&config, &|name| tensors.get(name).is_some())?;
+    let quantised = match Scheme::read(&config)? {
+        Some(scheme) => Quantised::find(&tensors, &scheme)?,
+        None => Quantised::default(),
+    };
+    let decoder = family::from_config(&config, &|name| tensors.get(name).is_some() || quantised.get(name).is_some())?;
     let kind = Kind::Directory(Box::new(Directory { path: path.to_owned(), config, generation_config, tokenizer_config }));
-    Ok(Checkpoint { source, tensors: Arc::new(tensors), decoder, kind })
+    Ok(Checkpoint { source, tensors: Arc::new(tensors), decoder, quantised, kind })
 }
 
 fn open_gguf(path: &Path, source: String) -> Result<Checkpoint, IngestError> {
@@ -84,7 +91,7 @@ fn open_gguf(path: &Path, source: String) -> Result<Checkpoint, IngestError> {
     let mut tensors = TensorFiles::default();
     tensors.add(file, parsed.tensors).map_err(|reason| FormatError::Tensors { path: path.to_owned(), reason })?;
     let decoder = family::gguf::decoder(&parsed.metadata, &tensors)?;
-    Ok(Checkpoint { source, tensors: Arc::new(tensors), decoder, kind: Kind::Gguf(parsed.metadata) })
+    Ok(Checkpoint { source, tensors: Arc::new(tensors), decoder, quantised: Quantised::default(), kind: Kind::Gguf(parsed.metadata) })
 }
 
 impl family::gguf::Tensors for TensorFiles {

@@ -17,7 +17,7 @@ use crate::tensor_file;
 /// # Errors
 /// When it holds a value that is not finite.
 pub(super) fn payload(files: &TensorFiles, plan: &TensorPlan) -> Result<Bytes, IngestError> {
-    let gathered = gather(files.bytes(&plan.piece.name).expect("planned from these files"), plan);
+    let gathered = taken(files, plan);
     // What is found to be finite is what is converted.
     finished(if plan.source == plan.target { gathered } else { Bytes::from(gathered.to_vec()) }, plan)
 }
@@ -27,10 +27,18 @@ pub(super) fn payload(files: &TensorFiles, plan: &TensorPlan) -> Result<Bytes, I
 /// # Errors
 /// When the file was changed since.
 pub(super) fn own_payload(files: &TensorFiles, plan: &TensorPlan, digest: Digest) -> Result<Bytes, IngestError> {
-    let gathered = gather(files.bytes(&plan.piece.name).expect("planned from these files"), plan);
+    let gathered = taken(files, plan);
     let payload = finished(Bytes::from(gathered.to_vec()), plan).ok();
     let same = payload.filter(|payload| tensor_file::digest(plan.target, &plan.shape, payload) == digest);
     same.ok_or_else(|| IngestError::TensorChanged { name: plan.piece.name.clone() })
+}
+
+/// The rows that the plan wants, as they are or as a quantised matrix is read.
+fn taken(files: &TensorFiles, plan: &TensorPlan) -> Bytes {
+    match &plan.matrix {
+        Some(matrix) => matrix.rows(files, whole_rows(plan)),
+        None => gather(files.bytes(&plan.piece.name).expect("planned from these files"), plan),
+    }
 }
 
 /// Checked, and of the type that is stored.
@@ -41,6 +49,16 @@ fn finished(gathered: Bytes, plan: &TensorPlan) -> Result<Bytes, IngestError> {
         return Err(IngestError::NotFinite { name: plan.piece.name.clone(), index, value: kind_of(&view, index) });
     }
     Ok(if plan.source == plan.target { gathered } else { Bytes::from(convert(&view, plan.target)) })
+}
+
+/// The rows of a quantised matrix that the plan wants.
+fn whole_rows(plan: &TensorPlan) -> std::ops::Range<usize> {
+    let as_usize = |value: u64| usize::try_from(value).expect("within a tensor in memory");
+    match plan.piece.rows {
+        Rows::Range { from, to, .. } => as_usize(from)..as_usize(to),
+        Rows::All => 0..as_usize(plan.shape[0]),
+        Rows::Unpermuted { .. } => unreachable!("GGUF has no such matrices"),
+    }
 }
 
 fn gather(slice: FileSlice, plan: &TensorPlan) -> Bytes {

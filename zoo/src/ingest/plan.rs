@@ -2,6 +2,7 @@
 //! before a byte is converted.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use ashlar_kernels::format::Dtype;
 
@@ -12,6 +13,7 @@ use crate::family::Decoder;
 use crate::family::names::{Piece, Place, Rows};
 use crate::formats::{ElementType, TensorFiles};
 use crate::manifest::{Block, BlockKind};
+use crate::quantised::{Matrix, Quantised};
 use crate::roles::{self, Role, RoleShape};
 use crate::tensor_file;
 
@@ -44,6 +46,8 @@ impl BlockPlan {
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct TensorPlan {
     pub(super) piece: Piece,
+    /// Where several tensors of the source are this one: `source` is what they are read as.
+    pub(super) matrix: Option<Arc<Matrix>>,
     pub(super) source: Dtype,
     /// Shape of the source, `[rows, cols]` or `[cols]`.
     pub(super) source_shape: Vec<u64>,
@@ -54,6 +58,7 @@ pub(super) struct TensorPlan {
 struct Planner<'a> {
     decoder: &'a Decoder,
     files: &'a TensorFiles,
+    quantised: &'a Quantised,
     recipe: Recipe,
     tensors: Vec<TensorPlan>,
     used: BTreeSet<String>,
@@ -62,7 +67,8 @@ struct Planner<'a> {
 /// Plans a checkpoint.
 pub(super) fn plan(checkpoint: &Checkpoint, recipe: Recipe) -> Result<Plan, IngestError> {
     let decoder = &checkpoint.decoder;
-    let mut planner = Planner { decoder, files: &checkpoint.tensors, recipe, tensors: Vec::new(), used: BTreeSet::new() };
+    let (files, quantised) = (&*checkpoint.tensors, &checkpoint.quantised);
+    let mut planner = Planner { decoder, files, quantised, recipe, tensors: Vec::new(), used: BTreeSet::new() };
     let mut blocks = vec![planner.block(Place::Embed, &BlockKind::Embed { scale: decoder.embed_scale })?];
     for (index, layer) in (0u32..).zip(&decoder.layers) {
         blocks.push(planner.block(Place::Layer(index), &layer.attention)?);
@@ -113,19 +119,29 @@ impl Planner<'_> {
             piece = self.decoder.names.piece(Place::Embed, params, "token.weight");
             used_as = Use::TokenTable;
         }
-        let Some(entry) = self.files.get(&piece.name) else {
-            let block = describe(place, params);
-            return Err(IngestError::MissingTensor { name: piece.name, role: role.name.to_owned(), block });
+        let matrix = self.quantised.get(&piece.name).cloned();
+        let (element, from_shape) = match (&matrix, self.files.get(&piece.name)) {
+            (Some(matrix), _) => {
+                // Whatever the tensors were, outputs come first now.
+                piece.transposed = false;
+                self.used.extend(matrix.parts.iter().cloned());
+                (ElementType::Stored(matrix.dtype), matrix.shape.to_vec())
+            }
+            (None, Some(entry)) => (entry.element.clone(), entry.shape.clone()),
+            (None, None) => {
+                let block = describe(place, params);
+                return Err(IngestError::MissingTensor { name: piece.name, role: role.name.to_owned(), block });
+            }
         };
         self.used.insert(piece.name.clone());
-        let ElementType::Stored(source) = entry.element else {
+        let ElementType::Stored(source) = element else {
             let advice = "; supported are F32, F16, BF16, and in GGUF also Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K";
-            return Err(IngestError::TensorType { name: piece.name, element: entry.element.to_string(), advice });
+            return Err(IngestError::TensorType { name: piece.name, element: element.to_string(), advice });
         };
-        let Some(shape) = target_shape(&piece, &entry.shape).filter(|shape| role.shape.fits(shape)) else {
+        let Some(shape) = target_shape(&piece, &from_shape).filter(|shape| role.shape.fits(shape)) else {
             return Err(IngestError::TensorShape {
                 name: piece.name.clone(),
-                actual: entry.shape.clone(),
+                actual: from_shape,
                 expected: source_shape(&piece, role.shape),
             });
         };
@@ -137,9 +153,9 @@ impl Planner<'_> {
         let target = self.recipe.target(used_as, source);
         if tensor_file::payload_bytes(target, &shape).is_none() {
             let expected = format!("a shape that {target} can hold");
-            return Err(IngestError::TensorShape { name: piece.name.clone(), actual: entry.shape.clone(), expected });
+            return Err(IngestError::TensorShape { name: piece.name.clone(), actual: from_shape, expected });
         }
-        let planned = TensorPlan { piece, source, source_shape: entry.shape.clone(), target, shape };
+        let planned = TensorPlan { piece, matrix, source, source_shape: from_shape, target, shape };
         // Tied output and embedding are one tensor; nothing else repeats.
         if let Some(index) = self.tensors.iter().take(2).position(|tensor| *tensor == planned) {
             return Ok(index);
@@ -150,10 +166,13 @@ impl Planner<'_> {
 
     /// Whether the output projection is the embedding. A checkpoint that says so and yet holds another one is refused.
     fn tied(&self, output: &str) -> Result<bool, IngestError> {
-        let present = self.files.get(output).is_some();
+        let present = self.files.get(output).is_some() || self.quantised.get(output).is_some();
         match self.decoder.tied {
             None => Ok(!present),
             Some(true) if present => {
+                if self.quantised.get(output).is_some() {
+                    return Err(IngestError::Untied { name: output.to_owned() });
+                }
                 let embedding = self.decoder.names.piece(Place::Embed, &self.decoder.head, "token.weight").name;
                 let same = self.files.get(output).map(|entry| (&entry.element, &entry.shape))
                     == self.files.get(&embedding).map(|entry| (&entry.element, &entry.shape))
@@ -167,7 +186,8 @@ impl Planner<'_> {
 
     fn refuse_unused(&self) -> Result<(), IngestError> {
         let names = &self.decoder.names;
-        let mut unused = self.files.names().filter(|name| !self.used.contains(*name) && !names.ignores(name));
+        let mut unused =
+            self.files.names().filter(|name| !self.used.contains(*name) && !names.ignores(name) && !self.quantised.ignores(name));
         let Some(name) = unused.next() else { return Ok(()) };
         let more = match unused.count() {
             0 => String::new(),

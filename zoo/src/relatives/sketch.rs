@@ -258,6 +258,8 @@ fn class(dtype: Dtype) -> u16 {
         Dtype::Q4K => 13,
         Dtype::Q5K => 14,
         Dtype::Q6K => 15,
+        Dtype::Int4Zero { .. } => 16,
+        Dtype::Fp8 { .. } => 17,
     }
 }
 

@@ -172,7 +172,7 @@ impl Planner<'_> {
                 return Err(self.other_shape(name, &entry.shape, expected));
             };
             let piece = Piece { name: name.to_owned(), ..site.piece.clone() };
-            let planned = TensorPlan { piece, source, source_shape: entry.shape.clone(), target: source, shape };
+            let planned = TensorPlan { piece, matrix: None, source, source_shape: entry.shape.clone(), target: source, shape };
             self.plan.tensors.push(planned);
             self.plan.replaced.insert((site.block, site.role), self.plan.tensors.len() - 1);
         }
@@ -184,7 +184,7 @@ impl Planner<'_> {
         let source = self.float(name, &entry)?;
         let piece = Piece { name: name.to_owned(), transposed: false, rows };
         let shape = target_shape(&piece, &entry.shape).expect("its shape was checked");
-        self.plan.tensors.push(TensorPlan { piece, source, source_shape: entry.shape, target: source, shape });
+        self.plan.tensors.push(TensorPlan { piece, matrix: None, source, source_shape: entry.shape, target: source, shape });
         Ok(self.plan.tensors.len() - 1)
     }
 
