@@ -40,6 +40,8 @@ pub(crate) enum ZooCommand {
     /// Add a checkpoint, or a PEFT LoRA adapter over a model that is here
     ///
     /// A checkpoint is a Hugging Face directory with safetensors, or a GGUF file.
+    /// Quantised directories (GPTQ, AWQ, compressed-tensors, FP8) stay what they are:
+    /// docs/block-format.md has a table of what is taken.
     ///
     /// A directory with adapter_config.json and adapter_model.safetensors is an
     /// adapter. It shares all blocks of its base, which is named with --base, or else
@@ -99,7 +101,7 @@ pub(crate) enum ZooCommand {
     },
     /// Write a model as a Hugging Face directory: tensors byte for byte as they were added
     ///
-    /// Only what was added as f32, f16 or bf16 goes back. A model that is an adapter over another one becomes a PEFT directory that names it.
+    /// Only what is stored as f32, f16 or bf16 goes back: no quantised checkpoints. A model that is an adapter over another one becomes a PEFT directory that names it.
     Export {
         /// TENANT/MODEL
         model: ModelId,

@@ -6,4 +6,5 @@ pub mod encoding;
 pub mod gguf;
 pub mod manifest;
 pub mod mutate;
+pub mod quantised;
 pub mod safetensors;

@@ -51,6 +51,11 @@ fn manifest() {
 }
 
 #[test]
+fn quantised() {
+    run("quantised", ashlar_fuzz::quantised::quantised);
+}
+
+#[test]
 fn encoding() {
     run("encoding", ashlar_fuzz::encoding::encoding);
 }

@@ -93,7 +93,7 @@ enum Widened {
 
 /// One weight that several tensors hold.
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Matrix {
+pub struct Matrix {
     /// The tensors that it is made of.
     pub(crate) parts: Vec<String>,
     /// What it is read as.
@@ -101,6 +101,8 @@ pub(crate) struct Matrix {
     /// `[outputs, inputs]`.
     pub(crate) shape: [u64; 2],
     widened: Option<Widened>,
+    /// Whether a zero point is 0 that tools read in two ways.
+    wrapped: bool,
     codes: Codes,
 }
 
@@ -111,8 +113,18 @@ enum Codes {
 }
 
 impl Matrix {
-    /// The payload of some rows, in this matrix's dtype.
-    pub(crate) fn rows(&self, files: &TensorFiles, rows: Range<usize>) -> Bytes {
+    /// What it is read as.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// `[outputs, inputs]`.
+    pub fn shape(&self) -> [u64; 2] {
+        self.shape
+    }
+
+    /// The payload of some rows, in this matrix's dtype, out of the files in which it was found.
+    pub fn rows(&self, files: &TensorFiles, rows: Range<usize>) -> Bytes {
         let inputs = usize::try_from(self.shape[1]).expect("checked when it was found");
         Bytes::from(match &self.codes {
             Codes::Integers(integers) => integers.rows(files, self.dtype, inputs, rows),
@@ -123,7 +135,7 @@ impl Matrix {
 
 /// The quantised matrices of a checkpoint; none for most.
 #[derive(Debug, Default)]
-pub(crate) struct Quantised {
+pub struct Quantised {
     /// By the name that the plain weight would have.
     matrices: BTreeMap<String, Arc<Matrix>>,
     /// Tensors that are no weights and change nothing here.
@@ -137,12 +149,12 @@ impl Quantised {
     ///
     /// # Errors
     /// The first tensor that does not fit.
-    pub(crate) fn find(files: &TensorFiles, scheme: &Scheme) -> Result<Self, QuantisedError> {
+    pub fn find(files: &TensorFiles, scheme: &Scheme) -> Result<Self, QuantisedError> {
         let mut found = Self::default();
         for name in files.names() {
             let entry = files.get(name).expect("just listed");
             let (base, codes) = match (scheme.method, name.rsplit_once('.')) {
-                (Method::Gptq { plus_one }, Some((base, "qweight"))) => (base, integers::gptq(files, scheme, base, plus_one)?),
+                (Method::Gptq { less_one }, Some((base, "qweight"))) => (base, integers::gptq(files, scheme, base, less_one)?),
                 (Method::Awq, Some((base, "qweight"))) => (base, integers::awq(files, scheme, base)?),
                 (Method::Compressed, Some((base, "weight_packed"))) => (base, integers::packed(files, scheme, base)?),
                 (Method::Compressed, Some((base, "weight"))) if is(entry, "I8") => (base, integers::bytes(files, scheme, base)?),
@@ -160,6 +172,11 @@ impl Quantised {
         }
         found.notes = notes(scheme, &found);
         Ok(found)
+    }
+
+    /// All matrices, by the name that the plain weight would have.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &Arc<Matrix>)> {
+        self.matrices.iter().map(|(name, matrix)| (name.as_str(), matrix))
     }
 
     /// The quantised matrix of the weight `name`.
@@ -201,9 +218,13 @@ fn notes(scheme: &Scheme, found: &Quantised) -> Vec<String> {
                 Widened::Scales => "their scales are no f16",
                 Widened::Zeros => "their 8-bit codes have zero points",
             };
-            format!("quantised matrices that are stored as f32, 4 bytes a weight, since {why}: {count}")
+            format!("quantised matrices that are read as f32 (4 bytes a weight; --dtype bf16 makes it 2, and rounds), since {why}: {count}")
         })
         .collect();
+    let wrapped = found.matrices.values().filter(|matrix| matrix.wrapped).count();
+    if wrapped > 0 {
+        notes.push(format!("quantised matrices with zero points that wrap: they are read as 0, as GPTQ's own tools do, where some servers add one and go on: {wrapped}"));
+    }
     if scheme.activations {
         notes.push("quantization_config quantises activations or the cache, too; only its weights are obeyed".to_owned());
     }

@@ -104,6 +104,27 @@ async fn what_came_as_gguf_goes_as_a_directory_where_its_numbers_can() {
 }
 
 #[tokio::test]
+async fn of_quantised_checkpoints_only_what_became_floats_goes_back() {
+    let (dir, zoo) = zoo().await;
+    let quantised = |name: &str| tiny().parent().unwrap().join("quantised").join(name);
+    for (name, dtype) in
+        [("gptq-llama", "int4zg32"), ("gptq-gpt2", "int4g32"), ("ct-mistral-int8", "int8g512"), ("fp8-qwen3-blocks", "fp8g32")]
+    {
+        add_dir(&zoo, &quantised(name), "demo/a", Recipe::Keep).await.unwrap();
+        let out = dir.path().join(name);
+        let error = export(&zoo, &"demo/a".parse().unwrap(), &out).await.unwrap_err().to_string();
+        assert!(error.contains(&format!("is stored as {dtype}, which is no element type of a Hugging Face checkpoint")), "{name}: {error}");
+        assert!(!out.exists(), "{name}");
+    }
+    let added = add_dir(&zoo, &quantised("gptq-qwen2-order"), "demo/b", Recipe::Keep).await.unwrap();
+    let before = chain_of(&zoo, &added).await;
+    let out = dir.path().join("out");
+    export(&zoo, &"demo/b".parse().unwrap(), &out).await.unwrap();
+    let again = add_again(&zoo, &out, &before.source).await;
+    assert_eq!((chain_of(&zoo, &again).await, again.bytes_new), (before, 0));
+}
+
+#[tokio::test]
 async fn what_has_no_such_form_is_told_and_nothing_is_written() {
     let (dir, zoo) = zoo().await;
     Checkpoint::llama(1).write(&dir.path().join("a"));

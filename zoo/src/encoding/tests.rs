@@ -18,7 +18,7 @@ fn check(dtype: Dtype, (rows, cols): (usize, usize), payload: &[u8], base: &[u8]
     }
 }
 
-const DTYPES: [Dtype; 12] = [
+const DTYPES: [Dtype; 14] = [
     Dtype::F32,
     Dtype::F16,
     Dtype::Bf16,
@@ -26,6 +26,8 @@ const DTYPES: [Dtype; 12] = [
     Dtype::Int4 { group: 32 },
     Dtype::Int8Minimum { group: 64 },
     Dtype::Int4Minimum { group: 16 },
+    Dtype::Int4Zero { group: 32 },
+    Dtype::Fp8 { group: 128 },
     Dtype::Int1 { group: 128 },
     Dtype::Q8_0,
     Dtype::Q4_1,

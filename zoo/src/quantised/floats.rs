@@ -53,7 +53,7 @@ pub(super) fn find(files: &TensorFiles, scheme: &Scheme, base: &str) -> Result<M
     let group = stored_group(size, inputs);
     let parts = vec![codes.name.clone(), scale.name];
     let floats = Floats { codes: codes.name, scales, inputs: to_usize(size), group: usize::from(group) };
-    Ok(Matrix { parts, dtype: Dtype::Fp8 { group }, shape, widened: None, codes: Codes::Floats(floats) })
+    Ok(Matrix { parts, dtype: Dtype::Fp8 { group }, shape, widened: None, wrapped: false, codes: Codes::Floats(floats) })
 }
 
 impl Floats {

@@ -50,7 +50,7 @@ enum Groups {
 }
 
 /// The matrix whose codes are `base.qweight`, packed as GPTQ packs.
-pub(super) fn gptq(files: &TensorFiles, scheme: &Scheme, base: &str, plus_one: bool) -> Result<Matrix, QuantisedError> {
+pub(super) fn gptq(files: &TensorFiles, scheme: &Scheme, base: &str, less_one: bool) -> Result<Matrix, QuantisedError> {
     let (bits, per_word) = (scheme.bits[0], u64::from(32 / scheme.bits[0]));
     let codes = Part::need(files, base, "qweight", "qweight")?.of_type("I32")?;
     let [words, outputs] = codes.matrix("[inputs / codes of a word, outputs]")?;
@@ -67,7 +67,7 @@ pub(super) fn gptq(files: &TensorFiles, scheme: &Scheme, base: &str, plus_one: b
         outputs: to_usize(outputs),
         codes: codes.name.clone(),
         scales,
-        zeros: Zeros::ByGroup { name: zeros.name.clone(), awq: false, plus: i32::from(plus_one) },
+        zeros: Zeros::ByGroup { name: zeros.name.clone(), awq: false, less_one },
         groups: Groups::Size(to_usize(size)),
     };
     integers.matrix(files, [outputs, inputs], [size, groups], &scale, Some(zeros), index)
@@ -89,7 +89,7 @@ pub(super) fn awq(files: &TensorFiles, scheme: &Scheme, base: &str) -> Result<Ma
         outputs: to_usize(outputs),
         codes: codes.name.clone(),
         scales,
-        zeros: Zeros::ByGroup { name: zeros.name.clone(), awq: true, plus: 0 },
+        zeros: Zeros::ByGroup { name: zeros.name.clone(), awq: true, less_one: false },
         groups: Groups::Size(to_usize(size)),
     };
     integers.matrix(files, [outputs, inputs], [size, groups], &scale, Some(zeros), None)
@@ -139,9 +139,11 @@ fn by_rows(
     let scale = Part::need(files, base, "weight_scale", of)?;
     // Groups of different layers may differ: the size is the one that this layer's scales fit.
     let along = scale.entry.shape.get(1).copied().unwrap_or(1);
-    let fits = |size: &Option<u64>| along > 1 && sizes(*size, inputs).1 == along;
-    let size = scheme.group_sizes.iter().copied().find(fits).unwrap_or(if along > 1 { scheme.group_sizes[0] } else { None });
-    let (size, groups) = sizes(size, inputs);
+    let mut fitting = scheme.group_sizes.iter().map(|size| sizes(*size, inputs)).filter(|(_, groups)| *groups == along);
+    let (size, groups) = fitting.next().unwrap_or(sizes(scheme.group_sizes[0], inputs));
+    if let Some((other, _)) = fitting.find(|(other, _)| *other != size) {
+        return Err(scale.misshapen(format!("groups of one size: those of {size} and of {other} inputs fit alike")));
+    }
     let scales = Scales::by_row(&scale, [outputs, groups], &format!("outputs, groups of {size} inputs"))?;
     let zeros = Part::seek(files, base, "weight_zero_point");
     let per_word = u64::from(32 / bits);
@@ -173,7 +175,7 @@ fn by_rows(
 
 /// Inputs of a group, and groups; without a size there is one group.
 fn sizes(size: Option<u64>, inputs: u64) -> (u64, u64) {
-    let size = size.unwrap_or(inputs).max(1);
+    let size = size.unwrap_or(inputs).clamp(1, inputs);
     (size, inputs.div_ceil(size))
 }
 
@@ -197,6 +199,8 @@ impl Integers {
             let value = format!("zero points of {least} to {most}");
             return Err(QuantisedError::Zeros { name: zeros.name.clone(), value });
         }
+        // No other stored value of theirs becomes 0.
+        let wrapped = least == 0 && matches!(self.zeros, Zeros::ByGroup { less_one: true, .. });
         let middle = [least, most] == [1 << (self.bits - 1); 2];
         if self.bits == 8 && !middle {
             widened = Some(Widened::Zeros);
@@ -217,7 +221,7 @@ impl Integers {
             (None, 4) => Dtype::Int4Zero { group },
             (None, _) => Dtype::Int8 { group },
         };
-        Ok(Matrix { parts, dtype, shape, widened, codes: Codes::Integers(self) })
+        Ok(Matrix { parts, dtype, shape, widened, wrapped, codes: Codes::Integers(self) })
     }
 
     fn zero_reader(&self, files: &TensorFiles) -> ZeroReader<'_> {

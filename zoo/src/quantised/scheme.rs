@@ -25,7 +25,7 @@ pub struct Scheme {
 pub(super) enum Method {
     /// Zero points are stored less one, but in version 2.
     Gptq {
-        plus_one: bool,
+        less_one: bool,
     },
     Awq,
     Compressed,
@@ -59,7 +59,7 @@ fn read(section: &Config) -> Result<Scheme, ConfigError> {
 
 fn gptq(section: &Config) -> Result<Scheme, ConfigError> {
     let format = section.text("checkpoint_format")?.or(section.text("format")?).unwrap_or("gptq");
-    let plus_one = match format {
+    let less_one = match format {
         "gptq" => true,
         "gptq_v2" => false,
         _ => return Err(unsupported("checkpoint_format", format, "only gptq and gptq_v2 are")),
@@ -73,7 +73,7 @@ fn gptq(section: &Config) -> Result<Scheme, ConfigError> {
         return Err(unsupported("dynamic", pattern, "all layers must have the same bits and groups"));
     }
     let bits = width(section, "bits", &[4, 8])?;
-    Ok(Scheme { method: Method::Gptq { plus_one }, bits: vec![bits], group_sizes: vec![group_size(section)?], ..empty() })
+    Ok(Scheme { method: Method::Gptq { less_one }, bits: vec![bits], group_sizes: vec![group_size(section)?], ..empty() })
 }
 
 fn awq(section: &Config) -> Result<Scheme, ConfigError> {

@@ -22,10 +22,13 @@ fn files(tensors: &[(&str, &str, &[u64], Vec<u8>)]) -> TensorFiles {
     shards::open(dir.path()).unwrap()
 }
 
-fn matrix(section: Value, files: &TensorFiles) -> Arc<Matrix> {
+fn scheme(section: Value) -> Scheme {
     let config = json!({"quantization_config": section}).to_string();
-    let scheme = Scheme::read(&Config::parse(config.as_bytes(), "config.json").unwrap()).unwrap().unwrap();
-    Quantised::find(files, &scheme).unwrap().get("a.weight").unwrap().clone()
+    Scheme::read(&Config::parse(config.as_bytes(), "config.json").unwrap()).unwrap().unwrap()
+}
+
+fn matrix(section: Value, files: &TensorFiles) -> Arc<Matrix> {
+    Quantised::find(files, &scheme(section)).unwrap().get("a.weight").unwrap().clone()
 }
 
 fn words(words: &[u32]) -> Vec<u8> {
@@ -59,13 +62,13 @@ fn gptq_is_packed_along_inputs_with_zero_points_less_one() {
     assert_eq!(all[8..16], [14.0, 12.0, 10.0, 8.0, 12.0, 8.0, 4.0, 0.0]);
     assert_eq!(all[56..], [0.0; 8]);
 
-    // Output 0 has zero point 4, output 1 has 16, the others 8.
+    // Output 0 has zero point 4, output 1 has 0 (stored less one, it wraps), the others 8.
     let files = gptq(0x7777_77f3, in_order);
     let found = matrix(section.clone(), &files);
-    assert_eq!(found.dtype, Dtype::Int4Zero { group: 4 });
+    assert_eq!((found.dtype, found.wrapped), (Dtype::Int4Zero { group: 4 }, true));
     let all = weights(&found, &files);
     assert_eq!(all[..8], [-4.0, -3.0, -2.0, -1.0, 0.0, 0.5, 1.0, 1.5]);
-    assert_eq!(all[8..16], [-2.0, -4.0, -6.0, -8.0, -20.0, -24.0, -28.0, -32.0]);
+    assert_eq!(all[8..16], [30.0, 28.0, 26.0, 24.0, 44.0, 40.0, 36.0, 32.0]);
     let newer = json!({"quant_method": "gptq", "bits": 4, "group_size": 4, "checkpoint_format": "gptq_v2"});
     assert_eq!(weights(&matrix(newer, &files), &files)[..4], [-3.0, -2.0, -1.0, 0.0]);
 }
@@ -121,6 +124,43 @@ fn packed_rows_are_padded_to_words() {
     let found = matrix(section, &tensors);
     assert_eq!(found.dtype, Dtype::Int4Zero { group: 8 });
     assert_eq!(weights(&found, &tensors), [-15.0, -14.0, -13.0, -12.0, -11.0, -10.0, -9.0, -8.0, 16.0, 18.0]);
+}
+
+#[test]
+fn zero_points_may_be_bytes() {
+    let of = |zeros: Vec<u8>| {
+        files(&[
+            ("a.weight_packed", "I32", &[1, 1], words(&[0x7654_3210])),
+            ("a.weight_shape", "I64", &[2], [1u64, 8].iter().flat_map(|dim| dim.to_le_bytes()).collect()),
+            ("a.weight_scale", "BF16", &[1, 2], [0, 0x3f, 0, 0x40].to_vec()),
+            ("a.weight_zero_point", "I8", &[1, 2], zeros),
+        ])
+    };
+    let section = compressed(json!({"num_bits": 4, "type": "int", "strategy": "group", "group_size": 4, "symmetric": false}));
+    let tensors = of(vec![0xff, 7]);
+    // Of themselves codes are -8 to -1; scales are 0.5 and 2, zero points -1 and 7.
+    assert_eq!(weights(&matrix(section.clone(), &tensors), &tensors), [-3.5, -3.0, -2.5, -2.0, -22.0, -20.0, -18.0, -16.0]);
+    let scheme = scheme(section);
+    let error = Quantised::find(&of(vec![0, 9]), &scheme).unwrap_err();
+    assert_eq!(error.to_string(), "tensor `a.weight_zero_point` holds zero points of 8 to 17, expected 0 to 16");
+}
+
+#[test]
+fn groups_of_two_sizes_that_fit_alike_are_refused() {
+    let shape = [1u64, 20].iter().flat_map(|dim| dim.to_le_bytes()).collect();
+    let tensors = files(&[
+        ("a.weight_packed", "I32", &[1, 3], words(&[0; 3])),
+        ("a.weight_shape", "I64", &[2], shape),
+        ("a.weight_scale", "F16", &[1, 2], halves(&[1.0, 2.0])),
+    ]);
+    let weights = |size: u32| json!({"weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": size}});
+    let of = |more: u32| json!({"quant_method": "compressed-tensors", "config_groups": {"a": weights(16), "b": weights(more)}});
+    assert_eq!(Quantised::find(&tensors, &scheme(of(8))).unwrap().get("a.weight").unwrap().dtype, Dtype::Int4 { group: 16 });
+    let error = Quantised::find(&tensors, &scheme(of(12))).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "tensor `a.weight_scale` has shape [1, 2], expected groups of one size: those of 16 and of 12 inputs fit alike"
+    );
 }
 
 #[test]

@@ -7,8 +7,8 @@ use crate::formats::{FileSlice, TensorFiles};
 pub(super) enum Zeros {
     /// Half of the codes' range.
     Middle,
-    /// `[group][n / 8]` words; some have one added to what is stored.
-    ByGroup { name: String, awq: bool, plus: i32 },
+    /// `[group][n / 8]` words; `less_one`: the zero point less one is stored, modulo what a code can be, so that all ones are 0.
+    ByGroup { name: String, awq: bool, less_one: bool },
     /// `[n / 8][group]` words.
     ByRow { name: String, groups: usize },
     /// `[n][group]` signed bytes, or one for all.
@@ -43,10 +43,11 @@ impl<'a> ZeroReader<'a> {
         let slot = (n % per_word) as u32;
         match self.zeros {
             Zeros::Middle => middle,
-            Zeros::ByGroup { awq, plus, .. } => {
+            Zeros::ByGroup { awq, less_one, .. } => {
                 let slot = if *awq { AWQ_SLOTS[n % 8] } else { slot };
                 let word = word(bytes, g * self.outputs.div_ceil(per_word) + n / per_word);
-                unpacked(word, slot, self.bits).cast_signed() + plus
+                let stored = unpacked(word, slot, self.bits) + u32::from(*less_one);
+                unpacked(stored, 0, self.bits).cast_signed()
             }
             Zeros::ByRow { groups, .. } => unpacked(word(bytes, n / per_word * groups + g), slot, self.bits).cast_signed(),
             Zeros::Bytes { groups, all, .. } => {

@@ -20,7 +20,7 @@ const BUDGET: Duration = Duration::from_millis(100);
 /// A layer whose call takes longer is not measured with more rows.
 const CALL_SECONDS_MAX: f64 = 2.0;
 /// Formats, each with the groups that it is used with.
-const DTYPES: &str = "f32,f16,bf16,int8g16,int8g32,int8g64,int8g128,int8mg32,int8mg64,int4g32,int4g64,int4g128,int4mg32,int4mg64,int1g128,\
+const DTYPES: &str = "f32,f16,bf16,int8g16,int8g32,int8g64,int8g128,int8mg32,int8mg64,int4g32,int4g64,int4g128,int4mg32,int4mg64,int4zg128,int1g128,fp8g128,\
     q8_0,q4_0,q4_1,q5_0,q5_1,q4_k,q5_k,q6_k";
 const ROW_COUNTS: [usize; 26] = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 96, 97, 128, 129, 255, 256, 512, 1024, 2048];
 

@@ -9,9 +9,9 @@ fn scheme(section: Value) -> Result<Option<Scheme>, ConfigError> {
 fn tools_say_what_their_tensors_do_not() {
     assert_eq!(scheme(Value::Null), Ok(None));
     let gptq = scheme(json!({"quant_method": "gptq", "bits": 8, "group_size": -1})).unwrap().unwrap();
-    assert_eq!((gptq.method, gptq.bits, gptq.group_sizes), (Method::Gptq { plus_one: true }, vec![8], vec![None]));
+    assert_eq!((gptq.method, gptq.bits, gptq.group_sizes), (Method::Gptq { less_one: true }, vec![8], vec![None]));
     let newer = scheme(json!({"quant_method": "gptq", "bits": 4, "group_size": 64, "checkpoint_format": "gptq_v2"})).unwrap().unwrap();
-    assert_eq!((newer.method, newer.group_sizes), (Method::Gptq { plus_one: false }, vec![Some(64)]));
+    assert_eq!((newer.method, newer.group_sizes), (Method::Gptq { less_one: false }, vec![Some(64)]));
     let awq = scheme(json!({"quant_method": "awq", "bits": 4, "group_size": 128, "version": "GEMM"})).unwrap().unwrap();
     assert_eq!((awq.method, awq.bits, awq.group_sizes), (Method::Awq, vec![4], vec![Some(128)]));
     let fp8 = scheme(json!({"quant_method": "fp8", "weight_block_size": [128, 64]})).unwrap().unwrap();
