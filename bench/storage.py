@@ -66,8 +66,8 @@ def zstd(files, cores):
     """`zstd -3` on files in memory: ratio and bytes a second in and out, of the largest file."""
     largest = max(files, key=lambda path: path.stat().st_size).resolve()
     text, _ = run("zstd", "-b3", "-i5", f"-T{cores}", largest, cores=cores)
-    line = text.replace("\r", "\n").strip().splitlines()[-1]
-    ratio, ingest, restore = re.search(r"\(x?([\d.]+)\),\s*([\d.]+) MB/s\s*,\s*([\d.]+) MB/s", line).groups()
+    # Overwrites its line as it goes; the last whole one holds.
+    ratio, ingest, restore = re.findall(r"\(x([\d.]+)\),\s*([\d.]+) MB/s\s*,\s*([\d.]+) MB/s", text)[-1]
     return {"file": largest.name, "ratio": float(ratio), "compress_bytes_per_second": 1e6 * float(ingest), "restore_bytes_per_second": 1e6 * float(restore)}
 
 
