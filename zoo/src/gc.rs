@@ -44,7 +44,8 @@ pub struct GcReport {
 }
 
 /// Where objects lie, in the order in which they are swept.
-const FOLDERS: [&str; 10] = ["equivalences", "measures", "sketches", "chains", "blocks", "adapters", "tensors", "bases", "assets", "scratch"];
+const FOLDERS: [&str; 10] =
+    ["equivalences", "measures", "sketches", "chains", "blocks", "adapters", "tensors", "bases", "assets", "scratch"];
 const EQUIVALENCES: usize = 0;
 const CHAINS: usize = 3;
 const BLOCKS: usize = 4;

@@ -31,8 +31,7 @@ async fn record(zoo: &Zoo, one: &ModelId, two: &ModelId) -> (Digest, Equivalence
     assert_eq!(pairs.iter().map(|pair| pair.block_index).collect::<Vec<_>>(), [2], "the feed-forward block of the first layer");
     let (chain, _) = zoo.put_chain(&exchanged(&own.chain, [(2, pairs[0].other)])).await.unwrap();
     let figures = Divergence { rows: 63, kl: 0.01, kl_p99: 0.2, kl_max: 0.3, same_top_share: 0.9 };
-    let step =
-        Step { block_index: 2, own: pairs[0].own, other: pairs[0].other, cosine: 0.98, alone: figures, together: figures, chain };
+    let step = Step { block_index: 2, own: pairs[0].own, other: pairs[0].other, cosine: 0.98, alone: figures, together: figures, chain };
     let record = Equivalence {
         format: 1,
         method: METHOD.to_owned(),
