@@ -1,5 +1,6 @@
 //! `ashlar zoo ...`: the block zoo from the command line. Parses, calls ashlar-zoo, prints; it decides nothing.
 
+mod equivalence;
 mod measure;
 mod progress;
 mod report;
@@ -117,6 +118,12 @@ pub(crate) enum ZooCommand {
     ///
     /// Proposes, and measures what it would change in the model's output; --apply stores it under another name.
     Unmerge(unmerge::UnmergeArgs),
+    /// Measure which blocks of one model may stand for another's; list such records, or revoke one
+    ///
+    /// Puts each block of OTHER that differs from MODEL's into its place, measures how far the next-token distributions move, then exchanges them
+    /// together, from the least divergence up. What is recorded changes nothing by itself: servers use a record only where `router.policy` is
+    /// `equivalent:KL`, and only the exchanges that stay within KL. Without models, lists the records.
+    Equivalence(equivalence::EquivalenceArgs),
     /// Declare tenants public: their models are seen, shared and built on by every tenant; lists them where none is given
     ///
     /// Others see their own models only: what `add` says is there, and what it takes for a relative or a base, is a tenant's own or a public
@@ -214,6 +221,7 @@ pub(crate) async fn run(args: ZooArgs) -> anyhow::Result<()> {
             Ok(output::line(format_args!("{model} is in {}: {} tensors, {size}", directory.display(), report.tensors))?)
         }
         ZooCommand::Unmerge(args) => unmerge::run(&zoo, args).await,
+        ZooCommand::Equivalence(args) => equivalence::run(&zoo, args).await,
         ZooCommand::Public { tenants, remove } => public(&zoo, &tenants, remove).await,
         ZooCommand::Verify { repair } => {
             let mut report = verify::verify(&zoo, &*progress::for_terminal()).await.context("verify the zoo")?;

@@ -1,5 +1,5 @@
 //! Takes what no name leads to. Marks from names and their history, and from young objects that an `add` may just be
-//! writing, and on to the tensors that marked ones are stored over; sweeps measures, sketches and chains, then blocks and adapters, then tensors (a delta before
+//! writing, and on to the tensors that marked ones are stored over; sweeps records, sketches and chains, then blocks and adapters, then tensors (a delta before
 //! its mark and its base) and assets, so that a killed run leaves nothing that points to what is gone. Refuses to sweep when it cannot read all that it must follow.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -27,6 +27,8 @@ pub struct GcReport {
     pub base_count: u64,
     /// Assets taken.
     pub asset_count: u64,
+    /// Records of equivalence taken: of chains that no name leads to.
+    pub equivalence_count: u64,
     /// Sketches taken.
     pub sketch_count: u64,
     /// Records of what was measured of chains that are gone, taken.
@@ -40,6 +42,16 @@ pub struct GcReport {
     /// Their bytes.
     pub young_bytes: u64,
 }
+
+/// Where objects lie, in the order in which they are swept.
+const FOLDERS: [&str; 10] =
+    ["equivalences", "measures", "sketches", "chains", "blocks", "adapters", "tensors", "bases", "assets", "scratch"];
+const EQUIVALENCES: usize = 0;
+const CHAINS: usize = 3;
+const BLOCKS: usize = 4;
+const ADAPTERS: usize = 5;
+const TENSORS: usize = 6;
+const BASES: usize = 7;
 
 /// Objects that are kept, and those of them that a name leads to.
 struct Marked {
@@ -63,19 +75,17 @@ struct Marks {
 pub async fn collect(zoo: &Zoo, grace: Duration, dry_run: bool) -> Result<GcReport, StoreError> {
     // Listed before marking: what is written from here on is not in the lists, so it cannot be taken.
     let mut lists = Vec::new();
-    for folder in ["sketches", "chains", "blocks", "adapters", "tensors", "bases", "assets", "scratch", "measures"] {
+    for folder in FOLDERS {
         let metas = zoo.list(folder).await?;
         lists.push(metas.into_iter().filter_map(|meta| Some((object(&meta.location)?, meta))).collect::<Vec<_>>());
     }
     let Marked { mut kept, mut named } = mark(zoo, &lists, grace).await?;
-    let bases = Bases::of(&lists[5]);
-    let young = lists[4].iter().filter(|(_, meta)| is_young(meta, grace)).map(|(object, _)| object.clone());
+    let bases = Bases::of(&lists[BASES]);
+    let young = lists[TENSORS].iter().filter(|(_, meta)| is_young(meta, grace)).map(|(object, _)| object.clone());
     kept.leaves.extend(young.clone());
     bases.close(&mut kept.leaves);
     bases.close(&mut named.leaves);
-    bases.sort_deltas_first(&mut lists[4]);
-    // Records go before their chains.
-    lists.rotate_right(1);
+    bases.sort_deltas_first(&mut lists[TENSORS]);
     let mut report = GcReport::default();
     for (object, meta) in lists.iter().flatten() {
         if kept.keeps(object) {
@@ -96,6 +106,7 @@ pub async fn collect(zoo: &Zoo, grace: Duration, dry_run: bool) -> Result<GcRepo
             Object::Adapter(_) => &mut report.adapter_count,
             Object::Asset(_) => &mut report.asset_count,
             Object::Base { .. } => &mut report.base_count,
+            Object::Equivalence(_) => &mut report.equivalence_count,
             Object::Sketch(_) => &mut report.sketch_count,
             Object::Measure { .. } => &mut report.measure_count,
             Object::Scratch(_) => &mut report.staged_count,
@@ -174,6 +185,21 @@ async fn mark(zoo: &Zoo, lists: &[Vec<(Object, ObjectMeta)>], grace: Duration) -
         marks.chains.insert(name.chain);
         marks.chains.extend(name.history.iter().map(|past| past.chain));
     }
+    // A record is worth something while its chain is a model's; then so are the chains that it exchanges blocks in.
+    let mut exchanged = Vec::new();
+    for (object, _) in &lists[EQUIVALENCES] {
+        let Object::Equivalence(digest) = object else { continue };
+        let record = match zoo.read_equivalence(*digest).await {
+            Err(StoreError::Damaged { .. } | StoreError::Missing { .. }) => continue,
+            record => record?,
+        };
+        if marks.chains.contains(&record.chain) {
+            exchanged.extend(record.steps.iter().map(|step| step.chain));
+            marks.leaves.insert(object.clone());
+            named.leaves.insert(object.clone());
+        }
+    }
+    marks.chains.extend(exchanged);
     // A young chain, block or adapter is kept, so what it points to must be kept with it, be it old: an `add` took long.
     let young = |list: &[(Object, ObjectMeta)]| {
         let young = list.iter().filter(|(_, meta)| is_young(meta, grace));
@@ -185,7 +211,7 @@ async fn mark(zoo: &Zoo, lists: &[Vec<(Object, ObjectMeta)>], grace: Duration) -
             .collect::<Vec<_>>()
     };
     let mut unnamed_chains = BTreeSet::new();
-    for digest in young(&lists[1]) {
+    for digest in young(&lists[CHAINS]) {
         if marks.chains.insert(digest) {
             unnamed_chains.insert(digest);
         }
@@ -207,8 +233,8 @@ async fn mark(zoo: &Zoo, lists: &[Vec<(Object, ObjectMeta)>], grace: Duration) -
         marks.leaves.extend(assets);
     }
     let (blocks_of_chains, adapters_of_chains) = (marks.blocks.clone(), marks.adapters.clone());
-    marks.blocks.extend(young(&lists[2]));
-    marks.adapters.extend(young(&lists[3]));
+    marks.blocks.extend(young(&lists[BLOCKS]));
+    marks.adapters.extend(young(&lists[ADAPTERS]));
     let mut held = Vec::new();
     for digest in &marks.blocks {
         match zoo.read_block(*digest).await {

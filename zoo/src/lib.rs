@@ -7,6 +7,7 @@ pub mod blocking;
 pub mod canonical;
 pub mod digest;
 pub mod encoding;
+pub mod equivalence;
 pub mod export;
 pub mod family;
 pub mod formats;

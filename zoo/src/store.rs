@@ -4,6 +4,7 @@
 mod cache;
 mod delete;
 mod domains;
+mod equivalences;
 mod error;
 mod fetch;
 mod measures;
@@ -219,6 +220,7 @@ pub(crate) fn key(object: &Object) -> Path {
         Object::Asset(digest) => Path::from(format!("assets/{digest}")),
         Object::Sketch(chain) => Path::from(format!("sketches/{chain}")),
         Object::Measure { chain, record } => Path::from(format!("measures/{chain}/{record}.json")),
+        Object::Equivalence(digest) => Path::from(format!("equivalences/{digest}.json")),
         Object::Scratch(digest) => Path::from(format!("scratch/{digest}")),
         Object::Domains => Path::from("domains.json"),
         Object::Model(id) => Path::from(format!("models/{}/{}.json", id.tenant(), id.name())),
@@ -244,6 +246,7 @@ pub(crate) fn object(key: &Path) -> Option<Object> {
         ["measures", chain, file] => {
             Some(Object::Measure { chain: chain.parse().ok()?, record: file.strip_suffix(".json")?.parse().ok()? })
         }
+        ["equivalences", file] => Some(Object::Equivalence(file.strip_suffix(".json")?.parse().ok()?)),
         ["scratch", file] => Some(Object::Scratch(file.parse().ok()?)),
         ["domains.json"] => Some(Object::Domains),
         ["models", tenant, file] => Some(Object::Model(ModelId::new(tenant, file.strip_suffix(".json")?).ok()?)),

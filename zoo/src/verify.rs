@@ -64,7 +64,7 @@ pub async fn verify(zoo: &Zoo, progress: &dyn Progress) -> Result<VerifyReport, 
     let mut listed = Vec::new();
     let mut bases = BTreeSet::new();
     // Manifests first: they are small, and tell who needs a damaged tensor.
-    for folder in ["chains", "blocks", "adapters", "sketches", "measures", "assets", "bases", "tensors"] {
+    for folder in ["equivalences", "chains", "blocks", "adapters", "sketches", "measures", "assets", "bases", "tensors"] {
         let metas = zoo.list(folder).await?;
         listed.extend(metas.into_iter().filter_map(|meta| Some((object(&meta.location)?, meta.size))));
     }
@@ -157,6 +157,7 @@ pub(crate) async fn check(zoo: &Zoo, object: &Object) -> Result<(), StoreError> 
         Object::Base { .. } => Ok(()),
         Object::Sketch(chain) => zoo.checked_sketch(*chain).await.map(|_| ()),
         Object::Measure { chain, record } => zoo.read_measure(*chain, *record).await.map(|_| ()),
+        Object::Equivalence(digest) => zoo.read_equivalence(*digest).await.map(|_| ()),
         Object::Domains => zoo.read_domains().await.map(|_| ()),
         Object::Scratch(_) => Ok(()),
         Object::Format | Object::TensorOf { .. } | Object::TensorOfAdapter { .. } | Object::Model(_) => Ok(()),
@@ -170,6 +171,7 @@ async fn follow_names(
     broken: &mut BTreeMap<Object, String>,
 ) -> Result<BTreeMap<Object, Needs>, StoreError> {
     let mut needs: BTreeMap<Object, Needs> = BTreeMap::new();
+    let records = equivalences(zoo).await?;
     let mut chains: BTreeMap<Digest, Option<Chain>> = BTreeMap::new();
     let mut blocks: BTreeMap<Digest, Option<Block>> = BTreeMap::new();
     let mut adapters: BTreeMap<Digest, Option<Adapter>> = BTreeMap::new();
@@ -185,7 +187,12 @@ async fn follow_names(
                 continue;
             }
         };
-        for chain_digest in std::iter::once(name.chain).chain(name.history.iter().map(|past| past.chain)) {
+        let mut followed: Vec<Digest> = std::iter::once(name.chain).chain(name.history.iter().map(|past| past.chain)).collect();
+        for (record, exchanged) in followed.clone().iter().filter_map(|chain| records.get(chain)).flatten() {
+            needs.entry(Object::Equivalence(*record)).or_default().models.insert(model.clone());
+            followed.extend(exchanged);
+        }
+        for chain_digest in followed {
             needs.entry(Object::Chain(chain_digest)).or_default().models.insert(model.clone());
             if let Entry::Vacant(place) = chains.entry(chain_digest) {
                 place.insert(readable(zoo.read_chain(chain_digest).await)?);
@@ -231,6 +238,17 @@ async fn follow_names(
         }
     }
     Ok(needs)
+}
+
+/// The records of equivalence of each chain, with the chains that they exchange blocks in.
+async fn equivalences(zoo: &Zoo) -> Result<BTreeMap<Digest, Vec<(Digest, Vec<Digest>)>>, StoreError> {
+    let mut records: BTreeMap<Digest, Vec<(Digest, Vec<Digest>)>> = BTreeMap::new();
+    for digest in zoo.list_equivalences().await? {
+        if let Some(record) = readable(zoo.read_equivalence(digest).await)? {
+            records.entry(record.chain).or_default().push((digest, record.steps.iter().map(|step| step.chain).collect()));
+        }
+    }
+    Ok(records)
 }
 
 /// What is damaged or missing is reported elsewhere; a store that fails ends the run.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, ensure};
 use ashlar_executor::model::adapter::LoadedAdapter;
-use ashlar_executor::model::alone::Alone;
+use ashlar_executor::model::alone::{Alone, AloneLimits};
 use ashlar_executor::model::block::LoadedBlock;
 use ashlar_executor::model::outputs::Outputs;
 use ashlar_executor::model::quality::{Quality, Tally, Windows};
@@ -14,6 +14,7 @@ use ashlar_kernels::cpu::{Cpu, CpuOptions};
 use ashlar_kernels::ops::{Bf16Compute, KvFormat};
 use ashlar_router::text::tokenizer::Tokenizer;
 use ashlar_zoo::digest::Digest;
+use ashlar_zoo::manifest::Chain;
 use ashlar_zoo::relatives::Proposal;
 use ashlar_zoo::store::Zoo;
 
@@ -48,20 +49,34 @@ pub(super) fn text(path: Option<&Path>) -> anyhow::Result<String> {
     read().with_context(|| format!("read {}", path.display()))
 }
 
-/// Runs the merged model, the proposal and the base over `text`, in f32.
-pub(super) async fn measure(zoo: &Zoo, merged: Digest, proposal: &Proposal, text: &str) -> anyhow::Result<Measured> {
-    let chain = &proposal.chain;
+/// The text in windows of tokens, at most so many, as the chain's tokenizer has it begin.
+pub(super) async fn cut(zoo: &Zoo, chain: &Chain, text: &str, windows_max: usize) -> anyhow::Result<(Windows, Vec<Vec<u32>>)> {
     let tokenizer = Tokenizer::from_bytes(&zoo.read_asset(chain.assets.tokenizer.context("it has no tokenizer")?).await?)?;
     let tokens = tokenizer.encode(text, true)?;
     let begin = chain.tokens.bos.filter(|bos| tokens.first() == Some(bos));
     let windows = Windows { window_tokens: WINDOW_TOKENS.min(chain.context_tokens as usize), begin };
     ensure!(windows.window_tokens >= 4, "its context is {} tokens", chain.context_tokens);
     let mut cut = windows.cut(&tokens);
-    cut.truncate(WINDOWS_MAX);
+    cut.truncate(windows_max);
     ensure!(!cut.is_empty(), "the text has {} tokens: less than a window of {}", tokens.len(), windows.window_tokens);
+    Ok((windows, cut))
+}
 
-    let ops = Arc::new(Cpu::new(CpuOptions { threads: 0, isa: None, bf16_compute: Bf16Compute::F32 }));
-    let limits = windows.limits(PAGE_TOKENS, KvFormat::F32);
+/// The CPU, computing in f32.
+pub(super) fn device() -> Arc<Cpu> {
+    Arc::new(Cpu::new(CpuOptions { threads: 0, isa: None, bf16_compute: Bf16Compute::F32 }))
+}
+
+/// What one window takes, keys and values in f32.
+pub(super) fn limits(windows: Windows) -> AloneLimits {
+    windows.limits(PAGE_TOKENS, KvFormat::F32)
+}
+
+/// Runs the merged model, the proposal and the base over `text`, in f32.
+pub(super) async fn measure(zoo: &Zoo, merged: Digest, proposal: &Proposal, text: &str) -> anyhow::Result<Measured> {
+    let (windows, cut) = cut(zoo, &proposal.chain, text, WINDOWS_MAX).await?;
+    let ops = device();
+    let limits = limits(windows);
     let merged = Alone::load(Arc::clone(&ops), zoo, merged, limits).await.context("load the model")?;
     let base = zoo.read_model(&proposal.base).await?.chain;
     let base = Alone::load(Arc::clone(&ops), zoo, base, limits).await.with_context(|| format!("load {}", proposal.base))?;

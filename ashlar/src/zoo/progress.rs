@@ -11,6 +11,12 @@ pub(super) fn for_terminal() -> Box<dyn Progress> {
     if std::io::stderr().is_terminal() { Box::new(Bar::default()) } else { Box::new(Lines::default()) }
 }
 
+/// A bar of so many passes over a text; nothing where standard error is no terminal.
+pub(super) fn of_passes(count: usize) -> ProgressBar {
+    let style = ProgressStyle::with_template("{prefix:>12} {wide_bar} {pos}/{len} passes {eta}").expect("a constant template");
+    ProgressBar::new(count as u64).with_style(style).with_prefix("measuring")
+}
+
 #[derive(Default)]
 struct Bar(Mutex<Option<ProgressBar>>);
 

@@ -16,7 +16,7 @@ use ashlar_zoo::verify::VerifyReport;
 use super::measure::Measured;
 
 /// Columns as wide as their widest cell; the columns in `right` are aligned to the right.
-fn columns(rows: &[Vec<String>], right: &[usize]) -> String {
+pub(super) fn columns(rows: &[Vec<String>], right: &[usize]) -> String {
     let count = rows.iter().map(Vec::len).max().unwrap_or(0);
     let width = |column: usize| rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max().unwrap_or(0);
     let widths: Vec<usize> = (0..count).map(width).collect();
@@ -32,7 +32,7 @@ fn columns(rows: &[Vec<String>], right: &[usize]) -> String {
     out
 }
 
-fn row<const N: usize>(cells: [&str; N]) -> Vec<String> {
+pub(super) fn row<const N: usize>(cells: [&str; N]) -> Vec<String> {
     cells.map(str::to_owned).to_vec()
 }
 
@@ -260,6 +260,9 @@ pub(super) fn gc(report: &GcReport, dry_run: bool) -> String {
         report.tensor_count,
         report.asset_count
     );
+    if report.equivalence_count > 0 {
+        out.push_str(&format!(", {} records of equivalence", report.equivalence_count));
+    }
     if report.sketch_count > 0 {
         out.push_str(&format!(", {} sketches", report.sketch_count));
     }

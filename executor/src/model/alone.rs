@@ -127,6 +127,20 @@ impl<B: Ops> Alone<B> {
         self.blocks.last().and_then(LoadedBlock::vocab).expect("a head is last")
     }
 
+    /// Puts another block of the same shape into a place of the chain, and gives back the one that was there.
+    ///
+    /// # Errors
+    /// When the device has no room for what the block needs while it runs; then the chain is as it was.
+    ///
+    /// # Panics
+    /// When there is no such place, or keys and values of the two have not the same shape.
+    pub fn exchange(&mut self, index: usize, block: LoadedBlock<B>) -> Result<LoadedBlock<B>, PackError> {
+        let shape = |block: &LoadedBlock<B>| block.kv_shape(self.limits.pages());
+        assert_eq!(shape(&self.blocks[index]), shape(&block), "pages are laid out for the block that was there");
+        self.forward.reserve(&block)?;
+        Ok(std::mem::replace(&mut self.blocks[index], block))
+    }
+
     /// From now on runs blocks `[0, at)` and `[at, ..)` apart, as two executors would; `at == 0` runs all at once.
     pub fn cut_at(&mut self, at: usize) {
         assert!(at < self.blocks.len(), "a cut leaves blocks on both sides");

@@ -2,14 +2,16 @@
 //! and on demand; chains and blocks never change, so each is read once. While the zoo is away the last catalog stands.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::sync::Arc;
 use std::time::Duration;
 
 use ashlar_registry::ChainDigest;
 use ashlar_zoo::digest::Digest;
+use ashlar_zoo::equivalence::{Equivalence, Policy};
 use ashlar_zoo::manifest::{Adapter, Block, Chain, Change, ModelName};
 use ashlar_zoo::model_id::ModelId;
-use ashlar_zoo::store::{StoreError, Zoo};
+use ashlar_zoo::store::{Domains, StoreError, Zoo};
 use ashlar_zoo::tensor_file;
 use tokio::sync::{Mutex, watch};
 use tokio_util::task::AbortOnDropHandle;
@@ -31,6 +33,9 @@ pub struct ChainEntry {
     /// For placement.
     pub sized: SizedChain,
 }
+
+/// What is known of records of equivalence: they never change, so each is read once.
+type Records = BTreeMap<Digest, Arc<Equivalence>>;
 
 /// All models at one moment.
 #[derive(Debug, Clone, Default)]
@@ -54,16 +59,18 @@ pub struct Catalog {
 #[derive(Debug)]
 struct Reader {
     zoo: Zoo,
+    policy: Policy,
     view: watch::Sender<Arc<CatalogView>>,
+    records: Mutex<Records>,
     /// One refresh at a time; sizes of blocks and adapters that were read.
     block_bytes: Mutex<BTreeMap<Digest, u64>>,
 }
 
 impl Catalog {
-    /// Reads the zoo now, then again every `interval`. A zoo that cannot be read now is tried again.
-    pub async fn start(zoo: Zoo, interval: Duration) -> Arc<Self> {
+    /// Reads the zoo now, then again every `interval`. A zoo that cannot be read now is tried again. Models are served by chains that `policy` allows.
+    pub async fn start(zoo: Zoo, interval: Duration, policy: Policy) -> Arc<Self> {
         let (sender, view) = watch::channel(Arc::new(CatalogView::default()));
-        let reader = Arc::new(Reader { zoo, view: sender, block_bytes: Mutex::default() });
+        let reader = Arc::new(Reader { zoo, policy, view: sender, records: Mutex::default(), block_bytes: Mutex::default() });
         let mut told = tell(reader.refresh().await, false);
         let refreshed = reader.clone();
         let task = tokio::spawn(async move {
@@ -121,6 +128,7 @@ impl Reader {
     async fn refresh(&self) -> Result<(), StoreError> {
         let mut block_bytes = self.block_bytes.lock().await;
         let names = self.zoo.list_models().await?;
+        let served = self.served(&names).await?;
         let old = self.view.borrow().clone();
         let mut new = CatalogView { loaded: true, ..CatalogView::default() };
         let parents: BTreeMap<String, Option<String>> =
@@ -128,13 +136,16 @@ impl Reader {
         for (id, name) in names {
             let known = old.models.get(&id.to_string());
             let read = match name {
-                Ok(name) => self.entry(&old, &new, name.chain, &mut block_bytes).await.map(|entry| (name, entry)),
+                Ok(name) => {
+                    let chain = served.get(&id).copied().unwrap_or(name.chain);
+                    self.entry(&old, &new, chain, &mut block_bytes).await.map(|entry| (name, chain, entry))
+                }
                 Err(error) => Err(error),
             };
             match read {
-                Ok((name, entry)) => {
-                    let view = model_view(&id, &name, &entry, &parents);
-                    new.chains.insert(ChainDigest(name.chain.0), entry);
+                Ok((name, chain, entry)) => {
+                    let view = model_view(&id, &name, (chain, &entry), &parents);
+                    new.chains.insert(ChainDigest(chain.0), entry);
                     new.models.insert(view.id.clone(), view);
                 }
                 Err(error) => {
@@ -156,6 +167,41 @@ impl Reader {
             changed
         });
         Ok(())
+    }
+
+    /// The chains by which models are served where that is not the one that their name points to: of the records that are within the policy's
+    /// bound, the exchange of most blocks. A record whose other model is not the tenant's own or a public one's counts for nothing.
+    async fn served(&self, names: &[(ModelId, Result<ModelName, StoreError>)]) -> Result<BTreeMap<ModelId, Digest>, StoreError> {
+        let Policy::Equivalent { kl_max } = self.policy else { return Ok(BTreeMap::new()) };
+        let mut records = self.records.lock().await;
+        let listed = self.zoo.list_equivalences().await?;
+        records.retain(|digest, _| listed.contains(digest));
+        for digest in listed {
+            if let Entry::Vacant(place) = records.entry(digest) {
+                match self.zoo.read_equivalence(digest).await {
+                    Ok(record) => drop(place.insert(Arc::new(record))),
+                    Err(error) => {
+                        let error = &error as &dyn std::error::Error;
+                        tracing::warn!(record = %digest, error, "leaving out a record of equivalence that cannot be read");
+                    }
+                }
+            }
+        }
+        let domains = if records.is_empty() { Domains::default() } else { self.zoo.read_domains().await? };
+        let may_see = |id: &ModelId, record: &Equivalence| {
+            let other = record.other.parse::<ModelId>();
+            other.is_ok_and(|other| other.tenant() == id.tenant() || domains.public.contains(other.tenant()))
+        };
+        let mut served = BTreeMap::new();
+        for (id, name) in names {
+            let Ok(name) = name else { continue };
+            let of_chain = records.values().filter(|record| record.chain == name.chain && may_see(id, record));
+            let within = of_chain.filter_map(|record| record.within(kl_max));
+            if let Some((_, step)) = within.max_by(|(a, x), (b, y)| a.cmp(b).then(y.together.kl.total_cmp(&x.together.kl))) {
+                served.insert(id.clone(), step.chain);
+            }
+        }
+        Ok(served)
     }
 
     async fn entry(
@@ -202,7 +248,12 @@ fn same(old: &CatalogView, new: &CatalogView) -> bool {
 }
 
 /// `parents`: of each name that is there. Ancestors that are gone are not named.
-fn model_view(id: &ModelId, name: &ModelName, entry: &ChainEntry, parents: &BTreeMap<String, Option<String>>) -> Arc<ModelView> {
+fn model_view(
+    id: &ModelId,
+    name: &ModelName,
+    (chain, entry): (Digest, &ChainEntry),
+    parents: &BTreeMap<String, Option<String>>,
+) -> Arc<ModelView> {
     let known = |ancestor: Option<String>| ancestor.filter(|ancestor| parents.contains_key(ancestor));
     let parent = known(name.parent.clone());
     let ancestors = std::iter::successors(parent.clone(), |ancestor| known(parents.get(ancestor).cloned().flatten()));
@@ -212,7 +263,7 @@ fn model_view(id: &ModelId, name: &ModelName, entry: &ChainEntry, parents: &BTre
         parent,
         created_s: name.created_ms / 1000,
         chain: entry.chain.clone(),
-        chain_digest: name.chain,
+        chain_digest: chain,
     })
 }
 
@@ -239,14 +290,4 @@ fn borders(block_count: usize) -> Vec<u32> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn borders_lie_between_layers() {
-        assert_eq!(borders(2), Vec::<u32>::new());
-        assert_eq!(borders(4), Vec::<u32>::new());
-        assert_eq!(borders(6), [3]);
-        assert_eq!(borders(10), [3, 5, 7]);
-    }
-}
+mod tests;

@@ -32,7 +32,7 @@ impl Zoo {
         let swept = blocking(move || {
             let (mut count, mut bytes) = (0, 0);
             let mut folders: Vec<PathBuf> =
-                ["tensors", "bases", "blocks", "adapters", "chains", "assets", "sketches", "measures", "scratch", "models"]
+                ["tensors", "bases", "blocks", "adapters", "chains", "assets", "sketches", "measures", "equivalences", "scratch", "models"]
                     .iter()
                     .map(|folder| root.join(folder))
                     .collect();

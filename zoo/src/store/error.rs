@@ -54,6 +54,8 @@ pub enum Object {
         /// The record.
         record: Digest,
     },
+    /// A record of measured equivalence.
+    Equivalence(Digest),
     /// What a tenant adds that does not see that it is there already: written, and deleted.
     Scratch(Digest),
     /// `domains.json`.
@@ -76,6 +78,7 @@ impl fmt::Display for Object {
             Self::Asset(digest) => write!(f, "asset {digest}"),
             Self::Sketch(chain) => write!(f, "sketch of chain {chain}"),
             Self::Measure { chain, record } => write!(f, "measure {record} of chain {chain}"),
+            Self::Equivalence(digest) => write!(f, "equivalence {digest}"),
             Self::Scratch(tensor) => write!(f, "scratch of tensor {tensor}"),
             Self::Domains => f.write_str("domains.json"),
             Self::Model(id) => write!(f, "model {id}"),

@@ -146,7 +146,7 @@ impl Zoo {
         bytes.map_err(|size| StoreError::Damaged { object: object.clone(), reason: format!("it has {size} bytes, more than {bytes_max}") })
     }
 
-    async fn read_manifest<T: DeserializeOwned>(&self, object: Object, digest: Digest) -> Result<T, StoreError> {
+    pub(super) async fn read_manifest<T: DeserializeOwned>(&self, object: Object, digest: Digest) -> Result<T, StoreError> {
         self.read_json(object, digest, MANIFEST_BYTES_MAX).await
     }
 

@@ -9,6 +9,7 @@ use ashlar_registry::{Registry, key};
 use ashlar_wire::id::RequestId;
 use ashlar_wire::v1;
 use ashlar_wire::v1::sequence_event::Event;
+use ashlar_zoo::equivalence::Policy;
 use ashlar_zoo::manifest::{Assets, Chain, Defaults, Tokens};
 use ashlar_zoo::store::Zoo;
 use tonic::Status;
@@ -164,7 +165,7 @@ impl Stage {
         let cluster = Cluster::start(registry.clone(), ClusterOptions { without: Without::Open, ..ClusterOptions::default() });
         cluster.loaded().await;
         let directory = tempfile::tempdir().unwrap();
-        let catalog = Catalog::start(Zoo::create_dir(directory.path()).await.unwrap(), Duration::from_secs(3600)).await;
+        let catalog = Catalog::start(Zoo::create_dir(directory.path()).await.unwrap(), Duration::from_secs(3600), Policy::Exact).await;
         let local = executors.iter().enumerate().map(|(index, executor)| (executor_id(index), executor.clone() as Arc<dyn ExecutorClient>));
         let router = RouterId("rtr_1".to_owned());
         let dispatch = Dispatch::new(router, cluster, catalog, Clients::new(local), options, &MetricRegistry::new()).unwrap();

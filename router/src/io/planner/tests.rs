@@ -4,6 +4,7 @@ use ashlar_registry::embedded::Embedded;
 use ashlar_registry::record::ExecutorRecord;
 use ashlar_wire::id::ExecutorId;
 use ashlar_zoo::digest::Digest;
+use ashlar_zoo::equivalence::Policy;
 use ashlar_zoo::manifest::{Assets, Block, Chain, Defaults, ModelName, Tokens};
 use ashlar_zoo::store::Zoo;
 use serde_json::json;
@@ -24,7 +25,7 @@ impl World {
         let registry: Arc<dyn Registry> = Arc::new(Embedded::in_memory());
         let directory = tempfile::tempdir().unwrap();
         let zoo = Zoo::create_dir(directory.path()).await.unwrap();
-        let catalog = Catalog::start(zoo.clone(), Duration::from_millis(50)).await;
+        let catalog = Catalog::start(zoo.clone(), Duration::from_millis(50), Policy::Exact).await;
         let options = ClusterOptions { departed_keep: Duration::from_millis(300), ..ClusterOptions::default() };
         let cluster = Cluster::start(registry.clone(), options);
         Self { registry, zoo, catalog, cluster, _directory: directory }

@@ -20,7 +20,7 @@ use crate::io::rest::logprobs::ChatLogprobs;
 use crate::io::rest::messages::take_messages;
 use crate::io::rest::run::{Run, Usage};
 use crate::io::rest::sse::{self, Chunks, Events};
-use crate::io::rest::{Head, Ready, Rest, with_seed};
+use crate::io::rest::{Head, Ready, Rest, with_origin};
 use crate::text::template::Message;
 use crate::text::tokenizer::Tokenizer;
 
@@ -109,6 +109,7 @@ pub(crate) async fn create(
     let (stream, include_usage, seed) = (ready.generation.stream, ready.generation.include_usage, ready.generation.seed);
     let (logprobs, tokenizer) = (ready.generation.sampling.logprobs, Arc::clone(&ready.tokenizer));
     let head = Rest::head("chatcmpl", &id, &ready.model);
+    let chain = ready.model.chain_digest;
     let mut run = rest.start(id, ready, metrics).await?;
     let limits = &rest.config.limits;
     let response = if stream {
@@ -119,7 +120,7 @@ pub(crate) async fn create(
         run.complete().await?;
         Json(Completion::of(&head, &run, logprobs, &tokenizer)).into_response()
     };
-    Ok(with_seed(response, seed))
+    Ok(with_origin(response, seed, &chain))
 }
 
 async fn prepare(rest: &Arc<Rest>, request: Request, metrics: &mut RequestMetrics) -> Result<Ready, ApiError> {

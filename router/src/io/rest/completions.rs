@@ -20,7 +20,7 @@ use crate::io::rest::generation::{self, Generation};
 use crate::io::rest::logprobs::CompletionLogprobs;
 use crate::io::rest::run::Usage;
 use crate::io::rest::sse::{self, Chunks, Events};
-use crate::io::rest::{Head, Ready, Rest, with_seed};
+use crate::io::rest::{Head, Ready, Rest, with_origin};
 use crate::text::tokenizer::Tokenizer;
 
 const KNOWN: &[&str] = &["model", "prompt", "best_of", "logprobs"];
@@ -95,6 +95,7 @@ pub(crate) async fn create(
     let logprobs = sampling.logprobs.then_some(sampling.top_logprobs);
     let chunks =
         CompletionChunks { head: Rest::head("cmpl", &id, &ready.model), logprobs, include_usage, tokenizer: Arc::clone(&ready.tokenizer) };
+    let chain = ready.model.chain_digest;
     let mut run = rest.start(id, ready, metrics).await?;
     let limits = &rest.config.limits;
     let response = if stream {
@@ -106,7 +107,7 @@ pub(crate) async fn create(
             run.choices.iter().enumerate().map(|(index, choice)| chunks.choice(index, choice, choice.finish_reason())).collect();
         Json(chunks.completion(&choices, Some(Some(run.usage())))).into_response()
     };
-    Ok(with_seed(response, seed))
+    Ok(with_origin(response, seed, &chain))
 }
 
 async fn prepare(rest: &Arc<Rest>, request: Request, metrics: &mut RequestMetrics) -> Result<Ready, ApiError> {

@@ -30,6 +30,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use ashlar_wire::code::Code;
 use ashlar_wire::id::{RequestId, TenantName};
+use ashlar_zoo::digest::Digest;
 use axum::Router;
 use axum::http::{HeaderMap, HeaderValue, header};
 use axum::response::Response;
@@ -254,9 +255,12 @@ impl Drop for Arriving {
     }
 }
 
-/// Names the seed in a response, as the client may send it back.
-fn with_seed(mut response: Response, seed: u64) -> Response {
+/// Names in a response the seed, as the client may send it back, and the chain that served it: the model's own, or one that the deployment's policy
+/// allows in its place.
+fn with_origin(mut response: Response, seed: u64, chain: &Digest) -> Response {
     response.headers_mut().insert("x-ashlar-seed", HeaderValue::from(seed as i64));
+    let chain = HeaderValue::from_str(&chain.to_string()).expect("a digest is hexadecimal");
+    response.headers_mut().insert("x-ashlar-chain", chain);
     response
 }
 
