@@ -7,10 +7,14 @@ use std::time::{Duration, SystemTime};
 
 use object_store::ObjectMeta;
 use serde::Serialize;
+use tokio::time::Instant;
 
 use crate::digest::Digest;
 use crate::encoding::DEPTH_MAX;
 use crate::store::{Object, StoreError, Zoo, object};
+
+/// Marks serve at least for so long a sweep, or a short grace period and a large zoo would leave no time for one.
+const SWEEP_MIN: Duration = Duration::from_secs(20);
 
 /// What [`collect`] did, or with `dry_run` would do.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
@@ -71,8 +75,21 @@ struct Marks {
 /// Sweeps unreferenced objects that are older than `grace`. With no grace at all nothing else may be adding.
 ///
 /// # Errors
-/// When a name, chain, block or adapter that is in use cannot be read, or the store fails; nothing more is taken then.
+/// When a name, chain, block or adapter that is in use cannot be read, another `gc` sweeps, or the store fails; nothing more is taken then.
 pub async fn collect(zoo: &Zoo, grace: Duration, dry_run: bool) -> Result<GcReport, StoreError> {
+    let mut report = GcReport::default();
+    while !collect_once(zoo, grace, dry_run, &mut report).await? {}
+    let (count, bytes) = zoo.sweep_staged(grace, dry_run).await?;
+    report.staged_count += count;
+    report.bytes += bytes;
+    Ok(report)
+}
+
+/// Marks and sweeps. Returns whether it came to its end: marks serve for a quarter of the grace period. An `add` relies on what is younger than half of
+/// it, at most an eighth before it sets the name, and may set it right after the names were read here: that is seven eighths at most, and not old.
+async fn collect_once(zoo: &Zoo, grace: Duration, dry_run: bool, report: &mut GcReport) -> Result<bool, StoreError> {
+    let began = Instant::now();
+    (report.young_count, report.young_bytes) = (0, 0);
     // Listed before marking: what is written from here on is not in the lists, so it cannot be taken.
     let mut lists = Vec::new();
     for folder in FOLDERS {
@@ -86,7 +103,8 @@ pub async fn collect(zoo: &Zoo, grace: Duration, dry_run: bool) -> Result<GcRepo
     bases.close(&mut kept.leaves);
     bases.close(&mut named.leaves);
     bases.sort_deltas_first(&mut lists[TENSORS]);
-    let mut report = GcReport::default();
+    let mut sweep = if dry_run { None } else { Some(zoo.begin_sweep(grace).await?) };
+    let (mut is_whole, sweep_began) = (true, Instant::now());
     for (object, meta) in lists.iter().flatten() {
         if kept.keeps(object) {
             if !named.keeps(object) {
@@ -95,7 +113,19 @@ pub async fn collect(zoo: &Zoo, grace: Duration, dry_run: bool) -> Result<GcRepo
             }
             continue;
         }
-        if is_young(meta, grace) || !(dry_run || zoo.delete_if_old(object, grace).await?) {
+        let is_taken = match &mut sweep {
+            _ if is_young(meta, grace) => false,
+            None => true,
+            Some(_) if !grace.is_zero() && began.elapsed() > grace / 4 && sweep_began.elapsed() > SWEEP_MIN => {
+                is_whole = false;
+                break;
+            }
+            Some(sweep) => {
+                sweep.go_on().await?;
+                zoo.delete_if_old(object, grace).await?
+            }
+        };
+        if !is_taken {
             report.young_count += 1;
             report.young_bytes += meta.size;
             continue;
@@ -114,10 +144,10 @@ pub async fn collect(zoo: &Zoo, grace: Duration, dry_run: bool) -> Result<GcRepo
         } += 1;
         report.bytes += meta.size;
     }
-    let (count, bytes) = zoo.sweep_staged(grace, dry_run).await?;
-    report.staged_count += count;
-    report.bytes += bytes;
-    Ok(report)
+    if let Some(sweep) = sweep {
+        sweep.end().await?;
+    }
+    Ok(is_whole)
 }
 
 impl Marks {

@@ -11,6 +11,7 @@ mod measures;
 mod names;
 mod read;
 mod sketches;
+mod sweep;
 mod tensors;
 mod write;
 
@@ -26,6 +27,7 @@ pub use cache::{Cache, CacheError};
 pub use domains::Domains;
 pub use error::{Object, Retry, StoreError};
 pub use fetch::Retries;
+pub use names::KnownNames;
 pub use read::{MappedAdapter, MappedBlock, MappedChange};
 pub use tensors::{Form, StoredAs};
 pub use write::{Compression, Put, Stored};
@@ -191,16 +193,21 @@ impl Zoo {
         match self.inner.store.put_opts(&key(&Object::Format), bytes.into(), PutMode::Create.into()).await {
             Ok(_) => Ok(self),
             Err(object_store::Error::AlreadyExists { .. }) => self.checked().await,
-            Err(source) => Err(StoreError::Store { action: "write", key: "format.json".to_owned(), source }),
+            // The answer may be what was lost.
+            Err(source) => match self.checked().await {
+                Err(StoreError::NoZoo { .. }) => Err(StoreError::Store { action: "write", key: "format.json".to_owned(), source }),
+                other => other,
+            },
         }
     }
 
     /// Size and age of an object that is there.
     pub(crate) async fn head(&self, object: &Object) -> Result<Option<object_store::ObjectMeta>, StoreError> {
-        match self.inner.store.head(&key(object)).await {
+        let key = key(object);
+        match self.retried(|| self.inner.store.head(&key)).await {
             Ok(meta) => Ok(Some(meta)),
             Err(object_store::Error::NotFound { .. }) => Ok(None),
-            Err(source) => Err(StoreError::Store { action: "look up", key: key(object).to_string(), source }),
+            Err(source) => Err(StoreError::Store { action: "look up", key: key.to_string(), source }),
         }
     }
 }

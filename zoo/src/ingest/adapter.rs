@@ -125,6 +125,15 @@ impl Prepared {
 
     /// Stores all but the name.
     pub(super) async fn store(&self, zoo: &Zoo, options: &AddOptions, progress: &dyn Progress) -> Result<Done, IngestError> {
+        let storing = zoo.begin_storing().await?;
+        let done = self.store_once(zoo, options, progress).await?;
+        if zoo.must_store_again(storing).await? {
+            self.store_once(zoo, options, progress).await?;
+        }
+        Ok(done)
+    }
+
+    async fn store_once(&self, zoo: &Zoo, options: &AddOptions, progress: &dyn Progress) -> Result<Done, IngestError> {
         let compression = if options.compress { Compression::Alone } else { Compression::Off };
         let (plans, refs) = (&self.plans, &self.refs);
         let tensors = store_tensors(&self.sight, &self.tensors, plans, refs, BTreeMap::new(), |_| compression, progress).await?;

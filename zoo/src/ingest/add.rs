@@ -91,10 +91,17 @@ pub async fn add(zoo: &Zoo, path: &Path, options: &AddOptions, progress: &dyn Pr
         Some(tensor) => Compression::Over(tensor),
         None => Compression::Alone,
     };
-    let stored = store_tensors(&sight, files, &tensor_plans, &refs, kept, compression, progress).await?;
-    let block_count = store_blocks(&sight, &blocks).await?;
-    store_assets(&sight, &text).await?;
-    let chain = store_chain(&sight, &chain, &sketch).await?;
+    let store = async |kept| {
+        let stored = store_tensors(&sight, files, &tensor_plans, &refs, kept, compression, progress).await?;
+        let block_count = store_blocks(&sight, &blocks).await?;
+        store_assets(&sight, &text).await?;
+        Ok::<_, IngestError>((stored, block_count, store_chain(&sight, &chain, &sketch).await?))
+    };
+    let storing = zoo.begin_storing().await?;
+    let (stored, block_count, chain) = store(kept).await?;
+    if zoo.must_store_again(storing).await? {
+        store(Kept::new()).await?;
+    }
     let replaced = name(zoo, options, options.parent.as_ref().map(ToString::to_string), chain).await?;
     let mut notes = text.notes;
     notes.extend(sight.notes());

@@ -259,6 +259,20 @@ impl Proposal {
             Ok(_) => return Err(UnmergeError::Exists(name.clone())),
             Err(other) => return Err(other.into()),
         }
+        let storing = zoo.begin_storing().await?;
+        let mut chain = self.store_unnamed(zoo).await?;
+        if zoo.must_store_again(storing).await? {
+            chain = self.store_unnamed(zoo).await?;
+        }
+        let new = ModelName { chain, created_ms, parent: Some(self.base.to_string()), history: Vec::new(), loaded: false };
+        match zoo.set_model(name, None, &new).await {
+            Err(StoreError::Conflict { .. }) => Err(UnmergeError::Exists(name.clone())),
+            other => Ok(other.map(|()| chain)?),
+        }
+    }
+
+    /// Stores all but the name. Returns the chain.
+    async fn store_unnamed(&self, zoo: &Zoo) -> Result<Digest, StoreError> {
         for (tensor, payload) in self.factors.values() {
             zoo.put_tensor(tensor, payload.clone(), Compression::Alone).await?;
         }
@@ -277,11 +291,7 @@ impl Proposal {
         }
         let (chain, _) = zoo.put_chain(&self.chain).await?;
         zoo.put_sketch(chain, &self.sketch).await?;
-        let new = ModelName { chain, created_ms, parent: Some(self.base.to_string()), history: Vec::new(), loaded: false };
-        match zoo.set_model(name, None, &new).await {
-            Err(StoreError::Conflict { .. }) => Err(UnmergeError::Exists(name.clone())),
-            other => Ok(other.map(|()| chain)?),
-        }
+        Ok(chain)
     }
 }
 

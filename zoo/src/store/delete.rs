@@ -19,6 +19,7 @@ impl Zoo {
             None => return Ok(false),
         }
         let key = key(object);
+        // Not tried again: a sweep's requests must end with its round.
         match self.inner.store.delete(&key).await {
             Ok(()) => Ok(true),
             Err(object_store::Error::NotFound { .. }) => Ok(false),

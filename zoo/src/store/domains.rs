@@ -43,10 +43,14 @@ impl Zoo {
         let failed = |action| move |source| StoreError::Store { action, key: "domains.json".to_owned(), source };
         for _ in 0..ATTEMPTS {
             let _lock = self.lock().await?;
-            let (mut domains, mode) = match self.inner.store.get_opts(&key, GetOptions::default()).await {
-                Ok(found) => {
-                    let version = UpdateVersion { e_tag: found.meta.e_tag.clone(), version: found.meta.version.clone() };
-                    let domains = parse(&found.bytes().await.map_err(failed("read"))?)?;
+            let read = self.retried(|| async {
+                let found = self.inner.store.get_opts(&key, GetOptions::default()).await?;
+                let version = UpdateVersion { e_tag: found.meta.e_tag.clone(), version: found.meta.version.clone() };
+                Ok((version, found.bytes().await?))
+            });
+            let (mut domains, mode) = match read.await {
+                Ok((version, bytes)) => {
+                    let domains = parse(&bytes)?;
                     (domains, if self.inner.root.is_some() { PutMode::Overwrite } else { PutMode::Update(version) })
                 }
                 Err(object_store::Error::NotFound { .. }) => (Domains::default(), PutMode::Create),
@@ -61,7 +65,11 @@ impl Zoo {
             match self.inner.store.put_opts(&key, canonical::to_bytes(&domains).into(), options).await {
                 Ok(_) => return Ok(domains),
                 Err(object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. }) => {}
-                Err(source) => return Err(failed("write")(source)),
+                // The answer may be what was lost.
+                Err(source) => match self.read_domains().await {
+                    Ok(now) if now == domains => return Ok(domains),
+                    _ => return Err(failed("write")(source)),
+                },
             }
         }
         Err(StoreError::DomainsContended)

@@ -145,6 +145,14 @@ pub enum StoreError {
         #[source]
         source: Box<object_store::Error>,
     },
+    /// Another `gc` deletes there.
+    #[error("another gc sweeps {place}; one that was killed is taken for dead after {dead_s} seconds")]
+    Sweeping {
+        /// Bucket.
+        place: String,
+        /// Seconds after which it is no more waited for.
+        dead_s: u64,
+    },
     /// Others changed `domains.json` faster than we could follow.
     #[error("domains.json is being changed by others; try again")]
     DomainsContended,
@@ -178,7 +186,12 @@ impl StoreError {
         match self {
             Self::NoZoo { .. } | Self::Format { .. } => Retry::Never,
             Self::Missing { .. } | Self::Damaged { .. } => Retry::Elsewhere,
-            Self::Conflict { .. } | Self::DomainsContended | Self::Read { .. } | Self::Store { .. } | Self::File { .. } => Retry::Same,
+            Self::Conflict { .. }
+            | Self::Sweeping { .. }
+            | Self::DomainsContended
+            | Self::Read { .. }
+            | Self::Store { .. }
+            | Self::File { .. } => Retry::Same,
         }
     }
 

@@ -1,4 +1,5 @@
-//! Reading objects that are no local files: by ranges, several at a time, each tried again with growing pauses while the store fails.
+//! Reading objects that are no local files: by ranges, several at a time. And trying again, with growing pauses, what may be done twice while the
+//! store fails: all but the swaps of names, which look what became of them instead.
 
 use std::time::Duration;
 
@@ -15,7 +16,7 @@ const PART_BYTES: u64 = 8 << 20;
 /// Requests at a time for one object.
 const PARTS_AT_ONCE: usize = 4;
 
-/// How often and how patiently reads are tried again.
+/// How often and how patiently reads, and writes of what never changes, are tried again.
 #[derive(Debug, Clone, Copy)]
 pub struct Retries {
     /// Tries in all; 1: none again.
@@ -31,7 +32,7 @@ impl Default for Retries {
     }
 }
 
-/// Whether the same read may succeed later. What the store says about the object itself will not change by asking again.
+/// Whether the same request may succeed later. What the store says about the object itself will not change by asking again.
 fn may_pass(error: &Error) -> bool {
     matches!(error, Error::Generic { .. } | Error::JoinError { .. })
 }
@@ -93,13 +94,13 @@ impl Zoo {
         self.inner.store.get_opts(key, options).await?.bytes().await
     }
 
-    /// Does a read, and does it again after a pause where it may pass then.
-    pub(super) async fn retried<T, F: Future<Output = Result<T, Error>>>(&self, read: impl Fn() -> F) -> Result<T, Error> {
+    /// Does what may be done twice, and does it again after a pause where it may pass then.
+    pub(super) async fn retried<T, F: Future<Output = Result<T, Error>>>(&self, request: impl Fn() -> F) -> Result<T, Error> {
         let Retries { attempts, mut pause } = self.inner.retries;
         for attempt in 1.. {
-            match read().await {
+            match request().await {
                 Err(error) if attempt < attempts && may_pass(&error) => {
-                    tracing::debug!(%error, attempt, place = self.inner.place, "a read of the zoo failed and is tried again");
+                    tracing::debug!(%error, attempt, place = self.inner.place, "a request to the zoo failed and is tried again");
                     tokio::time::sleep(pause).await;
                     pause *= 2;
                 }

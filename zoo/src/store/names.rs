@@ -1,6 +1,7 @@
 //! `models/<tenant>/<name>.json`, the only objects that change: read, listed, and set by compare-and-swap. A local
 //! directory is locked by a file for the swap (its store has no conditional update); elsewhere the put is conditional.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 
 use object_store::{GetOptions, ObjectStoreExt, PutMode, PutOptions, UpdateVersion};
@@ -10,6 +11,10 @@ use crate::blocking::blocking;
 use crate::canonical;
 use crate::manifest::ModelName;
 use crate::model_id::ModelId;
+
+/// Names as they were when they were last listed, each with the tag that tells whether it changed since.
+#[derive(Debug, Default)]
+pub struct KnownNames(BTreeMap<ModelId, (String, ModelName)>);
 
 /// Held while a local name changes or an object is deleted; released on drop.
 pub(crate) struct Lock(Option<File>);
@@ -41,6 +46,39 @@ impl Zoo {
         Ok(models)
     }
 
+    /// All names, as [`Zoo::list_models`]. Where a listing tells by tags which names changed, and reads cost requests, as in a bucket, those that did
+    /// not are taken from `known`.
+    ///
+    /// # Errors
+    /// When the store cannot list.
+    pub async fn list_changed(&self, known: &mut KnownNames) -> Result<Vec<(ModelId, Result<ModelName, StoreError>)>, StoreError> {
+        if self.inner.root.is_some() {
+            return self.list_models().await;
+        }
+        let listed = self.list("models").await?.into_iter();
+        let tags: BTreeMap<ModelId, Option<String>> =
+            listed.filter_map(|meta| Some((as_model(object(&meta.location)?)?, meta.e_tag))).collect();
+        let mut models = Vec::with_capacity(tags.len());
+        let mut now = KnownNames::default();
+        for (id, tag) in tags {
+            let model = match known.0.remove(&id) {
+                Some((known, model)) if Some(&known) == tag.as_ref() => Ok(model),
+                _ => self.read_model(&id).await,
+            };
+            match (&model, tag) {
+                (Err(StoreError::Missing { .. }), _) => continue, // Removed since the listing.
+                // Where it changed since the listing its next tag differs from this one, and it is read again.
+                (Ok(model), Some(tag)) => {
+                    now.0.insert(id.clone(), (tag, model.clone()));
+                }
+                _ => {}
+            }
+            models.push((id, model));
+        }
+        *known = now;
+        Ok(models)
+    }
+
     /// The names that there are, of all tenants or of one, in order.
     pub(crate) async fn model_ids(&self, tenant: Option<&str>) -> Result<Vec<ModelId>, StoreError> {
         let folder = tenant.map_or_else(|| "models".to_owned(), |tenant| format!("models/{tenant}"));
@@ -66,8 +104,12 @@ impl Zoo {
             Some(expected) => self.swap_mode(id, expected).await?,
         };
         let options = PutOptions { mode, ..PutOptions::default() };
-        self.inner.store.put_opts(&key, canonical::to_bytes(new).into(), options).await.map_err(failed)?;
-        Ok(())
+        let Err(source) = self.inner.store.put_opts(&key, canonical::to_bytes(new).into(), options).await else { return Ok(()) };
+        // The answer may be what was lost, or the refusal be of a second request after a first one that was done: what the name is now decides.
+        match self.read_model(id).await {
+            Ok(now) if now == *new => Ok(()),
+            _ => Err(failed(source)),
+        }
     }
 
     /// Drops a name; its objects stay until `gc`.
@@ -80,8 +122,7 @@ impl Zoo {
         if self.head(&object).await?.is_none() {
             return Err(StoreError::Missing { object });
         }
-        let key = key(&object);
-        self.inner.store.delete(&key).await.map_err(|source| StoreError::Store { action: "delete", key: key.to_string(), source })
+        self.delete_name(id).await
     }
 
     /// Drops a name, if it still is `expected`. Where the store is remote, names can be swapped and not be dropped by condition: it is looked at
@@ -90,10 +131,21 @@ impl Zoo {
     /// # Errors
     /// [`StoreError::Conflict`] when it is something else by now, or gone.
     pub async fn remove_model_if(&self, id: &ModelId, expected: &ModelName) -> Result<(), StoreError> {
-        let key = key(&Object::Model(id.clone()));
         let _lock = self.lock().await?;
         self.swap_mode(id, expected).await?;
-        self.inner.store.delete(&key).await.map_err(|source| StoreError::Store { action: "delete", key: key.to_string(), source })
+        self.delete_name(id).await
+    }
+
+    /// Not tried again: someone may have set the name since.
+    async fn delete_name(&self, id: &ModelId) -> Result<(), StoreError> {
+        let object = Object::Model(id.clone());
+        let key = key(&object);
+        let Err(source) = self.inner.store.delete(&key).await else { return Ok(()) };
+        // The answer may be what was lost.
+        match self.head(&object).await {
+            Ok(None) => Ok(()),
+            _ => Err(StoreError::Store { action: "delete", key: key.to_string(), source }),
+        }
     }
 
     /// The lock of a local directory, shared by all processes that use it. Elsewhere nothing: stores compare themselves.
@@ -114,9 +166,12 @@ impl Zoo {
             object_store::Error::NotFound { .. } => StoreError::Conflict { id: id.clone() },
             source => StoreError::Store { action: "read", key: key.to_string(), source },
         };
-        let result = self.inner.store.get_opts(&key, GetOptions::default()).await.map_err(failed)?;
-        let version = UpdateVersion { e_tag: result.meta.e_tag.clone(), version: result.meta.version.clone() };
-        let bytes = result.bytes().await.map_err(failed)?;
+        let read = self.retried(|| async {
+            let result = self.inner.store.get_opts(&key, GetOptions::default()).await?;
+            let version = UpdateVersion { e_tag: result.meta.e_tag.clone(), version: result.meta.version.clone() };
+            Ok((version, result.bytes().await?))
+        });
+        let (version, bytes) = read.await.map_err(failed)?;
         if parse(object, &bytes)? != *expected {
             return Err(StoreError::Conflict { id: id.clone() });
         }

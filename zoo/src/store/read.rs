@@ -122,16 +122,20 @@ impl Zoo {
 
     /// Objects under a folder (`tensors`, `blocks`, ...), in no particular order.
     pub(crate) async fn list(&self, folder: &str) -> Result<Vec<ObjectMeta>, StoreError> {
-        let mut stream = self.inner.store.list(Some(&Path::from(folder)));
-        let mut metas = Vec::new();
-        while let Some(meta) = stream.next().await {
-            match meta {
-                Ok(meta) => metas.push(meta),
-                Err(object_store::Error::NotFound { .. }) => {} // Gone since the listing began.
-                Err(source) => return Err(StoreError::Store { action: "list", key: folder.to_owned(), source }),
+        let path = Path::from(folder);
+        let listed = self.retried(|| async {
+            let mut stream = self.inner.store.list(Some(&path));
+            let mut metas = Vec::new();
+            while let Some(meta) = stream.next().await {
+                match meta {
+                    Ok(meta) => metas.push(meta),
+                    Err(object_store::Error::NotFound { .. }) => {} // Gone since the listing began.
+                    Err(source) => return Err(source),
+                }
             }
-        }
-        Ok(metas)
+            Ok(metas)
+        });
+        listed.await.map_err(|source| StoreError::Store { action: "list", key: folder.to_owned(), source })
     }
 
     /// The bytes of an object, unverified, unless there are more than `bytes_max`.

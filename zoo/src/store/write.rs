@@ -16,8 +16,12 @@ use crate::manifest::{Adapter, Block, Chain, TensorRef};
 use crate::tensor::MappedTensor;
 use crate::tensor_file;
 
-/// Objects above this go up in parts where the store is remote (S3 takes at most 5 GB in one put).
-const ONE_PUT_BYTES_MAX: usize = 256 << 20;
+/// Objects above this go up in parts where the store is remote: one put must end within a request's time, and S3 takes at most 5 GB of it.
+const ONE_PUT_BYTES_MAX: usize = 32 << 20;
+/// Bytes of a part. S3 takes 10,000 of them: 156 GiB, more than any tensor.
+const UPLOAD_PART_BYTES: usize = 16 << 20;
+/// Parts of one object that are on their way at a time.
+const UPLOADS_AT_ONCE: usize = 4;
 
 /// How a tensor may be stored. It never changes what is read, nor its identity.
 #[derive(Debug, Clone, Copy)]
@@ -112,9 +116,10 @@ impl Zoo {
     async fn write_beside(&self, tensor: &TensorRef, parts: Vec<Bytes>, raw: Bytes) -> Result<(), StoreError> {
         let scratch = Object::Scratch(tensor.digest);
         self.write(&scratch, parts).await?;
-        match self.inner.store.delete(&key(&scratch)).await {
+        let scratch_key = key(&scratch);
+        match self.retried(|| self.inner.store.delete(&scratch_key)).await {
             Ok(()) | Err(object_store::Error::NotFound { .. }) => {}
-            Err(source) => return Err(StoreError::Store { action: "delete", key: key(&scratch).to_string(), source }),
+            Err(source) => return Err(StoreError::Store { action: "delete", key: scratch_key.to_string(), source }),
         }
         match self.renew(&Object::Tensor(tensor.digest)).await {
             Err(StoreError::Damaged { .. } | StoreError::Missing { .. }) => {
@@ -336,21 +341,25 @@ impl Zoo {
         Ok(if present { Put::Present } else { Put::New })
     }
 
+    /// Writes an object that never changes, so that it may be written twice.
     async fn write(&self, object: &Object, parts: Vec<Bytes>) -> Result<(), StoreError> {
         let len: usize = parts.iter().map(Bytes::len).sum();
         let key = key(object);
-        let failed = |source| StoreError::Store { action: "write", key: key.to_string(), source };
-        if len > ONE_PUT_BYTES_MAX && self.inner.root.is_none() {
-            let upload = self.inner.store.put_multipart(&key).await.map_err(failed)?;
-            let mut writer = WriteMultipart::new(upload);
-            for part in parts {
-                writer.wait_for_capacity(4).await.map_err(failed)?;
-                writer.put(part);
+        let written = self.retried(|| async {
+            if len > ONE_PUT_BYTES_MAX && self.inner.root.is_none() {
+                let mut writer = WriteMultipart::new_with_chunk_size(self.inner.store.put_multipart(&key).await?, UPLOAD_PART_BYTES);
+                for part in &parts {
+                    // Handed on piece by piece: all of it at once would start all uploads at once.
+                    for start in (0..part.len()).step_by(UPLOAD_PART_BYTES) {
+                        writer.wait_for_capacity(UPLOADS_AT_ONCE).await?;
+                        writer.put(part.slice(start..part.len().min(start + UPLOAD_PART_BYTES)));
+                    }
+                }
+                writer.finish().await.map(drop)
+            } else {
+                self.inner.store.put(&key, PutPayload::from_iter(parts.iter().cloned())).await.map(drop)
             }
-            writer.finish().await.map_err(failed)?;
-        } else {
-            self.inner.store.put(&key, PutPayload::from_iter(parts)).await.map_err(failed)?;
-        }
-        Ok(())
+        });
+        written.await.map_err(|source| StoreError::Store { action: "write", key: key.to_string(), source })
     }
 }
