@@ -3,6 +3,7 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use ashlar_executor::state::limits::Limits;
@@ -10,6 +11,7 @@ use ashlar_kernels::cpu::Isa;
 use ashlar_kernels::ops::{Bf16Compute, KvFormat};
 use ashlar_router::io::rest::config::RestLimits;
 use ashlar_zoo::equivalence::Policy;
+use ashlar_zoo::store::Place;
 use clap::Args;
 use serde::{Deserialize, Serialize};
 
@@ -262,7 +264,9 @@ impl Config {
         within("executor.threads", threads, 0, THREADS_MAX as u64)?;
         within("placement.spans_per_chain", self.placement.spans_per_chain.into(), 1, PLACEMENT_MAX.into())?;
         within("placement.replicas", self.placement.replicas.into(), 1, PLACEMENT_MAX.into())?;
-        within("zoo.refresh_ms", self.zoo.refresh_ms, REFRESH_MS_MIN, 86_400_000)?;
+        if self.zoo.refresh_ms != 0 {
+            within("zoo.refresh_ms", self.zoo.refresh_ms, REFRESH_MS_MIN, 86_400_000)?;
+        }
         let kv_bytes = self.executor.kv_bytes;
         ensure!(
             kv_bytes == 0 || kv_bytes >= KV_BYTES_MIN,
@@ -287,12 +291,12 @@ impl Config {
 /// The zoo that variables name, for commands that read no configuration.
 ///
 /// # Errors
-/// When two variables name two zoos.
-pub fn zoo_of_environment() -> anyhow::Result<Option<PathBuf>> {
+/// When two variables name two zoos, or one names no place.
+pub fn zoo_of_environment() -> anyhow::Result<Option<Place>> {
     zoo_of(&our_variables())
 }
 
-fn zoo_of(variables: &[(String, String)]) -> anyhow::Result<Option<PathBuf>> {
+fn zoo_of(variables: &[(String, String)]) -> anyhow::Result<Option<Place>> {
     let value = |wanted: &str| variables.iter().find(|(name, value)| name == wanted && !value.is_empty()).map(|(_, value)| value);
     let (short, long) = (value(ZOO_VARIABLE), value(ZOO_ROOT_VARIABLE));
     if let (Some(short), Some(long)) = (short, long)
@@ -300,7 +304,8 @@ fn zoo_of(variables: &[(String, String)]) -> anyhow::Result<Option<PathBuf>> {
     {
         bail!("use {ZOO_VARIABLE}={short} and {ZOO_ROOT_VARIABLE}={long}: both mean zoo.root, so set one of them");
     }
-    Ok(short.or(long).map(PathBuf::from))
+    let name = if short.is_some() { ZOO_VARIABLE } else { ZOO_ROOT_VARIABLE };
+    short.or(long).map(|place| place.parse().with_context(|| format!("use variable {name}"))).transpose()
 }
 
 /// Variables with our prefix, in order of name.
@@ -326,7 +331,7 @@ fn key_of(name: &str, table: &toml::Table) -> Option<String> {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RegistryConfig {
-    /// `etcd://host:port,host:port[/prefix]`, `file:PATH` or `memory:`; empty: a file beside the zoo (`serve` only).
+    /// `etcd://host:port,host:port[/prefix]`, `file:PATH` or `memory:`; empty: a file beside the zoo's directory (`serve` only).
     pub url: String,
 }
 
@@ -334,11 +339,11 @@ pub struct RegistryConfig {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ZooConfig {
-    /// Directory of the zoo.
-    pub root: PathBuf,
-    /// How often names are read again, in milliseconds.
+    /// Where the zoo is: a directory, or `s3://BUCKET[/PREFIX]`.
+    pub root: Place,
+    /// How often names are looked at again, in milliseconds; 0: 2 seconds in a directory, 10 in a bucket, where each look costs a request.
     pub refresh_ms: u64,
-    /// Directory where decoded tensors are kept from one start to the next; empty: they are decoded anew.
+    /// Directory where tensors are kept, decoded, from one start to the next; empty: they are decoded anew, and of a bucket downloaded anew.
     pub cache: PathBuf,
     /// Bytes of that directory, at most.
     pub cache_bytes: u64,
@@ -346,7 +351,35 @@ pub struct ZooConfig {
 
 impl Default for ZooConfig {
     fn default() -> Self {
-        Self { root: PathBuf::from("zoo-data"), refresh_ms: 2_000, cache: PathBuf::new(), cache_bytes: 64 << 30 }
+        Self { root: Place::Directory(PathBuf::from("zoo-data")), refresh_ms: 0, cache: PathBuf::new(), cache_bytes: 64 << 30 }
+    }
+}
+
+impl ZooConfig {
+    /// How often names are looked at again.
+    pub fn refresh(&self) -> Duration {
+        Duration::from_millis(match (self.refresh_ms, &self.root) {
+            (0, Place::Directory(_)) => 2_000,
+            (0, Place::Bucket { .. }) => 10_000,
+            (chosen, _) => chosen,
+        })
+    }
+}
+
+impl Config {
+    /// The URL of the registry: the one that is named, or else a file beside the zoo.
+    ///
+    /// # Errors
+    /// When none is named and the zoo is in a bucket.
+    pub fn registry_url(&self) -> anyhow::Result<String> {
+        match (self.registry.url.as_str(), self.zoo.root.directory()) {
+            ("", Some(root)) => Ok(format!("file:{}.registry.json", root.display())),
+            ("", None) => bail!(
+                "use zoo {}: no file lies beside a bucket, so name the registry (--registry file:PATH or etcd://HOST:PORT)",
+                self.zoo.root
+            ),
+            (url, _) => Ok(url.to_owned()),
+        }
     }
 }
 
@@ -390,9 +423,9 @@ pub struct PlaceArgs {
     /// Configuration file (TOML)
     #[arg(long, global = true)]
     config: Option<PathBuf>,
-    /// Directory of the zoo [env: ASHLAR_ZOO]
-    #[arg(long, global = true)]
-    zoo: Option<PathBuf>,
+    /// Directory of the zoo, or s3://BUCKET[/PREFIX] [env: ASHLAR_ZOO]
+    #[arg(long, global = true, value_name = "PLACE")]
+    zoo: Option<Place>,
     /// Registry: etcd://HOST:PORT[,HOST:PORT][/PREFIX], file:PATH or memory:
     #[arg(long, global = true)]
     registry: Option<String>,
@@ -456,7 +489,7 @@ impl PlaceArgs {
             set(&mut table, &key, value).with_context(|| format!("use variable {name}"))?;
         }
         if let Some(zoo) = self.zoo.clone().or(zoo_of(variables)?) {
-            set(&mut table, "zoo.root", &zoo.display().to_string())?;
+            set(&mut table, "zoo.root", &zoo.to_string())?;
         }
         if let Some(registry) = &self.registry {
             set(&mut table, "registry.url", registry)?;

@@ -1,14 +1,13 @@
 //! `ashlar deploy`: how models are to be served. It changes the registry's deployment records, so that it may run beside a server; a
 //! record stays when its name points to another chain, and may be there before the model.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Context;
 use ashlar_registry::record::{self, DeploymentRecord};
 use ashlar_registry::{Registry, Swap, key};
 use ashlar_zoo::model_id::ModelId;
-use ashlar_zoo::store::{StoreError, Zoo};
+use ashlar_zoo::store::{Place, StoreError, Zoo};
 use clap::Subcommand;
 
 use crate::output;
@@ -41,15 +40,15 @@ fn milliseconds(text: &str) -> Result<u32, String> {
     text.parse().map_err(|_| format!("expected whole milliseconds, 0 to {}", u32::MAX))
 }
 
-/// Does it. A model that the zoo at `zoo_root` does not have is told of, where there is a zoo.
+/// Does it. A model that the zoo at `zoo` does not have is told of, where there is a zoo.
 ///
 /// # Errors
 /// A registry out of reach, or a record that cannot be read.
-pub async fn run(command: DeployCommand, registry: Arc<dyn Registry>, zoo_root: &Path) -> anyhow::Result<()> {
+pub async fn run(command: DeployCommand, registry: Arc<dyn Registry>, zoo: &Place) -> anyhow::Result<()> {
     let text = match command {
         DeployCommand::Set { model, ttft_ms, gap_ms } => {
             let text = set(&*registry, &model, DeploymentRecord { ttft_ms, gap_ms }).await?;
-            note_missing(zoo_root, &model, "its targets wait").await;
+            note_missing(zoo, &model, "its targets wait").await;
             text
         }
         DeployCommand::List => list(&*registry).await?,
@@ -76,15 +75,15 @@ async fn set(registry: &dyn Registry, model: &ModelId, new: DeploymentRecord) ->
 }
 
 /// Tells on standard error that the zoo has no such model, and what waits for it.
-pub async fn note_missing(zoo_root: &Path, model: &ModelId, waits: &str) {
-    if is_missing(zoo_root, model).await {
-        eprintln!("no such model yet: {model} is not in zoo {}; {waits} for it", zoo_root.display());
+pub async fn note_missing(zoo: &Place, model: &ModelId, waits: &str) {
+    if is_missing(zoo, model).await {
+        eprintln!("no such model yet: {model} is not in zoo {zoo}; {waits} for it");
     }
 }
 
 /// Whether there is a zoo, and it has no such name. A zoo that cannot be read says nothing of it.
-async fn is_missing(zoo_root: &Path, model: &ModelId) -> bool {
-    let Ok(zoo) = Zoo::open_dir(zoo_root).await else { return false };
+async fn is_missing(zoo: &Place, model: &ModelId) -> bool {
+    let Ok(zoo) = Zoo::open_place(zoo).await else { return false };
     matches!(zoo.read_model(model).await, Err(StoreError::Missing { .. }))
 }
 

@@ -74,14 +74,19 @@ pub async fn run(role: Role, args: ConfigArgs) -> anyhow::Result<()> {
         // Before anything starts: without the keys it was told of a server must not run.
         keys_file(&config)?;
     }
-    let zoo = Zoo::open_dir(&config.zoo.root).await.with_context(|| {
-        format!("open the zoo in {} (`ashlar zoo add PATH --name TENANT/MODEL --zoo DIR` makes one)", config.zoo.root.display())
-    })?;
+    let root = &config.zoo.root;
+    let zoo = Zoo::open_place(root)
+        .await
+        .with_context(|| format!("open the zoo in {root} (`ashlar zoo add PATH --name TENANT/MODEL --zoo PLACE` makes one)"))?;
     let zoo = match role {
         // Routers read no tensors.
         Role::Serve | Role::Executor if !config.zoo.cache.as_os_str().is_empty() => {
             let cache = Cache::open(&config.zoo.cache, config.zoo.cache_bytes).context("open the cache of the zoo (zoo.cache)")?;
             zoo.with_cache(cache)
+        }
+        Role::Serve | Role::Executor if root.directory().is_none() => {
+            tracing::warn!(place = %root, "no zoo.cache is set: every start downloads all weights from the bucket anew");
+            zoo
         }
         _ => zoo,
     };
@@ -104,7 +109,7 @@ pub async fn open_registry(config: &Config, role: Role) -> anyhow::Result<Arc<dy
         let given = if url.is_empty() { "none is named, and".to_owned() } else { format!("`{url}` is for one process, and") };
         bail!("use a registry: {given} separate processes find each other through etcd (--registry etcd://HOST:PORT)");
     }
-    let url = if url.is_empty() { format!("file:{}.registry.json", config.zoo.root.display()) } else { url.clone() };
+    let url = config.registry_url()?;
     ashlar_registry::open(&url).await.with_context(|| format!("open registry {url}"))
 }
 
@@ -117,11 +122,9 @@ pub async fn open_lasting_registry(config: &Config, purpose: &str) -> anyhow::Re
     if url == "memory:" {
         bail!("{purpose} the registry: one in memory ends with this command; name that of the servers (etcd://HOST:PORT or file:PATH)");
     }
-    if url.is_empty() && !config.zoo.root.is_dir() {
-        bail!(
-            "{purpose} the registry beside zoo {}: there is no such zoo; name one by --zoo, or a registry by --registry",
-            config.zoo.root.display()
-        );
+    let root = &config.zoo.root;
+    if url.is_empty() && root.directory().is_some_and(|root| !root.is_dir()) {
+        bail!("{purpose} the registry beside zoo {root}: there is no such zoo; name one by --zoo, or a registry by --registry");
     }
     open_registry(config, Role::Serve).await
 }
@@ -284,7 +287,7 @@ async fn route(
     let router = RouterId::from_bits(random_bits());
     let keys_file = keys_file(&config)?;
     let cluster = Cluster::start(Arc::clone(&registry), ClusterOptions { without, keys_file, ..ClusterOptions::default() });
-    let catalog = Catalog::start(zoo, Duration::from_millis(config.zoo.refresh_ms), equivalence).await;
+    let catalog = Catalog::start(zoo, config.zoo.refresh(), equivalence).await;
     let policy = PlanPolicy { spans_per_chain: config.placement.spans_per_chain.max(1), replicas: config.placement.replicas.max(1) };
     let mut options = PlannerOptions { policy, ..PlannerOptions::default() };
     if !local.is_empty() {

@@ -58,13 +58,13 @@ impl Drop for Serving {
 /// for etcd.
 ///
 /// # Errors
-/// When the registry refuses the file for its links.
+/// When the registry refuses the file for its links, or none is named and the zoo is in a bucket.
 pub fn registry_file(config: &Config) -> anyhow::Result<Option<String>> {
-    let path = match config.registry.url.as_str() {
-        "" => format!("{}.registry.json", config.zoo.root.display()),
-        url if url == "memory:" || url.starts_with("etcd://") => return Ok(None),
-        url => url.strip_prefix("file:").unwrap_or(url).to_owned(),
-    };
+    let url = config.registry_url()?;
+    if url == "memory:" || url.starts_with("etcd://") {
+        return Ok(None);
+    }
+    let path = url.strip_prefix("file:").unwrap_or(&url).to_owned();
     let resolved = embedded::resolve(Path::new(&path)).with_context(|| format!("find registry {path}"))?;
     Ok(Some(resolved.display().to_string()))
 }

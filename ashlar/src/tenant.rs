@@ -1,7 +1,6 @@
 //! `ashlar tenant`: who may call. It changes the registry's tenant records by compare-and-swap, so that it may run beside a server
 //! and beside itself. A key is printed once, to standard output, and only its hash is kept.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -11,6 +10,7 @@ use ashlar_registry::{Registry, Swap, key};
 use ashlar_router::state::tenants::{KeyHash, PUBLIC, new_key};
 use ashlar_wire::id::TenantName;
 use ashlar_zoo::model_id::ModelId;
+use ashlar_zoo::store::Place;
 use clap::Subcommand;
 
 use crate::{deploy, output};
@@ -65,11 +65,11 @@ pub enum TenantCommand {
     Hash,
 }
 
-/// Does it. A granted model that the zoo at `zoo_root` does not have is told of, where there is a zoo.
+/// Does it. A granted model that the zoo at `zoo` does not have is told of, where there is a zoo.
 ///
 /// # Errors
 /// A name that is none, a tenant or key that is not there, a registry out of reach.
-pub async fn run(command: TenantCommand, registry: Arc<dyn Registry>, zoo_root: &Path) -> anyhow::Result<()> {
+pub async fn run(command: TenantCommand, registry: Arc<dyn Registry>, zoo: &Place) -> anyhow::Result<()> {
     let text = match command {
         TenantCommand::Hash => {
             let mut key = String::new();
@@ -80,7 +80,7 @@ pub async fn run(command: TenantCommand, registry: Arc<dyn Registry>, zoo_root: 
             let changes = Changes { limits: Limits { requests_max, weight }, models, admin, cache_domain };
             let text = add(&*registry, &parse(&name)?, &changes).await?;
             for model in &changes.models {
-                deploy::note_missing(zoo_root, model, "the right to use it waits").await;
+                deploy::note_missing(zoo, model, "the right to use it waits").await;
             }
             text
         }

@@ -17,7 +17,7 @@ use ashlar_zoo::hub::{self, Hub, PullOptions, RepoId};
 use ashlar_zoo::ingest::{self, AddOptions, AddReport, Recipe};
 use ashlar_zoo::model_id::{ModelId, is_tenant};
 use ashlar_zoo::repair;
-use ashlar_zoo::store::{Domains, GRACE_DEFAULT, Zoo};
+use ashlar_zoo::store::{Domains, GRACE_DEFAULT, Place, Zoo};
 use ashlar_zoo::verify;
 use clap::{Args, Subcommand};
 
@@ -28,9 +28,11 @@ use crate::status::Found;
 /// Arguments of `ashlar zoo`.
 #[derive(Debug, Args)]
 pub(crate) struct ZooArgs {
-    /// Directory of the zoo [env: ASHLAR_ZOO] [default: zoo-data]
-    #[arg(long, global = true)]
-    zoo: Option<PathBuf>,
+    /// Directory of the zoo, or s3://BUCKET[/PREFIX] [env: ASHLAR_ZOO] [default: zoo-data]
+    ///
+    /// Credentials, region and endpoint of a bucket are read from the usual AWS_* variables.
+    #[arg(long, global = true, value_name = "PLACE")]
+    zoo: Option<Place>,
     #[command(subcommand)]
     command: ZooCommand,
 }
@@ -139,9 +141,9 @@ pub(crate) enum ZooCommand {
     ///
     /// Status 0: all is sound. 1: it could not be read. 3: something is damaged or missing; what, and which blocks and models that hits, is printed.
     Verify {
-        /// Write what is damaged or missing anew from the zoo in this directory
-        #[arg(long, value_name = "DIR")]
-        repair: Option<PathBuf>,
+        /// Write what is damaged or missing anew from the zoo at this place
+        #[arg(long, value_name = "PLACE")]
+        repair: Option<Place>,
     },
     /// Drop a name; its blocks stay until gc
     Rm {
@@ -192,14 +194,14 @@ pub(crate) async fn run(args: ZooArgs) -> anyhow::Result<()> {
         None => zoo_of_environment()?.unwrap_or_else(|| ZooConfig::default().root),
     };
     if let ZooCommand::Add { path, naming } = &args.command {
-        let zoo = Zoo::create_dir(&root).await.context("open the zoo")?;
+        let zoo = Zoo::create_place(&root).await.context("open the zoo")?;
         return add(&zoo, path, naming, None).await;
     }
     if let ZooCommand::Pull { repo, revision, file, downloads, keep, naming } = args.command {
         let options = PullOptions { repo: repo.parse::<RepoId>().context("read the repository's name")?, revision, file };
         return pull(&root, &options, &downloads, keep, &naming).await;
     }
-    let zoo = Zoo::open_dir(&root).await.context("open the zoo")?;
+    let zoo = Zoo::open_place(&root).await.context("open the zoo")?;
     match args.command {
         ZooCommand::Add { .. } | ZooCommand::Pull { .. } => unreachable!("handled above"),
         ZooCommand::List { json } => {
@@ -227,7 +229,7 @@ pub(crate) async fn run(args: ZooArgs) -> anyhow::Result<()> {
             let mut report = verify::verify(&zoo, &*progress::for_terminal()).await.context("verify the zoo")?;
             if let Some(other) = repair.filter(|_| !report.damage.is_empty()) {
                 output::text(table::verify(&report))?;
-                let other = Zoo::open_dir(&other).await.context("open the zoo to repair from")?;
+                let other = Zoo::open_place(&other).await.context("open the zoo to repair from")?;
                 let repaired = repair::repair(&zoo, &other, &report).await.context("repair the zoo")?;
                 output::text(table::repair(&repaired))?;
                 report = verify::verify(&zoo, &*progress::for_terminal()).await.context("verify the zoo again")?;
@@ -310,16 +312,10 @@ async fn add(zoo: &Zoo, path: &std::path::Path, naming: &Naming, source: Option<
     Ok(print_added(&report)?)
 }
 
-async fn pull(
-    zoo: &std::path::Path,
-    options: &PullOptions,
-    downloads: &std::path::Path,
-    keep: bool,
-    naming: &Naming,
-) -> anyhow::Result<()> {
+async fn pull(zoo: &Place, options: &PullOptions, downloads: &std::path::Path, keep: bool, naming: &Naming) -> anyhow::Result<()> {
     let hub = Hub::from_env().context("reach the hub")?;
     let pulled = hub::pull(&hub, options, downloads, &*progress::for_terminal()).await.with_context(|| format!("pull {}", options.repo))?;
-    let zoo = Zoo::create_dir(zoo).await.context("open the zoo")?;
+    let zoo = Zoo::create_place(zoo).await.context("open the zoo")?;
     add(&zoo, &pulled.path, naming, Some(pulled.source.clone())).await?;
     if !keep {
         std::fs::remove_dir_all(&pulled.directory).with_context(|| format!("remove {}", pulled.directory.display()))?;

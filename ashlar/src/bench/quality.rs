@@ -12,7 +12,7 @@ use ashlar_kernels::ops::{Bf16Compute, KvFormat, Ops};
 use ashlar_router::text::tokenizer::Tokenizer;
 use ashlar_zoo::inspect::Shown;
 use ashlar_zoo::model_id::ModelId;
-use ashlar_zoo::store::Zoo;
+use ashlar_zoo::store::{Place, Zoo};
 use serde_json::{Value, json};
 
 use super::args::{report_file, threads};
@@ -29,9 +29,9 @@ const PAGE_TOKENS: usize = 32;
 /// Measures what stored forms of a model cost.
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct QualityArgs {
-    /// Directory of the zoo [env: ASHLAR_ZOO] [default: zoo-data]
+    /// Directory of the zoo, or s3://BUCKET[/PREFIX] [env: ASHLAR_ZOO] [default: zoo-data]
     #[arg(long)]
-    zoo: Option<PathBuf>,
+    zoo: Option<Place>,
     /// TENANT/MODEL that the others are held against; its tokenizer cuts the text
     #[arg(long)]
     baseline: ModelId,
@@ -78,7 +78,7 @@ pub(crate) async fn run(args: QualityArgs) -> anyhow::Result<()> {
         Some(root) => root.clone(),
         None => zoo_of_environment()?.unwrap_or_else(|| ZooConfig::default().root),
     };
-    let zoo = Zoo::open_dir(&root).await?;
+    let zoo = Zoo::open_place(&root).await?;
     let text = read_text(&args.text)?;
     let baseline = zoo.show(&args.baseline).await?;
     let (tokens, windows) = tokenise(&zoo, &baseline, &text, args.window).await?;

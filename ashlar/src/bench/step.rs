@@ -18,7 +18,7 @@ use ashlar_kernels::ops::{Bf16Compute, KvFormat, Ops};
 use ashlar_kernels::timed::{OpTime, Timed};
 use ashlar_zoo::manifest::Block;
 use ashlar_zoo::model_id::ModelId;
-use ashlar_zoo::store::Zoo;
+use ashlar_zoo::store::{Place, Zoo};
 use serde_json::json;
 
 use super::args::{report_file, threads, whole};
@@ -38,9 +38,9 @@ const PAGE_TOKENS: usize = 32;
 /// Measures whole steps.
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct StepArgs {
-    /// Directory of the zoo [env: ASHLAR_ZOO] [default: zoo-data]
+    /// Directory of the zoo, or s3://BUCKET[/PREFIX] [env: ASHLAR_ZOO] [default: zoo-data]
     #[arg(long)]
-    zoo: Option<PathBuf>,
+    zoo: Option<Place>,
     /// TENANT/MODEL
     #[arg(long)]
     model: ModelId,
@@ -102,7 +102,7 @@ pub(crate) async fn run(args: StepArgs) -> anyhow::Result<()> {
         Some(root) => root.clone(),
         None => zoo_of_environment()?.unwrap_or_else(|| ZooConfig::default().root),
     };
-    let zoo = Zoo::open_dir(&root).await?;
+    let zoo = Zoo::open_place(&root).await?;
     let name = zoo.read_model(&args.model).await?;
     let ops = Arc::new(Timed::new(Cpu::new(CpuOptions { threads: args.threads, isa: args.isa, bf16_compute: args.bf16_compute })));
     let blocks = load_chain(&*ops, &zoo, name.chain).await?;

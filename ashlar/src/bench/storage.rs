@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use ashlar_zoo::ingest::human_bytes;
 use ashlar_zoo::manifest::TensorRef;
-use ashlar_zoo::store::{Form, Zoo};
+use ashlar_zoo::store::{Form, Place, Zoo};
 use futures::{StreamExt, TryStreamExt, stream};
 use serde_json::json;
 
@@ -24,9 +24,9 @@ const COPY_BYTES: usize = 256 << 20;
 /// Measures how a zoo's tensors are stored and read back.
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct StorageArgs {
-    /// Directory of the zoo [env: ASHLAR_ZOO] [default: zoo-data]
+    /// Directory of the zoo, or s3://BUCKET[/PREFIX] [env: ASHLAR_ZOO] [default: zoo-data]
     #[arg(long)]
-    zoo: Option<PathBuf>,
+    zoo: Option<Place>,
     /// Rounds over all tensors; the median counts
     #[arg(long, default_value = "5", allow_negative_numbers = true, value_parser = whole(1, ROUNDS_MAX))]
     rounds: usize,
@@ -52,9 +52,9 @@ pub(crate) async fn run(args: StorageArgs) -> anyhow::Result<()> {
         Some(root) => root.clone(),
         None => zoo_of_environment()?.unwrap_or_else(|| ZooConfig::default().root),
     };
-    let zoo = Zoo::open_dir(&root).await?;
+    let zoo = Zoo::open_place(&root).await?;
     let kinds = kinds(&zoo).await?;
-    ensure!(!kinds.is_empty(), "the zoo in {} has no tensors", root.display());
+    ensure!(!kinds.is_empty(), "the zoo in {root} has no tensors");
     let all = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let cores: Vec<usize> = if all > 1 { vec![1, all] } else { vec![1] };
     let mut copied = BTreeMap::new();

@@ -41,10 +41,23 @@ fn variables_reach_nested_keys_and_unknown_ones_are_named() {
 }
 
 #[test]
+fn a_zoo_may_be_in_a_bucket_and_no_registry_lies_beside_that() {
+    let directory = load(&[], &[]).unwrap();
+    assert_eq!((directory.registry_url().unwrap().as_str(), directory.zoo.refresh().as_secs()), ("file:zoo-data.registry.json", 2));
+    let bucket = load(&[(ZOO_VARIABLE, "s3://models/zoo")], &[]).unwrap();
+    assert_eq!((bucket.zoo.root.to_string().as_str(), bucket.zoo.refresh().as_secs()), ("s3://models/zoo", 10));
+    assert!(bucket.registry_url().unwrap_err().to_string().contains("name the registry"));
+    let named = load(&[(ZOO_VARIABLE, "s3://models/zoo")], &["registry.url=file:here", "zoo.refresh_ms=500"]).unwrap();
+    assert_eq!((named.registry_url().unwrap().as_str(), named.zoo.refresh().as_millis()), ("file:here", 500));
+    let error = format!("{:#}", load(&[(ZOO_VARIABLE, "gs://models")], &[]).unwrap_err());
+    assert!(error.contains("variable ASHLAR_ZOO") && error.contains("gs://"), "{error}");
+}
+
+#[test]
 fn both_variables_of_the_zoo_mean_its_root_and_may_not_differ() {
     for name in [ZOO_VARIABLE, ZOO_ROOT_VARIABLE] {
-        assert_eq!(load(&[(name, "/z")], &[]).unwrap().zoo.root, PathBuf::from("/z"), "{name}");
-        assert_eq!(zoo_of(&[(name.to_owned(), "/z".to_owned())]).unwrap(), Some(PathBuf::from("/z")), "{name}");
+        assert_eq!(load(&[(name, "/z")], &[]).unwrap().zoo.root, "/z".parse().unwrap(), "{name}");
+        assert_eq!(zoo_of(&[(name.to_owned(), "/z".to_owned())]).unwrap(), Some("/z".parse().unwrap()), "{name}");
     }
     let error = load(&[(ZOO_VARIABLE, "/a"), (ZOO_ROOT_VARIABLE, "/b")], &[]).unwrap_err().to_string();
     assert!(error.contains("ASHLAR_ZOO=/a") && error.contains("ASHLAR_ZOO_ROOT=/b"), "{error}");
@@ -69,7 +82,7 @@ fn values_that_make_no_sense_are_told_with_key_value_and_range() {
         ("executor.listen=here", "executor.listen = `here`: expected HOST:PORT"),
         ("router.listen=here", "router.listen = `here`: expected IP:PORT"),
         ("log.format=xml", "log.format = `xml`: expected text or json"),
-        ("zoo.refresh_ms=0", "zoo.refresh_ms = 0: expected 10 to"),
+        ("zoo.refresh_ms=1", "zoo.refresh_ms = 1: expected 10 to"),
     ] {
         let error = load(&[], &[pair]).unwrap_err().to_string();
         assert!(error.contains(expected), "{pair}: {error}");
