@@ -11,7 +11,7 @@ use ashlar_zoo::digest::Digest;
 use ashlar_zoo::equivalence::{Equivalence, Policy};
 use ashlar_zoo::manifest::{Adapter, Block, Chain, Change, ModelName};
 use ashlar_zoo::model_id::ModelId;
-use ashlar_zoo::store::{Domains, StoreError, Zoo};
+use ashlar_zoo::store::{Domains, KnownNames, StoreError, Zoo};
 use ashlar_zoo::tensor_file;
 use tokio::sync::{Mutex, watch};
 use tokio_util::task::AbortOnDropHandle;
@@ -62,15 +62,23 @@ struct Reader {
     policy: Policy,
     view: watch::Sender<Arc<CatalogView>>,
     records: Mutex<Records>,
-    /// One refresh at a time; sizes of blocks and adapters that were read.
-    block_bytes: Mutex<BTreeMap<Digest, u64>>,
+    /// One refresh at a time.
+    read: Mutex<Read>,
+}
+
+/// What was read before.
+#[derive(Debug, Default)]
+struct Read {
+    /// Sizes of blocks and adapters.
+    block_bytes: BTreeMap<Digest, u64>,
+    names: KnownNames,
 }
 
 impl Catalog {
     /// Reads the zoo now, then again every `interval`. A zoo that cannot be read now is tried again. Models are served by chains that `policy` allows.
     pub async fn start(zoo: Zoo, interval: Duration, policy: Policy) -> Arc<Self> {
         let (sender, view) = watch::channel(Arc::new(CatalogView::default()));
-        let reader = Arc::new(Reader { zoo, policy, view: sender, records: Mutex::default(), block_bytes: Mutex::default() });
+        let reader = Arc::new(Reader { zoo, policy, view: sender, records: Mutex::default(), read: Mutex::default() });
         let mut told = tell(reader.refresh().await, false);
         let refreshed = reader.clone();
         let task = tokio::spawn(async move {
@@ -126,8 +134,9 @@ fn tell(refreshed: Result<(), StoreError>, told: bool) -> bool {
 
 impl Reader {
     async fn refresh(&self) -> Result<(), StoreError> {
-        let mut block_bytes = self.block_bytes.lock().await;
-        let names = self.zoo.list_models().await?;
+        let mut read = self.read.lock().await;
+        let Read { block_bytes, names } = &mut *read;
+        let names = self.zoo.list_changed(names).await?;
         let served = self.served(&names).await?;
         let old = self.view.borrow().clone();
         let mut new = CatalogView { loaded: true, ..CatalogView::default() };
@@ -138,7 +147,7 @@ impl Reader {
             let read = match name {
                 Ok(name) => {
                     let chain = served.get(&id).copied().unwrap_or(name.chain);
-                    self.entry(&old, &new, chain, &mut block_bytes).await.map(|entry| (name, chain, entry))
+                    self.entry(&old, &new, chain, block_bytes).await.map(|entry| (name, chain, entry))
                 }
                 Err(error) => Err(error),
             };
