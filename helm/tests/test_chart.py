@@ -80,6 +80,8 @@ def test_every_value_is_described_and_in_the_schema():
         "router.replicas=many",
         "zoo.size=50 GB",
         "zoo.accessModes[0]=ReadWriteEverywhere",
+        "zoo.place=gs://models",
+        "zoo.place=s3://key:secret@models",
         "router.service.port=70000",
         "log.format=xml",
         "etcd.endpoints[0]=http://etcd:2379",
@@ -100,6 +102,8 @@ def test_schema_refuses(setting):
         (["etcd.bundled=false"], "No registry: with etcd.bundled=false set etcd.endpoints"),
         (["etcd.endpoints[0]=etcd:2379"], "etcd.endpoints is set while etcd.bundled is true"),
         (["zoo.singleNode=false"], "zoo.accessModes lacks ReadWriteMany"),
+        (["zoo.place=s3://models", "zoo.existingClaim=mine"], "zoo.place and zoo.existingClaim exclude each other"),
+        (["zoo.credentialsSecret=mine"], "zoo.credentialsSecret opens a bucket, and zoo.place names none"),
         (["serviceAccount.create=false"], "serviceAccount.name is empty"),
         (["executor.autoscaling.enabled=true", "executor.autoscaling.minReplicas=9"], "is below minReplicas (9)"),
         (["router.terminationGracePeriodSeconds=5"], "leaves no time to drain"),
@@ -201,6 +205,25 @@ def test_zoo_is_read_only_for_routers(render):
     assert mount("Deployment", "demo-ashlar-router")["readOnly"] is True
     assert "readOnly" not in mount("StatefulSet", "demo-ashlar-executor")
     assert rendered.one("PersistentVolumeClaim", "demo-ashlar-zoo")["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
+
+
+def test_a_zoo_in_a_bucket_needs_no_volume_and_executors_keep_what_they_read(render):
+    rendered = render("bucket")
+    zoo = tomllib.loads(rendered.one("ConfigMap", "demo-ashlar")["data"]["ashlar.toml"])["zoo"]
+    assert zoo == {"root": "s3://models/zoos/main", "cache": "/var/cache/ashlar", "cache_bytes": 100 << 30}
+    assert [one["metadata"]["name"] for one in rendered.of("PersistentVolumeClaim") if "zoo" in one["metadata"]["name"]] == []
+    router, executor = (rendered.one(*one)["spec"]["template"]["spec"] for one in [("Deployment", "demo-ashlar-router"), ("StatefulSet", "demo-ashlar-executor")])
+    for pod in (router, executor):
+        container = pod["containers"][0]
+        assert container["envFrom"] == [{"secretRef": {"name": "bucket-credentials"}}]
+        assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+        assert "zoo" not in {volume["name"] for volume in pod["volumes"]}
+    # The cache is told to stay below the limit at which its pod would be evicted.
+    cache = next(volume for volume in executor["volumes"] if volume["name"] == "cache")
+    assert int(cache["emptyDir"]["sizeLimit"]) > zoo["cache_bytes"]
+    assert "cache" not in {volume["name"] for volume in router["volumes"]}
+    bare = render("bucket", "zoo.cacheBytes=0", "zoo.credentialsSecret=").one("StatefulSet", "demo-ashlar-executor")["spec"]["template"]["spec"]
+    assert "envFrom" not in bare["containers"][0] and "cache" not in {volume["name"] for volume in bare["volumes"]}
 
 
 def test_secrets_are_made_only_of_given_content(render):

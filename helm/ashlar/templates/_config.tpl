@@ -4,7 +4,12 @@
 url = {{ include "ashlar.registryUrl" . | quote }}
 
 [zoo]
-root = {{ .Values.zoo.mountPath | quote }}
+root = {{ include "ashlar.zooPlace" . | quote }}
+{{- if and .Values.zoo.place .Values.zoo.cacheBytes }}
+# Executors' alone: routers read no tensors.
+cache = "/var/cache/ashlar"
+cache_bytes = {{ int64 .Values.zoo.cacheBytes }}
+{{- end }}
 
 [router]
 listen = "0.0.0.0:8080"

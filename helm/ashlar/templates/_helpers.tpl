@@ -47,6 +47,19 @@ helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version }}
 {{ .Values.keys.existingSecret | default (printf "%s-keys" (include "ashlar.fullname" .)) }}
 {{- end }}
 
+{{- define "ashlar.zooPlace" -}}
+{{ .Values.zoo.place | default .Values.zoo.mountPath }}
+{{- end }}
+
+{{/* Variables that open the zoo's bucket. */}}
+{{- define "ashlar.zooCredentials" -}}
+{{- with .Values.zoo.credentialsSecret }}
+envFrom:
+  - secretRef:
+      name: {{ . }}
+{{- end }}
+{{- end }}
+
 {{- define "ashlar.zooClaim" -}}
 {{ .Values.zoo.existingClaim | default (printf "%s-zoo" (include "ashlar.fullname" .)) }}
 {{- end }}
@@ -125,9 +138,11 @@ imagePullSecrets:
 - name: config
   configMap:
     name: {{ include "ashlar.fullname" . }}
+{{- if not .Values.zoo.place }}
 - name: zoo
   persistentVolumeClaim:
     claimName: {{ include "ashlar.zooClaim" . }}
+{{- end }}
 - name: tmp
   emptyDir: {}
 {{- end }}

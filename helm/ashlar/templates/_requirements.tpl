@@ -16,7 +16,13 @@
 {{- if and .Values.etcd.bundled .Values.etcd.endpoints }}
 {{- fail "etcd.endpoints is set while etcd.bundled is true: set etcd.bundled=false to use your own etcd, or drop the endpoints." }}
 {{- end }}
-{{- if and (not .Values.zoo.existingClaim) (not .Values.zoo.singleNode) (not (has "ReadWriteMany" .Values.zoo.accessModes)) }}
+{{- if and .Values.zoo.place .Values.zoo.existingClaim }}
+{{- fail "zoo.place and zoo.existingClaim exclude each other: the zoo is in the bucket or on the volume." }}
+{{- end }}
+{{- if and .Values.zoo.credentialsSecret (not .Values.zoo.place) }}
+{{- fail "zoo.credentialsSecret opens a bucket, and zoo.place names none: set zoo.place to s3://BUCKET[/PREFIX], or drop the Secret." }}
+{{- end }}
+{{- if and (not .Values.zoo.place) (not .Values.zoo.existingClaim) (not .Values.zoo.singleNode) (not (has "ReadWriteMany" .Values.zoo.accessModes)) }}
 {{- fail "zoo.accessModes lacks ReadWriteMany: routers and executors on different nodes could not share the zoo. Use such a storage class, or say zoo.singleNode=true if all pods run on one node." }}
 {{- end }}
 {{- with .Values.executor.autoscaling }}
