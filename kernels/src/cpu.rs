@@ -49,7 +49,7 @@ pub use table::Table;
 
 use crate::format::{CodeRow, TensorView};
 use crate::ops::{
-    Activation, AttentionShape, Bf16Compute, Columns, DiagonalPart, Finish, KvFormat, KvPlace, KvShape, LinearRun, NormKind, Ops,
+    Activation, AttentionShape, Bf16Compute, Columns, PlacedPart, Finish, KvFormat, KvPlace, KvShape, LinearRun, NormKind, Ops,
     PackError, Query,
 };
 use crate::reference::concatenate;
@@ -252,8 +252,8 @@ impl Ops for Cpu {
         Linear::new(&self.pool, parts, self.bf16_compute)
     }
 
-    fn linear_diagonal(&self, parts: &[DiagonalPart<'_>]) -> Result<Linear, PackError> {
-        Linear::diagonal(&self.pool, parts, self.bf16_compute)
+    fn linear_placed(&self, parts: &[PlacedPart<'_>]) -> Result<Linear, PackError> {
+        Linear::placed(&self.pool, parts, self.bf16_compute)
     }
 
     fn vector(&self, parts: &[TensorView<'_>]) -> Result<Buffer, PackError> {
