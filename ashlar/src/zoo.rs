@@ -1,5 +1,6 @@
 //! `ashlar zoo ...`: the block zoo from the command line. Parses, calls ashlar-zoo, prints; it decides nothing.
 
+mod compress;
 mod equivalence;
 mod measure;
 mod progress;
@@ -126,6 +127,11 @@ pub(crate) enum ZooCommand {
     /// together, from the least divergence up. What is recorded changes nothing by itself: servers use a record only where `router.policy` is
     /// `equivalent:KL`, and only the exchanges that stay within KL. Without models, lists the records.
     Equivalence(equivalence::EquivalenceArgs),
+    /// Make a fine-tune its base and a compressed difference, so that it shares its base and takes little beside it
+    ///
+    /// An approximation. Proposes, and measures how far the output is from the model's; --apply stores it under another name, with that
+    /// measure, which `zoo show` shows. Norms, biases, embedding and head become the base's, unless --keep-blocks keeps the model's own.
+    CompressDelta(compress::CompressArgs),
     /// Declare tenants public: their models are seen, shared and built on by every tenant; lists them where none is given
     ///
     /// Others see their own models only: what `add` says is there, and what it takes for a relative or a base, is a tenant's own or a public
@@ -224,6 +230,7 @@ pub(crate) async fn run(args: ZooArgs) -> anyhow::Result<()> {
         }
         ZooCommand::Unmerge(args) => unmerge::run(&zoo, args).await,
         ZooCommand::Equivalence(args) => equivalence::run(&zoo, args).await,
+        ZooCommand::CompressDelta(args) => compress::run(&zoo, args).await,
         ZooCommand::Public { tenants, remove } => public(&zoo, &tenants, remove).await,
         ZooCommand::Verify { repair } => {
             let mut report = verify::verify(&zoo, &*progress::for_terminal()).await.context("verify the zoo")?;

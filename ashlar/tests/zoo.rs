@@ -147,6 +147,65 @@ fn a_merged_lora_is_proposed_as_base_and_adapter_and_stored_when_told_to() {
 }
 
 #[test]
+fn a_fine_tune_becomes_its_base_and_a_compressed_difference_with_what_that_costs() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join("zoo");
+    let folder = |name: &str| Path::new(env!("CARGO_MANIFEST_DIR")).join("../demo").join(name).to_str().unwrap().to_owned();
+    ok(&root, &["add", &folder("base"), "--name", "acme/base"]);
+    ok(&root, &["add", &folder("shakespeare-top"), "--name", "acme/verse"]);
+    let failed = |args: &[&str], code| {
+        let output = zoo(&root, args);
+        assert_eq!(output.status.code(), Some(code), "{args:?}");
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let command = |method: &'static str, rest: &[&'static str]| [&["compress-delta", "acme/verse", "--method", method], rest].concat();
+    assert!(failed(&command("svd:0", &[]), 2).contains("`svd:0` is neither svd:R, R being a rank of 1 to 1024, nor bitdelta"));
+    assert!(failed(&command("bitdelta", &["--apply"]), 2).contains("--name"), "--apply wants a name");
+
+    let proposed = ok(&root, &command("bitdelta", &[]));
+    let nearly = "acme/verse is nearly acme/base and bitdelta of the differences of ";
+    assert!(proposed.contains(nearly) && proposed.contains("\nbeyond the base it takes "), "{proposed}");
+    assert!(proposed.contains("\nleft as the base has them: ") && proposed.contains("norm.weight of "), "{proposed}");
+    assert!(proposed.contains("\ncompressed  mean KL ") && proposed.contains("\nbase alone  mean KL "), "{proposed}");
+    assert_eq!(ok(&root, &["list"]).lines().count(), 3, "nothing was stored");
+    let json = |method| serde_json::from_str::<serde_json::Value>(&ok(&root, &command(method, &["--json"]))).unwrap();
+    let (bits, few, more) = (json("bitdelta"), json("svd:4"), json("svd:32"));
+    let number = |json: &serde_json::Value, at: &str| json.pointer(at).and_then(serde_json::Value::as_f64).unwrap();
+    let kl = |json| number(json, "/compressed/kl");
+    assert!(
+        kl(&more) < kl(&few) && kl(&few) < number(&few, "/base_alone/kl") && kl(&bits) < number(&bits, "/base_alone/kl"),
+        "{bits} {few} {more}"
+    );
+    // bf16 before, a bit and a little after.
+    assert!(number(&bits, "/bytes_after") * 14.0 < number(&bits, "/bytes_before"), "{bits}");
+
+    // Nothing is stored that was not measured.
+    let short = dir.path().join("short.txt");
+    std::fs::write(&short, "a word").unwrap();
+    let apply = ["compress-delta", "acme/verse", "--method", "bitdelta", "--apply", "--name", "acme/bits"];
+    let unmeasured = failed(&[&apply[..], &["--text", short.to_str().unwrap()]].concat(), 1);
+    assert!(unmeasured.contains("measure what acme/bits would say, and so to store it: the text has "), "{unmeasured}");
+    assert_eq!(ok(&root, &["list"]).lines().count(), 3);
+    let stored = ok(&root, &apply);
+    assert!(
+        stored.contains("acme/bits is chain ") && stored.contains(" over acme/base; `zoo rm acme/verse` and `zoo gc` free "),
+        "{stored}"
+    );
+    assert!(failed(&apply, 1).contains("acme/bits exists: give another name"));
+    let shown = ok(&root, &["show", "acme/bits"]);
+    assert!(shown.contains("measured ") && shown.contains("bitdelta of chain ") && shown.contains("q:one bit"), "{shown}");
+    let shown: serde_json::Value = serde_json::from_str(&ok(&root, &["show", "acme/bits", "--json"])).unwrap();
+    assert_eq!(number(&shown, "/measures/0/kl/mean"), kl(&bits));
+    assert_eq!(shown["measures"][0]["method"], "bitdelta");
+    assert!(ok(&root, &["verify"]).contains("all sound; 0 unreferenced"));
+    let kept = ["compress-delta", "acme/verse", "--method", "svd:4", "--keep-blocks", "head,embed", "--apply", "--name", "acme/low"];
+    ok(&root, &kept);
+    assert!(ok(&root, &["show", "acme/low"]).contains("svd:4 keeping embed,head of chain "));
+    let exported = failed(&["export", "acme/bits", dir.path().join("out").to_str().unwrap()], 1);
+    assert!(exported.contains("one-bit delta, which no Hugging Face directory can say"), "{exported}");
+}
+
+#[test]
 fn errors_are_one_sentence_and_fail() {
     let dir = tempfile::tempdir().unwrap();
     let root = dir.path().join("zoo");

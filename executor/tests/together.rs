@@ -25,6 +25,7 @@ use ashlar_wire::v1::operator_server::Operator as _;
 use ashlar_zoo::digest::{Digest, lineages};
 use ashlar_zoo::ingest::{AddOptions, Silent, add};
 use ashlar_zoo::model_id::ModelId;
+use ashlar_zoo::relatives::{Kept, compress};
 use ashlar_zoo::store::Zoo;
 use tokio_stream::StreamExt;
 use tonic::Request;
@@ -84,6 +85,28 @@ async fn adapted_family() -> Family {
     ] {
         let chain = adapters::adapted(&family.zoo, family.chains[0].0, recipe).await;
         family.push(chain).await;
+    }
+    family
+}
+
+/// One base, and over it random factors, fine-tunes as one-bit differences and as singular values, and a fine-tune as it is.
+async fn compressed_family() -> Family {
+    let mut family = adapted_family().await;
+    family.chains.truncate(2);
+    let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("../demo");
+    let viewer = family.zoo.viewer("demo").await.unwrap();
+    for (tuned, method) in [("japanese-full", "bitdelta"), ("math-lora", "svd:4"), ("shakespeare-top", "bitdelta")] {
+        let model = ModelId::new("demo", tuned).unwrap();
+        let source = add(&family.zoo, &models.join(tuned), &AddOptions::new(model.clone()), &Silent).await.unwrap().chain;
+        let base = ModelId::new("demo", "base").unwrap();
+        let how = (method.parse().unwrap(), Kept::default());
+        let compressed = compress(&family.zoo, ("demo", &viewer), &model, Some(&base), how).await.unwrap();
+        let name = ModelId::new("demo", &format!("{tuned}-small")).unwrap();
+        let chain = compressed.adapted.store(&family.zoo, &name, 1, None).await.unwrap();
+        family.push(chain).await;
+        if tuned == "shakespeare-top" {
+            family.push(source).await;
+        }
     }
     family
 }
@@ -225,6 +248,11 @@ async fn eight_together_over_int8_pages_give_the_tokens_of_each_alone() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn eight_together_with_other_adapters_give_the_tokens_of_each_alone() {
     eight_together_in_any_chunks(&adapted_family().await, KvFormat::F32, Bf16Compute::F32).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn eight_together_with_compressed_differences_give_the_tokens_of_each_alone() {
+    eight_together_in_any_chunks(&compressed_family().await, KvFormat::F32, Bf16Compute::F32).await;
 }
 
 /// Each model with adapters gives what its chain gives without an engine, and pages of the base serve up to the first of them.

@@ -1,52 +1,21 @@
 //! A merged LoRA that the zoo unmerged: base and adapters give the tokens of the same sum in whole f32 matrices, and say what the merged
 //! model says.
 
+#[path = "support/summed.rs"]
+mod summed;
+
 use std::path::Path;
 use std::sync::Arc;
 
 use ashlar_executor::model::alone::{Alone, AloneLimits};
 use ashlar_kernels::cpu::{Cpu, CpuOptions};
-use ashlar_kernels::format::{Dtype, dequantise};
 use ashlar_kernels::ops::{Bf16Compute, KvFormat};
-use ashlar_zoo::digest::Digest;
 use ashlar_zoo::ingest::{AddOptions, Silent, add};
-use ashlar_zoo::manifest::{Chain, TensorRef};
 use ashlar_zoo::relatives::propose;
-use ashlar_zoo::store::{Compression, MappedChange, Zoo};
-use ashlar_zoo::tensor_file;
+use ashlar_zoo::store::Zoo;
+use summed::summed;
 
 const PROMPTS: [&[u32]; 3] = [&[5, 300, 17, 1204, 9], &[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17], &[2047, 1000]];
-
-/// The chain that has the sum of each matrix and its adapter, as f32: what peft's `merge_and_unload` makes of a model in f32.
-async fn summed(zoo: &Zoo, chain: Digest) -> Digest {
-    let chain: Chain = zoo.read_chain(chain).await.unwrap();
-    let mut blocks = Vec::new();
-    for (index, digest) in chain.blocks.iter().enumerate() {
-        let mapped = zoo.map_block(*digest).await.unwrap();
-        let mut block = mapped.block.clone();
-        let adapter = match chain.adapters.iter().find(|adapter| adapter.block_index as usize == index) {
-            Some(adapter) => Some(zoo.map_adapter(adapter.digest).await.unwrap()),
-            None => None,
-        };
-        for (role, tensor) in &mut block.tensors {
-            let view = mapped.tensors[role].view();
-            let mut values = dequantise(&view);
-            if let Some(MappedChange::LowRank { scale, a, b }) = adapter.as_ref().and_then(|adapter| adapter.changes.get(role)) {
-                let (rank, cols) = (a.rows(), a.cols());
-                let (a, b) = (dequantise(&a.view()), dequantise(&b.view()));
-                for (at, value) in values.iter_mut().enumerate() {
-                    *value += scale * (0..rank).map(|r| b[at / cols * rank + r] * a[r * cols + at % cols]).sum::<f32>();
-                }
-            }
-            let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-            let digest = tensor_file::digest(Dtype::F32, &tensor.shape, &bytes);
-            *tensor = TensorRef { digest, dtype: Dtype::F32, shape: tensor.shape.clone() };
-            zoo.put_tensor(tensor, bytes.into(), Compression::Off).await.unwrap();
-        }
-        blocks.push(zoo.put_block(&block).await.unwrap().0);
-    }
-    zoo.put_chain(&Chain { blocks, adapters: Vec::new(), ..chain }).await.unwrap().0
-}
 
 #[tokio::test]
 async fn unmerged_tokens_are_those_of_base_plus_adapter_in_f32_and_of_the_merged_model() {
@@ -59,7 +28,7 @@ async fn unmerged_tokens_are_those_of_base_plus_adapter_in_f32_and_of_the_merged
     let viewer = zoo.viewer("demo").await.unwrap();
     let model = "demo/math-lora".parse().unwrap();
     let proposal = propose(&zoo, ("demo", &viewer), &model, None, 64).await.unwrap();
-    let unmerged = proposal.store(&zoo, &"demo/unmerged".parse().unwrap(), 1).await.unwrap();
+    let unmerged = proposal.adapted.store(&zoo, &"demo/unmerged".parse().unwrap(), 1, None).await.unwrap();
     let sum = summed(&zoo, unmerged).await;
     let [base, merged] = ["demo/base", "demo/math-lora"].map(|id| id.parse().unwrap());
     let (base, merged) = (zoo.read_model(&base).await.unwrap().chain, zoo.read_model(&merged).await.unwrap().chain);

@@ -3,6 +3,7 @@
 use ashlar_zoo::canonical;
 use ashlar_zoo::family::{self, Config};
 use ashlar_zoo::manifest::{Adapter, Block, Chain, ModelName};
+use ashlar_zoo::measures::Measure;
 use ashlar_zoo::tensor_file;
 
 /// What is read reads back the same; what does not fit is refused.
@@ -24,6 +25,11 @@ pub fn manifest(data: &[u8]) {
     }
     if let Ok(name) = serde_json::from_slice::<ModelName>(data) {
         assert_eq!(serde_json::from_slice::<ModelName>(&canonical::to_bytes(&name)).ok(), Some(name));
+    }
+    if let Ok(measure) = serde_json::from_slice::<Measure>(data)
+        && measure.check().is_ok()
+    {
+        assert_eq!(serde_json::from_slice::<Measure>(&canonical::to_bytes(&measure)).ok(), Some(measure));
     }
     let _ = tensor_file::verify_alone(data);
     if let Ok(config) = Config::parse(data, "config.json") {

@@ -49,8 +49,8 @@ pub use table::Table;
 
 use crate::format::{CodeRow, TensorView};
 use crate::ops::{
-    Activation, AttentionShape, Bf16Compute, Columns, DiagonalPart, Finish, KvFormat, KvPlace, KvShape, LinearRun, NormKind, Ops,
-    PackError, Query,
+    Activation, AttentionShape, Bf16Compute, Columns, Finish, KvFormat, KvPlace, KvShape, LinearRun, NormKind, Ops, PackError, PlacedPart,
+    Query,
 };
 use crate::reference::concatenate;
 use attention::{Attend, Attention, TILE};
@@ -252,8 +252,8 @@ impl Ops for Cpu {
         Linear::new(&self.pool, parts, self.bf16_compute)
     }
 
-    fn linear_diagonal(&self, parts: &[DiagonalPart<'_>]) -> Result<Linear, PackError> {
-        Linear::diagonal(&self.pool, parts, self.bf16_compute)
+    fn linear_placed(&self, parts: &[PlacedPart<'_>]) -> Result<Linear, PackError> {
+        Linear::placed(&self.pool, parts, self.bf16_compute)
     }
 
     fn vector(&self, parts: &[TensorView<'_>]) -> Result<Buffer, PackError> {

@@ -279,11 +279,13 @@ pub struct Query {
     pub position: u32,
 }
 
-/// A block on the diagonal of a layer ([`Ops::linear_diagonal`]).
+/// A part of a layer with its place ([`Ops::linear_placed`]).
 #[derive(Debug, Clone, Copy)]
-pub struct DiagonalPart<'a> {
+pub struct PlacedPart<'a> {
     /// Its weights, `[outputs, inputs]`.
     pub weights: TensorView<'a>,
+    /// Where its inputs begin in a row of x.
+    pub first_input: usize,
     /// Where its outputs begin in a row of the result.
     pub first_output: usize,
 }
@@ -323,10 +325,11 @@ pub trait Ops: Send + Sync + 'static {
     fn buffer(&self, element_count: usize) -> Result<Self::Buffer, PackError>;
     /// Packs a linear layer. `parts` are stacked along N (for example q, k, v); they agree in K, dtypes may differ.
     fn linear(&self, parts: &[TensorView<'_>]) -> Result<Self::Linear, PackError>;
-    /// Packs a layer of blocks on a diagonal: each part reads the inputs behind those of the parts before it and gives its own outputs, which
-    /// are disjoint and ascending. Outputs of no part stay as they are in [`Ops::linear_runs`], stored or added, and nothing else takes
-    /// such a layer. So the expands of several matrices that lie in one row are one layer, whatever their ranks. The bits are those of each part alone.
-    fn linear_diagonal(&self, parts: &[DiagonalPart<'_>]) -> Result<Self::Linear, PackError>;
+    /// Packs a layer of parts that each have their own inputs, which may overlap, and their own outputs, which are disjoint and ascending.
+    /// Outputs of no part stay as they are in [`Ops::linear_runs`], stored or added, and nothing else takes
+    /// such a layer. So the expands of several matrices that lie in one row are one layer, whatever their ranks, and so are deltas of some of
+    /// these matrices. The bits are those of each part alone.
+    fn linear_placed(&self, parts: &[PlacedPart<'_>]) -> Result<Self::Linear, PackError>;
     /// Takes a vector, converting to f32. `parts` are concatenated.
     fn vector(&self, parts: &[TensorView<'_>]) -> Result<Self::Vector, PackError>;
     /// Takes a vector of f32 given by value.

@@ -16,14 +16,14 @@ pub use crate::table::Table;
 
 use crate::format::{CodeRow, TensorView, dequantise};
 use crate::ops::{
-    Activation, AttentionShape, Bf16Compute, Columns, DiagonalPart, Finish, KvPlace, KvShape, LinearRun, NormKind, Ops, PackError, Query,
+    Activation, AttentionShape, Bf16Compute, Columns, Finish, KvPlace, KvShape, LinearRun, NormKind, Ops, PackError, PlacedPart, Query,
 };
 pub use attention::Kv;
 pub use differences::{BOUNDS_MAX, add_differences, exponent_classes, of_ordinal, of_zigzag, ordinal, zigzag};
 #[cfg(test)]
 pub(crate) use linear::round_to_bf16;
 pub use linear::{Activations, Linear, quantise_activations};
-pub(crate) use linear::{check_diagonal, check_parts};
+pub(crate) use linear::{check_parts, check_placed};
 pub use symbols::{SYMBOL_STATES, SymbolCode, decode_symbols};
 
 /// The scalar backend.
@@ -52,8 +52,8 @@ impl Ops for Reference {
         Linear::new(parts, self.bf16_compute)
     }
 
-    fn linear_diagonal(&self, parts: &[DiagonalPart<'_>]) -> Result<Linear, PackError> {
-        Linear::diagonal(parts, self.bf16_compute)
+    fn linear_placed(&self, parts: &[PlacedPart<'_>]) -> Result<Linear, PackError> {
+        Linear::placed(parts, self.bf16_compute)
     }
 
     fn vector(&self, parts: &[TensorView<'_>]) -> Result<Vec<f32>, PackError> {

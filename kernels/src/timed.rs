@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::format::TensorView;
-use crate::ops::{Activation, AttentionShape, Columns, DiagonalPart, Finish, KvPlace, KvShape, LinearRun, NormKind, Ops, PackError, Query};
+use crate::ops::{Activation, AttentionShape, Columns, Finish, KvPlace, KvShape, LinearRun, NormKind, Ops, PackError, PlacedPart, Query};
 
 /// Calls of one op and their time.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -82,8 +82,8 @@ impl<B: Ops> Ops for Timed<B> {
     fn linear(&self, parts: &[TensorView<'_>]) -> Result<B::Linear, PackError> {
         self.inner.linear(parts)
     }
-    fn linear_diagonal(&self, parts: &[DiagonalPart<'_>]) -> Result<B::Linear, PackError> {
-        self.inner.linear_diagonal(parts)
+    fn linear_placed(&self, parts: &[PlacedPart<'_>]) -> Result<B::Linear, PackError> {
+        self.inner.linear_placed(parts)
     }
     fn vector(&self, parts: &[TensorView<'_>]) -> Result<B::Vector, PackError> {
         self.inner.vector(parts)

@@ -5,6 +5,7 @@ use ashlar_kernels::format::Dtype;
 
 use crate::manifest::{Adapter, Block, Change, TensorRef};
 use crate::roles::{DIMENSION_MAX, RoleShape, roles};
+use crate::tensor_file;
 
 /// Largest rank that is believed. PEFT's are 4 to 256 and vLLM serves at most 512; at twice that an adapter weighs as much as the
 /// matrices of a 2048-wide model, so that a full fine-tune is the better form. It bounds what an executor keeps for each row.
@@ -56,6 +57,16 @@ pub enum AdapterError {
         /// The format.
         dtype: Dtype,
     },
+    /// A one-bit delta that is no matrix of such a format.
+    #[error("`{role}` has signs of type {dtype} and shape {shape:?}, not int1 and [N, K]")]
+    Signs {
+        /// Role.
+        role: String,
+        /// The format.
+        dtype: Dtype,
+        /// The shape.
+        shape: Vec<u64>,
+    },
     /// A matrix that the block does not have.
     #[error("`{0}` is no matrix of this block")]
     Absent(String),
@@ -73,16 +84,19 @@ pub enum AdapterError {
 
 impl Change {
     /// The tensors of it, by the name that the descriptor gives them.
-    pub fn tensors(&self) -> [(&'static str, &TensorRef); 2] {
-        let Self::LowRank { a, b, .. } = self;
-        [("a", a), ("b", b)]
+    pub fn tensors(&self) -> impl Iterator<Item = (&'static str, &TensorRef)> {
+        let (first, second) = match self {
+            Self::LowRank { a, b, .. } => (("a", a), Some(("b", b))),
+            Self::OneBit { signs } => (("signs", signs), None),
+        };
+        std::iter::once(first).chain(second)
     }
 }
 
 impl Adapter {
     /// The tensors of all changes, each with its place (`q.weight.a`).
     pub fn tensors(&self) -> impl Iterator<Item = (String, &TensorRef)> {
-        self.changes.iter().flat_map(|(role, change)| change.tensors().map(|(factor, tensor)| (format!("{role}.{factor}"), tensor)))
+        self.changes.iter().flat_map(|(role, change)| change.tensors().map(move |(factor, tensor)| (format!("{role}.{factor}"), tensor)))
     }
 
     /// Checks roles, scales, shapes and formats, as far as they can be without the block.
@@ -105,9 +119,9 @@ impl Adapter {
         for (role, change) in &self.changes {
             let shape = roles.iter().find(|known| known.name == role && block.tensors.contains_key(role)).map(|known| known.shape);
             let Some(expected) = shape else { return Err(AdapterError::Absent(role.clone())) };
-            let (rows, cols, _) = dimensions(role, change)?;
-            if !expected.fits(&[rows, cols]) {
-                return Err(AdapterError::Shape { role: role.clone(), actual: [rows, cols], expected });
+            let actual = dimensions(role, change)?;
+            if !expected.fits(&actual) {
+                return Err(AdapterError::Shape { role: role.clone(), actual, expected });
             }
         }
         Ok(())
@@ -115,31 +129,37 @@ impl Adapter {
 }
 
 fn check_change(role: &str, change: &Change) -> Result<(), AdapterError> {
-    let Change::LowRank { scale, .. } = change;
     if !ADAPTED_ROLES.contains(&role) {
         return Err(AdapterError::Role(role.to_owned()));
     }
-    if !scale.is_finite() {
+    if let Change::LowRank { scale, .. } = change
+        && !scale.is_finite()
+    {
         return Err(AdapterError::Scale { role: role.to_owned(), scale: *scale });
     }
-    let (_, _, rank) = dimensions(role, change)?;
-    if rank > RANK_MAX {
-        return Err(AdapterError::Rank { role: role.to_owned(), rank });
+    dimensions(role, change)?;
+    let Change::LowRank { a, b, .. } = change else { return Ok(()) };
+    if a.shape[0] > RANK_MAX {
+        return Err(AdapterError::Rank { role: role.to_owned(), rank: a.shape[0] });
     }
-    match change.tensors().iter().find(|(_, tensor)| !matches!(tensor.dtype, Dtype::F32 | Dtype::F16 | Dtype::Bf16)) {
-        Some((_, tensor)) => Err(AdapterError::Dtype { role: role.to_owned(), dtype: tensor.dtype }),
+    match [a, b].into_iter().find(|tensor| !matches!(tensor.dtype, Dtype::F32 | Dtype::F16 | Dtype::Bf16)) {
+        Some(tensor) => Err(AdapterError::Dtype { role: role.to_owned(), dtype: tensor.dtype }),
         None => Ok(()),
     }
 }
 
-/// N, K and rank.
-fn dimensions(role: &str, change: &Change) -> Result<(u64, u64, u64), AdapterError> {
-    let Change::LowRank { a, b, .. } = change;
-    match (a.shape.as_slice(), b.shape.as_slice()) {
-        ([rank, cols], [rows, b_rank]) if rank == b_rank && [rank, cols, rows].iter().all(|dim| (1..=bound()).contains(*dim)) => {
-            Ok((*rows, *cols, *rank))
-        }
-        _ => Err(AdapterError::Factors { role: role.to_owned(), a: a.shape.clone(), b: b.shape.clone() }),
+/// N and K. One-bit deltas are of their format after this.
+fn dimensions(role: &str, change: &Change) -> Result<[u64; 2], AdapterError> {
+    let fit = |dims: &[u64]| dims.iter().all(|dim| (1..=bound()).contains(dim));
+    match change {
+        Change::LowRank { a, b, .. } => match (a.shape.as_slice(), b.shape.as_slice()) {
+            ([rank, cols], [rows, b_rank]) if rank == b_rank && fit(&[*rank, *cols, *rows]) => Ok([*rows, *cols]),
+            _ => Err(AdapterError::Factors { role: role.to_owned(), a: a.shape.clone(), b: b.shape.clone() }),
+        },
+        Change::OneBit { signs: TensorRef { dtype, shape, .. } } => match (shape.as_slice(), tensor_file::payload_bytes(*dtype, shape)) {
+            ([rows, cols], Some(_)) if matches!(dtype, Dtype::Int1 { .. }) && fit(shape) => Ok([*rows, *cols]),
+            _ => Err(AdapterError::Signs { role: role.to_owned(), dtype: *dtype, shape: shape.clone() }),
+        },
     }
 }
 

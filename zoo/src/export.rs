@@ -30,6 +30,11 @@ pub enum ExportError {
     /// A model that is base and adapter, and its base cannot be told from it.
     #[error("it is an adapter, and cannot be parted from its base: {0}")]
     Base(String),
+    /// A change that PEFT has no name for.
+    #[error(
+        "`{0}` is its base's and a one-bit delta, which no Hugging Face directory can say; the model that it was compressed from is what to export"
+    )]
+    OneBit(String),
     /// A family whose names transformers does not have, or that is not known to this build.
     #[error("the family `{0}` has no Hugging Face form here")]
     Architecture(String),

@@ -99,8 +99,10 @@ pub struct ShownBlock {
 pub struct ShownAdapter {
     /// Its digest.
     pub digest: Digest,
-    /// Rank of each matrix that it changes.
+    /// Rank of each matrix that it changes by one of low rank.
     pub ranks: BTreeMap<String, u64>,
+    /// Matrices that it changes by a sign for each weight.
+    pub one_bit: Vec<String>,
     /// Bytes of its tensors.
     pub bytes: u64,
     /// Other models that have it.
@@ -353,10 +355,15 @@ fn adapter_tensors(model: &Resolved) -> impl Iterator<Item = (Digest, u64)> {
 
 fn shown_adapter(chain: &Chain, index: usize, adapter: &Adapter, shared_with: impl Fn(&Digest) -> Vec<String>) -> ShownAdapter {
     let digest = chain.adapters.iter().find(|adapter| adapter.block_index as usize == index).expect("resolved from it").digest;
-    let rank = |Change::LowRank { a, .. }: &Change| a.shape[0];
-    let ranks = adapter.changes.iter().map(|(role, change)| (role.clone(), rank(change))).collect();
+    let (mut ranks, mut one_bit) = (BTreeMap::new(), Vec::new());
+    for (role, change) in &adapter.changes {
+        match change {
+            Change::LowRank { a, .. } => drop(ranks.insert(role.clone(), a.shape[0])),
+            Change::OneBit { .. } => one_bit.push(role.clone()),
+        }
+    }
     let tensors: BTreeMap<Digest, u64> = adapter.tensors().map(|(_, tensor)| (tensor.digest, tensor_bytes(tensor))).collect();
-    ShownAdapter { digest, ranks, bytes: tensors.values().sum(), shared_with: shared_with(&digest) }
+    ShownAdapter { digest, ranks, one_bit, bytes: tensors.values().sum(), shared_with: shared_with(&digest) }
 }
 
 pub(crate) fn tensor_bytes(tensor: &TensorRef) -> u64 {

@@ -202,6 +202,11 @@ pub enum Change {
         /// Expand, `[N, rank]`.
         b: TensorRef,
     },
+    /// `y += x D^T`, where D has one bit for each weight and a scale for each group of them (BitDelta, arXiv 2402.10193, section 3.1).
+    OneBit {
+        /// D, `[N, K]`, int1.
+        signs: TensorRef,
+    },
 }
 
 /// An adapter on one block: what `adapters/<digest>.json` holds. It does not name its block, so that one adapter of equal

@@ -73,7 +73,10 @@ fn on_q_and_v(seed: u64) -> Peft {
 async fn changes(zoo: &Zoo, chain: &Chain, block: u32) -> BTreeMap<String, (f32, Vec<f32>, Vec<f32>)> {
     let digest = chain.adapters.iter().find(|adapter| adapter.block_index == block).unwrap().digest;
     let mapped = zoo.map_adapter(digest).await.unwrap();
-    let values = |MappedChange::LowRank { scale, a, b }: &MappedChange| (*scale, dequantise(&a.view()), dequantise(&b.view()));
+    let values = |change: &MappedChange| match change {
+        MappedChange::LowRank { scale, a, b } => (*scale, dequantise(&a.view()), dequantise(&b.view())),
+        MappedChange::OneBit { .. } => panic!("no such change is added"),
+    };
     mapped.changes.iter().map(|(role, change)| (role.clone(), values(change))).collect()
 }
 

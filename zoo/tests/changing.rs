@@ -112,7 +112,7 @@ async fn an_adapter_whose_file_is_cut_or_rewritten_meanwhile_is_added_as_it_was(
             let report = add_with(&zoo, &path, &format!("demo/adapter-{seed}"), Recipe::Keep, &meddler).await.unwrap();
             let chain = zoo.read_chain(report.chain).await.unwrap();
             let mapped = zoo.map_adapter(chain.adapters[0].digest).await.unwrap();
-            let MappedChange::LowRank { b, .. } = &mapped.changes["q.weight"];
+            let MappedChange::LowRank { b, .. } = &mapped.changes["q.weight"] else { panic!("another change") };
             assert_eq!(dequantise(&b.view()), of(seed).values("model.layers.0.self_attn.q_proj.lora_B.weight"));
         }
     }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use ashlar_zoo::digest::Digest;
 use ashlar_zoo::ingest::{AddOptions, AddReport, Recipe, Shared, Silent};
-use ashlar_zoo::relatives::{UnmergeError, propose, relative_for};
+use ashlar_zoo::relatives::{AdaptError, propose, relative_for};
 use ashlar_zoo::store::Zoo;
 use ashlar_zoo::verify::verify;
 use object_store::memory::InMemory;
@@ -239,8 +239,8 @@ async fn a_merged_lora_is_unmerged_stored_and_read_back() {
     assert!(ranks.values().all(|rank| *rank == 8), "{ranks:?}");
     assert!(proposal.proof.exact_share() > 0.99 && proposal.proof.changed_count > 80_000, "{:?}", proposal.proof);
     // q [128, 128] and v [64, 128] in bf16, four times; their factors in f32.
-    assert_eq!((proposal.bytes_before, proposal.bytes_after), (4 * (128 + 64) * 128 * 2, 4 * 8 * (256 + 192) * 4));
-    let chain = proposal.store(&zoo, &name, 1).await.unwrap();
+    assert_eq!((proposal.adapted.bytes_before, proposal.adapted.bytes_after), (4 * (128 + 64) * 128 * 2, 4 * 8 * (256 + 192) * 4));
+    let chain = proposal.adapted.store(&zoo, &name, 1, None).await.unwrap();
     let stored = zoo.resolve(&name).await.unwrap();
     let base = zoo.resolve(&"demo/base".parse().unwrap()).await.unwrap();
     assert_eq!((stored.name.chain, stored.name.parent.as_deref(), stored.adapters.len()), (chain, Some("demo/base"), 4));
@@ -252,14 +252,14 @@ async fn a_merged_lora_is_unmerged_stored_and_read_back() {
     assert_eq!(zoo.make_sketch(chain).await.unwrap(), sketch);
     assert!(verify(&zoo, &Silent).await.unwrap().damage.is_empty());
 
-    let error = |result: Result<_, UnmergeError>| result.map(|_: Digest| ()).unwrap_err().to_string();
-    assert_eq!(error(proposal.store(&zoo, &name, 1).await), "demo/unmerged exists: give another name with --name");
+    let error = |result: Result<_, AdaptError>| result.map(|_: Digest| ()).unwrap_err().to_string();
+    assert_eq!(error(proposal.adapted.store(&zoo, &name, 1, None).await), "demo/unmerged exists: give another name with --name");
     let refused = async |tenant: &str, model: &str, base: Option<&str>, rank_max: usize| {
         let viewer = zoo.viewer(tenant).await.unwrap();
         let base = base.map(|base| base.parse().unwrap());
         propose(&zoo, (tenant, &viewer), &model.parse().unwrap(), base.as_ref(), rank_max).await.unwrap_err().to_string()
     };
-    assert_eq!(refused("demo", "demo/unmerged", None, 64).await, "demo/unmerged has adapters: it is not merged");
+    assert_eq!(refused("demo", "demo/unmerged", None, 64).await, "demo/unmerged has adapters: it is base and adapter already");
     assert_eq!(
         refused("demo", "demo/math", Some("demo/base"), 7).await,
         "no matrix of demo/math is one of demo/base and a difference of rank 7 or less"

@@ -130,7 +130,6 @@ async fn record(zoo: &Zoo, model: &ModelId, other: &ModelId, args: &EquivalenceA
         }
         return Ok(());
     };
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let record = Equivalence {
         format: 1,
         method: METHOD.to_owned(),
@@ -139,15 +138,11 @@ async fn record(zoo: &Zoo, model: &ModelId, other: &ModelId, args: &EquivalenceA
         other: other.to_string(),
         other_chain: others.name.chain,
         text: Digest::of(text.as_bytes()),
-        created_ms: u64::try_from(since.as_millis()).unwrap_or(u64::MAX),
+        created_ms: measure::now_ms(),
         steps: measured.steps.clone(),
     };
     record.check().with_context(what)?;
-    for count in 1..=record.steps.len() {
-        let swaps = record.steps[..count].iter().map(|step| (step.block_index as usize, step.other));
-        zoo.put_chain(&exchanged(&own.chain, swaps)).await.with_context(what)?;
-    }
-    let (digest, _) = zoo.put_equivalence(&record).await.with_context(what)?;
+    let digest = zoo.store_equivalence(&own.chain, &record).await.with_context(what)?;
     if args.json {
         return Ok(output::line(serde_json::to_string_pretty(&serde_json::json!({"digest": digest, "record": record}))?)?);
     }

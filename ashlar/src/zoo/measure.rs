@@ -1,8 +1,9 @@
-//! What a proposal to unmerge a model changes in what the model says: the divergence of each next-token distribution from the merged
-//! model's, on a text. The arithmetic is `ashlar_executor::model::quality`. Nothing is written: factors are loaded from memory.
+//! What a model as base and adapters says otherwise than the model that it stands for: the divergence of each next-token distribution, on a
+//! text. The arithmetic is `ashlar_executor::model::quality`. Nothing is written: what is not stored yet is loaded from memory.
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, ensure};
 use ashlar_executor::model::adapter::LoadedAdapter;
@@ -15,8 +16,10 @@ use ashlar_kernels::ops::{Bf16Compute, KvFormat};
 use ashlar_router::text::tokenizer::Tokenizer;
 use ashlar_zoo::digest::Digest;
 use ashlar_zoo::manifest::Chain;
-use ashlar_zoo::relatives::Proposal;
+use ashlar_zoo::measures::{Divergence, Measure};
+use ashlar_zoo::relatives::Adapted;
 use ashlar_zoo::store::Zoo;
+use serde_json::{Value, json};
 
 /// What is predicted unless another text is given: prose, a question, instructions, a list, a line of code. Of our own words.
 const TEXT: &str = include_str!("measure.txt");
@@ -29,13 +32,52 @@ const WINDOWS_MAX: usize = 32;
 /// Tokens of a KV page, as the executor has by default.
 const PAGE_TOKENS: usize = 32;
 
-/// Divergences from the merged model.
+/// Divergences from the source, the model that base and adapters stand for.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Measured {
     /// Of base and adapters.
-    pub(super) unmerged: Quality,
-    /// Of the base alone, for comparison: what would be lost without the adapters.
-    pub(super) base: Quality,
+    pub(super) adapted: Quality,
+    /// Of the base alone, for comparison: what would be lost without the adapters. None where it has another vocabulary.
+    pub(super) base: Option<Quality>,
+}
+
+/// A record of a measurement of a chain made by `method`, against the chain `source`.
+///
+/// # Errors
+/// When the numbers are none that can be kept: a model that says nonsense may have an infinite perplexity.
+pub(super) fn record(method: String, source: Digest, text: &str, quality: &Quality, created_ms: u64) -> anyhow::Result<Measure> {
+    let measure = Measure {
+        method,
+        against: source,
+        text: Digest::of(text.as_bytes()),
+        rows: quality.row_count as u64,
+        kl: Divergence { mean: quality.divergence.mean, p99: quality.divergence_p99, max: quality.divergence_max },
+        same_top_share: quality.same_top_share,
+        perplexity: quality.perplexity,
+        perplexity_of_source: quality.perplexity / quality.excess.mean.exp(),
+        created_ms,
+    };
+    measure.check().context("record what was measured")?;
+    Ok(measure)
+}
+
+/// A measurement as JSON.
+pub(super) fn json(quality: &Quality) -> Value {
+    json!({
+        "rows": quality.row_count,
+        "kl": quality.divergence.mean,
+        "kl_p99": quality.divergence_p99,
+        "kl_max": quality.divergence_max,
+        "same_top_share": quality.same_top_share,
+        "perplexity": quality.perplexity,
+        "perplexity_of_source": quality.perplexity / quality.excess.mean.exp(),
+    })
+}
+
+/// Unix time in milliseconds.
+pub(super) fn now_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// Text to measure on.
@@ -72,39 +114,39 @@ pub(super) fn limits(windows: Windows) -> AloneLimits {
     windows.limits(PAGE_TOKENS, KvFormat::F32)
 }
 
-/// Runs the merged model, the proposal and the base over `text`, in f32.
-pub(super) async fn measure(zoo: &Zoo, merged: Digest, proposal: &Proposal, text: &str) -> anyhow::Result<Measured> {
-    let (windows, cut) = cut(zoo, &proposal.chain, text, WINDOWS_MAX).await?;
+/// Runs the source, base and adapters, and the base alone over `text`, in f32.
+pub(super) async fn measure(zoo: &Zoo, adapted: &Adapted, text: &str) -> anyhow::Result<Measured> {
+    let (windows, cut) = cut(zoo, &adapted.chain, text, WINDOWS_MAX).await?;
     let ops = device();
     let limits = limits(windows);
-    let merged = Alone::load(Arc::clone(&ops), zoo, merged, limits).await.context("load the model")?;
-    let base = zoo.read_model(&proposal.base).await?.chain;
-    let base = Alone::load(Arc::clone(&ops), zoo, base, limits).await.with_context(|| format!("load {}", proposal.base))?;
+    let source = Alone::load(Arc::clone(&ops), zoo, adapted.source, limits).await.context("load the model")?;
+    let base = zoo.read_model(&adapted.base).await?.chain;
+    let base = Alone::load(Arc::clone(&ops), zoo, base, limits).await.with_context(|| format!("load {}", adapted.base))?;
     let (outputs, mut blocks) = (Outputs::default(), Vec::new());
     // The head first: a token table of the same tensor is read out of it.
-    for index in (0..proposal.blocks().len()).rev() {
-        let mapped = proposal.map_block(zoo, index).await?;
+    for index in (0..adapted.blocks().len()).rev() {
+        let mapped = adapted.map_block(zoo, index).await?;
         blocks.push(LoadedBlock::load(&*ops, &mapped.block, &mapped, &outputs).with_context(|| format!("load block {index}"))?);
     }
     blocks.reverse();
     let mut adapters = Vec::new();
-    for (index, mapped) in proposal.adapters() {
-        let loaded = LoadedAdapter::load(&*ops, &proposal.blocks()[index], &mapped.adapter, &mapped);
+    for (index, mapped) in adapted.adapters() {
+        let loaded = LoadedAdapter::load(&*ops, &adapted.blocks()[index], &mapped.adapter, &mapped);
         adapters.push((index, loaded.with_context(|| format!("load the adapter of block {index}"))?));
     }
-    let unmerged = Alone::new(ops, blocks, limits)?.adapted(adapters)?;
-    ensure!(base.vocab() == merged.vocab(), "{} has {} tokens, the model {}", proposal.base, base.vocab(), merged.vocab());
-    tokio::task::spawn_blocking(move || compare(windows, &cut, merged, [unmerged, base])).await?
+    let mut others = vec![Alone::new(ops, blocks, limits)?.adapted(adapters)?];
+    others.extend((base.vocab() == source.vocab()).then_some(base));
+    let qualities = tokio::task::spawn_blocking(move || compare(windows, &cut, source, others)).await?;
+    Ok(Measured { adapted: qualities[0], base: qualities.get(1).copied() })
 }
 
-fn compare(windows: Windows, cut: &[Vec<u32>], mut merged: Alone<Cpu>, mut others: [Alone<Cpu>; 2]) -> anyhow::Result<Measured> {
-    let mut tallies = [Tally::default(), Tally::default()];
+fn compare(windows: Windows, cut: &[Vec<u32>], mut source: Alone<Cpu>, mut others: Vec<Alone<Cpu>>) -> Vec<Quality> {
+    let mut tallies = vec![Tally::default(); others.len()];
     for window in cut {
-        let rows = windows.logits(&mut merged, window);
+        let rows = windows.logits(&mut source, window);
         for (tally, other) in std::iter::zip(&mut tallies, &mut others) {
             tally.add_window(windows, window, &rows, &windows.logits(other, window));
         }
     }
-    let [unmerged, base] = tallies.map(|tally| tally.sum_up().expect("a row of each window"));
-    Ok(Measured { unmerged, base })
+    tallies.iter().map(|tally| tally.sum_up().expect("a row of each window")).collect()
 }

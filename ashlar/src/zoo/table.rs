@@ -1,13 +1,15 @@
 //! The zoo's reports as text for people.
 
+use std::collections::BTreeMap;
 use std::fmt::Write;
 
+use ashlar_executor::model::quality::Quality;
 use ashlar_zoo::gc::GcReport;
 use ashlar_zoo::ingest::human_bytes;
 use ashlar_zoo::inspect::{Diff, Listed, Shown, kind};
 use ashlar_zoo::measures::Measure;
 use ashlar_zoo::model_id::ModelId;
-use ashlar_zoo::relatives::{Proof, Proposal};
+use ashlar_zoo::relatives::{Compressed, CompressedMatrix, Proof, Proposal};
 use ashlar_zoo::repair::RepairReport;
 use ashlar_zoo::report::similarity::{Comparison, TensorSimilarity};
 use ashlar_zoo::report::{Cost, Report};
@@ -92,15 +94,16 @@ pub(super) fn show(model: &Shown) -> String {
             block.shared_with.join(","),
         ]);
         if let Some(adapter) = &block.adapter {
-            let ranks: Vec<String> =
-                adapter.ranks.iter().map(|(role, rank)| format!("{}:{rank}", role.trim_end_matches(".weight"))).collect();
+            let short = |role: &str| role.trim_end_matches(".weight").to_owned();
+            let low = adapter.ranks.iter().map(|(role, rank)| format!("{}:{rank}", short(role)));
+            let changes: Vec<String> = low.chain(adapter.one_bit.iter().map(|role| format!("{}:one bit", short(role)))).collect();
             rows.push(vec![
                 String::new(),
                 " + adapter".to_owned(),
                 adapter.digest.short(),
                 String::new(),
                 human_bytes(adapter.bytes),
-                ranks.join(","),
+                changes.join(","),
                 adapter.shared_with.join(","),
             ]);
         }
@@ -182,7 +185,7 @@ pub(super) fn unmerge(model: &ModelId, proposal: &Proposal, measured: Result<&Me
         let if_found = |text: String| if found { text } else { "-".to_owned() };
         rows.push(vec![
             block.index.to_string(),
-            kind(&proposal.blocks()[block.index].params).to_owned(),
+            kind(&proposal.adapted.blocks()[block.index].params).to_owned(),
             if_found(ranks.join(",")),
             if_found(format!("{:.2}%", 100.0 * furthest)),
             if_found(percent(proof.exact_count, proof.element_count)),
@@ -192,7 +195,7 @@ pub(super) fn unmerge(model: &ModelId, proposal: &Proposal, measured: Result<&Me
     let Proof { element_count, exact_count, changed_count, changed_exact_count, far_count } = proposal.proof;
     let mut out = columns(&rows, &[0, 3, 4]);
     let mut line = |text: std::fmt::Arguments<'_>| out.write_fmt(format_args!("{text}\n")).expect("writing to a String");
-    line(format_args!("\n{model} is {} and adapters on {} matrices", proposal.base, proposal.matrix_count));
+    line(format_args!("\n{model} is {} and adapters on {} matrices", proposal.adapted.base, proposal.matrix_count));
     line(format_args!(
         "of their elements {} come out exactly, of those that changed {}; {far_count} are more than one unit in the last place away",
         percent(exact_count, element_count),
@@ -200,25 +203,75 @@ pub(super) fn unmerge(model: &ModelId, proposal: &Proposal, measured: Result<&Me
     ));
     line(format_args!(
         "beyond the base it takes {} now, {} unmerged",
-        human_bytes(proposal.bytes_before),
-        human_bytes(proposal.bytes_after)
+        human_bytes(proposal.adapted.bytes_before),
+        human_bytes(proposal.adapted.bytes_after)
     ));
-    match measured {
-        Ok(Measured { unmerged, base }) => {
-            for (name, quality) in [("unmerged", unmerged), ("base alone", base)] {
-                line(format_args!(
-                    "{name:<10}  mean KL {:.2e}, 99% below {:.2e}, most {:.2e}; the same likeliest token {:.2}% of {}",
-                    quality.divergence.mean,
-                    quality.divergence_p99,
-                    quality.divergence_max,
-                    100.0 * quality.same_top_share,
-                    quality.row_count
-                ));
-            }
-        }
-        Err(error) => line(format_args!("the change of its output was not measured: {error:#}")),
-    }
+    out.push_str(&output_change("unmerged", measured));
     out
+}
+
+/// What was measured of base and adapters, here `name`, and of the base alone; or why it was not.
+fn output_change(name: &str, measured: Result<&Measured, &anyhow::Error>) -> String {
+    let Measured { adapted, base } = match measured {
+        Ok(measured) => measured,
+        Err(error) => return format!("the change of its output was not measured: {error:#}\n"),
+    };
+    let line = |name: &str, quality: &Quality| {
+        format!(
+            "{name:<10}  mean KL {:.2e}, 99% below {:.2e}, most {:.2e}; the same likeliest token {:.2}% of {}; perplexity {:.3}, the model's {:.3}\n",
+            quality.divergence.mean,
+            quality.divergence_p99,
+            quality.divergence_max,
+            100.0 * quality.same_top_share,
+            quality.row_count,
+            quality.perplexity,
+            quality.perplexity / quality.excess.mean.exp()
+        )
+    };
+    std::iter::once((name, adapted))
+        .chain(base.as_ref().map(|base| ("base alone", base)))
+        .map(|(name, quality)| line(name, quality))
+        .collect()
+}
+
+/// A fine-tune as base and compressed differences: a line for each block, the worst of its matrices, and what that changes.
+pub(super) fn compress(model: &ModelId, compressed: &Compressed, measured: Result<&Measured, &anyhow::Error>) -> String {
+    let Compressed { adapted, method, matrices, given_up, own, .. } = compressed;
+    let mut rows = vec![row(["#", "KIND", "MATRICES", "DIFFERENCE", "LOST"])];
+    for of_block in matrices.chunk_by(|a, b| a.index == b.index) {
+        let most = |of: fn(&CompressedMatrix) -> f64| of_block.iter().map(of).fold(0.0, f64::max);
+        let roles: Vec<&str> = of_block.iter().map(|matrix| matrix.role.trim_end_matches(".weight")).collect();
+        rows.push(vec![
+            of_block[0].index.to_string(),
+            kind(&adapted.blocks()[of_block[0].index].params).to_owned(),
+            roles.join(","),
+            format!("{:.3}%", 100.0 * most(|matrix| matrix.relative_rms)),
+            format!("{:.1}%", 100.0 * most(|matrix| matrix.lost)),
+        ]);
+    }
+    let mut out = columns(&rows, &[0, 3, 4]);
+    let mut line = |text: std::fmt::Arguments<'_>| out.write_fmt(format_args!("{text}\n")).expect("writing to a String");
+    line(format_args!("\n{model} is nearly {} and {method} of the differences of {} matrices", adapted.base, matrices.len()));
+    line(format_args!(
+        "beyond the base it takes {} now, {} compressed",
+        human_bytes(adapted.bytes_before),
+        human_bytes(adapted.bytes_after)
+    ));
+    for (places, what) in [(given_up, "left as the base has them"), (own, "kept as they are")] {
+        if !places.is_empty() {
+            line(format_args!("{what}: {}", roles_of(places)));
+        }
+    }
+    out.push_str(&output_change("compressed", measured));
+    out
+}
+
+/// Roles, with how many blocks each is of.
+fn roles_of(places: &[(usize, String)]) -> String {
+    let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
+    places.iter().for_each(|(_, role)| *counts.entry(role).or_default() += 1);
+    let all: Vec<String> = counts.into_iter().map(|(role, count)| format!("{role} of {count}")).collect();
+    format!("{} blocks", all.join(", "))
 }
 
 fn percent(part: u64, whole: u64) -> String {

@@ -1,10 +1,8 @@
 //! `ashlar zoo unmerge`: proposes base and adapter for a merged model, with what that changes, and stores it where it is told to.
 
 use std::path::PathBuf;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
-use ashlar_executor::model::quality::Quality;
 use ashlar_zoo::ingest::human_bytes;
 use ashlar_zoo::model_id::ModelId;
 use ashlar_zoo::relatives::{Proposal, propose};
@@ -48,49 +46,40 @@ pub(super) async fn run(zoo: &Zoo, args: UnmergeArgs) -> anyhow::Result<()> {
     let viewer = zoo.viewer(tenant).await?;
     let what = || format!("unmerge {}", args.model);
     let proposal = propose(zoo, (tenant, &viewer), &args.model, args.base.as_ref(), usize::from(args.rank_max)).await.with_context(what)?;
-    let merged = zoo.read_model(&args.model).await.with_context(what)?.chain;
     // Not measurable is no obstacle to a proposal, but it is said.
-    let measured = measure::measure(zoo, merged, &proposal, &text).await;
+    let measured = measure::measure(zoo, &proposal.adapted, &text).await;
     match args.json {
         true => output::line(serde_json::to_string_pretty(&report(&args.model, &proposal, measured.as_ref().ok()))?)?,
         false => output::text(table::unmerge(&args.model, &proposal, measured.as_ref()))?,
     }
     let Some(name) = args.name.filter(|_| args.apply) else { return Ok(()) };
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let created_ms = u64::try_from(since.as_millis()).unwrap_or(u64::MAX);
-    let chain = proposal.store(zoo, &name, created_ms).await.with_context(what)?;
+    let created_ms = measure::now_ms();
+    let record = |measured: &Measured| measure::record("unmerge".to_owned(), proposal.adapted.source, &text, &measured.adapted, created_ms);
+    let record = measured.ok().as_ref().map(record).transpose().with_context(what)?;
+    let chain = proposal.adapted.store(zoo, &name, created_ms, record.as_ref()).await.with_context(what)?;
     if args.json {
         return Ok(());
     }
     Ok(output::line(format_args!(
         "{name} is chain {} over {}; `zoo rm {}` and `zoo gc` free {}",
         chain.short(),
-        proposal.base,
+        proposal.adapted.base,
         args.model,
-        human_bytes(proposal.bytes_before.saturating_sub(proposal.bytes_after))
+        human_bytes(proposal.adapted.bytes_before.saturating_sub(proposal.adapted.bytes_after))
     ))?)
 }
 
 fn report(model: &ModelId, proposal: &Proposal, measured: Option<&Measured>) -> Value {
-    let quality = |quality: &Quality| {
-        json!({
-            "rows": quality.row_count,
-            "kl": quality.divergence.mean,
-            "kl_p99": quality.divergence_p99,
-            "kl_max": quality.divergence_max,
-            "same_top_share": quality.same_top_share,
-        })
-    };
     json!({
         "model": model.to_string(),
-        "base": proposal.base.to_string(),
+        "base": proposal.adapted.base.to_string(),
         "matrices": proposal.matrix_count,
-        "bytes_before": proposal.bytes_before,
-        "bytes_after": proposal.bytes_after,
+        "bytes_before": proposal.adapted.bytes_before,
+        "bytes_after": proposal.adapted.bytes_after,
         "exact_share": proposal.proof.exact_share(),
         "proof": proposal.proof,
         "blocks": proposal.differences,
-        "unmerged": measured.map(|measured| quality(&measured.unmerged)),
-        "base_alone": measured.map(|measured| quality(&measured.base)),
+        "unmerged": measured.map(|measured| measure::json(&measured.adapted)),
+        "base_alone": measured.and_then(|measured| measured.base.as_ref()).map(measure::json),
     })
 }

@@ -486,9 +486,7 @@ impl<B: Ops> Hosting<B> {
         let ops = Arc::clone(&self.ops);
         let loaded = blocking(move || {
             let loaded = LoadedAdapter::load(&*ops, &block, &mapped.adapter, &mapped);
-            for MappedChange::LowRank { a, b, .. } in mapped.changes.values() {
-                [a, b].into_iter().for_each(MappedTensor::release_pages);
-            }
+            mapped.changes.values().flat_map(MappedChange::tensors).for_each(MappedTensor::release_pages);
             loaded
         });
         let loaded = loaded.await.map_err(|source| HostError::Adapter { adapter, chain, index, source: Box::new(source) })?;

@@ -2,7 +2,7 @@
 //! have another adapter, or none. Made from a descriptor and its factors, read by `forward`. It does not know which rows have which.
 
 use ashlar_kernels::format::{Dtype, TensorView, dequantise, quantise};
-use ashlar_kernels::ops::{DiagonalPart, Ops};
+use ashlar_kernels::ops::{Ops, PlacedPart};
 use ashlar_zoo::manifest::{Adapter, Block, Change};
 use ashlar_zoo::roles::{RoleShape, roles};
 
@@ -13,19 +13,27 @@ use super::source::{TensorBytes, TensorSource};
 pub struct LoadedAdapter<B: Ops> {
     bytes: usize,
     /// Onto q, k and v, or onto gate and up.
-    first: Option<LowRank<B>>,
+    first: Option<Added<B>>,
     /// Onto o, or onto down.
-    second: Option<LowRank<B>>,
+    second: Option<Added<B>>,
 }
 
-/// What an adapter adds to one projection: `y += (x A^T) (s B)^T`.
+/// What an adapter adds to one projection, each part to matrices of its own; at least one is there.
+pub(super) struct Added<B: Ops> {
+    pub(super) low_rank: Option<LowRank<B>>,
+    /// One-bit deltas, where their outputs lie, `[N, K]`: `y += x D^T`.
+    pub(super) signs: Option<B::Linear>,
+    /// Outputs of the projection.
+    pub(super) outputs: usize,
+}
+
+/// `y += (x A^T) (s B)^T`.
 pub(super) struct LowRank<B: Ops> {
     /// The A of the matrices that lie in a row of y, stacked: `[R, K]`, R being the sum of their ranks.
     pub(super) shrink: B::Linear,
     /// Each one's B times its scale, where its outputs lie: a diagonal, `[N, R]`.
     pub(super) expand: B::Linear,
     pub(super) rank: usize,
-    pub(super) outputs: usize,
 }
 
 /// The projections of a block.
@@ -54,7 +62,7 @@ impl<B: Ops> LoadedAdapter<B> {
             .collect();
         let (second, first) = matrices.split_last().expect("the check found a block that has matrices");
         let mut loader = Loader { ops, adapter, source, bytes: 0 };
-        let (first, second) = (loader.low_rank(first)?, loader.low_rank(std::slice::from_ref(second))?);
+        let (first, second) = (loader.added(first)?, loader.added(std::slice::from_ref(second))?);
         Ok(Self { bytes: loader.bytes, first, second })
     }
 
@@ -63,7 +71,7 @@ impl<B: Ops> LoadedAdapter<B> {
         self.bytes
     }
 
-    pub(super) fn low_rank(&self, projection: Projection) -> Option<&LowRank<B>> {
+    pub(super) fn added(&self, projection: Projection) -> Option<&Added<B>> {
         match projection {
             Projection::First => self.first.as_ref(),
             Projection::Second => self.second.as_ref(),
@@ -73,8 +81,11 @@ impl<B: Ops> LoadedAdapter<B> {
 
 impl<B: Ops> std::fmt::Debug for LoadedAdapter<B> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let rank = |low: &Option<LowRank<B>>| low.as_ref().map(|low| low.rank);
-        f.debug_struct("LoadedAdapter").field("ranks", &[rank(&self.first), rank(&self.second)]).field("bytes", &self.bytes).finish()
+        let rank = |added: &Option<Added<B>>| added.as_ref().and_then(|added| Some(added.low_rank.as_ref()?.rank));
+        let has_signs = |added: &Option<Added<B>>| added.as_ref().is_some_and(|added| added.signs.is_some());
+        let both = [&self.first, &self.second];
+        let mut debug = f.debug_struct("LoadedAdapter");
+        debug.field("ranks", &both.map(rank)).field("signs", &both.map(has_signs)).field("bytes", &self.bytes).finish()
     }
 }
 
@@ -87,6 +98,31 @@ struct Loader<'a, B: Ops> {
 
 impl<B: Ops> Loader<'_, B> {
     /// What is added to a row in which these matrices lie one after another; None if nothing is.
+    fn added(&mut self, matrices: &[(&'static str, usize)]) -> Result<Option<Added<B>>, LoadError> {
+        let (low_rank, signs) = (self.low_rank(matrices)?, self.signs(matrices)?);
+        let outputs = matrices.iter().map(|(_, outputs)| outputs).sum();
+        Ok((low_rank.is_some() || signs.is_some()).then_some(Added { low_rank, signs, outputs }))
+    }
+
+    fn signs(&mut self, matrices: &[(&'static str, usize)]) -> Result<Option<B::Linear>, LoadError> {
+        let (mut deltas, mut first_output, mut first_role) = (Vec::new(), 0, None);
+        for (role, outputs) in matrices {
+            if let Some(Change::OneBit { signs }) = self.adapter.changes.get(*role) {
+                deltas.push((first_output, take(self.source, &format!("{role}.signs"), signs)?));
+                first_role = first_role.or(Some(*role));
+            }
+            first_output += outputs;
+        }
+        let Some(role) = first_role else { return Ok(None) };
+        let mut parts: Vec<PlacedPart<'_>> = Vec::with_capacity(deltas.len());
+        for (first_output, signs) in &deltas {
+            parts.push(PlacedPart { weights: signs.view(), first_input: 0, first_output: *first_output });
+        }
+        let linear = self.ops.linear_placed(&parts).map_err(|source| LoadError::Pack { role, source })?;
+        self.bytes += self.ops.linear_bytes(&linear);
+        Ok(Some(linear))
+    }
+
     fn low_rank(&mut self, matrices: &[(&'static str, usize)]) -> Result<Option<LowRank<B>>, LoadError> {
         let (mut shrinks, mut expands) = (Vec::new(), Vec::new());
         let (mut first_output, mut rank, mut first_role) = (0, 0, None);
@@ -111,11 +147,15 @@ impl<B: Ops> Loader<'_, B> {
             None => shrinks.iter().map(TensorBytes::view).collect(),
         };
         let shrink = self.ops.linear(&views).map_err(pack)?;
-        let diagonal: Vec<DiagonalPart<'_>> =
-            expands.iter().map(|(first_output, b)| DiagonalPart { weights: b.view(), first_output: *first_output }).collect();
-        let expand = self.ops.linear_diagonal(&diagonal).map_err(pack)?;
+        let mut first_input = 0;
+        let diagonal = expands.iter().map(|(first_output, b)| {
+            let part = PlacedPart { weights: b.view(), first_input, first_output: *first_output };
+            first_input += b.cols;
+            part
+        });
+        let expand = self.ops.linear_placed(&diagonal.collect::<Vec<_>>()).map_err(pack)?;
         self.bytes += self.ops.linear_bytes(&shrink) + self.ops.linear_bytes(&expand);
-        Ok(Some(LowRank { shrink, expand, rank, outputs: first_output }))
+        Ok(Some(LowRank { shrink, expand, rank }))
     }
 }
 

@@ -334,7 +334,7 @@ impl<B: Ops> Forward<B> {
         let (ops, work, block) = (&*self.ops, &mut self.work, blocks.first());
         norm(ops, &mut work.normed.buffer, &work.hidden.buffer, width, blocks.iter().map(|(rows, block)| (rows, &block.norm)));
         let (inner, up) = (block.inner, |block: &'a FeedForward<B>| (&block.up, block.up_bias.as_ref()));
-        let is_adapted = adapters.iter().any(|run| run.adapter.low_rank(Projection::First).is_some());
+        let is_adapted = adapters.iter().any(|run| run.adapter.added(Projection::First).is_some());
         let operand = if block.gated && !is_adapted {
             work.linear(ops, blocks, up, (Operand::Normed, width), (Target::Inner, inner), Finish::Gate(block.activation));
             Operand::Inner
@@ -408,7 +408,25 @@ impl<B: Ops> Workspace<B> {
         out: (Target, usize),
         finish: Finish,
     ) {
-        let (from, onto) = match (x.0, out.0) {
+        let mut calls = recycled(std::mem::take(&mut self.runs));
+        let (from, onto) = self.ends(x.0, out.0);
+        if let [_] = blocks.strands {
+            let (rows, (linear, bias)) = (blocks.row_count(), layer(blocks.first()));
+            ops.linear_apply(onto, from, rows, linear, bias, finish);
+        } else {
+            let (inputs, outputs) = (Columns::dense(x.1), Columns::dense(out.1));
+            calls.extend(blocks.iter().map(|(rows, block)| {
+                let (linear, bias) = layer(block);
+                LinearRun { linear, bias, rows }
+            }));
+            ops.linear_runs(onto, outputs, from, inputs, &calls, finish);
+        }
+        self.runs = recycled(calls);
+    }
+
+    /// What a projection reads and writes.
+    fn ends(&mut self, from: Operand, onto: Target) -> (&B::Buffer, &mut B::Buffer) {
+        match (from, onto) {
             (Operand::Normed, Target::Wide) => (&self.normed.buffer, &mut self.wide.buffer),
             (Operand::Normed, Target::Inner) => (&self.normed.buffer, &mut self.inner.buffer),
             (Operand::Normed, Target::Logits) => (&self.normed.buffer, &mut self.logits.buffer),
@@ -417,19 +435,7 @@ impl<B: Ops> Workspace<B> {
             (Operand::Wide, Target::Projected) => (&self.wide.buffer, &mut self.projected.buffer),
             (Operand::Wide, Target::Hidden) => (&self.wide.buffer, &mut self.hidden.buffer),
             (operand, target) => unreachable!("no layer goes from {operand:?} to {target:?}"),
-        };
-        if let [_] = blocks.strands {
-            let (rows, (linear, bias)) = (blocks.row_count(), layer(blocks.first()));
-            return ops.linear_apply(onto, from, rows, linear, bias, finish);
         }
-        let (inputs, outputs) = (Columns::dense(x.1), Columns::dense(out.1));
-        let mut calls = recycled(std::mem::take(&mut self.runs));
-        calls.extend(blocks.iter().map(|(rows, block)| {
-            let (linear, bias) = layer(block);
-            LinearRun { linear, bias, rows }
-        }));
-        ops.linear_runs(onto, outputs, from, inputs, &calls, finish);
-        self.runs = recycled(calls);
     }
 
     /// `hidden += post_norm(operand W^T + bias)`, rows of `operand` having so many elements.
@@ -458,9 +464,30 @@ impl<B: Ops> Workspace<B> {
         ops.add(&mut self.hidden.buffer, &self.normed.buffer, rows * width);
     }
 
-    /// `out += (x A^T) (s B)^T` for the rows that an adapter changes in this projection. `x` and `out` come with the elements of their rows.
+    /// Adds what adapters add to the rows that they change in this projection. `x` and `out` come with the elements of their rows. A matrix has one
+    /// change at most, so the two ways to add meet in no element.
     fn adapt(&mut self, ops: &B, adapters: &[AdapterRun<'_, B>], projection: Projection, x: (Operand, usize), out: (Target, usize)) {
-        let runs = || adapters.iter().filter_map(|run| Some((run.rows.clone(), run.adapter.low_rank(projection)?)));
+        self.add_low_rank(ops, adapters, projection, x, out);
+        self.add_signs(ops, adapters, projection, x, out);
+    }
+
+    /// `out += x D^T`: one call of the device, whatever the adapters are.
+    fn add_signs(&mut self, ops: &B, adapters: &[AdapterRun<'_, B>], projection: Projection, x: (Operand, usize), out: (Target, usize)) {
+        let mut calls = recycled(std::mem::take(&mut self.runs));
+        calls.extend(adapters.iter().filter_map(|run| {
+            let linear = run.adapter.added(projection)?.signs.as_ref()?;
+            Some(LinearRun { linear, bias: None, rows: run.rows.clone() })
+        }));
+        if !calls.is_empty() {
+            let (from, onto) = self.ends(x.0, out.0);
+            ops.linear_runs(onto, Columns::dense(out.1), from, Columns::dense(x.1), &calls, Finish::Add);
+        }
+        self.runs = recycled(calls);
+    }
+
+    /// `out += (x A^T) (s B)^T`.
+    fn add_low_rank(&mut self, ops: &B, adapters: &[AdapterRun<'_, B>], projection: Projection, x: (Operand, usize), out: (Target, usize)) {
+        let runs = || adapters.iter().filter_map(|run| Some((run.rows.clone(), run.adapter.added(projection)?.low_rank.as_ref()?)));
         let Some(rank) = runs().map(|(_, low)| low.rank).max() else { return };
         let row_count = runs().map(|(rows, _)| rows.end).max().unwrap_or(0);
         assert!(self.low.elements() >= row_count * rank, "the adapter was not reserved");

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use ashlar_kernels::format::{Dtype, TensorView};
 use ashlar_zoo::digest::Digest;
-use ashlar_zoo::manifest::{Change, TensorRef};
+use ashlar_zoo::manifest::TensorRef;
 use ashlar_zoo::store::{MappedAdapter, MappedBlock, MappedChange};
 use ashlar_zoo::tensor::MappedTensor;
 
@@ -72,9 +72,8 @@ impl TensorSource for MappedBlock {
 impl TensorSource for MappedAdapter {
     fn tensor(&self, tensor: &TensorRef) -> Result<TensorBytes, SourceError> {
         for (role, change) in &self.adapter.changes {
-            let Change::LowRank { a, b, .. } = change;
-            let Some(MappedChange::LowRank { a: mapped_a, b: mapped_b, .. }) = self.changes.get(role) else { continue };
-            if let Some((_, mapped)) = [(a, mapped_a), (b, mapped_b)].into_iter().find(|(held, _)| *held == tensor) {
+            let mapped = self.changes.get(role).into_iter().flat_map(MappedChange::tensors);
+            if let Some((_, mapped)) = change.tensors().zip(mapped).find(|((_, held), _)| *held == tensor) {
                 return Ok(mapped.into());
             }
         }

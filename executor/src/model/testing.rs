@@ -120,17 +120,38 @@ impl Memory {
         Adapter { changes: roles.iter().map(change).collect() }
     }
 
-    /// A block of f32 with an adapter merged into it: `W + s B A`, rounded once.
+    /// The same with a one-bit delta of some more matrices, whose weights are of a tenth of the size of others.
+    pub(super) fn with_signs(&mut self, block: &Block, roles: &[&str], mut adapter: Adapter) -> Adapter {
+        for role in roles {
+            let mut signs = self.tensor(block.tensors[*role].shape.clone());
+            let values: Vec<f32> = dequantise(&self.0[&signs.digest].view()).iter().map(|value| 0.1 * value).collect();
+            self.insert(&mut signs, Dtype::Int1 { group: 512 }, &values);
+            adapter.changes.insert((*role).to_owned(), Change::OneBit { signs });
+        }
+        adapter
+    }
+
+    /// A block of f32 with an adapter merged into it: `W + s B A` or `W + D`, rounded once.
     pub(super) fn merged(&mut self, block: &Block, adapter: &Adapter) -> Block {
         let mut merged = block.clone();
-        for (role, Change::LowRank { scale, a, b }) in &adapter.changes {
-            let [weights, a, b] = [&block.tensors[role], a, b].map(|tensor| self.0[&tensor.digest].clone());
-            let (rank, cols) = (a.rows, a.cols);
-            let [mut values, a, b] = [&weights, &a, &b].map(|tensor| dequantise(&tensor.view()));
-            for (i, value) in values.iter_mut().enumerate() {
-                let (row, col) = (i / cols, i % cols);
-                let sum: f64 = (0..rank).map(|r| f64::from(b[row * rank + r]) * f64::from(a[r * cols + col])).sum();
-                *value = (f64::from(*value) + f64::from(*scale) * sum) as f32;
+        for (role, change) in &adapter.changes {
+            let weights = self.0[&block.tensors[role].digest].clone();
+            let mut values = dequantise(&weights.view());
+            let held = |tensor: &TensorRef| self.0[&tensor.digest].clone();
+            match change {
+                Change::LowRank { scale, a, b } => {
+                    let (rank, cols) = (held(a).rows, weights.cols);
+                    let [a, b] = [a, b].map(|tensor| dequantise(&held(tensor).view()));
+                    for (i, value) in values.iter_mut().enumerate() {
+                        let (row, col) = (i / cols, i % cols);
+                        let sum: f64 = (0..rank).map(|r| f64::from(b[row * rank + r]) * f64::from(a[r * cols + col])).sum();
+                        *value = (f64::from(*value) + f64::from(*scale) * sum) as f32;
+                    }
+                }
+                Change::OneBit { signs } => {
+                    let delta = dequantise(&held(signs).view());
+                    values.iter_mut().zip(delta).for_each(|(value, d)| *value += d);
+                }
             }
             let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
             let digest = Digest::of(&bytes);
@@ -141,10 +162,14 @@ impl Memory {
     }
 
     fn convert(&mut self, tensor: &mut TensorRef, dtype: Dtype) {
-        let source = &self.0[&tensor.digest];
-        let (rows, cols) = (source.rows, source.cols);
-        let values: Vec<f32> = source.view().bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
-        let bytes = quantise(dtype, rows, cols, &values).unwrap();
+        let values = dequantise(&self.0[&tensor.digest].view());
+        self.insert(tensor, dtype, &values);
+    }
+
+    /// Other values for a tensor, stored as `dtype`.
+    fn insert(&mut self, tensor: &mut TensorRef, dtype: Dtype, values: &[f32]) {
+        let TensorBytes { rows, cols, .. } = self.0[&tensor.digest];
+        let bytes = quantise(dtype, rows, cols, values).unwrap();
         *tensor = TensorRef { digest: Digest::of(&bytes), dtype, shape: tensor.shape.clone() };
         self.0.insert(tensor.digest, TensorBytes { dtype, rows, cols, keep: Arc::new(bytes) });
     }

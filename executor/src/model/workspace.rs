@@ -6,7 +6,7 @@ use std::sync::Arc;
 use ashlar_kernels::ops::{LinearRun, Ops, PackError};
 use ashlar_zoo::manifest::Rope;
 
-use super::adapter::{LoadedAdapter, LowRank, Projection};
+use super::adapter::{LoadedAdapter, Projection};
 use super::block::{Kind, LoadedBlock, LoadedRope};
 
 /// Buffers, each as wide as the widest block that was reserved. T is the row limit of a run.
@@ -78,10 +78,11 @@ impl<B: Ops> Workspace<B> {
 
     /// Grows every buffer to what `adapter` needs, as [`Workspace::reserve`] does.
     pub(super) fn reserve_adapter(&mut self, ops: &B, adapter: &LoadedAdapter<B>, rows: usize) -> Result<(), PackError> {
-        let parts = [Projection::First, Projection::Second].map(|projection| adapter.low_rank(projection));
-        parts.into_iter().flatten().try_for_each(|low: &LowRank<B>| self.low.grow(ops, rows * low.rank))?;
+        let parts = [Projection::First, Projection::Second].map(|projection| adapter.added(projection));
+        let mut low_rank = parts.into_iter().flatten().filter_map(|added| added.low_rank.as_ref());
+        low_rank.try_for_each(|low| self.low.grow(ops, rows * low.rank))?;
         // Gate and up are not activated as they are computed.
-        parts[0].map_or(Ok(()), |low| self.wide.grow(ops, rows * low.outputs))
+        parts[0].map_or(Ok(()), |added| self.wide.grow(ops, rows * added.outputs))
     }
 
     /// Forgets the rope rows of the previous run, whose positions were others.

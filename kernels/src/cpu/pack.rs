@@ -23,8 +23,8 @@ use super::pairs::{flush, smallest_exponent};
 use super::pool::Pool;
 use crate::SLICE;
 use crate::format::{CodeRow, Dtype, TensorView, fp8};
-use crate::ops::{Bf16Compute, Columns, DiagonalPart, PackError};
-use crate::reference::{check_diagonal, check_parts};
+use crate::ops::{Bf16Compute, Columns, PackError, PlacedPart};
+use crate::reference::{check_parts, check_placed};
 
 /// Outputs of a panel.
 pub(super) const LANES: usize = 16;
@@ -40,7 +40,7 @@ pub struct Linear {
 /// Outputs that were packed from one tensor.
 #[derive(Debug)]
 pub(super) struct Part {
-    /// Where the inputs that it reads begin in a row: 0 but on a diagonal.
+    /// Where the inputs that it reads begin in a row: 0 but of a part with a place.
     pub(super) first_input: usize,
     /// K.
     pub(super) inputs: usize,
@@ -288,14 +288,10 @@ impl Linear {
         Ok(Self { inputs, outputs, parts })
     }
 
-    pub(super) fn diagonal(pool: &Pool, diagonal: &[DiagonalPart<'_>], bf16_compute: Bf16Compute) -> Result<Self, PackError> {
-        let (inputs, outputs) = check_diagonal(diagonal)?;
-        let (mut parts, mut first_input) = (Vec::with_capacity(diagonal.len()), 0);
-        for DiagonalPart { weights, first_output } in diagonal {
-            parts.push(Part::new(pool, weights, first_input, *first_output, bf16_compute)?);
-            first_input += weights.cols;
-        }
-        Ok(Self { inputs, outputs, parts })
+    pub(super) fn placed(pool: &Pool, parts: &[PlacedPart<'_>], bf16_compute: Bf16Compute) -> Result<Self, PackError> {
+        let (inputs, outputs) = check_placed(parts)?;
+        let pack = |part: &PlacedPart<'_>| Part::new(pool, &part.weights, part.first_input, part.first_output, bf16_compute);
+        Ok(Self { inputs, outputs, parts: parts.iter().map(pack).collect::<Result<_, _>>()? })
     }
 
     /// Outputs (N).

@@ -4,7 +4,7 @@ use half::bf16;
 
 use crate::SLICE;
 use crate::format::{CodeRow, Dtype, TensorView, dequantise_row};
-use crate::ops::{Bf16Compute, DiagonalPart, PackError};
+use crate::ops::{Bf16Compute, PackError, PlacedPart};
 
 /// A linear layer `[N, K]`: each output row with its weights unpacked.
 #[derive(Debug)]
@@ -47,13 +47,9 @@ impl Linear {
         Ok(Self { inputs, outputs, bytes: parts.iter().map(|part| part.bytes.len()).sum(), parts: stacked })
     }
 
-    pub(super) fn diagonal(parts: &[DiagonalPart<'_>], bf16_compute: Bf16Compute) -> Result<Self, PackError> {
-        let (inputs, outputs) = check_diagonal(parts)?;
-        let (mut first_input, mut along) = (0, Vec::with_capacity(parts.len()));
-        for DiagonalPart { weights, first_output } in parts {
-            along.push(Part::new(weights, first_input, *first_output, bf16_compute));
-            first_input += weights.cols;
-        }
+    pub(super) fn placed(parts: &[PlacedPart<'_>], bf16_compute: Bf16Compute) -> Result<Self, PackError> {
+        let (inputs, outputs) = check_placed(parts)?;
+        let along = parts.iter().map(|part| Part::new(&part.weights, part.first_input, part.first_output, bf16_compute)).collect();
         Ok(Self { inputs, outputs, bytes: parts.iter().map(|part| part.weights.bytes.len()).sum(), parts: along })
     }
 
@@ -139,15 +135,15 @@ pub(crate) fn check_parts(parts: &[TensorView<'_>]) -> Result<usize, PackError> 
     Ok(first.cols)
 }
 
-/// Checks the parts of a diagonal; how many inputs they read and outputs they span.
-pub(crate) fn check_diagonal(parts: &[DiagonalPart<'_>]) -> Result<(usize, usize), PackError> {
+/// Checks parts with their places; how many inputs and outputs they span.
+pub(crate) fn check_placed(parts: &[PlacedPart<'_>]) -> Result<(usize, usize), PackError> {
     let (mut inputs, mut outputs) = (0, 0);
-    for DiagonalPart { weights, first_output } in parts {
+    for PlacedPart { weights, first_input, first_output } in parts {
         check_parts(&[*weights])?;
         if *first_output < outputs {
             return Err(PackError::Parts(format!("output {first_output} is behind {outputs} of others")));
         }
-        (inputs, outputs) = (inputs + weights.cols, first_output + weights.rows);
+        (inputs, outputs) = (inputs.max(first_input + weights.cols), first_output + weights.rows);
     }
     if parts.is_empty() { Err(PackError::Parts("there is none".to_owned())) } else { Ok((inputs, outputs)) }
 }

@@ -1,7 +1,7 @@
 //! Several layers in one call: equal bits over runs of different layers, formats and ranks, and those of each run alone.
 
 use ashlar_kernels::format::Dtype;
-use ashlar_kernels::ops::{Activation, Bf16Compute, Columns, DiagonalPart, Finish, LinearRun, Ops};
+use ashlar_kernels::ops::{Activation, Bf16Compute, Columns, Finish, LinearRun, Ops, PlacedPart};
 use ashlar_kernels::reference::Reference;
 use proptest::prelude::*;
 
@@ -11,8 +11,10 @@ use super::{Case, assert_same, backends, backends_of, check, download, upload};
 /// A layer and how many rows go through it; `skip` rows before them belong to nobody.
 struct Run {
     parts: Vec<Tensor>,
-    /// For a diagonal the outputs that it leaves out before each part.
+    /// Where its parts have places the outputs that it leaves out before each.
     gaps: Option<Vec<usize>>,
+    /// Whether each part reads the inputs behind those of the parts before it; else all read the same.
+    is_diagonal: bool,
     bias: Option<Vec<f32>>,
     skip: usize,
     row_count: usize,
@@ -43,9 +45,10 @@ impl RunsCase {
                     random.tensor(dtype, rows, cols)
                 })
                 .collect();
-            let gaps = is_diagonal.then(|| parts.iter().map(|_| random.pick(&[0, 0, 7, 32])).collect());
+            let is_placed = is_diagonal || random.below(3) == 0;
+            let gaps = is_placed.then(|| parts.iter().map(|_| random.pick(&[0, 0, 7, 32])).collect());
             let (skip, row_count) = (random.pick(&[0, 0, 0, 2]), random.pick(&[0, 1, 1, 1, 2, 3, 9, 17]));
-            let mut run = Run { parts, gaps, bias: None, skip, row_count };
+            let mut run = Run { parts, gaps, is_diagonal, bias: None, skip, row_count };
             run.bias = (random.below(3) == 0).then(|| random.tame(run.outputs()));
             runs.push(run);
         }
@@ -86,7 +89,7 @@ impl Run {
     }
 
     fn inputs(&self) -> usize {
-        if self.gaps.is_some() { self.parts.iter().map(|part| part.cols).sum() } else { self.parts[0].cols }
+        if self.is_diagonal { self.parts.iter().map(|part| part.cols).sum() } else { self.parts[0].cols }
     }
 
     /// Each part with its first input and output.
@@ -96,7 +99,7 @@ impl Run {
         for (i, part) in self.parts.iter().enumerate() {
             output += self.gaps.as_ref().map_or(0, |gaps| gaps[i]);
             places.push((part, input, output));
-            input += if self.gaps.is_some() { part.cols } else { 0 };
+            input += if self.is_diagonal { part.cols } else { 0 };
             output += part.rows;
         }
         places
@@ -104,9 +107,16 @@ impl Run {
 
     fn load<O: Ops>(&self, ops: &O) -> (O::Linear, Option<O::Vector>) {
         let views: Vec<_> = self.parts.iter().map(Tensor::view).collect();
-        let diagonal: Vec<_> =
-            self.places().into_iter().map(|(part, _, first_output)| DiagonalPart { weights: part.view(), first_output }).collect();
-        let linear = if self.gaps.is_some() { ops.linear_diagonal(&diagonal) } else { ops.linear(&views) };
+        let places = self.places();
+        let placed: Vec<_> = places
+            .iter()
+            .map(|(part, first_input, first_output)| PlacedPart {
+                weights: part.view(),
+                first_input: *first_input,
+                first_output: *first_output,
+            })
+            .collect();
+        let linear = if self.gaps.is_some() { ops.linear_placed(&placed) } else { ops.linear(&views) };
         (linear.unwrap(), self.bias.as_ref().map(|bias| ops.vector_f32(bias).unwrap()))
     }
 }
@@ -155,7 +165,8 @@ proptest! {
     #[test]
     fn runs_have_the_bits_of_each_run_alone(seed in any::<u64>()) {
         let mut random = Random(seed);
-        let dtypes = [INT8, INT4, Dtype::Int1 { group: 128 }, Dtype::Q4_1, Dtype::Bf16, Dtype::F32];
+        let (one_bit, long) = (Dtype::Int1 { group: 128 }, Dtype::Int1 { group: 512 });
+        let dtypes = [INT8, INT4, one_bit, long, Dtype::Q4_1, Dtype::Bf16, Dtype::F32];
         let kinds = random.pick(&[1, 2, 6]);
         let dtypes: Vec<_> = (0..kinds).map(|_| random.pick(&dtypes)).collect();
         let case = RunsCase::random(&mut random, &dtypes, false);
@@ -173,6 +184,7 @@ proptest! {
         for run in &mut case.runs {
             let (rows, cols) = (run.parts[0].rows, run.parts[0].cols);
             run.parts.truncate(1);
+            run.gaps = None;
             let dtype = random.pick(&dtypes);
             run.parts.push(random.tensor(dtype, rows, cols));
             run.bias = run.bias.as_ref().map(|_| random.tame(2 * rows));
@@ -233,12 +245,12 @@ fn runs_that_share_a_row_are_refused() {
 }
 
 #[test]
-fn parts_of_a_diagonal_that_share_an_output_are_refused() {
+fn placed_parts_that_share_an_output_are_refused() {
     let weights = Random(1).tensor(Dtype::F32, 4, 3);
-    let part = |first_output| DiagonalPart { weights: weights.view(), first_output };
+    let part = |first_output| PlacedPart { weights: weights.view(), first_input: 0, first_output };
     let cpu = &backends()[0];
-    assert!(cpu.linear_diagonal(&[part(0), part(4)]).is_ok());
-    assert!(cpu.linear_diagonal(&[part(0), part(3)]).is_err());
-    assert!(Reference::default().linear_diagonal(&[part(5), part(0)]).is_err());
-    assert!(cpu.linear_diagonal(&[]).is_err());
+    assert!(cpu.linear_placed(&[part(0), part(4)]).is_ok());
+    assert!(cpu.linear_placed(&[part(0), part(3)]).is_err());
+    assert!(Reference::default().linear_placed(&[part(5), part(0)]).is_err());
+    assert!(cpu.linear_placed(&[]).is_err());
 }

@@ -285,9 +285,14 @@ fn weight_bytes(block: &Block) -> u64 {
 
 /// Bytes that an adapter's factors take at most: packed, shrinks have sixteen outputs or a multiple, and expands may be f32.
 fn adapter_bytes(adapter: &Adapter) -> u64 {
-    let bytes = |Change::LowRank { a, b, .. }: &Change| {
-        let shrink = tensor_file::payload_bytes(a.dtype, &[a.shape[0].next_multiple_of(16), a.shape[1]]).unwrap_or(usize::MAX);
-        b.shape.iter().fold(4, |bytes: u64, dimension| bytes.saturating_mul(*dimension)).saturating_add(shrink as u64)
+    let stored = |dtype, shape: [u64; 2]| tensor_file::payload_bytes(dtype, &shape).map_or(u64::MAX, |bytes| bytes as u64);
+    let bytes = |change: &Change| match change {
+        Change::LowRank { a, b, .. } => {
+            let shrink = stored(a.dtype, [a.shape[0].next_multiple_of(16), a.shape[1]]);
+            b.shape.iter().fold(4, |bytes: u64, dimension| bytes.saturating_mul(*dimension)).saturating_add(shrink)
+        }
+        // Packed, sixteen outputs are a panel, and eight inputs a byte of each.
+        Change::OneBit { signs } => stored(signs.dtype, [signs.shape[0].next_multiple_of(16), signs.shape[1].next_multiple_of(8)]),
     };
     adapter.changes.values().map(bytes).fold(0, u64::saturating_add)
 }

@@ -46,7 +46,7 @@ fn what_no_block_could_take_is_refused() {
     assert_eq!(adapter(&[("q.weight", change(1024, 8, 8))]).check(), Ok(()));
     assert_eq!(adapter(&[("q.weight", change(1025, 8, 8))]).check(), Err(AdapterError::Rank { role: "q.weight".to_owned(), rank: 1025 }));
     for scale in [f32::NAN, f32::INFINITY] {
-        let Change::LowRank { a, b, .. } = change(2, 8, 8);
+        let Change::LowRank { a, b, .. } = change(2, 8, 8) else { unreachable!() };
         let error = adapter(&[("q.weight", Change::LowRank { scale, a, b })]).check().unwrap_err();
         assert_eq!(error.to_string(), format!("`q.weight` has the scale {scale}"));
     }
@@ -56,10 +56,32 @@ fn what_no_block_could_take_is_refused() {
         let change = Change::LowRank { scale: 1.0, a: reference(a), b: reference(b) };
         assert!(matches!(adapter(&[("q.weight", change)]).check(), Err(AdapterError::Factors { .. })), "{a:?} {b:?}");
     }
-    let Change::LowRank { scale, a, mut b } = change(2, 8, 8);
+    let Change::LowRank { scale, a, mut b } = change(2, 8, 8) else { unreachable!() };
     b.dtype = Dtype::Q8_0;
     let error = adapter(&[("q.weight", Change::LowRank { scale, a, b })]).check().unwrap_err();
     assert_eq!(error.to_string(), "`q.weight` has a factor of type q8_0, not f32, f16 or bf16");
+}
+
+#[test]
+fn one_bit_deltas_are_matrices_of_signs() {
+    let signs = |dtype, shape: &[u64]| Change::OneBit { signs: TensorRef { digest: Digest([0; 32]), dtype, shape: shape.to_vec() } };
+    let int1 = Dtype::Int1 { group: 512 };
+    let delta = adapter(&[("up.weight", signs(int1, &[12, 8]))]);
+    assert_eq!((delta.check(), delta.check_against(&feed_forward())), (Ok(()), Ok(())));
+    let places: Vec<_> = delta.tensors().map(|(place, _)| place).collect();
+    assert_eq!(places, ["up.weight.signs"]);
+    // A group that the numeric contract does not allow, a vector, nothing, another format.
+    for (dtype, shape) in [(Dtype::Int1 { group: 3 }, &[12, 8][..]), (int1, &[8]), (int1, &[0, 8]), (Dtype::Int8 { group: 32 }, &[12, 8])] {
+        let error = adapter(&[("up.weight", signs(dtype, shape))]).check().unwrap_err();
+        assert_eq!(error.to_string(), format!("`up.weight` has signs of type {dtype} and shape {shape:?}, not int1 and [N, K]"));
+    }
+    let other = adapter(&[("up.weight", signs(int1, &[8, 12]))]).check_against(&feed_forward()).unwrap_err();
+    assert!(matches!(other, AdapterError::Shape { actual: [8, 12], .. }), "{other}");
+    let text = canonical::to_bytes(&delta);
+    let zeros = "0".repeat(64);
+    let expected =
+        format!(r#"{{"changes":{{"up.weight":{{"kind":"one_bit","signs":{{"digest":"{zeros}","dtype":"int1g512","shape":[12,8]}}}}}}}}"#);
+    assert_eq!(String::from_utf8(text).unwrap(), expected);
 }
 
 #[test]
@@ -117,7 +139,7 @@ async fn an_adapter_comes_back_as_it_went_in_and_damage_names_adapter_and_role()
 
     zoo.put_tensor(&b, b_bytes.clone().into(), Compression::Off).await.unwrap();
     let mapped = zoo.map_adapter(digest).await.unwrap();
-    let MappedChange::LowRank { scale, a, b } = &mapped.changes["up.weight"];
+    let MappedChange::LowRank { scale, a, b } = &mapped.changes["up.weight"] else { panic!("another change") };
     assert_eq!((*scale, a.as_ref(), b.as_ref()), (0.1, a_bytes.as_slice(), b_bytes.as_slice()));
     assert_eq!((a.rows(), a.cols(), b.rows(), b.cols()), (2, 8, 12, 2));
 

@@ -74,8 +74,8 @@ fn modules(model: &Resolved, names: &Names) -> Result<BTreeMap<String, Module>, 
     for (index, adapter) in &model.adapters {
         let params = &model.blocks[*index].params;
         for (role, change) in &adapter.changes {
-            let Change::LowRank { scale, a, b } = change;
             let piece = names.piece(place(*index, model.blocks.len()), params, role);
+            let Change::LowRank { scale, a, b } = change else { return Err(ExportError::OneBit(piece.name)) };
             let path = piece.name.strip_suffix(".weight").unwrap_or(&piece.name).to_owned();
             let known = modules.entry(path).or_insert_with(|| Module { scale: *scale, a: a.clone(), parts: Vec::new() });
             if (known.scale, &known.a) != (*scale, a) {

@@ -8,6 +8,8 @@ use ashlar_kernels::format::{Dtype, TensorView, dequantise};
 use half::{bf16, f16};
 use nalgebra::DMatrix;
 
+use super::truncated::{OVERSAMPLE, SVD_STEPS_MAX, range};
+
 /// Share of the changed elements that must come out as they are, and of all others. A merge that is computed in bf16 rounds the product first
 /// and so moves a few of a thousand by one unit in the last place; a full fine-tune keeps less than half of its changes at any rank that saves space.
 pub const REPRODUCED_MIN: f64 = 0.98;
@@ -17,10 +19,6 @@ pub const REPRODUCED_MIN: f64 = 0.98;
 const EVIDENCE_MIN: u64 = 4;
 /// Rows and columns of the random part of a matrix that is tried first. What is not of low rank ends there, whatever the matrix's size.
 const PART_MAX: usize = 256;
-/// Columns of the random projection above the rank that is sought.
-const OVERSAMPLE: usize = 8;
-/// Applications of the difference and its transpose that make small singular values smaller (Halko, section 4.5).
-const POWER_STEPS: usize = 2;
 /// Rounds of alternating projections.
 const ROUNDS_MAX: usize = 60;
 /// Steps past the nearest point of the set: 1 would stop at its border, 2 is its mirror image.
@@ -29,8 +27,6 @@ const RELAXATION: f32 = 1.95;
 const NOISE_FACTOR: f32 = 2.5;
 /// Share of a sum of squares in f32 that may be its own error.
 const SUM_ERROR: f32 = 1e-4;
-/// Steps of the iteration for singular values; it needs some tens, and would not end for numbers that are none.
-const SVD_STEPS_MAX: usize = 10_000;
 /// Ranks that are tried: those behind which singular values fall most.
 const RANKS_TRIED: usize = 3;
 
@@ -153,11 +149,7 @@ fn fit(pair: &Pair, rank_max: usize, rng: &mut Seeded) -> Option<LowRank> {
     difference /= unit;
     let slack = pair.tuned.map(|tuned| half_unit(pair.dtype, tuned, unit) / unit);
     let width = (rank_max + OVERSAMPLE).min(difference.nrows()).min(difference.ncols());
-    let mut range = orthonormal(&difference * rng.matrix(difference.ncols(), width));
-    for _ in 0..POWER_STEPS {
-        let back = orthonormal(difference.tr_mul(&range));
-        range = orthonormal(&difference * back);
-    }
+    let range = range(&difference, width, rng);
     let small = range.tr_mul(&difference).try_svd(true, false, f32::EPSILON, SVD_STEPS_MAX)?;
     // What no product of so little rank explains must be rounding, whose errors are spread evenly over a unit.
     let (whole, explained) = (difference.norm_squared(), small.singular_values.norm_squared());
@@ -243,7 +235,7 @@ fn refine(pair: &Pair, sought: (&DMatrix<f32>, &DMatrix<f32>, f32), mut left: DM
 }
 
 /// Columns that span the same, orthonormal.
-fn orthonormal(matrix: DMatrix<f32>) -> DMatrix<f32> {
+pub(super) fn orthonormal(matrix: DMatrix<f32>) -> DMatrix<f32> {
     matrix.qr().q()
 }
 
@@ -276,10 +268,10 @@ fn units_apart(dtype: Dtype, value: f32, stored: f32, largest: f32) -> u32 {
 }
 
 /// SplitMix64: the same matrices give the same factors.
-struct Seeded(u64);
+pub(super) struct Seeded(pub(super) u64);
 
 impl Seeded {
-    fn next(&mut self) -> u64 {
+    pub(super) fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
         let value = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
         let value = (value ^ (value >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
@@ -287,7 +279,7 @@ impl Seeded {
     }
 
     /// Entries of +1 and -1, which project as well as normal ones.
-    fn matrix(&mut self, rows: usize, cols: usize) -> DMatrix<f32> {
+    pub(super) fn matrix(&mut self, rows: usize, cols: usize) -> DMatrix<f32> {
         DMatrix::from_fn(rows, cols, |_, _| if self.next() >> 63 == 0 { 1.0 } else { -1.0 })
     }
 

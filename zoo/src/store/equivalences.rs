@@ -6,7 +6,8 @@ use object_store::ObjectStoreExt;
 use super::{Object, Put, StoreError, Zoo, key, object};
 use crate::canonical;
 use crate::digest::Digest;
-use crate::equivalence::Equivalence;
+use crate::equivalence::{Equivalence, exchanged};
+use crate::manifest::Chain;
 
 impl Zoo {
     /// A record.
@@ -32,6 +33,38 @@ impl Zoo {
         let mut digests: Vec<Digest> = metas.iter().filter_map(as_record).collect();
         digests.sort();
         Ok(digests)
+    }
+
+    /// Stores the chains of a record's steps, which exchange blocks of `chain`, and then the record. Both models are there.
+    ///
+    /// # Errors
+    /// When a block that stands in is gone by now, or the store fails; then nothing leads to what was stored.
+    ///
+    /// # Panics
+    /// When the record does not pass [`Equivalence::check`], or `chain` is not the one that it is of.
+    pub async fn store_equivalence(&self, chain: &Chain, record: &Equivalence) -> Result<Digest, StoreError> {
+        assert_eq!(canonical::digest(chain), record.chain, "the chain that the record is of");
+        let storing = self.begin_storing().await?;
+        let mut digest = self.store_equivalence_once(chain, record).await?;
+        if self.must_store_again(storing).await? {
+            digest = self.store_equivalence_once(chain, record).await?;
+        }
+        Ok(digest)
+    }
+
+    async fn store_equivalence_once(&self, chain: &Chain, record: &Equivalence) -> Result<Digest, StoreError> {
+        // The other model may lose its name while this is written.
+        for step in &record.steps {
+            for tensor in self.read_block(step.other).await?.tensors.values() {
+                self.renew(&Object::Tensor(tensor.digest)).await?;
+            }
+            self.renew(&Object::Block(step.other)).await?;
+        }
+        for count in 1..=record.steps.len() {
+            let swaps = record.steps[..count].iter().map(|step| (step.block_index as usize, step.other));
+            self.put_chain(&exchanged(chain, swaps)).await?;
+        }
+        Ok(self.put_equivalence(record).await?.0)
     }
 
     /// Stores a record; its chains are there already.

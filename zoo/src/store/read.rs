@@ -46,6 +46,37 @@ pub enum MappedChange {
         /// Expand, `[N, rank]`.
         b: MappedTensor,
     },
+    /// `y += x D^T`.
+    OneBit {
+        /// D, `[N, K]`, int1.
+        signs: MappedTensor,
+    },
+}
+
+impl MappedChange {
+    /// A change with its tensors, which come in the order of [`Change::tensors`].
+    ///
+    /// # Panics
+    /// When there are more or fewer.
+    pub(crate) fn new(change: &Change, tensors: Vec<MappedTensor>) -> Self {
+        let mut tensors = tensors.into_iter();
+        let mut next = || tensors.next().expect("a tensor for each that the change names");
+        let mapped = match change {
+            Change::LowRank { scale, .. } => Self::LowRank { scale: *scale, a: next(), b: next() },
+            Change::OneBit { .. } => Self::OneBit { signs: next() },
+        };
+        assert!(tensors.next().is_none(), "no tensor that the change does not name");
+        mapped
+    }
+
+    /// The tensors of it, in the order of [`Change::tensors`].
+    pub fn tensors(&self) -> impl Iterator<Item = &MappedTensor> {
+        let (first, second) = match self {
+            Self::LowRank { a, b, .. } => (a, Some(b)),
+            Self::OneBit { signs } => (signs, None),
+        };
+        std::iter::once(first).chain(second)
+    }
 }
 
 impl Zoo {
@@ -112,10 +143,11 @@ impl Zoo {
         let adapter = self.read_adapter(digest).await?;
         let mut changes = BTreeMap::new();
         for (role, change) in &adapter.changes {
-            let Change::LowRank { scale, a, b } = change;
-            let a = self.map_tensor(a).await.map_err(|e| e.in_adapter(digest, &format!("{role}.a")))?;
-            let b = self.map_tensor(b).await.map_err(|e| e.in_adapter(digest, &format!("{role}.b")))?;
-            changes.insert(role.clone(), MappedChange::LowRank { scale: *scale, a, b });
+            let mut mapped = Vec::new();
+            for (name, tensor) in change.tensors() {
+                mapped.push(self.map_tensor(tensor).await.map_err(|e| e.in_adapter(digest, &format!("{role}.{name}")))?);
+            }
+            changes.insert(role.clone(), MappedChange::new(change, mapped));
         }
         Ok(MappedAdapter { adapter, changes })
     }
