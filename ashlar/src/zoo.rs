@@ -2,6 +2,7 @@
 
 mod measure;
 mod progress;
+mod quantize;
 mod report;
 mod table;
 mod unmerge;
@@ -115,6 +116,11 @@ pub(crate) enum ZooCommand {
     ///
     /// Proposes, and measures what it would change in the model's output; --apply stores it under another name.
     Unmerge(unmerge::UnmergeArgs),
+    /// Store a model's matrices in fewer bits, or measure what that would cost
+    ///
+    /// Without --calibrate each matrix is rounded by itself: models that share blocks share their quantised forms. With a calibration text
+    /// it is GPTQ, which loses less, and belongs to this one model. Without --name nothing is stored.
+    Quantize(quantize::QuantizeArgs),
     /// Declare tenants public: their models are seen, shared and built on by every tenant; lists them where none is given
     ///
     /// Others see their own models only: what `add` says is there, and what it takes for a relative or a base, is a tenant's own or a public
@@ -212,6 +218,7 @@ pub(crate) async fn run(args: ZooArgs) -> anyhow::Result<()> {
             Ok(output::line(format_args!("{model} is in {}: {} tensors, {size}", directory.display(), report.tensors))?)
         }
         ZooCommand::Unmerge(args) => unmerge::run(&zoo, args).await,
+        ZooCommand::Quantize(args) => quantize::run(&zoo, args).await,
         ZooCommand::Public { tenants, remove } => public(&zoo, &tenants, remove).await,
         ZooCommand::Verify { repair } => {
             let mut report = verify::verify(&zoo, &*progress::for_terminal()).await.context("verify the zoo")?;

@@ -17,6 +17,7 @@ pub mod inspect;
 pub mod manifest;
 mod mapping;
 pub mod model_id;
+pub mod quantise;
 pub mod relatives;
 pub mod repair;
 pub mod report;

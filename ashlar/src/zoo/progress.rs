@@ -31,6 +31,7 @@ fn verb(stage: Stage) -> &'static str {
         Stage::Hash => "checking",
         Stage::Store => "storing",
         Stage::Compare => "comparing",
+        Stage::Quantise => "quantising",
     }
 }
 

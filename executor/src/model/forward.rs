@@ -9,7 +9,7 @@ use ashlar_kernels::ops::{Columns, Finish, KvPlace, KvShape, LinearRun, Ops, Pac
 
 use super::adapter::{LoadedAdapter, Projection};
 use super::block::{Attention, Embed, FeedForward, Head, HeadNorm, Kind, LoadedBlock, NormWeights};
-use super::workspace::Workspace;
+use super::workspace::{Observer, Workspace};
 
 /// The rows of one run.
 #[derive(Debug, Clone, Copy)]
@@ -150,6 +150,12 @@ impl<B: Ops> Forward<B> {
     /// When the device has no memory; the workspace stays usable for what was reserved before.
     pub fn reserve_adapter(&mut self, adapter: &LoadedAdapter<B>) -> Result<(), PackError> {
         self.work.reserve_adapter(&*self.ops, adapter, self.rows_max)
+    }
+
+    /// From now on shows each linear layer's inputs to `observer`, or to nobody. A block has two layers: of attention q, k and v in one, then o; of
+    /// feed-forward gate and up in one, then down.
+    pub(super) fn observe(&mut self, observer: Option<Observer>) {
+        self.work.observer = observer;
     }
 
     /// `[T, D]`, dense: the output of a run that did not end with a head.
@@ -418,6 +424,11 @@ impl<B: Ops> Workspace<B> {
             (Operand::Wide, Target::Hidden) => (&self.wide.buffer, &mut self.hidden.buffer),
             (operand, target) => unreachable!("no layer goes from {operand:?} to {target:?}"),
         };
+        if let Some(observer) = &mut self.observer {
+            let mut rows = vec![0.0; blocks.row_count() * x.1];
+            ops.download(from, 0, &mut rows);
+            observer(&rows, x.1);
+        }
         if let [_] = blocks.strands {
             let (rows, (linear, bias)) = (blocks.row_count(), layer(blocks.first()));
             return ops.linear_apply(onto, from, rows, linear, bias, finish);
