@@ -4,6 +4,7 @@ mod compress;
 mod equivalence;
 mod measure;
 mod progress;
+mod quantize;
 mod report;
 mod table;
 mod unmerge;
@@ -132,6 +133,11 @@ pub(crate) enum ZooCommand {
     /// An approximation. Proposes, and measures how far the output is from the model's; --apply stores it under another name, with that
     /// measure, which `zoo show` shows. Norms, biases, embedding and head become the base's, unless --keep-blocks keeps the model's own.
     CompressDelta(compress::CompressArgs),
+    /// Store a model's matrices in fewer bits, or measure what that would cost
+    ///
+    /// Without --calibrate each matrix is rounded by itself: models that share blocks share their quantised forms. With a calibration text
+    /// it is GPTQ, which loses less, and belongs to this one model. Without --name nothing is stored.
+    Quantize(quantize::QuantizeArgs),
     /// Declare tenants public: their models are seen, shared and built on by every tenant; lists them where none is given
     ///
     /// Others see their own models only: what `add` says is there, and what it takes for a relative or a base, is a tenant's own or a public
@@ -231,6 +237,7 @@ pub(crate) async fn run(args: ZooArgs) -> anyhow::Result<()> {
         ZooCommand::Unmerge(args) => unmerge::run(&zoo, args).await,
         ZooCommand::Equivalence(args) => equivalence::run(&zoo, args).await,
         ZooCommand::CompressDelta(args) => compress::run(&zoo, args).await,
+        ZooCommand::Quantize(args) => quantize::run(&zoo, args).await,
         ZooCommand::Public { tenants, remove } => public(&zoo, &tenants, remove).await,
         ZooCommand::Verify { repair } => {
             let mut report = verify::verify(&zoo, &*progress::for_terminal()).await.context("verify the zoo")?;

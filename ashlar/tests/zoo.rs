@@ -206,6 +206,58 @@ fn a_fine_tune_becomes_its_base_and_a_compressed_difference_with_what_that_costs
 }
 
 #[test]
+fn a_model_is_quantised_measured_and_stored_under_another_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join("zoo");
+    let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("../demo/base");
+    let text = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/zoo/measure.txt");
+    let (base, text) = (base.to_str().unwrap(), text.to_str().unwrap());
+    ok(&root, &["add", base, "--name", "demo/base"]);
+    let measured = |more: &[&str]| -> serde_json::Value {
+        let args = ["quantize", "demo/base", "--recipe", "int8-g32", "--recipe", "int4-g64", "--json"];
+        serde_json::from_str(&ok(&root, &[&args, more].concat())).unwrap()
+    };
+    let (rounded, calibrated) = (measured(&[]), measured(&["--calibrate", text]));
+    let kl = |of: &serde_json::Value, at: usize| of["recipes"][at]["kl"].as_f64().unwrap();
+    assert!(kl(&rounded, 0) > 0.0 && kl(&rounded, 0) < 0.1 * kl(&rounded, 1), "{rounded}");
+    assert!(kl(&calibrated, 1) < 0.8 * kl(&rounded, 1), "{calibrated} {rounded}");
+    let bound = |of: &serde_json::Value| (of["recipes"][1]["chain_bound"].clone(), of["recipes"][1]["method"].clone());
+    assert_eq!(bound(&rounded), (false.into(), "rounding".into()));
+    assert_eq!(bound(&calibrated), (true.into(), "gptq".into()));
+    assert_eq!(ok(&root, &["list"]).lines().count(), 2, "nothing was stored");
+
+    let refused = |args: &[&str]| {
+        let output = zoo(&root, &[&["quantize", "demo/base"], args].concat());
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+    let (code, said) = refused(&["--recipe", "fp8"]);
+    assert!(code == Some(2) && said.contains("`fp8` is none of int8, int4, int8m and int4m"), "{said}");
+    let short = dir.path().join("short.txt");
+    std::fs::write(&short, "a word").unwrap();
+    for (args, sentence) in [
+        (vec!["--calibrate", "nowhere.txt"], "failed to quantize demo/base: read the calibration text: read nowhere.txt"),
+        (vec!["--calibrate", short.to_str().unwrap()], "tokens, less than 128"),
+        (vec!["--text", short.to_str().unwrap()], "less than a window of 128"),
+        (vec!["--name", "demo/base"], "failed to quantize demo/base: demo/base exists: give another name with --name"),
+        (vec!["--name", "rival/q"], "demo/base is not rival's to see"),
+        (vec!["--name", "demo/q", "--recipe", "int8-g32"], "--name takes one --recipe"),
+    ] {
+        let (code, said) = refused(&[&["--recipe", "int4-g32"], args.as_slice()].concat());
+        assert!(code == Some(1) && said.contains(sentence), "{args:?}: {said}");
+    }
+
+    let stored = ok(&root, &["quantize", "demo/base", "--recipe", "int4-g32", "--name", "demo/q"]);
+    assert!(stored.contains("the model's perplexity is ") && stored.contains("int4-g32 "), "{stored}");
+    assert!(stored.contains("demo/q is chain ") && stored.contains("blocks that models share stay shared"), "{stored}");
+    let stored = ok(&root, &["quantize", "demo/base", "--recipe", "int4-g32", "--name", "demo/g", "--calibrate", text]);
+    assert!(stored.contains("gptq") && stored.contains("calibrated: its blocks are this model's alone"), "{stored}");
+    let shown = ok(&root, &["show", "demo/g"]);
+    assert!(shown.contains("int4g32") && shown.contains("int8g32"), "{shown}");
+    assert!(shown.contains("gptq over text ") && shown.contains("the same likeliest token"), "{shown}");
+    assert!(ok(&root, &["verify"]).contains("all sound; 0 unreferenced"));
+}
+
+#[test]
 fn errors_are_one_sentence_and_fail() {
     let dir = tempfile::tempdir().unwrap();
     let root = dir.path().join("zoo");

@@ -42,7 +42,7 @@ impl MappedTensor {
     }
 
     /// Takes a copy of a payload that is of this tensor.
-    pub(crate) fn owned(tensor: &TensorRef, payload: &[u8]) -> Self {
+    pub fn owned(tensor: &TensorRef, payload: &[u8]) -> Self {
         debug_assert_eq!(tensor.digest, tensor_file::digest(tensor.dtype, &tensor.shape, payload));
         let mut bytes = AlignedBytes::zeroed(HEADER_BYTES + payload.len());
         bytes.as_mut()[..HEADER_BYTES].copy_from_slice(&tensor_file::header(tensor_file::ENCODING_RAW, tensor.dtype, &tensor.shape));

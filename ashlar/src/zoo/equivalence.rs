@@ -169,7 +169,7 @@ async fn measure_pairs(
     text: &str,
     args: &EquivalenceArgs,
 ) -> anyhow::Result<Measured> {
-    let (windows, cut) = measure::cut(zoo, chain, text, usize::from(args.windows)).await?;
+    let (windows, cut) = measure::cut(zoo, chain, text, measure::WINDOW_TOKENS, usize::from(args.windows)).await?;
     let (ops, limits) = (measure::device(), measure::limits(windows));
     let (mut candidates, mut left) = (Vec::new(), Vec::new());
     for pair in pairs {

@@ -1,5 +1,5 @@
-//! What a model as base and adapters says otherwise than the model that it stands for: the divergence of each next-token distribution, on a
-//! text. The arithmetic is `ashlar_executor::model::quality`. Nothing is written: what is not stored yet is loaded from memory.
+//! What another form of a model says otherwise than the model that it stands for: the divergence of each next-token distribution, on a text. The
+//! arithmetic is `ashlar_executor::model::quality`. Nothing is written: what is not stored yet is loaded from memory.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -25,12 +25,12 @@ use serde_json::{Value, json};
 const TEXT: &str = include_str!("measure.txt");
 /// Bytes of a text that is given; what comes after the windows that are measured is not read anyway.
 const TEXT_BYTES_MAX: u64 = 1 << 20;
-/// Tokens of a window, of which the second half counts.
-const WINDOW_TOKENS: usize = 128;
-/// Windows that are measured at most.
-const WINDOWS_MAX: usize = 32;
+/// Tokens of a window, of which the second half counts, unless told otherwise.
+pub(super) const WINDOW_TOKENS: usize = 128;
+/// Windows that are measured at most, unless told otherwise.
+pub(super) const WINDOWS_MAX: usize = 32;
 /// Tokens of a KV page, as the executor has by default.
-const PAGE_TOKENS: usize = 32;
+pub(super) const PAGE_TOKENS: usize = 32;
 
 /// Divergences from the source, the model that base and adapters stand for.
 #[derive(Debug, Clone, Copy)]
@@ -91,24 +91,6 @@ pub(super) fn text(path: Option<&Path>) -> anyhow::Result<String> {
     read().with_context(|| format!("read {}", path.display()))
 }
 
-/// The text in windows of tokens, at most so many, as the chain's tokenizer has it begin.
-pub(super) async fn cut(zoo: &Zoo, chain: &Chain, text: &str, windows_max: usize) -> anyhow::Result<(Windows, Vec<Vec<u32>>)> {
-    let tokenizer = Tokenizer::from_bytes(&zoo.read_asset(chain.assets.tokenizer.context("it has no tokenizer")?).await?)?;
-    let tokens = tokenizer.encode(text, true)?;
-    let begin = chain.tokens.bos.filter(|bos| tokens.first() == Some(bos));
-    let windows = Windows { window_tokens: WINDOW_TOKENS.min(chain.context_tokens as usize), begin };
-    ensure!(windows.window_tokens >= 4, "its context is {} tokens", chain.context_tokens);
-    let mut cut = windows.cut(&tokens);
-    cut.truncate(windows_max);
-    ensure!(!cut.is_empty(), "the text has {} tokens: less than a window of {}", tokens.len(), windows.window_tokens);
-    Ok((windows, cut))
-}
-
-/// The CPU, computing in f32.
-pub(super) fn device() -> Arc<Cpu> {
-    Arc::new(Cpu::new(CpuOptions { threads: 0, isa: None, bf16_compute: Bf16Compute::F32 }))
-}
-
 /// What one window takes, keys and values in f32.
 pub(super) fn limits(windows: Windows) -> AloneLimits {
     windows.limits(PAGE_TOKENS, KvFormat::F32)
@@ -116,7 +98,7 @@ pub(super) fn limits(windows: Windows) -> AloneLimits {
 
 /// Runs the source, base and adapters, and the base alone over `text`, in f32.
 pub(super) async fn measure(zoo: &Zoo, adapted: &Adapted, text: &str) -> anyhow::Result<Measured> {
-    let (windows, cut) = cut(zoo, &adapted.chain, text, WINDOWS_MAX).await?;
+    let (windows, cut) = cut(zoo, &adapted.chain, text, WINDOW_TOKENS, WINDOWS_MAX).await?;
     let ops = device();
     let limits = limits(windows);
     let source = Alone::load(Arc::clone(&ops), zoo, adapted.source, limits).await.context("load the model")?;
@@ -136,15 +118,46 @@ pub(super) async fn measure(zoo: &Zoo, adapted: &Adapted, text: &str) -> anyhow:
     }
     let mut others = vec![Alone::new(ops, blocks, limits)?.adapted(adapters)?];
     others.extend((base.vocab() == source.vocab()).then_some(base));
-    let qualities = tokio::task::spawn_blocking(move || compare(windows, &cut, source, others)).await?;
+    let qualities = tokio::task::spawn_blocking(move || compare(windows, &cut, &mut { source }, &mut others)).await?;
     Ok(Measured { adapted: qualities[0], base: qualities.get(1).copied() })
 }
 
-fn compare(windows: Windows, cut: &[Vec<u32>], mut source: Alone<Cpu>, mut others: Vec<Alone<Cpu>>) -> Vec<Quality> {
+/// What computes: all cores, in f32 but for integer weights.
+pub(super) fn device() -> Arc<Cpu> {
+    Arc::new(Cpu::new(CpuOptions { threads: 0, isa: None, bf16_compute: Bf16Compute::F32 }))
+}
+
+/// Tokens of a text by a chain's tokenizer, and the token that it puts in front, if any.
+pub(super) async fn tokens(zoo: &Zoo, chain: &Chain, text: &str) -> anyhow::Result<(Vec<u32>, Option<u32>)> {
+    let tokenizer = Tokenizer::from_bytes(&zoo.read_asset(chain.assets.tokenizer.context("it has no tokenizer")?).await?)?;
+    let tokens = tokenizer.encode(text, true)?;
+    let begin = chain.tokens.bos.filter(|bos| tokens.first() == Some(bos));
+    Ok((tokens, begin))
+}
+
+/// At most so many windows of a text, and how they were cut.
+pub(super) async fn cut(
+    zoo: &Zoo,
+    chain: &Chain,
+    text: &str,
+    window_tokens: usize,
+    windows_max: usize,
+) -> anyhow::Result<(Windows, Vec<Vec<u32>>)> {
+    let (tokens, begin) = tokens(zoo, chain, text).await?;
+    let windows = Windows { window_tokens: window_tokens.min(chain.context_tokens as usize), begin };
+    ensure!(windows.window_tokens >= 4, "its context is {} tokens", chain.context_tokens);
+    let mut cut = windows.cut(&tokens);
+    cut.truncate(windows_max);
+    ensure!(!cut.is_empty(), "the text has {} tokens: less than a window of {}", tokens.len(), windows.window_tokens);
+    Ok((windows, cut))
+}
+
+/// Each of the others against the model, window by window.
+pub(super) fn compare(windows: Windows, cut: &[Vec<u32>], model: &mut Alone<Cpu>, others: &mut [Alone<Cpu>]) -> Vec<Quality> {
     let mut tallies = vec![Tally::default(); others.len()];
     for window in cut {
-        let rows = windows.logits(&mut source, window);
-        for (tally, other) in std::iter::zip(&mut tallies, &mut others) {
+        let rows = windows.logits(model, window);
+        for (tally, other) in std::iter::zip(&mut tallies, &mut *others) {
             tally.add_window(windows, window, &rows, &windows.logits(other, window));
         }
     }

@@ -37,6 +37,7 @@ fn verb(stage: Stage) -> &'static str {
         Stage::Hash => "checking",
         Stage::Store => "storing",
         Stage::Compare => "comparing",
+        Stage::Quantise => "quantising",
     }
 }
 

@@ -9,7 +9,7 @@ use ashlar_kernels::ops::{Columns, Finish, KvPlace, KvShape, LinearRun, Ops, Pac
 
 use super::adapter::{LoadedAdapter, Projection};
 use super::block::{Attention, Embed, FeedForward, Head, HeadNorm, Kind, LoadedBlock, NormWeights};
-use super::workspace::Workspace;
+use super::workspace::{Observer, Workspace};
 
 /// The rows of one run.
 #[derive(Debug, Clone, Copy)]
@@ -150,6 +150,12 @@ impl<B: Ops> Forward<B> {
     /// When the device has no memory; the workspace stays usable for what was reserved before.
     pub fn reserve_adapter(&mut self, adapter: &LoadedAdapter<B>) -> Result<(), PackError> {
         self.work.reserve_adapter(&*self.ops, adapter, self.rows_max)
+    }
+
+    /// From now on shows each linear layer's inputs to `observer`, or to nobody. A block has two layers: of attention q, k and v in one, then o; of
+    /// feed-forward gate and up in one, then down.
+    pub(super) fn observe(&mut self, observer: Option<Observer>) {
+        self.work.observer = observer;
     }
 
     /// `[T, D]`, dense: the output of a run that did not end with a head.
@@ -409,7 +415,13 @@ impl<B: Ops> Workspace<B> {
         finish: Finish,
     ) {
         let mut calls = recycled(std::mem::take(&mut self.runs));
+        let mut observer = self.observer.take();
         let (from, onto) = self.ends(x.0, out.0);
+        if let Some(observer) = &mut observer {
+            let mut rows = vec![0.0; blocks.row_count() * x.1];
+            ops.download(from, 0, &mut rows);
+            observer(&rows, x.1);
+        }
         if let [_] = blocks.strands {
             let (rows, (linear, bias)) = (blocks.row_count(), layer(blocks.first()));
             ops.linear_apply(onto, from, rows, linear, bias, finish);
@@ -421,7 +433,7 @@ impl<B: Ops> Workspace<B> {
             }));
             ops.linear_runs(onto, outputs, from, inputs, &calls, finish);
         }
-        self.runs = recycled(calls);
+        (self.runs, self.observer) = (recycled(calls), observer);
     }
 
     /// What a projection reads and writes.

@@ -9,6 +9,9 @@ use ashlar_zoo::manifest::Rope;
 use super::adapter::{LoadedAdapter, Projection};
 use super::block::{Kind, LoadedBlock, LoadedRope};
 
+/// Is shown the rows `[T, K]` that a linear layer reads, and K.
+pub(super) type Observer = Box<dyn FnMut(&[f32], usize) + Send>;
+
 /// Buffers, each as wide as the widest block that was reserved. T is the row limit of a run.
 pub(super) struct Workspace<B: Ops> {
     /// `[T, D]`: the residual stream.
@@ -28,6 +31,8 @@ pub(super) struct Workspace<B: Ops> {
     pub(super) low: Grown<B>,
     /// Memory for the runs of one call, empty between calls.
     pub(super) runs: Vec<LinearRun<'static, B::Linear, B::Vector>>,
+    /// Sees what every linear layer reads, while a model is calibrated.
+    pub(super) observer: Option<Observer>,
     /// Cosines and sines of the ropes of this run.
     ropes: [RopeRows<B>; ROPES_MAX],
     /// The entry of `ropes` to fill next.
@@ -47,6 +52,7 @@ impl<B: Ops> Workspace<B> {
             logits: Grown::new(ops)?,
             low: Grown::new(ops)?,
             runs: Vec::new(),
+            observer: None,
             ropes: [rope()?, rope()?, rope()?, rope()?],
             rope_next: 0,
         })

@@ -101,6 +101,8 @@ pub enum Stage {
     Store,
     /// Reading the weights of two models.
     Compare,
+    /// Making the matrices of a quantised model.
+    Quantise,
 }
 
 /// Hears how far long work has come.

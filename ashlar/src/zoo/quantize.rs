@@ -1,0 +1,226 @@
+//! `ashlar zoo quantize`: makes quantised forms of a model, measures each against the model, and stores one where it is told to.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, ensure};
+use ashlar_executor::model::alone::Alone;
+use ashlar_executor::model::block::LoadedBlock;
+use ashlar_executor::model::calibrate::calibrate;
+use ashlar_executor::model::outputs::Outputs;
+use ashlar_executor::model::quality::Quality;
+use ashlar_kernels::cpu::Cpu;
+use ashlar_kernels::ops::KvFormat;
+use ashlar_zoo::ingest::{Progress, Stage, human_bytes};
+use ashlar_zoo::manifest::Chain;
+use ashlar_zoo::model_id::ModelId;
+use ashlar_zoo::quantise::{Draft, Form, Recipe};
+use ashlar_zoo::store::Zoo;
+use clap::Args;
+use serde_json::{Value, json};
+
+use super::{measure, progress};
+use crate::output;
+
+/// Tokens of a calibration window: as much context as GPTQ's own measurements need, not so much that few windows are left.
+const CALIBRATION_WINDOW_TOKENS: usize = 512;
+/// Least tokens of a calibration text.
+const CALIBRATION_TOKENS_MIN: usize = 128;
+/// Most tokens of a calibration text: their hidden states are held, one row each.
+const CALIBRATION_TOKENS_MAX: u32 = 1 << 20;
+
+/// Arguments of `ashlar zoo quantize`.
+#[derive(Debug, Args)]
+pub(crate) struct QuantizeArgs {
+    /// TENANT/MODEL
+    model: ModelId,
+    /// What linear weights become: int8-gN, int4-gN, int8m-gN or int4m-gN (with minimum), N the group; several by repeating, to compare
+    #[arg(long = "recipe", required = true, value_name = "FORM")]
+    recipes: Vec<Form>,
+    /// What the token table and the head become
+    #[arg(long, value_name = "FORM", default_value_t = Form::TABLE)]
+    head: Form,
+    /// Text to calibrate on, UTF-8, at most 1 MiB: GPTQ in place of rounding
+    #[arg(long, value_name = "FILE")]
+    calibrate: Option<PathBuf>,
+    /// Tokens of the calibration text that are used, at most
+    #[arg(long, default_value_t = 8192, requires = "calibrate", value_parser = clap::value_parser!(u32).range(128..=i64::from(CALIBRATION_TOKENS_MAX)))]
+    calibration_tokens: u32,
+    /// Store it as TENANT/NEW, a name that is free; takes one --recipe
+    #[arg(long)]
+    name: Option<ModelId>,
+    /// Text to measure on, UTF-8, at most 1 MiB [default: half a page of English]
+    #[arg(long, value_name = "FILE")]
+    text: Option<PathBuf>,
+    /// Tokens of a measured window, of which the second half counts
+    #[arg(long, default_value_t = measure::WINDOW_TOKENS as u32, value_parser = clap::value_parser!(u32).range(4..=8192))]
+    window: u32,
+    /// Windows that are measured, at most
+    #[arg(long, default_value_t = measure::WINDOWS_MAX as u32, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    windows: u32,
+    /// As JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// A text that a model is calibrated on.
+struct Calibration {
+    /// BLAKE3 of the whole text.
+    digest: String,
+    windows: Vec<Vec<u32>>,
+}
+
+/// Runs `ashlar zoo quantize`.
+pub(super) async fn run(zoo: &Zoo, args: QuantizeArgs) -> anyhow::Result<()> {
+    ensure!(args.name.is_none() || args.recipes.len() == 1, "quantize {}: --name takes one --recipe", args.model);
+    let (zoo, runtime) = (zoo.clone(), tokio::runtime::Handle::current());
+    // It keeps all cores busy for minutes.
+    let work = move || {
+        let model = args.model.clone();
+        runtime.block_on(quantize(&zoo, args)).with_context(|| format!("quantize {model}"))
+    };
+    tokio::task::spawn_blocking(work).await?
+}
+
+async fn quantize(zoo: &Zoo, args: QuantizeArgs) -> anyhow::Result<()> {
+    let text = measure::text(args.text.as_deref())?;
+    let source = zoo.resolve(&args.model).await?;
+    let calibration = match &args.calibrate {
+        Some(path) => Some(calibration(zoo, &source.chain, path, args.calibration_tokens as usize).await?),
+        None => None,
+    };
+    let (windows, cut) = measure::cut(zoo, &source.chain, &text, args.window as usize, args.windows as usize).await?;
+    let (ops, limits) = (measure::device(), windows.limits(measure::PAGE_TOKENS, KvFormat::F32));
+    let mut rows = Vec::new();
+    let mut model = None;
+    for linear in &args.recipes {
+        let recipe = Recipe { linear: *linear, table: args.head };
+        let mut draft = Draft::new(zoo, source.clone(), recipe, args.name.as_ref()).await?;
+        let progress = progress::for_terminal();
+        match &calibration {
+            Some(calibration) => calibrate(&ops, &mut draft, calibration.windows.clone(), &*progress).await?,
+            None => round(&mut draft, &*progress).await?,
+        }
+        let (outputs, mut blocks) = (Outputs::default(), Vec::new());
+        // The head first: a token table of the same tensor is read out of it.
+        for index in (0..draft.blocks().len()).rev() {
+            let mapped = draft.map_block(index).await?;
+            blocks.push(LoadedBlock::load(&*ops, &mapped.block, &mapped, &outputs).with_context(|| format!("load block {index}"))?);
+        }
+        blocks.reverse();
+        let model: &mut Alone<Cpu> = match &mut model {
+            Some(model) => model,
+            none => none.insert(Alone::load(ops.clone(), zoo, source.name.chain, limits).await.context("load the model")?),
+        };
+        let mut others = [Alone::new(ops.clone(), blocks, limits)?];
+        let quality = measure::compare(windows, &cut, model, &mut others).remove(0);
+        if !args.json {
+            if rows.is_empty() {
+                let source_perplexity = quality.perplexity * (-quality.excess.mean).exp();
+                output::line(format_args!(
+                    "{} windows of {} tokens, {} predictions; the model's perplexity is {source_perplexity:.4}",
+                    cut.len(),
+                    windows.window_tokens,
+                    quality.row_count
+                ))?;
+                output::line(HEADER)?;
+            }
+            output::line(line(&draft, recipe, calibration.is_some(), &quality))?;
+        }
+        rows.push(row(&draft, recipe, calibration.as_ref(), &quality));
+        let Some(name) = &args.name else { continue };
+        let how = calibration
+            .as_ref()
+            .map_or_else(|| "rounding".to_owned(), |calibration| format!("gptq over text {}", &calibration.digest[..12]));
+        let measured = measure::record(format!("{recipe}, {how}"), source.name.chain, &text, &quality, measure::now_ms())?;
+        let chain = draft.store(name, measured.created_ms, Some(&measured)).await?;
+        if !args.json {
+            let whose = match calibration {
+                Some(_) => "calibrated: its blocks are this model's alone",
+                None => "rounded without data: blocks that models share stay shared",
+            };
+            output::line(format_args!("{name} is chain {}, {}; {whose}", chain.short(), human_bytes(draft.bytes())))?;
+        }
+    }
+    if args.json {
+        output::line(serde_json::to_string_pretty(&json!({
+            "model": args.model.to_string(),
+            "text_blake3": blake3::hash(text.as_bytes()).to_hex().to_string(),
+            "window_tokens": windows.window_tokens,
+            "windows": cut.len(),
+            "recipes": rows,
+        }))?)?;
+    }
+    Ok(())
+}
+
+/// Rounds all blocks of a draft.
+async fn round(draft: &mut Draft, progress: &dyn Progress) -> anyhow::Result<()> {
+    let indices = 0..draft.blocks().len();
+    progress.begin(Stage::Quantise, indices.clone().map(|index| draft.target_bytes(index)).sum());
+    for index in indices {
+        draft.round(index).await?;
+        progress.advance(draft.target_bytes(index));
+    }
+    progress.end();
+    Ok(())
+}
+
+async fn calibration(zoo: &Zoo, chain: &Chain, path: &Path, tokens_max: usize) -> anyhow::Result<Calibration> {
+    let text = measure::text(Some(path)).context("read the calibration text")?;
+    let (mut tokens, begin) = measure::tokens(zoo, chain, &text).await?;
+    ensure!(
+        tokens.len() >= CALIBRATION_TOKENS_MIN,
+        "the calibration text {} has {} tokens, less than {CALIBRATION_TOKENS_MIN}",
+        path.display(),
+        tokens.len()
+    );
+    tokens.truncate(tokens_max);
+    let window_tokens = CALIBRATION_WINDOW_TOKENS.min(chain.context_tokens as usize).min(tokens.len());
+    let mut windows: Vec<Vec<u32>> = tokens.chunks_exact(window_tokens).map(<[u32]>::to_vec).collect();
+    if let Some(begin) = begin {
+        windows.iter_mut().for_each(|window| window[0] = begin);
+    }
+    Ok(Calibration { digest: blake3::hash(text.as_bytes()).to_hex().to_string(), windows })
+}
+
+const HEADER: &str =
+    "recipe                        method          MB   perplexity  ln of ratio to the model      mean KL     99% KL  same top";
+
+fn line(draft: &Draft, recipe: Recipe, is_calibrated: bool, quality: &Quality) -> String {
+    format!(
+        "{:<28}  {:<8}  {:>8.1}  {:>11.4}  {:>24}  {:>11.6}  {:>9.6}  {:>7.2}%",
+        recipe.to_string(),
+        method(is_calibrated),
+        draft.bytes() as f64 / 1e6,
+        quality.perplexity,
+        format!("{:+.5} ± {:.5}", quality.excess.mean, quality.excess.error),
+        quality.divergence.mean,
+        quality.divergence_p99,
+        quality.same_top_share * 100.0,
+    )
+}
+
+fn row(draft: &Draft, recipe: Recipe, calibration: Option<&Calibration>, quality: &Quality) -> Value {
+    json!({
+        "recipe": recipe.linear.to_string(),
+        "head": recipe.table.to_string(),
+        "method": method(calibration.is_some()),
+        "chain_bound": calibration.is_some(),
+        "calibration": calibration.map(|calibration| json!({
+            "text_blake3": calibration.digest,
+            "tokens": calibration.windows.iter().map(Vec::len).sum::<usize>(),
+        })),
+        "bytes": draft.bytes(),
+        "rows": quality.row_count,
+        "perplexity": quality.perplexity,
+        "ln_perplexity_ratio": { "mean": quality.excess.mean, "standard_error": quality.excess.error },
+        "kl": quality.divergence.mean,
+        "kl_p99": quality.divergence_p99,
+        "kl_max": quality.divergence_max,
+        "same_top_share": quality.same_top_share,
+    })
+}
+
+fn method(is_calibrated: bool) -> &'static str {
+    if is_calibrated { "gptq" } else { "rounding" }
+}
