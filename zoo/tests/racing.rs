@@ -146,8 +146,8 @@ async fn two_adds_of_one_name_end_with_one_and_the_other_in_its_history_or_refus
         let (a, b) = race(
             &inner,
             Turns::drawn(seed),
-            async |zoo| add(&zoo, &dir.path().join("a"), "demo/m").await,
-            async |zoo| add(&zoo, &dir.path().join("b"), "demo/m").await,
+            async |zoo| Box::pin(add(&zoo, &dir.path().join("a"), "demo/m")).await,
+            async |zoo| Box::pin(add(&zoo, &dir.path().join("b"), "demo/m")).await,
         )
         .await;
         let when = format!("seed {seed}");
@@ -203,7 +203,7 @@ async fn gc_beside_add(dir: &Path, begun: &Arc<InMemory>, folder: &str, turns: A
         &inner,
         turns,
         async |zoo| gc::collect(&zoo, GRACE_DEFAULT, false).await,
-        async |zoo| add(&zoo, &dir.join(folder), "demo/new").await,
+        async |zoo| Box::pin(add(&zoo, &dir.join(folder), "demo/new")).await,
     )
     .await;
     assert_sound(&inner, when).await;
