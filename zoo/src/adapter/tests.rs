@@ -71,7 +71,9 @@ fn one_bit_deltas_are_matrices_of_signs() {
     let places: Vec<_> = delta.tensors().map(|(place, _)| place).collect();
     assert_eq!(places, ["up.weight.signs"]);
     // A group that the numeric contract does not allow, a vector, nothing, another format.
-    for (dtype, shape) in [(Dtype::Int1 { group: 3 }, &[12, 8][..]), (int1, &[8]), (int1, &[0, 8]), (Dtype::Int8 { group: 32 }, &[12, 8])] {
+    let refused: [(Dtype, &[u64]); 4] =
+        [(Dtype::Int1 { group: 3 }, &[12, 8]), (int1, &[8]), (int1, &[0, 8]), (Dtype::Int8 { group: 32 }, &[12, 8])];
+    for (dtype, shape) in refused {
         let error = adapter(&[("up.weight", signs(dtype, shape))]).check().unwrap_err();
         assert_eq!(error.to_string(), format!("`up.weight` has signs of type {dtype} and shape {shape:?}, not int1 and [N, K]"));
     }
