@@ -151,7 +151,7 @@ fn rows(view: &TensorView<'_>, range: std::ops::Range<usize>, dtype: Dtype, fact
     let mut written = PlanarRows::new(dtype, range.len(), cols);
     let (mut source, mut weights) = (CodeRow::default(), vec![0.0f32; ROWS_TOGETHER * cols]);
     let mut codes = vec![0i8; ROWS_TOGETHER * cols];
-    let mut grids = vec![Vec::with_capacity(cols.div_ceil(group)); ROWS_TOGETHER];
+    let mut grids = vec![Vec::new(); ROWS_TOGETHER];
     for start in range.clone().step_by(ROWS_TOGETHER) {
         let count = ROWS_TOGETHER.min(range.end - start);
         for (row, weights) in weights.chunks_exact_mut(cols).take(count).enumerate() {
