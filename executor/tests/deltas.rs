@@ -59,6 +59,7 @@ async fn tokens_are_those_of_base_plus_difference_in_f32() {
         let [sum, tuned, base] = apart.map(f64::sqrt);
         println!("{method}: {sum:.2e} from the sum, {tuned:.2e} from the fine-tune, which is {base:.2e} from the base");
         assert!(sum < tolerance * base, "{method}: {sum} of {base} from the sum in f32");
-        assert!(tuned < 0.8 * base, "{method}: {tuned} from the fine-tune, which is {base} from its base");
+        // Eight of 128 singular values leave most of the logits' distance, yet not all.
+        assert!(tuned < 0.9 * base, "{method}: {tuned} from the fine-tune, which is {base} from its base");
     }
 }

@@ -4,6 +4,7 @@ import json
 import shutil
 import threading
 
+import openai
 import pytest
 import servers
 from asking import GREEDY, PROMPT, complete
@@ -84,8 +85,8 @@ def ask_when_ready(client) -> str | None:
     """The chain that serves; None while it is loading."""
     try:
         return ask(client, MODEL)[0]
-    except Exception as error:
-        assert "model_not_ready" in str(error), error
+    except openai.InternalServerError as error:
+        assert error.code == "model_not_ready", error
         return None
 
 
