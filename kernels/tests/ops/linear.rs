@@ -230,6 +230,8 @@ fn extreme_codes_meet_extreme_activations() {
     for dtype in gguf.into_iter().chain(planar_kinds) {
         let (rows, cols) = (20, 1024);
         for pattern in [0x00, 0x7f, 0x80, 0x81, 0xff, 0x55] {
+            // A code that is no number is refused before it is packed; the largest takes its place.
+            let pattern = if matches!(dtype, Dtype::Fp8 { .. }) && pattern & 0x7f == 0x7f { pattern - 1 } else { pattern };
             // Codes of one value, scales as they come.
             let mut weights = random.tensor(dtype, rows, cols);
             let halves = match dtype.sections(rows, cols) {
