@@ -10,7 +10,6 @@ use ashlar_executor::state::limits::Limits;
 use ashlar_kernels::cpu::Isa;
 use ashlar_kernels::ops::{Bf16Compute, KvFormat};
 use ashlar_router::io::rest::config::RestLimits;
-use ashlar_zoo::equivalence::Policy;
 use ashlar_zoo::store::Place;
 use clap::Args;
 use serde::{Deserialize, Serialize};
@@ -61,8 +60,6 @@ pub struct RouterConfig {
     pub insecure_open: bool,
     /// Folder of PEFT adapters that administrators may load by `POST /v1/load_lora_adapter`; empty: none.
     pub adapters_dir: String,
-    /// `exact`, or `equivalent:KL`: whether blocks may stand for others that were measured to be so near (`zoo equivalence`), KL being nats a token.
-    pub policy: String,
     /// A sequence must end within so many milliseconds; 0: no limit.
     pub deadline_ms: u64,
     /// Bounds of requests.
@@ -76,20 +73,9 @@ impl Default for RouterConfig {
             keys_file: String::new(),
             insecure_open: false,
             adapters_dir: String::new(),
-            policy: Policy::default().to_string(),
             deadline_ms: 0,
             limits: RestLimits::default(),
         }
-    }
-}
-
-impl RouterConfig {
-    /// How much divergence is allowed.
-    ///
-    /// # Errors
-    /// When `policy` is none.
-    pub fn equivalence(&self) -> anyhow::Result<Policy> {
-        self.policy.parse().map_err(|sentence: String| anyhow::anyhow!("use router.policy: {sentence}"))
     }
 }
 
@@ -281,7 +267,6 @@ impl Config {
         let (device, format) = (&self.executor.device, &self.log.format);
         ensure!(["auto", "cpu"].contains(&device.as_str()), "use executor.device = `{device}`: expected auto or cpu");
         self.executor.isa()?;
-        self.router.equivalence()?;
         ensure!(["text", "json"].contains(&format.as_str()), "use log.format = `{format}`: expected text or json");
         // Memory decides no relation, so that any amount of it serves.
         self.executor.limits(1 << 30, self.executor.threads).map(drop)

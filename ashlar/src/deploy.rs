@@ -15,25 +15,33 @@ use crate::output;
 /// What to do with deployments.
 #[derive(Debug, Subcommand)]
 pub enum DeployCommand {
-    /// Set targets of a model; those that are not named stay as they are
-    #[command(group = clap::ArgGroup::new("targets").required(true).multiple(true))]
+    /// Set how a model is served; what is not named stays as it is
+    #[command(group = clap::ArgGroup::new("settings").required(true).multiple(true))]
     Set {
         /// TENANT/MODEL
         model: ModelId,
         /// Milliseconds from admission to the first token; 0: no target
-        #[arg(long, group = "targets", value_parser = milliseconds, allow_negative_numbers = true)]
+        #[arg(long, group = "settings", value_parser = milliseconds, allow_negative_numbers = true)]
         ttft_ms: Option<u32>,
         /// Milliseconds between two tokens; 0: no target
-        #[arg(long, group = "targets", value_parser = milliseconds, allow_negative_numbers = true)]
+        #[arg(long, group = "settings", value_parser = milliseconds, allow_negative_numbers = true)]
         gap_ms: Option<u32>,
+        /// Serve it by other models' blocks too, where `ashlar zoo equivalence` measured that all of them together stay within a mean KL of so many
+        /// nats a token; 0: exactly as it is
+        #[arg(long, value_name = "KL", group = "settings", value_parser = divergence, allow_negative_numbers = true)]
+        equivalent_kl: Option<f64>,
     },
-    /// List the models that have targets of their own
+    /// List the models that have settings of their own
     List,
-    /// Drop a model's targets: those that executors are set to hold again
+    /// Drop a model's settings: targets as executors are set, and its own blocks
     Clear {
         /// TENANT/MODEL
         model: ModelId,
     },
+}
+
+fn divergence(text: &str) -> Result<f64, String> {
+    text.parse().ok().filter(|kl: &f64| kl.is_finite() && *kl >= 0.0).ok_or_else(|| "expected nats a token, 0 or more, as 0.01".to_owned())
 }
 
 fn milliseconds(text: &str) -> Result<u32, String> {
@@ -46,15 +54,15 @@ fn milliseconds(text: &str) -> Result<u32, String> {
 /// A registry out of reach, or a record that cannot be read.
 pub async fn run(command: DeployCommand, registry: Arc<dyn Registry>, zoo: &Place) -> anyhow::Result<()> {
     let text = match command {
-        DeployCommand::Set { model, ttft_ms, gap_ms } => {
-            let text = set(&*registry, &model, DeploymentRecord { ttft_ms, gap_ms }).await?;
-            note_missing(zoo, &model, "its targets wait").await;
+        DeployCommand::Set { model, ttft_ms, gap_ms, equivalent_kl } => {
+            let text = set(&*registry, &model, DeploymentRecord { ttft_ms, gap_ms, equivalent_kl }).await?;
+            note_missing(zoo, &model, "its settings wait").await;
             text
         }
         DeployCommand::List => list(&*registry).await?,
         DeployCommand::Clear { model } => {
-            registry.delete(&key::deployment(&model.to_string())).await.with_context(|| format!("drop the targets of {model}"))?;
-            format!("{model} has the executors' targets\n")
+            registry.delete(&key::deployment(&model.to_string())).await.with_context(|| format!("drop the settings of {model}"))?;
+            format!("{model} has the executors' targets and its own blocks\n")
         }
     };
     Ok(output::text(text)?)
@@ -63,12 +71,16 @@ pub async fn run(command: DeployCommand, registry: Arc<dyn Registry>, zoo: &Plac
 async fn set(registry: &dyn Registry, model: &ModelId, new: DeploymentRecord) -> anyhow::Result<String> {
     let key = key::deployment(&model.to_string());
     loop {
-        let entry = registry.get(&key).await.with_context(|| format!("read the targets of {model}"))?;
+        let entry = registry.get(&key).await.with_context(|| format!("read the settings of {model}"))?;
         let old = entry.as_ref().map(record::parse::<DeploymentRecord>).transpose()?.unwrap_or_default();
-        let record = DeploymentRecord { ttft_ms: new.ttft_ms.or(old.ttft_ms), gap_ms: new.gap_ms.or(old.gap_ms) };
+        let record = DeploymentRecord {
+            ttft_ms: new.ttft_ms.or(old.ttft_ms),
+            gap_ms: new.gap_ms.or(old.gap_ms),
+            equivalent_kl: new.equivalent_kl.or(old.equivalent_kl),
+        };
         let expected = entry.as_ref().map(|entry| entry.revision);
         let swap = registry.compare_and_swap(&key, expected, &record::to_value(&record), None).await;
-        if let Swap::Done(_) = swap.with_context(|| format!("write the targets of {model}"))? {
+        if let Swap::Done(_) = swap.with_context(|| format!("write the settings of {model}"))? {
             return Ok(line(&model.to_string(), &record));
         }
     }
@@ -94,7 +106,7 @@ async fn list(registry: &dyn Registry) -> anyhow::Result<String> {
         text += &line(model, &record::parse(&entry)?);
     }
     if text.is_empty() {
-        text.push_str("no model has targets of its own: ashlar deploy set TENANT/MODEL --gap-ms N\n");
+        text.push_str("no model has settings of its own: ashlar deploy set TENANT/MODEL --gap-ms N\n");
     }
     Ok(text)
 }
@@ -105,7 +117,8 @@ fn line(model: &str, record: &DeploymentRecord) -> String {
         Some(0) => "no target".to_owned(),
         Some(milliseconds) => format!("{milliseconds} ms"),
     };
-    format!("{model}  first token: {}  gap: {}\n", target(record.ttft_ms), target(record.gap_ms))
+    let blocks = record.kl_max().map_or_else(|| "exact".to_owned(), |kl| format!("equivalent within {kl}"));
+    format!("{model}  first token: {}  gap: {}  blocks: {blocks}\n", target(record.ttft_ms), target(record.gap_ms))
 }
 
 #[cfg(test)]
@@ -114,14 +127,27 @@ mod tests {
     use ashlar_registry::embedded::Embedded;
 
     #[tokio::test]
-    async fn targets_are_set_one_by_one_and_listed() {
+    async fn settings_are_set_one_by_one_and_listed() {
         let registry = Embedded::in_memory();
         let model: ModelId = "acme/m".parse().unwrap();
-        assert!(list(&registry).await.unwrap().starts_with("no model has targets"));
-        set(&registry, &model, DeploymentRecord { ttft_ms: None, gap_ms: Some(50) }).await.unwrap();
-        assert_eq!(list(&registry).await.unwrap(), "acme/m  first token: as executors are set  gap: 50 ms\n");
-        set(&registry, &model, DeploymentRecord { ttft_ms: Some(0), gap_ms: None }).await.unwrap();
-        assert_eq!(list(&registry).await.unwrap(), "acme/m  first token: no target  gap: 50 ms\n");
+        let nothing = DeploymentRecord::default();
+        assert!(list(&registry).await.unwrap().starts_with("no model has settings"));
+        set(&registry, &model, DeploymentRecord { gap_ms: Some(50), ..nothing }).await.unwrap();
+        assert_eq!(list(&registry).await.unwrap(), "acme/m  first token: as executors are set  gap: 50 ms  blocks: exact\n");
+        set(&registry, &model, DeploymentRecord { ttft_ms: Some(0), ..nothing }).await.unwrap();
+        assert_eq!(list(&registry).await.unwrap(), "acme/m  first token: no target  gap: 50 ms  blocks: exact\n");
         assert_eq!(registry.get("deployments/acme/m").await.unwrap().unwrap().value, r#"{"ttft_ms":0,"gap_ms":50}"#);
+        set(&registry, &model, DeploymentRecord { equivalent_kl: Some(0.01), ..nothing }).await.unwrap();
+        assert_eq!(list(&registry).await.unwrap(), "acme/m  first token: no target  gap: 50 ms  blocks: equivalent within 0.01\n");
+        set(&registry, &model, DeploymentRecord { equivalent_kl: Some(0.0), ..nothing }).await.unwrap();
+        assert!(list(&registry).await.unwrap().ends_with("blocks: exact\n"));
+    }
+
+    #[test]
+    fn a_bound_is_a_number_that_can_be_one() {
+        assert_eq!(divergence("0.01"), Ok(0.01));
+        for text in ["-1", "nan", "inf", "", "much"] {
+            assert!(divergence(text).is_err(), "{text}");
+        }
     }
 }

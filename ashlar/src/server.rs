@@ -282,12 +282,11 @@ async fn route(
         }
     };
     let adapters_dir = adapters_dir(&config)?;
-    let equivalence = config.router.equivalence()?;
     let listener = TcpListener::bind(listen).await.with_context(|| format!("listen on {listen}"))?;
     let router = RouterId::from_bits(random_bits());
     let keys_file = keys_file(&config)?;
     let cluster = Cluster::start(Arc::clone(&registry), ClusterOptions { without, keys_file, ..ClusterOptions::default() });
-    let catalog = Catalog::start(zoo, config.zoo.refresh(), equivalence).await;
+    let catalog = Catalog::start(zoo, config.zoo.refresh(), &cluster).await;
     let policy = PlanPolicy { spans_per_chain: config.placement.spans_per_chain.max(1), replicas: config.placement.replicas.max(1) };
     let mut options = PlannerOptions { policy, ..PlannerOptions::default() };
     if !local.is_empty() {

@@ -125,8 +125,8 @@ pub(crate) enum ZooCommand {
     /// Measure which blocks of one model may stand for another's; list such records, or revoke one
     ///
     /// Puts each block of OTHER that differs from MODEL's into its place, measures how far the next-token distributions move, then exchanges them
-    /// together, from the least divergence up. What is recorded changes nothing by itself: servers use a record only where `router.policy` is
-    /// `equivalent:KL`, and only the exchanges that stay within KL. Without models, lists the records.
+    /// together, from the least divergence up. What is recorded changes nothing by itself: a record is used only for a model that was deployed
+    /// with `ashlar deploy set --equivalent-kl KL`, and only as far as all exchanges together stay within KL. Without models, lists the records.
     Equivalence(equivalence::EquivalenceArgs),
     /// Make a fine-tune its base and a compressed difference, so that it shares its base and takes little beside it
     ///

@@ -91,18 +91,12 @@ impl Dtype {
     /// Bytes of a matrix `[rows, cols]`; `None` if the columns do not fit the block size, the group is not one that the
     /// numeric contract allows (a divisor of [`GROUP_MAX`]), or the size overflows.
     pub fn bytes(self, rows: usize, cols: usize) -> Option<usize> {
+        if self.planar().is_some() {
+            return self.sections(rows, cols)?.into_iter().try_fold(0usize, usize::checked_add);
+        }
         let row = match self {
             Self::F32 => cols.checked_mul(4)?,
             Self::F16 | Self::Bf16 => cols.checked_mul(2)?,
-            Self::Int8 { .. }
-            | Self::Int4 { .. }
-            | Self::Int8Minimum { .. }
-            | Self::Int4Minimum { .. }
-            | Self::Int4Zero { .. }
-            | Self::Fp8 { .. }
-            | Self::Int1 { .. } => {
-                return self.sections(rows, cols)?.into_iter().try_fold(0usize, usize::checked_add);
-            }
             _ => {
                 if !cols.is_multiple_of(self.block_columns()) {
                     return None;
@@ -116,13 +110,7 @@ impl Dtype {
     /// Bytes of the three sections of a planar matrix `[rows, cols]`, in the order in which they lie: codes, scales, minima or zero points
     /// (0 for formats without). `None` for other formats, for a bad group, or on overflow.
     pub fn sections(self, rows: usize, cols: usize) -> Option<[usize; 3]> {
-        let (codes_per_byte, group) = match self {
-            Self::Int8 { group } | Self::Int8Minimum { group } | Self::Fp8 { group } => (1, group),
-            Self::Int4 { group } | Self::Int4Minimum { group } | Self::Int4Zero { group } => (2, group),
-            Self::Int1 { group } => (8, group),
-            _ => return None,
-        };
-        let group = usize::from(group);
+        let (codes_per_byte, group) = self.planar()?;
         if group == 0 || !GROUP_MAX.is_multiple_of(group) {
             return None;
         }
@@ -135,29 +123,33 @@ impl Dtype {
         Some([cols.div_ceil(codes_per_byte).checked_mul(rows)?, groups.checked_mul(scale_bytes)?, groups.checked_mul(minimum_bytes)?])
     }
 
+    /// Codes of a byte and weights of a group, for the planar formats.
+    fn planar(self) -> Option<(usize, usize)> {
+        let (codes_per_byte, group) = match self {
+            Self::Int8 { group } | Self::Int8Minimum { group } | Self::Fp8 { group } => (1, group),
+            Self::Int4 { group } | Self::Int4Minimum { group } | Self::Int4Zero { group } => (2, group),
+            Self::Int1 { group } => (8, group),
+            _ => return None,
+        };
+        Some((codes_per_byte, usize::from(group)))
+    }
+
     /// Columns of one stored block: a row's columns are a multiple of it. 1 for the float and planar formats.
     pub fn block_columns(self) -> usize {
         match self {
-            Self::F32 | Self::F16 | Self::Bf16 => 1,
-            Self::Int8 { .. } | Self::Int4 { .. } | Self::Int8Minimum { .. } | Self::Int4Minimum { .. } | Self::Int1 { .. } => 1,
-            Self::Int4Zero { .. } | Self::Fp8 { .. } => 1,
             Self::Q8_0 | Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 => 32,
             Self::Q4K | Self::Q5K | Self::Q6K => 256,
+            _ => 1,
         }
     }
 
     /// Weights that share a scale (and a minimum) and are integers; `None` for floats, fp8 too. Activations are quantised in the same groups.
     pub fn group(self) -> Option<usize> {
         match self {
-            Self::F32 | Self::F16 | Self::Bf16 | Self::Fp8 { .. } => None,
-            Self::Int4Zero { group }
-            | Self::Int8 { group }
-            | Self::Int4 { group }
-            | Self::Int8Minimum { group }
-            | Self::Int4Minimum { group }
-            | Self::Int1 { group } => Some(usize::from(group)),
+            Self::Fp8 { .. } => None,
             Self::Q8_0 | Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 | Self::Q4K | Self::Q5K => Some(32),
             Self::Q6K => Some(16),
+            _ => self.planar().map(|(_, group)| group),
         }
     }
 
@@ -174,15 +166,6 @@ impl Dtype {
         match self {
             Self::F32 => 4,
             Self::F16 | Self::Bf16 => 2,
-            Self::Int8 { .. }
-            | Self::Int4 { .. }
-            | Self::Int8Minimum { .. }
-            | Self::Int4Minimum { .. }
-            | Self::Int4Zero { .. }
-            | Self::Fp8 { .. }
-            | Self::Int1 { .. } => {
-                unreachable!("{self} is not stored in blocks")
-            }
             Self::Q8_0 => 2 + 32,
             Self::Q4_0 => 2 + 16,
             Self::Q4_1 => 4 + 16,
@@ -191,6 +174,7 @@ impl Dtype {
             Self::Q4K => 4 + 12 + 128,
             Self::Q5K => 4 + 12 + 32 + 128,
             Self::Q6K => 128 + 64 + 16 + 2,
+            _ => unreachable!("{self} is not stored in blocks"),
         }
     }
 }

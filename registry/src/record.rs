@@ -138,7 +138,7 @@ pub struct Limits {
 }
 
 /// `deployments/<tenant>/<name>`: how a model is to be served. It stays when the name points to another chain.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct DeploymentRecord {
     /// Milliseconds from admission to the first token that are wanted; absent: what the executor is set to; 0: no target.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -146,6 +146,17 @@ pub struct DeploymentRecord {
     /// Milliseconds between two tokens that are wanted; absent: what the executor is set to; 0: no target.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gap_ms: Option<u32>,
+    /// Largest mean KL, in nats a token, at which other models' blocks may stand for this one's, as records of equivalence say; absent or 0: none may,
+    /// the model is served exactly.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub equivalent_kl: Option<f64>,
+}
+
+impl DeploymentRecord {
+    /// The bound of an exchange of blocks, where any is allowed. What is no bound allows none.
+    pub fn kl_max(&self) -> Option<f64> {
+        self.equivalent_kl.filter(|kl| kl.is_finite() && *kl > 0.0)
+    }
 }
 
 /// Reads the record that an entry holds.

@@ -44,7 +44,11 @@ pub(crate) fn draw(seed: u64, trace: Option<&Load>) -> Scenario {
     let mut of = dice.fork("deployments");
     for model in &mut models {
         let target = |of: &mut Dice, some: &[u32]| if of.chance(50) { None } else { Some(of.pick(some)) };
-        model.deployment = DeploymentRecord { ttft_ms: target(&mut of, &[0, 20, 500]), gap_ms: target(&mut of, &[0, 5, 50, 500]) };
+        model.deployment = DeploymentRecord {
+            ttft_ms: target(&mut of, &[0, 20, 500]),
+            gap_ms: target(&mut of, &[0, 5, 50, 500]),
+            ..DeploymentRecord::default()
+        };
     }
     let mut of = dice.fork("executors");
     let count = of.pick(&[1, 1, 2, 2, 3, 4]);

@@ -1,4 +1,4 @@
-"""Blocks that stand for others: measured from the command line, served where the policy allows it, and revoked while sequences run."""
+"""Blocks that stand for others: measured from the command line, served where the deployment allows it, and revoked while sequences run."""
 
 import json
 import shutil
@@ -38,27 +38,32 @@ def test_the_record_says_what_was_measured(measured):
     record = measured[1]["record"]
     assert (record["model"], record["other"]) == (MODEL, OTHER)
     steps = record["steps"]
-    assert steps == sorted(steps, key=lambda step: (step["alone"]["kl"], step["block_index"]))
+    assert steps == sorted(steps, key=lambda step: (step["alone"]["kl"]["mean"], step["block_index"]))
     assert steps[0]["together"] == steps[0]["alone"], "the first is alone"
     assert all(step["together"]["rows"] == 126 for step in steps)
     # With the last step all that differs is exchanged: the chain says what the other model says.
-    assert steps[-1]["together"]["kl"] > steps[0]["together"]["kl"] > 0
+    assert steps[-1]["together"]["kl"]["mean"] > steps[0]["together"]["kl"]["mean"] > 0
     listed = servers.ashlar("zoo", "equivalence", "--json", "--zoo", measured[0])
     assert json.loads(listed.stdout) == [measured[1]]
 
 
-def test_a_record_is_used_as_far_as_the_policy_allows_until_it_is_revoked(measured, zoo, tmp_path):
+def test_a_record_is_used_where_the_deployment_allows_it_until_it_is_revoked(measured, tmp_path):
     folder = tmp_path / "zoo"
     shutil.copytree(measured[0], folder)
     digest, record = measured[1]["digest"], measured[1]["record"]
     last = record["steps"][-1]
-    bound = last["together"]["kl"] * 1.01
-    serve = servers.Serve(folder, tmp_path / "serve.log", "--set", f"router.policy=equivalent:{bound}")
+    registry = f"file:{tmp_path / 'registry.json'}"
+    serve = servers.Serve(folder, tmp_path / "serve.log", registry=registry)
     try:
         serve.api.wait_for_models([MODEL, OTHER])
         client = client_of(serve.api)
-        chain, text = ask(client, MODEL)
-        assert chain == last["chain"]
+        exact_chain, exact_text = ask(client, MODEL)
+        assert exact_chain == record["chain"], "a record alone changes nothing"
+        bound = last["together"]["kl"]["mean"] * 1.01
+        done = servers.ashlar("deploy", "set", MODEL, "--equivalent-kl", bound, "--registry", registry, "--zoo", folder)
+        assert done.returncode == 0, done.stderr
+        wait_until("the exchanged chain serves", lambda: ask_when_ready(client) == last["chain"], 60)
+        text = ask(client, MODEL)[1]
         base_chain, base_text = ask(client, OTHER)
         assert base_chain == record["other_chain"]
         # All blocks that differ are exchanged, so the two chains are the same blocks.
@@ -76,7 +81,7 @@ def test_a_record_is_used_as_far_as_the_policy_allows_until_it_is_revoked(measur
         reader.join(timeout=120)
         assert not reader.is_alive()
         assert first.choices[0].text + "".join(rest) == complete(client, OTHER, 400)
-        assert ask(client, MODEL)[1] == exact_text(zoo, tmp_path)
+        assert ask(client, MODEL)[1] == exact_text
     finally:
         assert serve.terminate() == 0
 
@@ -88,24 +93,6 @@ def ask_when_ready(client) -> str | None:
     except openai.InternalServerError as error:
         assert error.code == "model_not_ready", error
         return None
-
-
-def exact_text(zoo, tmp_path) -> str:
-    serve = servers.Serve(zoo[0], tmp_path / "exact.log")
-    try:
-        serve.api.wait_for_models([MODEL])
-        return ask(client_of(serve.api), MODEL)[1]
-    finally:
-        assert serve.terminate() == 0
-
-
-def test_without_a_policy_a_record_changes_nothing(measured, tmp_path):
-    serve = servers.Serve(measured[0], tmp_path / "serve.log")
-    try:
-        serve.api.wait_for_models([MODEL])
-        assert ask(client_of(serve.api), MODEL)[0] == measured[1]["record"]["chain"]
-    finally:
-        assert serve.terminate() == 0
 
 
 @pytest.mark.parametrize(

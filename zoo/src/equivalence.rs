@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::digest::Digest;
 use crate::manifest::{Block, Chain};
+use crate::measures::{Divergence, MeasureError, check_figures};
 use crate::model_id::ModelId;
 use crate::store::{StoreError, Zoo};
 
@@ -24,15 +25,11 @@ pub const STEPS_MAX: usize = 1024;
 /// How far next-token distributions are from the exact chain's, over the rows of a text.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Divergence {
-    /// Predictions.
+pub struct Figures {
+    /// Predictions, at least one.
     pub rows: u64,
-    /// Mean KL(exact || exchanged), nats.
-    pub kl: f64,
-    /// 99 of 100 rows are no farther.
-    pub kl_p99: f64,
-    /// No row is farther.
-    pub kl_max: f64,
+    /// KL(exact || exchanged), nats.
+    pub kl: Divergence,
     /// Share of the rows with the exact chain's most likely token.
     pub same_top_share: f64,
 }
@@ -50,9 +47,9 @@ pub struct Step {
     /// Cosine of the two blocks' parameters, as vectors: a sieve, no measure.
     pub cosine: f64,
     /// With this block alone exchanged.
-    pub alone: Divergence,
+    pub alone: Figures,
     /// With this one and those of all steps before.
-    pub together: Divergence,
+    pub together: Figures,
     /// The chain with this one and those of all steps before.
     pub chain: Digest,
 }
@@ -82,7 +79,7 @@ pub struct Equivalence {
 }
 
 /// What is wrong with a record.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[derive(Debug, thiserror::Error, PartialEq)]
 pub enum EquivalenceError {
     /// A later version wrote it.
     #[error("it has format {0}, this build reads 1")]
@@ -103,15 +100,21 @@ pub enum EquivalenceError {
         /// In which way that is nothing.
         how: &'static str,
     },
-    /// A figure that cannot be.
-    #[error("step {step} has {what} {value}")]
-    Figure {
+    /// A cosine that cannot be.
+    #[error("step {step} has the cosine {cosine}")]
+    Cosine {
         /// Which step, from 0.
         step: usize,
-        /// Which figure.
-        what: &'static str,
-        /// Its value, as text.
-        value: String,
+        /// The number.
+        cosine: f64,
+    },
+    /// Figures that no measurement has.
+    #[error("step {step} was not measured: {source}")]
+    Figures {
+        /// Which step, from 0.
+        step: usize,
+        /// What is wrong.
+        source: MeasureError,
     },
 }
 
@@ -148,66 +151,19 @@ impl Equivalence {
     /// The last step whose divergence together is within a bound: the most blocks exchanged. Divergence need not grow with every step, so
     /// all are looked at.
     pub fn within(&self, kl_max: f64) -> Option<(usize, &Step)> {
-        self.steps.iter().enumerate().rev().find(|(_, step)| step.together.kl <= kl_max)
+        self.steps.iter().enumerate().rev().find(|(_, step)| step.together.kl.mean <= kl_max)
     }
 }
 
 impl Step {
     fn check(&self, step: usize) -> Result<(), EquivalenceError> {
-        let wrong = |what, value: f64| Err(EquivalenceError::Figure { step, what, value: value.to_string() });
         if !(-1.0001..=1.0001).contains(&self.cosine) {
-            return wrong("the cosine", self.cosine);
+            return Err(EquivalenceError::Cosine { step, cosine: self.cosine });
         }
-        for figures in [&self.alone, &self.together] {
-            let divergences =
-                [("the divergence", figures.kl), ("the divergence p99", figures.kl_p99), ("the largest divergence", figures.kl_max)];
-            if let Some((what, value)) = divergences.into_iter().find(|(_, value)| !(value.is_finite() && *value >= 0.0)) {
-                return wrong(what, value);
-            }
-            if !(0.0..=1.0).contains(&figures.same_top_share) {
-                return wrong("the share of equal top tokens", figures.same_top_share);
-            }
+        for Figures { rows, kl, same_top_share } in [self.alone, self.together] {
+            check_figures(rows, kl, same_top_share).map_err(|source| EquivalenceError::Figures { step, source })?;
         }
         Ok(())
-    }
-}
-
-/// How much divergence a deployment allows: `exact` (the default), or `equivalent:KL`, the largest mean KL in nats.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub enum Policy {
-    /// Every chain is served as it is.
-    #[default]
-    Exact,
-    /// Blocks may be exchanged where a record says that all exchanges together stay within the bound.
-    Equivalent {
-        /// Largest mean KL, nats.
-        kl_max: f64,
-    },
-}
-
-impl std::str::FromStr for Policy {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        if text == "exact" {
-            return Ok(Self::Exact);
-        }
-        let bound = text.strip_prefix("equivalent:").and_then(|bound| bound.parse::<f64>().ok());
-        match bound.filter(|bound| bound.is_finite() && *bound > 0.0) {
-            Some(kl_max) => Ok(Self::Equivalent { kl_max }),
-            None => Err(format!(
-                "`{text}` is neither `exact` nor `equivalent:KL`, KL being a mean divergence in nats above 0, as equivalent:0.01"
-            )),
-        }
-    }
-}
-
-impl std::fmt::Display for Policy {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Exact => f.write_str("exact"),
-            Self::Equivalent { kl_max } => write!(f, "equivalent:{kl_max}"),
-        }
     }
 }
 

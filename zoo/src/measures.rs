@@ -77,27 +77,35 @@ impl Measure {
         if self.method.is_empty() || self.method.len() > METHOD_BYTES_MAX || !is_printable {
             return Err(MeasureError::Method);
         }
-        if self.rows == 0 {
-            return Err(MeasureError::Rows);
-        }
-        let Divergence { mean, p99, max } = self.kl;
-        let numbers = [
-            ("mean divergence", mean, 0.0, f64::MAX),
-            ("99th percentile of the divergence", p99, 0.0, max),
-            ("largest divergence", max, 0.0, f64::MAX),
-            ("share of equal likeliest tokens", self.same_top_share, 0.0, 1.0),
-            ("perplexity", self.perplexity, 1.0, f64::MAX),
-            ("source's perplexity", self.perplexity_of_source, 1.0, f64::MAX),
-        ];
-        match numbers.into_iter().find(|(_, value, least, most)| !(*least..=*most).contains(value)) {
-            Some((field, value, ..)) => Err(MeasureError::Number { field, value }),
-            None => Ok(()),
-        }
+        check_figures(self.rows, self.kl, self.same_top_share)?;
+        within([("perplexity", self.perplexity, 1.0, f64::MAX), ("source's perplexity", self.perplexity_of_source, 1.0, f64::MAX)])
     }
 
     /// Perplexity over the source's, less one: 0.02 is two per cent more.
     pub fn perplexity_change(&self) -> f64 {
         self.perplexity / self.perplexity_of_source - 1.0
+    }
+}
+
+/// Checks what any comparison of next-token distributions has.
+pub(crate) fn check_figures(rows: u64, kl: Divergence, same_top_share: f64) -> Result<(), MeasureError> {
+    if rows == 0 {
+        return Err(MeasureError::Rows);
+    }
+    let Divergence { mean, p99, max } = kl;
+    within([
+        ("mean divergence", mean, 0.0, f64::MAX),
+        ("99th percentile of the divergence", p99, 0.0, max),
+        ("largest divergence", max, 0.0, f64::MAX),
+        ("share of equal likeliest tokens", same_top_share, 0.0, 1.0),
+    ])
+}
+
+/// Numbers with the least and the most that they can be.
+fn within<const N: usize>(numbers: [(&'static str, f64, f64, f64); N]) -> Result<(), MeasureError> {
+    match numbers.into_iter().find(|(_, value, least, most)| !(*least..=*most).contains(value)) {
+        Some((field, value, ..)) => Err(MeasureError::Number { field, value }),
+        None => Ok(()),
     }
 }
 

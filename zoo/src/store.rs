@@ -3,6 +3,7 @@
 
 mod cache;
 mod delete;
+mod derived;
 mod domains;
 mod equivalences;
 mod error;
@@ -25,6 +26,7 @@ use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt, PutMode};
 
 pub use cache::{Cache, CacheError};
+pub(crate) use derived::Derived;
 pub use domains::Domains;
 pub use error::{Object, Retry, StoreError};
 pub use fetch::Retries;

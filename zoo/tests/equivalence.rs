@@ -5,9 +5,10 @@ mod support;
 use std::time::Duration;
 
 use ashlar_zoo::digest::Digest;
-use ashlar_zoo::equivalence::{Divergence, Equivalence, METHOD, PairsError, Step, exchanged, pairs};
+use ashlar_zoo::equivalence::{Equivalence, Figures, METHOD, PairsError, Step, exchanged, pairs};
 use ashlar_zoo::gc;
 use ashlar_zoo::ingest::{Recipe, Silent};
+use ashlar_zoo::measures::Divergence;
 use ashlar_zoo::model_id::ModelId;
 use ashlar_zoo::store::{StoreError, Zoo};
 use ashlar_zoo::verify::verify;
@@ -30,7 +31,7 @@ async fn record(zoo: &Zoo, one: &ModelId, two: &ModelId) -> (Digest, Equivalence
     let pairs = pairs(zoo, (one, &own.chain), (two, &others.chain)).await.unwrap();
     assert_eq!(pairs.iter().map(|pair| pair.block_index).collect::<Vec<_>>(), [2], "the feed-forward block of the first layer");
     let (chain, _) = zoo.put_chain(&exchanged(&own.chain, [(2, pairs[0].other)])).await.unwrap();
-    let figures = Divergence { rows: 63, kl: 0.01, kl_p99: 0.2, kl_max: 0.3, same_top_share: 0.9 };
+    let figures = Figures { rows: 63, kl: Divergence { mean: 0.01, p99: 0.2, max: 0.3 }, same_top_share: 0.9 };
     let step = Step { block_index: 2, own: pairs[0].own, other: pairs[0].other, cosine: 0.98, alone: figures, together: figures, chain };
     let record = Equivalence {
         format: 1,

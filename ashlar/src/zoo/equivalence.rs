@@ -8,10 +8,10 @@ use anyhow::{Context, bail, ensure};
 use ashlar_executor::model::alone::Alone;
 use ashlar_executor::model::block::LoadedBlock;
 use ashlar_executor::model::outputs::Outputs;
-use ashlar_executor::model::quality::{Quality, Tally, Windows};
+use ashlar_executor::model::quality::{Tally, Windows};
 use ashlar_kernels::cpu::Cpu;
 use ashlar_zoo::digest::Digest;
-use ashlar_zoo::equivalence::{Divergence, Equivalence, METHOD, Pair, Step, cosine, exchanged, pairs};
+use ashlar_zoo::equivalence::{Equivalence, Figures, METHOD, Pair, Step, cosine, exchanged, pairs};
 use ashlar_zoo::manifest::Chain;
 use ashlar_zoo::model_id::ModelId;
 use ashlar_zoo::store::Zoo;
@@ -92,7 +92,7 @@ async fn list(zoo: &Zoo, json: bool) -> anyhow::Result<()> {
             record.chain.short(),
             record.other.clone(),
             record.steps.len().to_string(),
-            format!("{:.5}", last.together.kl),
+            format!("{:.5}", last.together.kl.mean),
             format!("{:.2}%", last.together.same_top_share * 100.0),
             record.text.short(),
             if hours < 48 { format!("{hours} h ago") } else { format!("{} days ago", hours / 24) },
@@ -147,10 +147,10 @@ async fn record(zoo: &Zoo, model: &ModelId, other: &ModelId, args: &EquivalenceA
         return Ok(output::line(serde_json::to_string_pretty(&serde_json::json!({"digest": digest, "record": record}))?)?);
     }
     Ok(output::line(format_args!(
-        "recorded as {}: {} blocks within {:.5} nats; servers use it with router.policy = equivalent:KL",
+        "recorded as {}: {} blocks within {:.5} nats; served so after `ashlar deploy set {model} --equivalent-kl KL`",
         digest.short(),
         record.steps.len(),
-        last.together.kl
+        last.together.kl.mean
     ))?)
 }
 
@@ -218,9 +218,8 @@ fn exchange(
         }
     }
     bar.finish_and_clear();
-    let mut alone: Vec<(Divergence, Candidate)> =
-        candidates.into_iter().map(|candidate| (divergence(&candidate.tally), candidate)).collect();
-    alone.sort_by(|(a, x), (b, y)| a.kl.total_cmp(&b.kl).then(x.pair.block_index.cmp(&y.pair.block_index)));
+    let mut alone: Vec<(Figures, Candidate)> = candidates.into_iter().map(|candidate| (figures(&candidate.tally), candidate)).collect();
+    alone.sort_by(|(a, x), (b, y)| a.kl.mean.total_cmp(&b.kl.mean).then(x.pair.block_index.cmp(&y.pair.block_index)));
 
     // One more at a time, within each window; what was exchanged comes back before the next.
     let bar = progress::of_passes(cut.len() * (1 + alone.len()));
@@ -237,8 +236,8 @@ fn exchange(
     }
     bar.finish_and_clear();
     // Divergence need not grow with every exchange: what is behind the last that is within the bound is left.
-    let together: Vec<Divergence> = tallies.iter().map(divergence).collect();
-    let kept = together.iter().rposition(|together| together.kl <= kl_max).map_or(0, |last| last + 1);
+    let together: Vec<Figures> = tallies.iter().map(figures).collect();
+    let kept = together.iter().rposition(|together| together.kl.mean <= kl_max).map_or(0, |last| last + 1);
     let (mut steps, mut swaps): (Vec<Step>, Vec<(usize, Digest)>) = (Vec::new(), Vec::new());
     for ((alone, candidate), together) in std::iter::zip(&alone, &together).take(kept) {
         let Pair { block_index, own, other } = candidate.pair;
@@ -254,7 +253,7 @@ fn exchange(
         });
     }
     let left =
-        alone[steps.len()..].iter().map(|(alone, candidate)| (candidate.pair.block_index, candidate.cosine, Some(alone.kl))).collect();
+        alone[steps.len()..].iter().map(|(alone, candidate)| (candidate.pair.block_index, candidate.cosine, Some(alone.kl.mean))).collect();
     Ok(Measured { steps, left })
 }
 
@@ -265,10 +264,9 @@ fn swap(model: &mut Alone<Cpu>, candidate: &mut Candidate) -> anyhow::Result<()>
     Ok(())
 }
 
-fn divergence(tally: &Tally) -> Divergence {
-    let Quality { row_count, divergence, divergence_p99, divergence_max, same_top_share, .. } =
-        tally.sum_up().expect("a row of each window");
-    Divergence { rows: row_count as u64, kl: divergence.mean, kl_p99: divergence_p99, kl_max: divergence_max, same_top_share }
+fn figures(tally: &Tally) -> Figures {
+    let quality = tally.sum_up().expect("a row of each window");
+    Figures { rows: quality.row_count as u64, kl: measure::divergence(&quality), same_top_share: quality.same_top_share }
 }
 
 fn steps_table(measured: &Measured) -> String {
@@ -278,9 +276,9 @@ fn steps_table(measured: &Measured) -> String {
             (index + 1).to_string(),
             step.block_index.to_string(),
             format!("{:.6}", step.cosine),
-            format!("{:.6}", step.alone.kl),
-            format!("{:.6}", step.together.kl),
-            format!("{:.5}", step.together.kl_p99),
+            format!("{:.6}", step.alone.kl.mean),
+            format!("{:.6}", step.together.kl.mean),
+            format!("{:.5}", step.together.kl.p99),
             format!("{:.2}%", step.together.same_top_share * 100.0),
         ]);
     }

@@ -30,7 +30,7 @@ pub(super) const WINDOW_TOKENS: usize = 128;
 /// Windows that are measured at most, unless told otherwise.
 pub(super) const WINDOWS_MAX: usize = 32;
 /// Tokens of a KV page, as the executor has by default.
-pub(super) const PAGE_TOKENS: usize = 32;
+const PAGE_TOKENS: usize = 32;
 
 /// Divergences from the source, the model that base and adapters stand for.
 #[derive(Debug, Clone, Copy)]
@@ -51,7 +51,7 @@ pub(super) fn record(method: String, source: Digest, text: &str, quality: &Quali
         against: source,
         text: Digest::of(text.as_bytes()),
         rows: quality.row_count as u64,
-        kl: Divergence { mean: quality.divergence.mean, p99: quality.divergence_p99, max: quality.divergence_max },
+        kl: divergence(quality),
         same_top_share: quality.same_top_share,
         perplexity: quality.perplexity,
         perplexity_of_source: quality.perplexity / quality.excess.mean.exp(),
@@ -59,6 +59,11 @@ pub(super) fn record(method: String, source: Digest, text: &str, quality: &Quali
     };
     measure.check().context("record what was measured")?;
     Ok(measure)
+}
+
+/// The divergence of a measurement, as records have it.
+pub(super) fn divergence(quality: &Quality) -> Divergence {
+    Divergence { mean: quality.divergence.mean, p99: quality.divergence_p99, max: quality.divergence_max }
 }
 
 /// A measurement as JSON.

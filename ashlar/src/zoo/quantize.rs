@@ -9,7 +9,7 @@ use ashlar_executor::model::calibrate::calibrate;
 use ashlar_executor::model::outputs::Outputs;
 use ashlar_executor::model::quality::Quality;
 use ashlar_kernels::cpu::Cpu;
-use ashlar_kernels::ops::KvFormat;
+use ashlar_zoo::digest::Digest;
 use ashlar_zoo::ingest::{Progress, Stage, human_bytes};
 use ashlar_zoo::manifest::Chain;
 use ashlar_zoo::model_id::ModelId;
@@ -65,7 +65,7 @@ pub(crate) struct QuantizeArgs {
 /// A text that a model is calibrated on.
 struct Calibration {
     /// BLAKE3 of the whole text.
-    digest: String,
+    digest: Digest,
     windows: Vec<Vec<u32>>,
 }
 
@@ -89,7 +89,7 @@ async fn quantize(zoo: &Zoo, args: QuantizeArgs) -> anyhow::Result<()> {
         None => None,
     };
     let (windows, cut) = measure::cut(zoo, &source.chain, &text, args.window as usize, args.windows as usize).await?;
-    let (ops, limits) = (measure::device(), windows.limits(measure::PAGE_TOKENS, KvFormat::F32));
+    let (ops, limits) = (measure::device(), measure::limits(windows));
     let mut rows = Vec::new();
     let mut model = None;
     for linear in &args.recipes {
@@ -130,7 +130,7 @@ async fn quantize(zoo: &Zoo, args: QuantizeArgs) -> anyhow::Result<()> {
         let Some(name) = &args.name else { continue };
         let how = calibration
             .as_ref()
-            .map_or_else(|| "rounding".to_owned(), |calibration| format!("gptq over text {}", &calibration.digest[..12]));
+            .map_or_else(|| "rounding".to_owned(), |calibration| format!("gptq over text {}", calibration.digest.short()));
         let measured = measure::record(format!("{recipe}, {how}"), source.name.chain, &text, &quality, measure::now_ms())?;
         let chain = draft.store(name, measured.created_ms, Some(&measured)).await?;
         if !args.json {
@@ -144,7 +144,7 @@ async fn quantize(zoo: &Zoo, args: QuantizeArgs) -> anyhow::Result<()> {
     if args.json {
         output::line(serde_json::to_string_pretty(&json!({
             "model": args.model.to_string(),
-            "text_blake3": blake3::hash(text.as_bytes()).to_hex().to_string(),
+            "text_blake3": Digest::of(text.as_bytes()),
             "window_tokens": windows.window_tokens,
             "windows": cut.len(),
             "recipes": rows,
@@ -180,7 +180,7 @@ async fn calibration(zoo: &Zoo, chain: &Chain, path: &Path, tokens_max: usize) -
     if let Some(begin) = begin {
         windows.iter_mut().for_each(|window| window[0] = begin);
     }
-    Ok(Calibration { digest: blake3::hash(text.as_bytes()).to_hex().to_string(), windows })
+    Ok(Calibration { digest: Digest::of(text.as_bytes()), windows })
 }
 
 const HEADER: &str =
@@ -201,24 +201,18 @@ fn line(draft: &Draft, recipe: Recipe, is_calibrated: bool, quality: &Quality) -
 }
 
 fn row(draft: &Draft, recipe: Recipe, calibration: Option<&Calibration>, quality: &Quality) -> Value {
-    json!({
-        "recipe": recipe.linear.to_string(),
-        "head": recipe.table.to_string(),
-        "method": method(calibration.is_some()),
-        "chain_bound": calibration.is_some(),
-        "calibration": calibration.map(|calibration| json!({
-            "text_blake3": calibration.digest,
-            "tokens": calibration.windows.iter().map(Vec::len).sum::<usize>(),
-        })),
-        "bytes": draft.bytes(),
-        "rows": quality.row_count,
-        "perplexity": quality.perplexity,
-        "ln_perplexity_ratio": { "mean": quality.excess.mean, "standard_error": quality.excess.error },
-        "kl": quality.divergence.mean,
-        "kl_p99": quality.divergence_p99,
-        "kl_max": quality.divergence_max,
-        "same_top_share": quality.same_top_share,
-    })
+    let mut row = measure::json(quality);
+    row["recipe"] = json!(recipe.linear.to_string());
+    row["head"] = json!(recipe.table.to_string());
+    row["method"] = json!(method(calibration.is_some()));
+    row["chain_bound"] = json!(calibration.is_some());
+    row["calibration"] = json!(calibration.map(|calibration| json!({
+        "text_blake3": calibration.digest,
+        "tokens": calibration.windows.iter().map(Vec::len).sum::<usize>(),
+    })));
+    row["bytes"] = json!(draft.bytes());
+    row["ln_perplexity_ratio"] = json!({ "mean": quality.excess.mean, "standard_error": quality.excess.error });
+    row
 }
 
 fn method(is_calibrated: bool) -> &'static str {

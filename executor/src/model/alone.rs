@@ -2,6 +2,7 @@
 //! compare the engine with it, and it with other implementations. No scheduling, no sharing, no sampling but greedy.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use ashlar_kernels::ops::{KvFormat, KvPlace, KvShape, Ops, PackError, PageLayout, Query};
@@ -184,13 +185,8 @@ impl<B: Ops> Alone<B> {
     fn step(&mut self, tokens: &[u32], logit_rows: &[u32]) {
         let (start, end) = (self.computed_tokens, self.computed_tokens + tokens.len());
         assert!(end <= self.limits.tokens_max, "{end} tokens, at most {}", self.limits.tokens_max);
-        let positions: Vec<u32> = (start as u32..end as u32).collect();
-        let queries: Vec<Query> = positions.iter().map(|position| Query { table_start: 0, position: *position }).collect();
-        let page = self.limits.page_tokens as u32;
-        let place = |table: &[u32], position: u32| KvPlace { slot: table[(position / page) as usize], offset: position % page };
-        let places: Vec<Vec<KvPlace>> = self.tables.iter().map(|table| positions.iter().map(|p| place(table, *p)).collect()).collect();
-        let attention: Vec<AttentionBatch<'_>> =
-            std::iter::zip(&places, &self.tables).map(|(places, tables)| AttentionBatch { places, queries: &queries, tables }).collect();
+        let rows = Rows::at(start..end, &self.tables, self.limits.page_tokens);
+        let attention = rows.attention(&self.tables);
 
         let (mut from, mut attention_from) = (0, 0);
         for to in self.cuts.clone() {
@@ -202,7 +198,7 @@ impl<B: Ops> Alone<B> {
             let batch = ForwardBatch {
                 row_count: tokens.len(),
                 tokens,
-                positions: &positions,
+                positions: &rows.positions,
                 attention: &attention[attention_from..attention_to],
                 logit_rows,
             };
@@ -252,6 +248,32 @@ fn cross<B: Ops>(ops: &B, forward: &mut Forward<B>, element_count: usize) {
     ops.download(forward.hidden(), 0, &mut rows);
     ops.upload(forward.hidden_mut(), 0, &vec![f32::NAN; element_count]);
     ops.upload(forward.hidden_mut(), 0, &rows);
+}
+
+/// Rows of one sequence, one after another.
+pub(super) struct Rows {
+    pub(super) positions: Vec<u32>,
+    queries: Vec<Query>,
+    /// Where keys and values of each attention block's rows lie.
+    places: Vec<Vec<KvPlace>>,
+}
+
+impl Rows {
+    /// Those at some positions; `tables` has the page table of each attention block.
+    pub(super) fn at(positions: Range<usize>, tables: &[Vec<u32>], page_tokens: usize) -> Self {
+        let (positions, page): (Vec<u32>, u32) = ((positions.start as u32..positions.end as u32).collect(), page_tokens as u32);
+        let place = |table: &[u32], position: u32| KvPlace { slot: table[(position / page) as usize], offset: position % page };
+        Self {
+            queries: positions.iter().map(|position| Query { table_start: 0, position: *position }).collect(),
+            places: tables.iter().map(|table| positions.iter().map(|p| place(table, *p)).collect()).collect(),
+            positions,
+        }
+    }
+
+    /// The same to each attention block.
+    pub(super) fn attention<'a>(&'a self, tables: &'a [Vec<u32>]) -> Vec<AttentionBatch<'a>> {
+        std::iter::zip(&self.places, tables).map(|(places, tables)| AttentionBatch { places, queries: &self.queries, tables }).collect()
+    }
 }
 
 /// What [`Alone::greedy`] gives.

@@ -8,11 +8,10 @@ use ashlar_zoo::blocking::blocking;
 use ashlar_zoo::ingest::{Progress, Stage};
 use ashlar_zoo::manifest::BlockKind;
 use ashlar_zoo::quantise::{Draft, QuantiseError};
-use ashlar_zoo::store::StoreError;
 
+use super::alone::AloneError;
 use super::block::LoadedBlock;
 use super::gptq::{self, Hessian};
-use super::load::LoadError;
 use super::outputs::Outputs;
 use super::passes::Passes;
 use super::workspace::Observer;
@@ -23,21 +22,9 @@ pub enum CalibrateError {
     /// The draft refused, or its store failed.
     #[error(transparent)]
     Draft(#[from] QuantiseError),
-    /// The zoo failed.
-    #[error("read the chain from the zoo")]
-    Store(#[from] StoreError),
-    /// A block failed.
-    #[error("load block {index}")]
-    Load {
-        /// Its place in the chain.
-        index: usize,
-        /// Why.
-        #[source]
-        source: LoadError,
-    },
-    /// The device has no room.
-    #[error("run the calibration text")]
-    Device(#[from] PackError),
+    /// The chain could not be read, loaded or run.
+    #[error(transparent)]
+    Chain(#[from] AloneError),
     /// Activations that are infinite or no numbers.
     #[error("the calibration text gives block {index} inputs of `{role}` that are not finite")]
     NotFinite {
@@ -73,7 +60,7 @@ pub async fn calibrate<B: Ops>(
     let window_tokens = windows.iter().map(Vec::len).max().expect("a window");
     let block_count = draft.blocks().len();
     progress.begin(Stage::Quantise, (0..block_count).map(|index| draft.target_bytes(index)).sum());
-    let mut passes = Passes::new(Arc::clone(ops), windows, window_tokens)?;
+    let mut passes = Passes::new(Arc::clone(ops), windows, window_tokens).map_err(AloneError::from)?;
     for index in 0..block_count {
         let layers = layers(&draft.blocks()[index].params);
         if layers[0].is_empty() {
@@ -88,11 +75,11 @@ pub async fn calibrate<B: Ops>(
             }
             let (mapped, block) = load(&**ops, draft, index).await?;
             let observed = Arc::new(Mutex::new(Observed { hessian: None, failed: None }));
-            passes.run(&block, Some(observer(Arc::clone(ops), layer, Arc::clone(&observed))))?;
+            passes.run(&block, Some(observer(Arc::clone(ops), layer, Arc::clone(&observed)))).map_err(AloneError::from)?;
             let Observed { hessian, failed } =
                 std::mem::replace(&mut *observed.lock().unwrap_or_else(PoisonError::into_inner), Observed { hessian: None, failed: None });
             if let Some(failed) = failed {
-                return Err(failed.into());
+                return Err(AloneError::from(failed).into());
             }
             let factor = hessian.and_then(|hessian| hessian.factor()).ok_or(CalibrateError::NotFinite { index, role: roles[0] })?;
             let factor = Arc::new(factor);
@@ -104,7 +91,7 @@ pub async fn calibrate<B: Ops>(
         }
         if index + 1 < block_count {
             let (_, block) = load(&**ops, draft, index).await?;
-            passes.run(&block, None)?;
+            passes.run(&block, None).map_err(AloneError::from)?;
         }
         progress.advance(draft.target_bytes(index));
     }
@@ -113,9 +100,9 @@ pub async fn calibrate<B: Ops>(
 }
 
 async fn load<B: Ops>(ops: &B, draft: &Draft, index: usize) -> Result<(ashlar_zoo::store::MappedBlock, LoadedBlock<B>), CalibrateError> {
-    let mapped = draft.map_block(index).await?;
+    let mapped = draft.map_block(index).await.map_err(AloneError::from)?;
     let block = LoadedBlock::load(ops, &mapped.block, &mapped, &Outputs::default());
-    Ok((mapped, block.map_err(|source| CalibrateError::Load { index, source })?))
+    Ok((mapped, block.map_err(|source| AloneError::Load { index, source })?))
 }
 
 /// What an observer made of the inputs.

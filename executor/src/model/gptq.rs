@@ -20,18 +20,12 @@ pub struct Hessian {
     cols: usize,
     /// `[K, K]`.
     sum: Vec<f64>,
-    row_count: usize,
 }
 
 impl Hessian {
     /// Of no rows, for inputs of `cols` elements.
     pub fn new(cols: usize) -> Self {
-        Self { cols, sum: vec![0.0; cols * cols], row_count: 0 }
-    }
-
-    /// Rows that were added.
-    pub fn row_count(&self) -> usize {
-        self.row_count
+        Self { cols, sum: vec![0.0; cols * cols] }
     }
 
     /// Adds dense rows `[T, K]`. The device multiplies, in f32 and in its own fixed order; the sum of calls is f64.
@@ -57,7 +51,6 @@ impl Hessian {
         let mut product = vec![0.0f32; cols * cols];
         ops.download(&output, 0, &mut product);
         self.sum.iter_mut().zip(product).for_each(|(sum, product)| *sum += f64::from(product));
-        self.row_count += count;
         Ok(())
     }
 
@@ -131,17 +124,7 @@ fn inverse_of_transposed(lower: &[f64], n: usize) -> Vec<f64> {
 /// When the format has no [`Levels`], or the factor is of other columns.
 pub fn quantise(view: &TensorView<'_>, dtype: Dtype, factor: &Factor) -> Vec<u8> {
     assert_eq!(view.cols, factor.cols, "a factor of the matrix's inputs");
-    let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    let rows_each = view.rows.div_ceil(threads).next_multiple_of(ROWS_TOGETHER);
-    let parts: Vec<PlanarRows> = std::thread::scope(|scope| {
-        let starts = (0..view.rows).step_by(rows_each);
-        let running: Vec<_> =
-            starts.map(|start| scope.spawn(move || rows(view, start..view.rows.min(start + rows_each), dtype, factor))).collect();
-        running.into_iter().map(|part| part.join().expect("rows are quantised without a panic")).collect()
-    });
-    let mut all = PlanarRows::new(dtype, view.rows, view.cols);
-    parts.into_iter().for_each(|part| all.append(part));
-    all.finish()
+    PlanarRows::in_parts(dtype, [view.rows, view.cols], ROWS_TOGETHER, |range| rows(view, range, dtype, factor))
 }
 
 fn rows(view: &TensorView<'_>, range: std::ops::Range<usize>, dtype: Dtype, factor: &Factor) -> PlanarRows {

@@ -3,11 +3,11 @@
 
 use std::sync::Arc;
 
-use ashlar_kernels::ops::{KvFormat, KvPlace, Ops, PackError, Query};
+use ashlar_kernels::ops::{KvFormat, Ops, PackError};
 
-use super::alone::{AloneLimits, Pools};
+use super::alone::{AloneLimits, Pools, Rows};
 use super::block::LoadedBlock;
-use super::forward::{AttentionBatch, Forward, ForwardBatch};
+use super::forward::{Forward, ForwardBatch};
 use super::workspace::Observer;
 
 /// Tokens of a KV page; no result depends on it.
@@ -40,18 +40,16 @@ impl<B: Ops> Passes<B> {
         let goes_on = observer.is_none();
         self.forward.observe(observer);
         for (window, hidden) in std::iter::zip(&self.windows, &mut self.hidden) {
-            let positions: Vec<u32> = (0..window.len() as u32).collect();
-            let queries: Vec<Query> = positions.iter().map(|position| Query { table_start: 0, position: *position }).collect();
-            let place = |table: &[u32], position: u32| KvPlace {
-                slot: table[position as usize / PAGE_TOKENS],
-                offset: position % PAGE_TOKENS as u32,
-            };
-            let places: Vec<Vec<KvPlace>> = tables.iter().map(|table| positions.iter().map(|p| place(table, *p)).collect()).collect();
-            let attention: Vec<AttentionBatch<'_>> =
-                std::iter::zip(&places, &tables).map(|(places, tables)| AttentionBatch { places, queries: &queries, tables }).collect();
+            let rows = Rows::at(0..window.len(), &tables, PAGE_TOKENS);
+            let attention = rows.attention(&tables);
             self.ops.upload(self.forward.hidden_mut(), 0, hidden);
-            let batch =
-                ForwardBatch { row_count: window.len(), tokens: window, positions: &positions, attention: &attention, logit_rows: &[] };
+            let batch = ForwardBatch {
+                row_count: window.len(),
+                tokens: window,
+                positions: &rows.positions,
+                attention: &attention,
+                logit_rows: &[],
+            };
             self.forward.run(&[block], &[], &batch, &mut pools);
             if goes_on {
                 hidden.resize(window.len() * block.width(), 0.0);

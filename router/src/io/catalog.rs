@@ -8,15 +8,17 @@ use std::time::Duration;
 
 use ashlar_registry::ChainDigest;
 use ashlar_zoo::digest::Digest;
-use ashlar_zoo::equivalence::{Equivalence, Policy};
+use ashlar_zoo::equivalence::Equivalence;
 use ashlar_zoo::manifest::{Adapter, Block, Chain, Change, ModelName};
 use ashlar_zoo::model_id::ModelId;
+use ashlar_zoo::relatives::Viewer;
 use ashlar_zoo::store::{Domains, KnownNames, StoreError, Zoo};
 use ashlar_zoo::tensor_file;
 use tokio::sync::{Mutex, watch};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::backend::ModelView;
+use super::cluster::{Cluster, ClusterState};
 use crate::state::assembly::ChainPath;
 use crate::state::placement::{SizedAdapter, SizedBlock, SizedChain};
 
@@ -34,13 +36,10 @@ pub struct ChainEntry {
     pub sized: SizedChain,
 }
 
-/// What is known of records of equivalence: they never change, so each is read once.
-type Records = BTreeMap<Digest, Arc<Equivalence>>;
-
 /// All models at one moment.
 #[derive(Debug, Clone, Default)]
 pub struct CatalogView {
-    /// Whether the zoo was read at least once.
+    /// Whether the zoo was read at least once, and the deployments before it.
     pub loaded: bool,
     /// By `tenant/name`.
     pub models: BTreeMap<String, Arc<ModelView>>,
@@ -59,9 +58,8 @@ pub struct Catalog {
 #[derive(Debug)]
 struct Reader {
     zoo: Zoo,
-    policy: Policy,
+    clusters: watch::Receiver<Arc<ClusterState>>,
     view: watch::Sender<Arc<CatalogView>>,
-    records: Mutex<Records>,
     /// One refresh at a time.
     read: Mutex<Read>,
 }
@@ -72,18 +70,27 @@ struct Read {
     /// Sizes of blocks and adapters.
     block_bytes: BTreeMap<Digest, u64>,
     names: KnownNames,
+    /// Records of equivalence: they never change.
+    records: BTreeMap<Digest, Equivalence>,
 }
 
 impl Catalog {
-    /// Reads the zoo now, then again every `interval`. A zoo that cannot be read now is tried again. Models are served by chains that `policy` allows.
-    pub async fn start(zoo: Zoo, interval: Duration, policy: Policy) -> Arc<Self> {
+    /// Reads the zoo now, then again every `interval`, and when deployments allow other chains than before. A zoo that cannot be read now is tried again.
+    pub async fn start(zoo: Zoo, interval: Duration, cluster: &Cluster) -> Arc<Self> {
         let (sender, view) = watch::channel(Arc::new(CatalogView::default()));
-        let reader = Arc::new(Reader { zoo, policy, view: sender, records: Mutex::default(), read: Mutex::default() });
+        let reader = Arc::new(Reader { zoo, clusters: cluster.subscribe(), view: sender, read: Mutex::default() });
         let mut told = tell(reader.refresh().await, false);
-        let refreshed = reader.clone();
+        let (refreshed, mut clusters) = (reader.clone(), cluster.subscribe());
+        let mut allowed = Allowed::of(&clusters.borrow());
         let task = tokio::spawn(async move {
             loop {
-                tokio::time::sleep(interval).await;
+                let changed = tokio::time::timeout(interval, clusters.wait_for(|state| Allowed::of(state) != allowed)).await;
+                match changed.map(|followed| followed.map(|state| Allowed::of(&state))) {
+                    Ok(Ok(now)) => allowed = now,
+                    // Nobody follows the cluster any more.
+                    Ok(Err(_)) => tokio::time::sleep(interval).await,
+                    Err(_) => {}
+                }
                 told = tell(refreshed.refresh().await, told);
             }
         });
@@ -114,6 +121,22 @@ impl Catalog {
     }
 }
 
+/// What deployments allow to be served in place of models' own chains.
+#[derive(Debug, Clone, PartialEq)]
+struct Allowed {
+    /// Whether the registry was read: until then nothing is planned, so that no chain is loaded that another one is to stand for.
+    is_known: bool,
+    /// Bounds of exchanges, by `tenant/name`.
+    kl_max: BTreeMap<String, f64>,
+}
+
+impl Allowed {
+    fn of(state: &ClusterState) -> Self {
+        let bounds = state.deployments.iter().filter_map(|(model, deployment)| Some((model.clone(), deployment.kl_max()?)));
+        Self { is_known: state.loaded, kl_max: bounds.collect() }
+    }
+}
+
 /// Says once that the zoo is away, and once that it is back.
 fn tell(refreshed: Result<(), StoreError>, told: bool) -> bool {
     match refreshed {
@@ -135,11 +158,12 @@ fn tell(refreshed: Result<(), StoreError>, told: bool) -> bool {
 impl Reader {
     async fn refresh(&self) -> Result<(), StoreError> {
         let mut read = self.read.lock().await;
-        let Read { block_bytes, names } = &mut *read;
+        let Read { block_bytes, names, records } = &mut *read;
+        let allowed = Allowed::of(&self.clusters.borrow());
         let names = self.zoo.list_changed(names).await?;
-        let served = self.served(&names).await?;
+        let served = self.served(&names, &allowed, records).await?;
         let old = self.view.borrow().clone();
-        let mut new = CatalogView { loaded: true, ..CatalogView::default() };
+        let mut new = CatalogView { loaded: allowed.is_known, ..CatalogView::default() };
         let parents: BTreeMap<String, Option<String>> =
             names.iter().map(|(id, name)| (id.to_string(), name.as_ref().ok().and_then(|name| name.parent.clone()))).collect();
         for (id, name) in names {
@@ -169,7 +193,7 @@ impl Reader {
             }
         }
         self.view.send_if_modified(|view| {
-            let changed = !view.loaded || !same(view, &new);
+            let changed = view.loaded != new.loaded || !same(view, &new);
             if changed {
                 *view = Arc::new(new);
             }
@@ -178,17 +202,23 @@ impl Reader {
         Ok(())
     }
 
-    /// The chains by which models are served where that is not the one that their name points to: of the records that are within the policy's
+    /// The chains by which models are served where that is not the one that their name points to: of the records that are within the deployment's
     /// bound, the exchange of most blocks. A record whose other model is not the tenant's own or a public one's counts for nothing.
-    async fn served(&self, names: &[(ModelId, Result<ModelName, StoreError>)]) -> Result<BTreeMap<ModelId, Digest>, StoreError> {
-        let Policy::Equivalent { kl_max } = self.policy else { return Ok(BTreeMap::new()) };
-        let mut records = self.records.lock().await;
+    async fn served(
+        &self,
+        names: &[(ModelId, Result<ModelName, StoreError>)],
+        allowed: &Allowed,
+        records: &mut BTreeMap<Digest, Equivalence>,
+    ) -> Result<BTreeMap<ModelId, Digest>, StoreError> {
+        if allowed.kl_max.is_empty() {
+            return Ok(BTreeMap::new());
+        }
         let listed = self.zoo.list_equivalences().await?;
         records.retain(|digest, _| listed.contains(digest));
         for digest in listed {
             if let Entry::Vacant(place) = records.entry(digest) {
                 match self.zoo.read_equivalence(digest).await {
-                    Ok(record) => drop(place.insert(Arc::new(record))),
+                    Ok(record) => drop(place.insert(record)),
                     Err(error) => {
                         let error = &error as &dyn std::error::Error;
                         tracing::warn!(record = %digest, error, "leaving out a record of equivalence that cannot be read");
@@ -198,15 +228,15 @@ impl Reader {
         }
         let domains = if records.is_empty() { Domains::default() } else { self.zoo.read_domains().await? };
         let may_see = |id: &ModelId, record: &Equivalence| {
-            let other = record.other.parse::<ModelId>();
-            other.is_ok_and(|other| other.tenant() == id.tenant() || domains.public.contains(other.tenant()))
+            let viewer = Viewer::new(id.tenant(), domains.clone());
+            record.other.parse().is_ok_and(|other| viewer.sees(&other))
         };
         let mut served = BTreeMap::new();
         for (id, name) in names {
-            let Ok(name) = name else { continue };
+            let (Ok(name), Some(kl_max)) = (name, allowed.kl_max.get(&id.to_string())) else { continue };
             let of_chain = records.values().filter(|record| record.chain == name.chain && may_see(id, record));
-            let within = of_chain.filter_map(|record| record.within(kl_max));
-            if let Some((_, step)) = within.max_by(|(a, x), (b, y)| a.cmp(b).then(y.together.kl.total_cmp(&x.together.kl))) {
+            let within = of_chain.filter_map(|record| record.within(*kl_max));
+            if let Some((_, step)) = within.max_by(|(a, x), (b, y)| a.cmp(b).then(y.together.kl.mean.total_cmp(&x.together.kl.mean))) {
                 served.insert(id.clone(), step.chain);
             }
         }

@@ -11,3 +11,5 @@ pub mod keys_file;
 pub mod metrics;
 pub mod planner;
 pub mod rest;
+#[cfg(test)]
+mod testing;

@@ -1,5 +1,6 @@
 //! `POST /v1/chat/completions`.
 
+use ashlar_zoo::digest::Digest;
 use serde_json::{Value, json};
 
 use crate::support::backend::{CACHED, IM_END, STORY};
@@ -32,8 +33,10 @@ async fn answer_has_openais_shape() {
                "prompt_tokens_details": {"cached_tokens": CACHED}})
     );
     assert_eq!((&body["object"], &body["model"]), (&json!("chat.completion"), &json!("acme/story")));
-    assert!(body["system_fingerprint"].as_str().unwrap().starts_with("fp_"));
     assert_eq!(reply.header("x-ashlar-seed"), "-7");
+    let chain = Digest::of(b"story").to_string();
+    assert_eq!(reply.header("x-ashlar-chain"), chain);
+    assert_eq!(body["system_fingerprint"], format!("fp_{}", &chain[..12]));
     let number = reply.header("x-request-id").strip_prefix("req_").unwrap();
     assert_eq!(body["id"], format!("chatcmpl-{number}"));
 }

@@ -1,15 +1,16 @@
-//! Records: what `check` refuses, which step a bound allows, and policies as text.
+//! Records: what `check` refuses, and which step a bound allows.
 
-use super::{Divergence, Equivalence, EquivalenceError, METHOD, Policy, Step};
+use super::{Equivalence, EquivalenceError, Figures, METHOD, Step};
 use crate::digest::Digest;
+use crate::measures::Divergence;
 
-fn divergence(kl: f64) -> Divergence {
-    Divergence { rows: 63, kl, kl_p99: kl, kl_max: kl, same_top_share: 1.0 }
+fn figures(kl: f64) -> Figures {
+    Figures { rows: 63, kl: Divergence { mean: kl, p99: kl, max: kl }, same_top_share: 1.0 }
 }
 
 fn step(block_index: u32, kl: f64) -> Step {
     let [own, other, chain] = ["own", "other", "chain"].map(|name| Digest::of(format!("{name}{block_index}").as_bytes()));
-    Step { block_index, own, other, cosine: 0.99, alone: divergence(kl), together: divergence(kl), chain }
+    Step { block_index, own, other, cosine: 0.99, alone: figures(kl), together: figures(kl), chain }
 }
 
 fn record(steps: Vec<Step>) -> Equivalence {
@@ -36,21 +37,12 @@ fn what_cannot_be_is_refused() {
     assert_eq!(record(vec![itself]).check(), Err(EquivalenceError::Repeated { step: 0, block_index: 1, how: "for itself" }));
     for kl in [-0.1, f64::NAN, f64::INFINITY] {
         let refused = record(vec![step(1, 0.0), step(2, kl)]).check();
-        assert!(matches!(&refused, Err(EquivalenceError::Figure { step: 1, what: "the divergence", .. })), "{refused:?}");
+        assert!(matches!(&refused, Err(EquivalenceError::Figures { step: 1, .. })), "{refused:?}");
     }
+    let apart = Step { cosine: 1.5, ..step(1, 0.0) };
+    assert_eq!(record(vec![apart]).check(), Err(EquivalenceError::Cosine { step: 0, cosine: 1.5 }));
     let other = Equivalence { other: "nobody".to_owned(), ..record(vec![step(1, 0.0)]) };
     assert_eq!(other.check(), Err(EquivalenceError::Model("nobody".to_owned())));
     let later = Equivalence { format: 2, ..record(vec![step(1, 0.0)]) };
     assert_eq!(later.check(), Err(EquivalenceError::Format(2)));
-}
-
-#[test]
-fn policies_are_read_as_they_are_written() {
-    for text in ["exact", "equivalent:0.01"] {
-        assert_eq!(text.parse::<Policy>().unwrap().to_string(), text);
-    }
-    for text in ["", "equivalent", "equivalent:", "equivalent:0", "equivalent:-1", "equivalent:inf", "equivalent:nan", "Exact"] {
-        let error = text.parse::<Policy>().unwrap_err();
-        assert!(error.contains(&format!("`{text}`")), "{error}");
-    }
 }

@@ -125,12 +125,7 @@ impl Prepared {
 
     /// Stores all but the name.
     pub(super) async fn store(&self, zoo: &Zoo, options: &AddOptions, progress: &dyn Progress) -> Result<Done, IngestError> {
-        let storing = zoo.begin_storing().await?;
-        let done = self.store_once(zoo, options, progress).await?;
-        if zoo.must_store_again(storing).await? {
-            self.store_once(zoo, options, progress).await?;
-        }
-        Ok(done)
+        zoo.storing(|| self.store_once(zoo, options, progress)).await
     }
 
     async fn store_once(&self, zoo: &Zoo, options: &AddOptions, progress: &dyn Progress) -> Result<Done, IngestError> {

@@ -97,11 +97,8 @@ pub async fn add(zoo: &Zoo, path: &Path, options: &AddOptions, progress: &dyn Pr
         store_assets(&sight, &text).await?;
         Ok::<_, IngestError>((stored, block_count, store_chain(&sight, &chain, &sketch).await?))
     };
-    let storing = zoo.begin_storing().await?;
-    let (stored, block_count, chain) = store(kept).await?;
-    if zoo.must_store_again(storing).await? {
-        store(Kept::new()).await?;
-    }
+    let mut kept = kept;
+    let (stored, block_count, chain) = zoo.storing(|| store(std::mem::take(&mut kept))).await?;
     let replaced = name(zoo, options, options.parent.as_ref().map(ToString::to_string), chain).await?;
     let mut notes = text.notes;
     notes.extend(sight.notes());

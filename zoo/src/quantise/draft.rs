@@ -1,7 +1,7 @@
 //! A chain whose matrices are being quantised. Tensors go to the zoo as they are made, or stay in memory to be measured; blocks, chain and name
 //! are written at the end, in the order of an add, so what is killed before leaves unreferenced objects only.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use ashlar_kernels::format::Dtype;
 use bytes::Bytes;
@@ -12,10 +12,10 @@ use crate::blocking::blocking;
 use crate::canonical;
 use crate::digest::Digest;
 use crate::inspect::Resolved;
-use crate::manifest::{Block, Chain, ModelName, TensorRef};
+use crate::manifest::{Block, Chain, TensorRef};
 use crate::measures::Measure;
 use crate::model_id::ModelId;
-use crate::store::{Compression, MappedBlock, Object, StoreError, Zoo};
+use crate::store::{Compression, Derived, MappedBlock, StoreError, Zoo};
 use crate::tensor::MappedTensor;
 use crate::tensor_file;
 
@@ -70,16 +70,13 @@ impl Draft {
             if !zoo.viewer(name.tenant()).await?.sees(&source.id) {
                 return Err(QuantiseError::Hidden { model: source.id, tenant: name.tenant().to_owned() });
             }
-            free(zoo, name).await?;
+            if !zoo.is_free(name).await? {
+                return Err(QuantiseError::Exists(name.clone()));
+            }
         }
         let blocks = source.blocks.clone();
         let (held, rounded) = (BTreeMap::new(), BTreeMap::new());
         Ok(Self { zoo: zoo.clone(), source, recipe, is_stored: name.is_some(), blocks, held, rounded })
-    }
-
-    /// The model as it is.
-    pub fn source(&self) -> &Resolved {
-        &self.source
     }
 
     /// The chain's blocks, with what was made so far.
@@ -179,45 +176,16 @@ impl Draft {
     /// When the draft was begun without a name, or the record does not pass [`Measure::check`].
     pub async fn store(&self, name: &ModelId, created_ms: u64, measured: Option<&Measure>) -> Result<Digest, QuantiseError> {
         assert!(self.is_stored, "a draft that is stored is begun with its name");
-        free(&self.zoo, name).await?;
-        let storing = self.zoo.begin_storing().await?;
-        let mut chain = self.store_unnamed(measured).await?;
-        if self.zoo.must_store_again(storing).await? {
-            chain = self.store_unnamed(measured).await?;
-        }
-        let new = ModelName { chain, created_ms, parent: Some(self.source.id.to_string()), history: Vec::new(), loaded: false };
-        match self.zoo.set_model(name, None, &new).await {
-            Err(StoreError::Conflict { .. }) => Err(QuantiseError::Exists(name.clone())),
-            other => Ok(other.map(|()| chain)?),
-        }
-    }
-
-    /// Stores all but the name. Returns the chain.
-    async fn store_unnamed(&self, measured: Option<&Measure>) -> Result<Digest, StoreError> {
-        // What the source has may lose its names while this is written, and what was made first may be old by now.
-        let assets = &self.source.chain.assets;
-        let tensors = self.blocks.iter().flat_map(|block| block.tensors.values()).map(|tensor| Object::Tensor(tensor.digest));
-        let assets = [assets.tokenizer, assets.chat_template, assets.card].into_iter().flatten().map(Object::Asset);
-        for object in tensors.chain(assets).collect::<BTreeSet<_>>() {
-            self.zoo.renew(&object).await?;
-        }
-        for block in &self.blocks {
-            self.zoo.put_block(block).await?;
-        }
         let blocks = self.blocks.iter().map(canonical::digest).collect();
-        let (chain, _) = self.zoo.put_chain(&Chain { blocks, ..self.source.chain.clone() }).await?;
-        self.zoo.make_sketch(chain).await?;
-        if let Some(measured) = measured {
-            self.zoo.put_measure(chain, measured).await?;
-        }
-        Ok(chain)
-    }
-}
-
-async fn free(zoo: &Zoo, name: &ModelId) -> Result<(), QuantiseError> {
-    match zoo.read_model(name).await {
-        Err(StoreError::Missing { .. }) => Ok(()),
-        Ok(_) => Err(QuantiseError::Exists(name.clone())),
-        Err(other) => Err(other.into()),
+        let derived = Derived {
+            chain: &Chain { blocks, ..self.source.chain.clone() },
+            blocks: &self.blocks,
+            adapters: Vec::new(),
+            new: Vec::new(),
+            sketch: None,
+            measured,
+            parent: &self.source.id,
+        };
+        self.zoo.store_derived(name, created_ms, &derived).await?.ok_or_else(|| QuantiseError::Exists(name.clone()))
     }
 }

@@ -1,6 +1,8 @@
 //! Rounding a whole tensor, group by group, and writing it as the planar formats lie (docs/block-format.md). A pure function of tensor and
 //! form, so what models share stays shared.
 
+use std::ops::Range;
+
 use ashlar_kernels::format::{CodeRow, Dtype, GROUP_MAX, TensorView, dequantise_row, quantise};
 use half::f16;
 
@@ -41,16 +43,30 @@ impl PlanarRows {
         }
     }
 
-    /// Appends the rows of another one of the same format.
-    pub fn append(&mut self, mut other: Self) {
-        assert_eq!(self.dtype, other.dtype, "one format");
-        self.codes.append(&mut other.codes);
-        self.scales.append(&mut other.scales);
-        self.minima.append(&mut other.minima);
+    /// The payload of a matrix `[rows, cols]` whose rows do not depend on each other: `write` gives those of a range, and is asked for ranges of a
+    /// multiple of `together` rows, each on a thread of its own.
+    ///
+    /// # Panics
+    /// As [`PlanarRows::new`], or when `write` does.
+    pub fn in_parts(dtype: Dtype, [rows, cols]: [usize; 2], together: usize, write: impl Fn(Range<usize>) -> Self + Sync) -> Vec<u8> {
+        let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let rows_each = rows.div_ceil(threads).next_multiple_of(together).max(1);
+        let parts: Vec<Self> = std::thread::scope(|scope| {
+            let write = &write;
+            let starts = (0..rows).step_by(rows_each);
+            let running: Vec<_> = starts.map(|start| scope.spawn(move || write(start..rows.min(start + rows_each)))).collect();
+            running.into_iter().map(|part| part.join().expect("rows are written without a panic")).collect()
+        });
+        let mut all = Self::new(dtype, rows, cols);
+        for mut part in parts {
+            all.codes.append(&mut part.codes);
+            all.scales.append(&mut part.scales);
+            all.minima.append(&mut part.minima);
+        }
+        all.finish()
     }
 
-    /// The payload of all rows.
-    pub fn finish(mut self) -> Vec<u8> {
+    fn finish(mut self) -> Vec<u8> {
         self.codes.append(&mut self.scales);
         self.codes.append(&mut self.minima);
         self.codes
@@ -63,12 +79,16 @@ impl PlanarRows {
 /// # Panics
 /// As [`PlanarRows::new`].
 pub fn round(view: &TensorView<'_>, dtype: Dtype) -> Vec<u8> {
+    PlanarRows::in_parts(dtype, [view.rows, view.cols], 1, |rows| round_rows(view, dtype, rows))
+}
+
+fn round_rows(view: &TensorView<'_>, dtype: Dtype, range: Range<usize>) -> PlanarRows {
     let levels = Levels::of(dtype).expect("an int8 or int4 format");
     let group = dtype.group().expect("it has groups");
-    let mut rows = PlanarRows::new(dtype, view.rows, view.cols);
+    let mut rows = PlanarRows::new(dtype, range.len(), view.cols);
     let (mut source, mut plain) = (CodeRow::default(), CodeRow::default());
     let (mut weights, mut codes, mut grids) = (vec![0.0f32; view.cols], Vec::new(), Vec::new());
-    for row in 0..view.rows {
+    for row in range {
         dequantise_row(view, row, &mut source, &mut weights);
         let bytes = quantise(dtype, 1, view.cols, &weights).expect("a format that is written");
         plain.read(&TensorView { dtype, rows: 1, cols: view.cols, bytes: &bytes }, 0);
@@ -83,7 +103,7 @@ pub fn round(view: &TensorView<'_>, dtype: Dtype) -> Vec<u8> {
         }
         rows.push(&codes, &grids);
     }
-    rows.finish()
+    rows
 }
 
 fn nibbles(pair: &[i8], offset: i8) -> u8 {

@@ -12,10 +12,10 @@ use super::viewer::Viewer;
 use crate::canonical;
 use crate::digest::Digest;
 use crate::inspect::{Resolved, tensor_bytes};
-use crate::manifest::{Adapter, AdapterRef, Block, Chain, ModelName, TensorRef};
+use crate::manifest::{Adapter, AdapterRef, Block, Chain, TensorRef};
 use crate::measures::Measure;
 use crate::model_id::ModelId;
-use crate::store::{Compression, MappedAdapter, MappedBlock, MappedChange, Object, StoreError, Zoo};
+use crate::store::{Derived, MappedAdapter, MappedBlock, MappedChange, StoreError, Zoo};
 use crate::tensor::MappedTensor;
 
 /// Why a model cannot be made base and adapters.
@@ -233,46 +233,15 @@ impl Adapted {
     /// # Panics
     /// When the record does not pass [`Measure::check`].
     pub async fn store(&self, zoo: &Zoo, name: &ModelId, created_ms: u64, measured: Option<&Measure>) -> Result<Digest, AdaptError> {
-        match zoo.read_model(name).await {
-            Err(StoreError::Missing { .. }) => {}
-            Ok(_) => return Err(AdaptError::Exists(name.clone())),
-            Err(other) => return Err(other.into()),
-        }
-        let storing = zoo.begin_storing().await?;
-        let mut chain = self.store_unnamed(zoo, measured).await?;
-        if zoo.must_store_again(storing).await? {
-            chain = self.store_unnamed(zoo, measured).await?;
-        }
-        let new = ModelName { chain, created_ms, parent: Some(self.base.to_string()), history: Vec::new(), loaded: false };
-        match zoo.set_model(name, None, &new).await {
-            Err(StoreError::Conflict { .. }) => Err(AdaptError::Exists(name.clone())),
-            other => Ok(other.map(|()| chain)?),
-        }
-    }
-
-    /// Stores all but the name. Returns the chain.
-    async fn store_unnamed(&self, zoo: &Zoo, measured: Option<&Measure>) -> Result<Digest, StoreError> {
-        for (tensor, payload) in self.new.values() {
-            zoo.put_tensor(tensor, payload.clone(), Compression::Alone).await?;
-        }
-        // What the base and the model have may lose its names while this is written.
-        let assets = &self.chain.assets;
-        let tensors = self.blocks.iter().flat_map(|block| block.tensors.values()).map(|tensor| Object::Tensor(tensor.digest));
-        let assets = [assets.tokenizer, assets.chat_template, assets.card].into_iter().flatten().map(Object::Asset);
-        for object in tensors.chain(assets).collect::<BTreeSet<_>>() {
-            zoo.renew(&object).await?;
-        }
-        for block in &self.blocks {
-            zoo.put_block(block).await?;
-        }
-        for adapter in self.adapters.values() {
-            zoo.put_adapter(adapter).await?;
-        }
-        let (chain, _) = zoo.put_chain(&self.chain).await?;
-        zoo.put_sketch(chain, &self.sketch).await?;
-        if let Some(measured) = measured {
-            zoo.put_measure(chain, measured).await?;
-        }
-        Ok(chain)
+        let derived = Derived {
+            chain: &self.chain,
+            blocks: &self.blocks,
+            adapters: self.adapters.values().collect(),
+            new: self.new.values().collect(),
+            sketch: Some(&self.sketch),
+            measured,
+            parent: &self.base,
+        };
+        zoo.store_derived(name, created_ms, &derived).await?.ok_or_else(|| AdaptError::Exists(name.clone()))
     }
 }

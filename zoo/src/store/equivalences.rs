@@ -44,12 +44,7 @@ impl Zoo {
     /// When the record does not pass [`Equivalence::check`], or `chain` is not the one that it is of.
     pub async fn store_equivalence(&self, chain: &Chain, record: &Equivalence) -> Result<Digest, StoreError> {
         assert_eq!(canonical::digest(chain), record.chain, "the chain that the record is of");
-        let storing = self.begin_storing().await?;
-        let mut digest = self.store_equivalence_once(chain, record).await?;
-        if self.must_store_again(storing).await? {
-            digest = self.store_equivalence_once(chain, record).await?;
-        }
-        Ok(digest)
+        self.storing(|| self.store_equivalence_once(chain, record)).await
     }
 
     async fn store_equivalence_once(&self, chain: &Chain, record: &Equivalence) -> Result<Digest, StoreError> {

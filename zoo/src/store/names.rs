@@ -1,4 +1,4 @@
-//! `models/<tenant>/<name>.json`, the only objects that change: read, listed, and set by compare-and-swap. A local
+//! `models/<tenant>/<name>.json`, what people change: read, listed, and set by compare-and-swap. A local
 //! directory is locked by a file for the swap (its store has no conditional update); elsewhere the put is conditional.
 
 use std::collections::BTreeMap;

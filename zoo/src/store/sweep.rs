@@ -33,7 +33,7 @@ struct Record {
 
 /// When an `add` began to store, and where the sweeps of the zoo stood then.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Storing {
+struct Storing {
     began: Instant,
     met: Record,
 }
@@ -54,8 +54,24 @@ struct Found {
 }
 
 impl Zoo {
-    /// To be called before an `add` stores.
-    pub(crate) async fn begin_storing(&self) -> Result<Storing, StoreError> {
+    /// Stores what a name is to lead to, and where a `gc` may have swept of it meanwhile stores all once more. Gives what the first run gave.
+    ///
+    /// # Errors
+    /// Those of `store`, or when the store fails.
+    pub(crate) async fn storing<T, E, F>(&self, mut store: impl FnMut() -> F) -> Result<T, E>
+    where
+        E: From<StoreError>,
+        F: Future<Output = Result<T, E>>,
+    {
+        let storing = self.begin_storing().await?;
+        let stored = store().await?;
+        if self.must_store_again(storing).await? {
+            store().await?;
+        }
+        Ok(stored)
+    }
+
+    async fn begin_storing(&self) -> Result<Storing, StoreError> {
         let began = Instant::now();
         let met = match self.inner.root {
             Some(_) => Record::default(),
@@ -66,7 +82,7 @@ impl Zoo {
 
     /// Whether all must be stored, or be found stored, once more before a name may lead to it: a `gc` swept meanwhile (this returns when its round
     /// is over), or what was found young at first is not by now. Once is enough: whatever is swept from here on is seen to be young.
-    pub(crate) async fn must_store_again(&self, before: Storing) -> Result<bool, StoreError> {
+    async fn must_store_again(&self, before: Storing) -> Result<bool, StoreError> {
         // Untouched are those that are younger than half the grace period; `gc` counts on no more than an eighth until they are named. With no grace at
         // all nothing is young.
         let is_late = before.began.elapsed() > self.inner.grace / 8 && !self.inner.grace.is_zero();

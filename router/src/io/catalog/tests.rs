@@ -1,10 +1,14 @@
 //! The catalog over a real zoo: borders of layers, and which chain a model is served by.
 
-use ashlar_zoo::equivalence::{Divergence, METHOD, Step, exchanged};
-use ashlar_zoo::manifest::{Assets, Defaults, Tokens};
-use serde_json::json;
+use ashlar_registry::embedded::Embedded;
+use ashlar_registry::record::{self, DeploymentRecord};
+use ashlar_registry::{Registry, key};
+use ashlar_zoo::equivalence::{Figures, METHOD, Step, exchanged};
+use ashlar_zoo::measures::Divergence;
 
 use super::*;
+use crate::io::cluster::ClusterOptions;
+use crate::io::testing::stored_chain;
 
 #[test]
 fn borders_lie_between_layers() {
@@ -12,29 +16,6 @@ fn borders_lie_between_layers() {
     assert_eq!(borders(4), Vec::<u32>::new());
     assert_eq!(borders(6), [3]);
     assert_eq!(borders(10), [3, 5, 7]);
-}
-
-async fn chain(zoo: &Zoo, seed: u8) -> Chain {
-    let mut blocks = Vec::new();
-    for index in 0..6u8 {
-        let tensor = json!({"digest": Digest::of(&[seed, index]), "dtype": "f32", "shape": [250, 4]});
-        let block = json!({"width": 4, "params": {"kind": "embed", "scale": 1.0}, "tensors": {"token.weight": tensor}});
-        blocks.push(zoo.put_block(&serde_json::from_value(block).unwrap()).await.unwrap().0);
-    }
-    Chain {
-        format: 1,
-        architecture: "llama".to_owned(),
-        width: 4,
-        vocab: 250,
-        context_tokens: 64,
-        blocks,
-        adapters: vec![],
-        assets: Assets::default(),
-        tokens: Tokens::default(),
-        defaults: Defaults::default(),
-        licence: None,
-        source: "test".to_owned(),
-    }
 }
 
 async fn name(zoo: &Zoo, id: &str, chain: &Chain) -> Digest {
@@ -51,7 +32,7 @@ async fn record(zoo: &Zoo, one: (&Chain, Digest), other: &str, others: (&Chain, 
         let index = block_index as usize;
         swaps.push((index, others.0.blocks[index]));
         let chain = zoo.put_chain(&exchanged(one.0, swaps.iter().copied())).await.unwrap().0;
-        let figures = Divergence { rows: 63, kl, kl_p99: kl, kl_max: kl, same_top_share: 0.99 };
+        let figures = Figures { rows: 63, kl: Divergence { mean: kl, p99: kl, max: kl }, same_top_share: 0.99 };
         let (own, other) = (one.0.blocks[index], others.0.blocks[index]);
         steps.push(Step { block_index, own, other, cosine: 0.99, alone: figures, together: figures, chain });
     }
@@ -62,45 +43,87 @@ async fn record(zoo: &Zoo, one: (&Chain, Digest), other: &str, others: (&Chain, 
     (zoo.put_equivalence(&record).await.unwrap().0, chains)
 }
 
-async fn served(zoo: &Zoo, policy: Policy) -> Digest {
-    let catalog = Catalog::start(zoo.clone(), Duration::from_secs(3600), policy).await;
-    let view = catalog.view();
+/// A registry in which `acme/one` is deployed with a bound.
+async fn deployed(kl: Option<f64>) -> (Arc<dyn Registry>, Arc<Cluster>) {
+    let registry: Arc<dyn Registry> = Arc::new(Embedded::in_memory());
+    deploy(&*registry, kl).await;
+    let cluster = Cluster::start(registry.clone(), ClusterOptions::default());
+    cluster.loaded().await;
+    (registry, cluster)
+}
+
+async fn deploy(registry: &dyn Registry, equivalent_kl: Option<f64>) {
+    let record = DeploymentRecord { equivalent_kl, ..DeploymentRecord::default() };
+    registry.put(&key::deployment("acme/one"), &record::to_value(&record), None).await.unwrap();
+}
+
+async fn served(zoo: &Zoo, kl: Option<f64>) -> Digest {
+    let (_registry, cluster) = deployed(kl).await;
+    let view = Catalog::start(zoo.clone(), Duration::from_secs(3600), &cluster).await.view();
     let model = &view.models["acme/one"];
-    assert!(view.chains.contains_key(&ChainDigest(model.chain_digest.0)), "placement knows the chain that is served");
-    assert_eq!(view.chains[&ChainDigest(model.chain_digest.0)].sized.blocks.len(), 6);
+    assert!(view.loaded);
+    assert_eq!(view.chains[&ChainDigest(model.chain_digest.0)].sized.blocks.len(), 6, "placement knows the chain that is served");
     model.chain_digest
 }
 
+/// Waits until a chain serves.
+async fn comes(catalog: &Catalog, chain: Digest) {
+    let is_served = |view: &Arc<CatalogView>| view.models["acme/one"].chain_digest == chain;
+    tokio::time::timeout(Duration::from_secs(30), catalog.subscribe().wait_for(is_served)).await.expect("it comes").unwrap();
+}
+
 #[tokio::test]
-async fn blocks_are_exchanged_as_far_as_the_policy_allows_and_no_longer_than_the_record_is_there() {
+async fn blocks_are_exchanged_as_far_as_the_deployment_allows() {
     let folder = tempfile::tempdir().unwrap();
     let zoo = Zoo::create_dir(folder.path()).await.unwrap();
-    let (one, two) = (chain(&zoo, 1).await, chain(&zoo, 2).await);
+    let (one, two) = (stored_chain(&zoo, 1).await, stored_chain(&zoo, 2).await);
     let (exact, other) = (name(&zoo, "acme/one", &one).await, name(&zoo, "acme/two", &two).await);
     let (digest, [first, both]) = record(&zoo, (&one, exact), "acme/two", (&two, other)).await;
-
-    assert_eq!(served(&zoo, Policy::Exact).await, exact, "a record alone changes nothing");
-    for (kl_max, expected) in [(0.005, exact), (0.01, first), (0.02, first), (0.03, both), (1.0, both)] {
-        assert_eq!(served(&zoo, Policy::Equivalent { kl_max }).await, expected, "bound {kl_max}");
+    for kl in [None, Some(0.0), Some(-1.0), Some(0.005)] {
+        assert_eq!(served(&zoo, kl).await, exact, "bound {kl:?}: a record alone changes nothing");
     }
-    let catalog = Catalog::start(zoo.clone(), Duration::from_secs(3600), Policy::Equivalent { kl_max: 1.0 }).await;
-    assert_eq!(catalog.view().models["acme/two"].chain_digest, other, "the other model is served as it is");
+    for (kl, expected) in [(0.01, first), (0.02, first), (0.03, both), (1.0, both)] {
+        assert_eq!(served(&zoo, Some(kl)).await, expected, "bound {kl}");
+    }
+
+    // A deployment that changes is obeyed at once, and so is a record that goes at the next look.
+    let (registry, cluster) = deployed(None).await;
+    let catalog = Catalog::start(zoo.clone(), Duration::from_secs(3600), &cluster).await;
+    assert_eq!(catalog.view().models["acme/one"].chain_digest, exact);
+    deploy(&*registry, Some(0.02)).await;
+    comes(&catalog, first).await;
+    assert_eq!(catalog.view().models["acme/two"].chain_digest, other, "the other model did not ask for it");
     zoo.remove_equivalence(digest).await.unwrap();
     catalog.refresh().await.unwrap();
     assert_eq!(catalog.view().models["acme/one"].chain_digest, exact);
 }
 
 #[tokio::test]
+async fn nothing_is_planned_before_deployments_are_known() {
+    let folder = tempfile::tempdir().unwrap();
+    let zoo = Zoo::create_dir(folder.path()).await.unwrap();
+    let one = stored_chain(&zoo, 1).await;
+    let exact = name(&zoo, "acme/one", &one).await;
+    // Not followed yet: the watch begins with the runtime's next turn.
+    let cluster = Cluster::start(Arc::new(Embedded::in_memory()), ClusterOptions::default());
+    assert!(!cluster.state().loaded);
+    let catalog = Catalog::start(zoo, Duration::from_secs(3600), &cluster).await;
+    let mut views = catalog.subscribe();
+    let view = tokio::time::timeout(Duration::from_secs(30), views.wait_for(|view| view.loaded)).await.expect("it is read").unwrap();
+    assert!(cluster.state().loaded);
+    assert_eq!(view.models["acme/one"].chain_digest, exact);
+}
+
+#[tokio::test]
 async fn another_tenants_blocks_stand_in_only_while_it_is_public() {
     let folder = tempfile::tempdir().unwrap();
     let zoo = Zoo::create_dir(folder.path()).await.unwrap();
-    let (one, two) = (chain(&zoo, 1).await, chain(&zoo, 2).await);
+    let (one, two) = (stored_chain(&zoo, 1).await, stored_chain(&zoo, 2).await);
     let (exact, other) = (name(&zoo, "acme/one", &one).await, name(&zoo, "other/two", &two).await);
     let (_, [_, both]) = record(&zoo, (&one, exact), "other/two", (&two, other)).await;
-    let policy = Policy::Equivalent { kl_max: 1.0 };
-    assert_eq!(served(&zoo, policy).await, exact);
+    assert_eq!(served(&zoo, Some(1.0)).await, exact);
     zoo.update_domains(|domains| domains.public.extend(["other".to_owned()])).await.unwrap();
-    assert_eq!(served(&zoo, policy).await, both);
+    assert_eq!(served(&zoo, Some(1.0)).await, both);
     zoo.update_domains(|domains| domains.public.clear()).await.unwrap();
-    assert_eq!(served(&zoo, policy).await, exact);
+    assert_eq!(served(&zoo, Some(1.0)).await, exact);
 }

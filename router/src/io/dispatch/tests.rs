@@ -9,14 +9,14 @@ use ashlar_registry::{Registry, key};
 use ashlar_wire::id::RequestId;
 use ashlar_wire::v1;
 use ashlar_wire::v1::sequence_event::Event;
-use ashlar_zoo::equivalence::Policy;
-use ashlar_zoo::manifest::{Assets, Chain, Defaults, Tokens};
+use ashlar_zoo::manifest::Chain;
 use ashlar_zoo::store::Zoo;
 use tonic::Status;
 
 use super::*;
 use crate::io::cluster::ClusterOptions;
 use crate::io::grpc::{ExecutorClient, RunEvents};
+use crate::io::testing;
 use crate::state::tenants::{KeyHash, Without};
 
 const BLOCKS: u32 = 6;
@@ -110,20 +110,7 @@ struct Stage {
 }
 
 fn chain() -> Chain {
-    Chain {
-        format: 1,
-        architecture: "llama".to_owned(),
-        width: 4,
-        vocab: 1000,
-        context_tokens: 64,
-        blocks: (0..BLOCKS).map(|index| Digest::of(&index.to_be_bytes())).collect(),
-        adapters: vec![],
-        assets: Assets::default(),
-        tokens: Tokens::default(),
-        defaults: Defaults::default(),
-        licence: None,
-        source: "test".to_owned(),
-    }
+    testing::chain((0..BLOCKS).map(|index| Digest::of(&index.to_be_bytes())).collect())
 }
 
 fn executor_id(index: usize) -> ExecutorId {
@@ -160,12 +147,12 @@ impl Stage {
             executors.push(Arc::new(Scripted { acts: Mutex::new(acts.into()), admissions: Mutex::default() }));
         }
         registry.put(key::PLAN, &record::to_value(&plan), None).await.unwrap();
-        let deployment = DeploymentRecord { ttft_ms: Some(900), gap_ms: Some(0) };
+        let deployment = DeploymentRecord { ttft_ms: Some(900), gap_ms: Some(0), ..DeploymentRecord::default() };
         registry.put(&key::deployment("public/m"), &record::to_value(&deployment), None).await.unwrap();
         let cluster = Cluster::start(registry.clone(), ClusterOptions { without: Without::Open, ..ClusterOptions::default() });
         cluster.loaded().await;
         let directory = tempfile::tempdir().unwrap();
-        let catalog = Catalog::start(Zoo::create_dir(directory.path()).await.unwrap(), Duration::from_secs(3600), Policy::Exact).await;
+        let catalog = Catalog::start(Zoo::create_dir(directory.path()).await.unwrap(), Duration::from_secs(3600), &cluster).await;
         let local = executors.iter().enumerate().map(|(index, executor)| (executor_id(index), executor.clone() as Arc<dyn ExecutorClient>));
         let router = RouterId("rtr_1".to_owned());
         let dispatch = Dispatch::new(router, cluster, catalog, Clients::new(local), options, &MetricRegistry::new()).unwrap();

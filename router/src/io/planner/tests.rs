@@ -3,14 +3,12 @@
 use ashlar_registry::embedded::Embedded;
 use ashlar_registry::record::ExecutorRecord;
 use ashlar_wire::id::ExecutorId;
-use ashlar_zoo::digest::Digest;
-use ashlar_zoo::equivalence::Policy;
-use ashlar_zoo::manifest::{Assets, Block, Chain, Defaults, ModelName, Tokens};
+use ashlar_zoo::manifest::ModelName;
 use ashlar_zoo::store::Zoo;
-use serde_json::json;
 
 use super::*;
 use crate::io::cluster::ClusterOptions;
+use crate::io::testing::stored_chain;
 
 struct World {
     registry: Arc<dyn Registry>,
@@ -25,9 +23,9 @@ impl World {
         let registry: Arc<dyn Registry> = Arc::new(Embedded::in_memory());
         let directory = tempfile::tempdir().unwrap();
         let zoo = Zoo::create_dir(directory.path()).await.unwrap();
-        let catalog = Catalog::start(zoo.clone(), Duration::from_millis(50), Policy::Exact).await;
         let options = ClusterOptions { departed_keep: Duration::from_millis(300), ..ClusterOptions::default() };
         let cluster = Cluster::start(registry.clone(), options);
+        let catalog = Catalog::start(zoo.clone(), Duration::from_millis(50), &cluster).await;
         Self { registry, zoo, catalog, cluster, _directory: directory }
     }
 
@@ -41,29 +39,9 @@ impl World {
         Planner::start(self.registry.clone(), self.cluster.clone(), self.catalog.clone(), &RouterId(router.to_owned()), options)
     }
 
-    /// A model of two layers; blocks are distinct by seed, 4000 bytes each.
+    /// A model of two layers; blocks are distinct by seed, of 4,000 bytes each.
     async fn name_model(&self, name: &str, seed: u8) -> ashlar_registry::ChainDigest {
-        let mut blocks = Vec::new();
-        for index in 0..6u8 {
-            let tensor = json!({"digest": Digest::of(&[seed, index]), "dtype": "f32", "shape": [250, 4]});
-            let block = json!({"width": 4, "params": {"kind": "embed", "scale": 1.0}, "tensors": {"token.weight": tensor}});
-            let block: Block = serde_json::from_value(block).unwrap();
-            blocks.push(self.zoo.put_block(&block).await.unwrap().0);
-        }
-        let chain = Chain {
-            format: 1,
-            architecture: "llama".to_owned(),
-            width: 4,
-            vocab: 250,
-            context_tokens: 64,
-            blocks,
-            adapters: vec![],
-            assets: Assets::default(),
-            tokens: Tokens::default(),
-            defaults: Defaults::default(),
-            licence: None,
-            source: "test".to_owned(),
-        };
+        let chain = stored_chain(&self.zoo, seed).await;
         let chain = self.zoo.put_chain(&chain).await.unwrap().0;
         let model = ModelName { chain, created_ms: 5000, parent: Some("public/root".to_owned()), history: vec![], loaded: false };
         self.zoo.set_model(&name.parse().unwrap(), None, &model).await.unwrap();

@@ -6,7 +6,6 @@ use ashlar_registry::embedded::Embedded;
 use ashlar_registry::record::{self, ExecutorRecord, TenantRecord};
 use ashlar_registry::{Registry, key};
 use ashlar_wire::id::{ExecutorId, RouterId};
-use ashlar_zoo::equivalence::Policy;
 use ashlar_zoo::ingest::AddOptions;
 use ashlar_zoo::store::Zoo;
 
@@ -62,7 +61,7 @@ async fn world() -> World {
     registry.put(&key::executor(&executor.id), &record::to_value(&executor), None).await.unwrap();
     let cluster = Cluster::start(registry.clone(), ClusterOptions { without: Without::Open, ..ClusterOptions::default() });
     cluster.loaded().await;
-    let catalog = Catalog::start(zoo, Duration::from_secs(3600), Policy::Exact).await;
+    let catalog = Catalog::start(zoo, Duration::from_secs(3600), &cluster).await;
     let router = RouterId("rtr_1".to_owned());
     let options = PlannerOptions { settle: Duration::from_millis(5), ..PlannerOptions::default() };
     let planner = Planner::start(registry.clone(), cluster.clone(), catalog.clone(), &router, options);
