@@ -45,7 +45,7 @@ enum Command {
     Router(config::ConfigArgs),
     /// An executor alone: holds the blocks that the plan gives it
     Executor(config::ConfigArgs),
-    /// The block zoo: add, pull, list, show, diff, report, verify, rm, gc
+    /// The block zoo: add and pull models, show what they share, quantise, compress, compare, verify, collect garbage
     Zoo(zoo::ZooArgs),
     /// Tenants and their API keys
     Tenant {
