@@ -110,22 +110,22 @@ fn check_that_finds_nobody_says_where_it_looked() {
 }
 
 #[test]
-fn targets_may_be_set_before_their_model_is_there_and_say_so() {
+fn settings_may_be_set_before_their_model_is_there_and_say_so() {
     let dir = tempfile::tempdir().unwrap();
     let root = dir.path().join("zoo");
     tokio::runtime::Runtime::new().unwrap().block_on(Zoo::create_dir(&root)).unwrap();
     let root = root.to_str().unwrap();
     let output = run(&["deploy", "set", "acme/later", "--gap-ms", "50", "--zoo", root], Stdio::piped());
     assert!(output.status.success());
-    assert_eq!(String::from_utf8_lossy(&output.stdout), "acme/later  first token: as executors are set  gap: 50 ms\n");
-    let expected = format!("no such model yet: acme/later is not in zoo {root}; its targets wait for it\n");
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "acme/later  first token: as executors are set  gap: 50 ms  blocks: exact\n");
+    let expected = format!("no such model yet: acme/later is not in zoo {root}; its settings wait for it\n");
     assert_eq!(String::from_utf8_lossy(&output.stderr), expected);
     let output = run(&["tenant", "add", "blue", "--model", "acme/later", "--zoo", root], Stdio::piped());
     assert!(output.status.success());
     let expected = format!("no such model yet: acme/later is not in zoo {root}; the right to use it waits for it\n");
     assert_eq!(String::from_utf8_lossy(&output.stderr), expected);
     let output = run(&["deploy", "list", "--zoo", root], Stdio::piped());
-    assert_eq!(String::from_utf8_lossy(&output.stdout), "acme/later  first token: as executors are set  gap: 50 ms\n");
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "acme/later  first token: as executors are set  gap: 50 ms  blocks: exact\n");
 }
 
 #[test]

@@ -67,7 +67,7 @@ def test_targets_are_in_force_from_set_to_clear(lasting_serve, zoo):
     assert targeted(serve.api) == {"gap": 0, "ttft": 0}
     assert gap_while_it_streams(serve, MODEL) == 0
 
-    assert deploy(serve, zoo[0], "set", MODEL, "--gap-ms", GAP_MS, "--ttft-ms", 900) == f"{MODEL}  first token: 900 ms  gap: {GAP_MS} ms\n"
+    assert deploy(serve, zoo[0], "set", MODEL, "--gap-ms", GAP_MS, "--ttft-ms", 900) == f"{MODEL}  first token: 900 ms  gap: {GAP_MS} ms  blocks: exact\n"
     wait_for_targets(serve, MODEL, True)
     before = targeted(serve.api)
     assert complete(client, MODEL) == text
