@@ -323,7 +323,8 @@ impl<'a, T: Stored> Attend<'a, T> {
             for g in 0..G {
                 // SAFETY: tiles have disjoint (row, head)s, walkers of a group differ, and one thread takes a segment of a tile.
                 let (values, rest) = unsafe { parts.part(d, walkers[of_tile[g]].place, segment) };
-                values.fill(0.0);
+                // Adding 0 would turn a sum of -0, of products too small for f32, into +0.
+                values.fill(-0.0);
                 (rest[0], rest[1]) = (of_segment[g].max, of_segment[g].sum);
                 out[g] = values;
             }

@@ -206,6 +206,12 @@ fn wild_stored(random: &mut Random) -> Chunk {
     chunk
 }
 
+/// Found by chance: the products of one column of a segment round to -0, which several threads that share the row's segments must keep.
+#[test]
+fn a_segment_whose_sum_is_a_negative_zero_keeps_it() {
+    check(&wild_stored(&mut Random(13_513_192_393_008_180_811)));
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: ProptestConfig::default().cases / 4, failure_persistence: None, ..ProptestConfig::default() })]
 

@@ -79,9 +79,11 @@ impl Catalog {
     pub async fn start(zoo: Zoo, interval: Duration, cluster: &Cluster) -> Arc<Self> {
         let (sender, view) = watch::channel(Arc::new(CatalogView::default()));
         let reader = Arc::new(Reader { zoo, clusters: cluster.subscribe(), view: sender, read: Mutex::default() });
-        let mut told = tell(reader.refresh().await, false);
-        let (refreshed, mut clusters) = (reader.clone(), cluster.subscribe());
+        // Before the first look, or what is allowed between the two would wait for the next one.
+        let mut clusters = cluster.subscribe();
         let mut allowed = Allowed::of(&clusters.borrow());
+        let mut told = tell(reader.refresh().await, false);
+        let refreshed = reader.clone();
         let task = tokio::spawn(async move {
             loop {
                 let changed = tokio::time::timeout(interval, clusters.wait_for(|state| Allowed::of(state) != allowed)).await;
