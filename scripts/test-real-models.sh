@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the goldens of real models: 64 greedy tokens of each prompt must equal those of transformers (executor/tests/real_models.rs).
+# Runs the goldens of real models: 64 greedy tokens of each prompt must equal those of transformers (executor/tests/it/real_models.rs).
 #
 #   scripts/test-real-models.sh [smollm2 | gemma3 | qwen2.5-coder | all]
 #
@@ -14,4 +14,4 @@ scripts/fetch-models.sh "$model"
 
 filter=${model//[^a-z0-9]/_}
 [[ $filter == all ]] && filter=
-exec "${CARGO:-cargo}" test --package ashlar-executor --test real_models -- --include-ignored --nocapture --test-threads 1 "$filter"
+exec "${CARGO:-cargo}" test --package ashlar-executor --test it -- --include-ignored --nocapture --test-threads 1 "real_models::$filter"

@@ -1,6 +1,6 @@
 //! `ashlar zoo` as a process: its words, its exit codes, and that it may be killed.
 
-#[path = "../../zoo/tests/support/mod.rs"]
+#[path = "../../zoo/tests/it/support/mod.rs"]
 mod support;
 
 use std::path::Path;

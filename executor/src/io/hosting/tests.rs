@@ -1,6 +1,6 @@
 //! Spans of the demo family come and go: what their blocks take together, counted beside what the device was given.
 
-#[path = "../../../tests/support/adapters.rs"]
+#[path = "../../../tests/it/support/adapters.rs"]
 mod adapters;
 
 use std::path::Path;

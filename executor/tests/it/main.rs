@@ -1,0 +1,13 @@
+//! The executor from outside, one module a subject, in one binary: each further one would compile the same generic code and link it once more.
+
+#[path = "support/adapters.rs"]
+mod adapters;
+#[path = "support/summed.rs"]
+mod summed;
+mod support;
+
+mod deltas;
+mod goldens;
+mod real_models;
+mod together;
+mod unmerged;

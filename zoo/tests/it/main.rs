@@ -1,0 +1,35 @@
+//! The zoo from outside, one module a subject, in one binary: each further one would compile the same generic code and link it once more.
+
+#[path = "support/faulty.rs"]
+mod faulty;
+#[path = "support/flaky.rs"]
+mod flaky;
+#[path = "support/scripted.rs"]
+mod scripted;
+#[path = "support/sound.rs"]
+mod sound;
+mod support;
+
+mod adapters;
+mod bad_adapters;
+mod bad_input;
+mod bad_quantised;
+mod changing;
+mod compressed;
+mod crash;
+mod damage;
+mod deltas;
+mod demo;
+mod equivalence;
+mod export;
+mod failing;
+mod hub;
+mod ingest;
+mod listing;
+mod loading;
+mod loads;
+mod measures;
+mod quantise;
+mod racing;
+mod relatives;
+mod report;
