@@ -1,6 +1,7 @@
 //! The one binary: parses the command line, reads the configuration, starts what was asked for. It holds no logic that a
 //! library should.
 
+#![cfg_attr(test, allow(clippy::unwrap_used, reason = "tests may unwrap, also in their helper functions"))]
 #![allow(unreachable_pub, reason = "a binary: pub marks what other modules use")]
 #![deny(clippy::print_stdout)] // it panics where nobody reads: see output.rs
 

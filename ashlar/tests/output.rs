@@ -1,5 +1,7 @@
 //! What the binary prints: help, and what happens when nobody reads it or it cannot be written.
 
+#![allow(clippy::unwrap_used, reason = "tests may unwrap, also in their helper functions")]
+
 use std::fs::OpenOptions;
 use std::process::{Command, Output, Stdio};
 

@@ -1,5 +1,7 @@
 //! `ashlar zoo` as a process: its words, its exit codes, and that it may be killed.
 
+#![allow(clippy::unwrap_used, reason = "tests may unwrap, also in their helper functions")]
+
 #[path = "../../zoo/tests/it/support/mod.rs"]
 mod support;
 

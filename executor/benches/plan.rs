@@ -3,6 +3,7 @@
 //! and the results of batches), without a device. Goal: under 100 us of planning for 256 sequences that decode. `-- LOAD SEQUENCES PASSES`
 //! runs one, for callgrind: `scripts/planning-cost.sh` counts the instructions of the functions `counted_*`.
 
+#![allow(clippy::unwrap_used, reason = "tests may unwrap, also in their helper functions")]
 #![expect(clippy::disallowed_methods, reason = "a benchmark measures time")]
 
 use std::collections::VecDeque;

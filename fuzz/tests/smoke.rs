@@ -1,5 +1,7 @@
 //! Each target against mutations of its corpus for `ASHLAR_FUZZ_SECONDS` (5). A failure prints the seed and the input.
 
+#![allow(clippy::unwrap_used, reason = "tests may unwrap, also in their helper functions")]
+
 use std::path::Path;
 use std::time::{Duration, Instant};
 

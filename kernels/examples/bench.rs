@@ -1,6 +1,8 @@
 //! Prints the machine's ceilings and the linear layers' shares. Arguments: threads, instruction set (avx512-bf16, avx512, avx-vnni,
 //! avx2 or scalar), a format, `NxK`, rows, and what bf16 weights are computed from (f32 or bf16); `-` stands for all.
 
+#![allow(clippy::unwrap_used, reason = "tests may unwrap, also in their helper functions")]
+
 use ashlar_kernels::bench::{BenchOptions, linear};
 use ashlar_kernels::cpu::{Cpu, CpuOptions, Isa, probe};
 use ashlar_kernels::ops::{Bf16Compute, Ops};

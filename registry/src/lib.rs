@@ -2,6 +2,8 @@
 //! models. Start with [`Registry`]; its two implementations are [`embedded::Embedded`] (one machine, one file) and
 //! [`etcd::Etcd`]; [`Session`] keeps a record registered, [`Election`] chooses one leader, both built on the trait alone.
 
+#![cfg_attr(test, allow(clippy::unwrap_used, reason = "tests may unwrap, also in their helper functions"))]
+
 mod chain_digest;
 mod election;
 pub mod embedded;

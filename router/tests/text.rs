@@ -1,5 +1,7 @@
 //! Detokenizer and stop strings against their slow truths: `tokenizers`' own decode, and a search of the whole text.
 
+#![allow(clippy::unwrap_used, reason = "tests may unwrap, also in their helper functions")]
+
 use std::sync::Arc;
 
 use ashlar_router::text::detokenizer::Detokenizer;

@@ -2,6 +2,8 @@
 //! with named checkers after every event. Start at `simulation`; docs/simulation.md tells it in prose. Nothing here waits, reads
 //! a clock or draws chance from outside, so a seed gives the same run every time.
 
+#![cfg_attr(test, allow(clippy::unwrap_used, reason = "tests may unwrap, also in their helper functions"))]
+
 mod adapters;
 mod alone;
 mod check;

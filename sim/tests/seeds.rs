@@ -1,6 +1,8 @@
 //! Seeds that every run of the tests takes, planted defects that must be found, and that a seed is the same twice. `ASHLAR_SIM_SEEDS` takes
 //! more of them, `ASHLAR_SIM_FROM` others.
 
+#![allow(clippy::unwrap_used, reason = "tests may unwrap, also in their helper functions")]
+
 use ashlar_sim::{CANARIES, Options, Report, run};
 
 const SEEDS: u64 = 200;

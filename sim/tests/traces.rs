@@ -1,6 +1,8 @@
 //! Recorded traffic as load, where the data are: in `$ASHLAR_DATA`, or `shared/data` beside the repository. Elsewhere nothing is tested, and
 //! that is said.
 
+#![allow(clippy::unwrap_used, reason = "tests may unwrap, also in their helper functions")]
+
 use std::path::{Path, PathBuf};
 
 use ashlar_sim::load::Load;

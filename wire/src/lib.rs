@@ -1,5 +1,7 @@
 //! What processes say to each other: ids, protobuf messages, error codes. No IO. Start with proto/ashlar.proto.
 
+#![cfg_attr(test, allow(clippy::unwrap_used, reason = "tests may unwrap, also in their helper functions"))]
+
 pub mod code;
 pub mod id;
 

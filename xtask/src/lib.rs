@@ -1,6 +1,8 @@
 //! What the repository promises about itself, checked as an ordinary test. `tree` reads the files, `lex` tells code from
 //! comments and strings, `checks/` holds one rule a function. Start at `checks::all`; the tests are in `tests/tidy.rs`.
 
+#![cfg_attr(test, allow(clippy::unwrap_used, reason = "tests may unwrap, also in their helper functions"))]
+
 pub mod checks;
 pub mod lex;
 pub mod tree;

@@ -1,6 +1,8 @@
 //! The repository keeps its rules (`repository_is_tidy`), and each rule catches a violation planted for it. The rules are
 //! in `xtask/src/checks/`; ARCHITECTURE.md says why they stand.
 
+#![allow(clippy::unwrap_used, reason = "tests may unwrap, also in their helper functions")]
+
 use ashlar_xtask::Violation;
 use ashlar_xtask::checks::{self, crates, docs, purity, size};
 use ashlar_xtask::tree::{File, Tree, root};

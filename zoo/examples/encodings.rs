@@ -2,6 +2,8 @@
 //! arXiv 2505.06252, section 4.2). All tensors of a safetensors file, and of a second file as deltas to the first:
 //! `cargo run --release -p ashlar-zoo --example encodings -- base.safetensors [tuned.safetensors]`.
 
+#![allow(clippy::unwrap_used, reason = "tests may unwrap, also in their helper functions")]
+
 use std::collections::BTreeMap;
 
 use ashlar_kernels::format::Dtype;

@@ -1,5 +1,6 @@
 //! How long the nearest relative takes to find among many models: makes so many names and sketches in a temporary zoo (10,000 by default, of
 //! 30 layers with seven matrices, as SmolLM2 has) and searches. `cargo run --release -p ashlar-zoo --example search [COUNT]`.
+#![allow(clippy::unwrap_used, reason = "tests may unwrap, also in their helper functions")]
 #![allow(clippy::disallowed_methods, clippy::disallowed_macros, clippy::print_stdout, reason = "a measurement, printed")]
 
 use std::collections::BTreeMap;

@@ -1,6 +1,8 @@
 //! The offline block zoo: ingest checkpoints, cut them into blocks, store each tensor and block once, verify every
 //! read. Start with docs/block-format.md and `manifest`. It is never a server in the request path.
 
+#![cfg_attr(test, allow(clippy::unwrap_used, reason = "tests may unwrap, also in their helper functions"))]
+
 pub mod adapter;
 mod apart;
 pub mod blocking;

@@ -1,5 +1,7 @@
 //! The executor from outside, one module a subject, in one binary: each further one would compile the same generic code and link it once more.
 
+#![allow(clippy::unwrap_used, reason = "tests may unwrap, also in their helper functions")]
+
 #[path = "support/adapters.rs"]
 mod adapters;
 #[path = "support/summed.rs"]

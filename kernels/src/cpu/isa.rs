@@ -146,13 +146,13 @@ impl Proven {
         match self.0 {
             // SAFETY: a Proven exists only if `available` found every feature that `enter_avx512` enables.
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512Bf16 | Isa::Avx512Vnni => unsafe { enter_avx512(kernel) },
+            Isa::Avx512Bf16 | Isa::Avx512Vnni => unsafe { kernel.enter_avx512() },
             // SAFETY: as above, for `enter_avx_vnni`.
             #[cfg(target_arch = "x86_64")]
-            Isa::AvxVnni => unsafe { enter_avx_vnni(kernel) },
+            Isa::AvxVnni => unsafe { kernel.enter_avx_vnni() },
             // SAFETY: as above, for `enter_avx2`.
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => unsafe { enter_avx2(kernel) },
+            Isa::Avx2 => unsafe { kernel.enter_avx2() },
             _ => kernel.run(super::scalar::Scalar),
         }
     }
@@ -166,36 +166,47 @@ impl Proven {
             Isa::Avx512Bf16 => unsafe { enter_avx512_bf16(kernel) },
             // SAFETY: as above, for `enter_avx2`, without which AVX-VNNI is not available.
             #[cfg(target_arch = "x86_64")]
-            Isa::AvxVnni => unsafe { enter_avx2(OnLanes(kernel)) },
+            Isa::AvxVnni => unsafe { OnLanes(kernel).enter_avx2() },
             _ => self.run(OnLanes(kernel)),
         }
     }
 }
 
+/// Enters a kernel's code for one instruction set. Methods of a trait, for the compiler places their code with the kernel's own module and so compiles
+/// modules beside each other; functions would all be placed here, in one unit that takes longer than all others together.
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn enter_avx512<K: Kernel>(kernel: K) -> K::Output {
-    // SAFETY: this function's own features are what the token stands for.
-    kernel.run(unsafe { Avx512::new() })
+trait Enter: Kernel + Sized {
+    /// # Safety
+    /// The processor has AVX2, FMA, F16C and AVX-512 F, BW, DQ, VL and VNNI.
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+    unsafe fn enter_avx512(self) -> Self::Output {
+        // SAFETY: this function's own features are what the token stands for.
+        self.run(unsafe { Avx512::new() })
+    }
+
+    /// # Safety
+    /// The processor has AVX2, FMA, F16C and AVX-VNNI.
+    #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+    unsafe fn enter_avx_vnni(self) -> Self::Output {
+        // SAFETY: this function's own features are what the token stands for.
+        self.run(unsafe { Avx2::<true>::new() })
+    }
+
+    /// # Safety
+    /// The processor has AVX2, FMA and F16C.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn enter_avx2(self) -> Self::Output {
+        // SAFETY: this function's own features are what the token stands for.
+        self.run(unsafe { Avx2::<false>::new() })
+    }
 }
+
+#[cfg(target_arch = "x86_64")]
+impl<K: Kernel> Enter for K {}
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")]
 fn enter_avx512_bf16<K: PairKernel>(kernel: K) -> K::Output {
     // SAFETY: this function's own features are what the token stands for.
     kernel.run(unsafe { Avx512Bf16::new() })
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,f16c,avxvnni")]
-fn enter_avx_vnni<K: Kernel>(kernel: K) -> K::Output {
-    // SAFETY: this function's own features are what the token stands for.
-    kernel.run(unsafe { Avx2::<true>::new() })
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn enter_avx2<K: Kernel>(kernel: K) -> K::Output {
-    // SAFETY: this function's own features are what the token stands for.
-    kernel.run(unsafe { Avx2::<false>::new() })
 }

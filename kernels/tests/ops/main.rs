@@ -1,6 +1,8 @@
 //! One suite for every op and every CPU backend: the result must have the reference's bits, for any instruction set,
 //! thread count, batch and chunk. A new op adds a [`Case`]; a new backend adds a line in [`backends`].
 
+#![allow(clippy::unwrap_used, reason = "tests may unwrap, also in their helper functions")]
+
 mod attention;
 mod linear;
 mod linear_runs;
