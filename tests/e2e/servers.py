@@ -129,6 +129,11 @@ def make_zoo(folder: Path) -> list[str]:
     assert BINARY.is_file(), f"{BINARY} is missing: cargo build -p ashlar, or set ASHLAR_BIN"
     done = subprocess.run([ROOT / "scripts/add-demo.sh", BINARY, folder], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
+    return demo_models()
+
+
+def demo_models() -> list[str]:
+    """Names of the demo family's models, adapters among them."""
     kinds = ["*/config.json", "*/adapter_config.json"]
     return sorted(f"demo/{path.parent.name}" for kind in kinds for path in DEMO.glob(kind))
 
