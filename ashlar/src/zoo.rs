@@ -1,11 +1,13 @@
 //! `ashlar zoo ...`: the block zoo from the command line. Parses, calls ashlar-zoo, prints; it decides nothing.
 
+mod calibration;
 mod compress;
 mod equivalence;
 mod measure;
 mod progress;
 mod quantize;
 mod report;
+mod stitch;
 mod table;
 mod unmerge;
 
@@ -138,6 +140,11 @@ pub(crate) enum ZooCommand {
     /// Without --calibrate each matrix is rounded by itself: models that share blocks share their quantised forms. With a calibration text
     /// it is GPTQ, which loses less, and belongs to this one model. Without --name nothing is stored.
     Quantize(quantize::QuantizeArgs),
+    /// Join the first layers of one model to the last of another by a linear map, and say how well that does
+    ///
+    /// Layers 0..FROM of A, a map, layers TO.. of B with its head. The map is fitted by ridge regression on the hidden states that both models
+    /// have at their cuts, so the two may be of different families and widths; they need the same tokenizer. Without --name it only measures.
+    Stitch(stitch::StitchArgs),
     /// Declare tenants public: their models are seen, shared and built on by every tenant; lists them where none is given
     ///
     /// Others see their own models only: what `add` says is there, and what it takes for a relative or a base, is a tenant's own or a public
@@ -238,6 +245,7 @@ pub(crate) async fn run(args: ZooArgs) -> anyhow::Result<()> {
         ZooCommand::Equivalence(args) => equivalence::run(&zoo, args).await,
         ZooCommand::CompressDelta(args) => compress::run(&zoo, args).await,
         ZooCommand::Quantize(args) => quantize::run(&zoo, args).await,
+        ZooCommand::Stitch(args) => stitch::run(&zoo, args).await,
         ZooCommand::Public { tenants, remove } => public(&zoo, &tenants, remove).await,
         ZooCommand::Verify { repair } => {
             let mut report = verify::verify(&zoo, &*progress::for_terminal()).await.context("verify the zoo")?;

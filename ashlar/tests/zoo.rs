@@ -260,6 +260,78 @@ fn a_model_is_quantised_measured_and_stored_under_another_name() {
 }
 
 #[test]
+fn models_are_stitched_measured_in_plain_words_and_stored_under_another_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join("zoo");
+    let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../demo");
+    let (text, prose) = (dir.path().join("prose.txt"), std::fs::read_to_string(demo.join("README.md")).unwrap());
+    std::fs::write(&text, prose).unwrap();
+    let text = text.to_str().unwrap();
+    for name in ["base", "japanese-full"] {
+        ok(&root, &["add", demo.join(name).to_str().unwrap(), "--name", &format!("demo/{name}")]);
+    }
+    let mut random = Checkpoint::sized(3, [96, 2, 2048]);
+    random.files.insert("tokenizer.json".to_owned(), std::fs::read(demo.join("base/tokenizer.json")).unwrap());
+    random.write(&dir.path().join("random"));
+    ok(&root, &["add", dir.path().join("random").to_str().unwrap(), "--name", "demo/random"]);
+    let stitch = |a: &str, b: &str, more: &[&str]| {
+        let args = ["stitch", a, b, "--calibrate", text];
+        zoo(&root, &[&args, more].concat())
+    };
+    let json = |a: &str, b: &str, more: &[&str]| -> serde_json::Value {
+        let output = stitch(a, b, &[more, &["--json"]].concat());
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+
+    // With itself at one cut the best map is none at all.
+    let itself = json("demo/base", "demo/base", &["--from", "4", "--to", "4", "--lambda", "1e-9"]);
+    assert!(itself["held_out_error"].as_f64().unwrap() < 1e-4 && itself["against_b"]["kl"].as_f64().unwrap() < 1e-3, "{itself}");
+    assert!(itself["against_b"]["same_top_share"].as_f64().unwrap() > 0.98, "{itself}");
+    let words = itself["notes"].as_array().unwrap().last().unwrap().as_str().unwrap();
+    assert!(words.starts_with("on this text it is close to demo/base"), "{words}");
+    // A model that was never trained has nothing to give, and is told so.
+    let random = stitch("demo/random", "demo/base", &["--from", "2", "--to", "6"]);
+    let said = String::from_utf8(random.stdout).unwrap();
+    assert!(said.starts_with("layers 0..2 of demo/random, a map of 96 to 128 (50 kB), layers 6.. of demo/base\n"), "{said}");
+    assert!(said.contains("it is not fit to be served as demo/base\n") && said.contains("stitched against demo/random"), "{said}");
+    assert_eq!(ok(&root, &["list"]).lines().count(), 4, "nothing was stored");
+
+    let (from, short) = (["--from", "4", "--to", "4"], dir.path().join("short.txt"));
+    std::fs::write(&short, "a word").unwrap();
+    for (args, sentence) in [
+        (
+            vec!["--from", "9", "--to", "4"],
+            "failed to stitch demo/base to demo/japanese-full: demo/base has 8 layers: --from 9 is not within 1 and 8",
+        ),
+        (vec!["--from", "4", "--to", "8"], "--to 8 is not within 0 and 7"),
+        ([from.as_slice(), &["--lambda=-1"]].concat(), "use --lambda -1: it must be 0 or more"),
+        ([from.as_slice(), &["--text", short.to_str().unwrap()]].concat(), "less than a window of 128"),
+        ([from.as_slice(), &["--name", "demo/base"]].concat(), "demo/base exists: give another name with --name"),
+        ([from.as_slice(), &["--name", "rival/x"]].concat(), "demo/base is not rival's to see"),
+    ] {
+        let output = stitch("demo/base", "demo/japanese-full", &args);
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.code() == Some(1) && said.contains(sentence), "{args:?}: {said}");
+    }
+    let few = zoo(&root, &["stitch", "demo/base", "demo/base", "--from", "4", "--to", "4", "--calibrate", short.to_str().unwrap()]);
+    let said = String::from_utf8(few.stderr).unwrap();
+    assert!(few.status.code() == Some(1) && said.contains("tokens, less than 640"), "{said}");
+
+    let stored = stitch("demo/base", "demo/japanese-full", &["--from", "4", "--to", "4", "--name", "demo/both"]);
+    let said = String::from_utf8(stored.stdout).unwrap();
+    assert!(
+        said.contains("demo/both is chain ") && said.contains("all of it but the map, 67 kB, is demo/base's and demo/japanese-full's"),
+        "{said}"
+    );
+    let shown = ok(&root, &["show", "demo/both"]);
+    assert!(shown.contains("stitch:4>4 of chain ") && shown.contains(" 9  stitch "), "{shown}");
+    assert!(ok(&root, &["verify"]).contains("all sound; 0 unreferenced"));
+    let report = ok(&root, &["report"]);
+    assert!(report.contains("demo/both"), "{report}");
+}
+
+#[test]
 fn errors_are_one_sentence_and_fail() {
     let dir = tempfile::tempdir().unwrap();
     let root = dir.path().join("zoo");

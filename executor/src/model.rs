@@ -2,7 +2,8 @@
 //! over the op set, and the sampler. It knows rows, pages and logits; it does not know tenants, requests or schedules.
 //! Start with `forward`. `alone` runs one sequence the plain way, for tests and as an oracle;
 //! `steps` runs many in lockstep, to be measured; `quality` says what a stored form of a model costs; `calibrate` quantises one with `gptq`
-//! (docs/quantize.md).
+//! (docs/quantize.md); `stitch`
+//! fits a map between two chains (docs/stitch.md).
 
 pub mod adapter;
 pub mod alone;
@@ -19,6 +20,7 @@ pub mod rope;
 pub mod sampler;
 pub mod source;
 pub mod steps;
+pub mod stitch;
 mod workspace;
 
 #[cfg(test)]

@@ -126,7 +126,7 @@ impl Model {
             windows: self.blocks[range.clone()].iter().map(|block| block.window).collect(),
             forms: self.blocks[range.clone()].iter().map(Block::form).collect(),
             kv_shapes: self.blocks[range].iter().map(|block| block.kv_shape(page_tokens)).collect(),
-            width: self.width,
+            widths: vec![self.width; (to - from) as usize + 1],
             begins_with_embed: from == 0,
             ends_with_head: to as usize == self.blocks.len(),
         }

@@ -15,6 +15,7 @@ use crate::blocking::blocking;
 use crate::digest::Digest;
 use crate::family::names::Names;
 use crate::inspect::Resolved;
+use crate::manifest::BlockKind;
 use crate::model_id::ModelId;
 use crate::store::{StoreError, Zoo};
 
@@ -38,6 +39,9 @@ pub enum ExportError {
     /// A family whose names transformers does not have, or that is not known to this build.
     #[error("the family `{0}` has no Hugging Face form here")]
     Architecture(String),
+    /// A chain with a stitch.
+    #[error("block {0} is a stitch between two models, which no Hugging Face directory can say; export the models that it was made of")]
+    Stitched(usize),
     /// An element type that a Hugging Face checkpoint does not have.
     #[error(
         "tensor `{name}` is stored as {dtype}, which is no element type of a Hugging Face checkpoint; only what was added as f32, f16 or bf16 goes back"
@@ -88,6 +92,9 @@ pub struct ExportReport {
 /// What of the model has no such form, or what failed.
 pub async fn export(zoo: &Zoo, id: &ModelId, directory: &Path) -> Result<ExportReport, ExportError> {
     let model = zoo.resolve(id).await?;
+    if let Some(index) = model.blocks.iter().position(|block| matches!(block.params, BlockKind::Stitch { .. })) {
+        return Err(ExportError::Stitched(index));
+    }
     let names = names(&model.chain.architecture)?;
     let (tensors, files, weights) = if model.adapters.is_empty() {
         let tensors = tensors::of_model(zoo, &model, &names).await?;

@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use crate::adapter::AdapterError;
 use crate::digest::{Digest, lineages};
+use crate::joint::{self, Joint};
 use crate::manifest::{Adapter, AdapterRef, Block, BlockKind, Chain, Change, ModelName, TensorRef};
 use crate::measures::Measure;
 use crate::model_id::ModelId;
@@ -78,7 +79,7 @@ pub struct Shown {
 pub struct ShownBlock {
     /// Place in the chain.
     pub index: usize,
-    /// `embed`, `attention`, `feed_forward` or `head`.
+    /// `embed`, `attention`, `feed_forward`, `head` or `stitch`.
     pub kind: &'static str,
     /// Its digest.
     pub digest: Digest,
@@ -241,6 +242,8 @@ impl Zoo {
             }
             blocks.push(cache.blocks[digest].clone());
         }
+        joint::check(0, blocks.len(), blocks.iter().map(Joint::of))
+            .map_err(|e| StoreError::Damaged { object: Object::Chain(name.chain), reason: e.to_string() })?;
         let mut adapters = BTreeMap::new();
         for AdapterRef { block_index, digest } in &chain.adapters {
             if !cache.adapters.contains_key(digest) {
@@ -270,7 +273,13 @@ pub fn kind(params: &BlockKind) -> &'static str {
         BlockKind::Attention { .. } => "attention",
         BlockKind::FeedForward { .. } => "feed_forward",
         BlockKind::Head { .. } => "head",
+        BlockKind::Stitch { .. } => "stitch",
     }
+}
+
+/// Attention and feed-forward pairs of a chain.
+pub(crate) fn layer_count(blocks: &[Block]) -> usize {
+    blocks.iter().filter(|block| matches!(block.params, BlockKind::Attention { .. })).count()
 }
 
 fn listed(id: &ModelId, model: Result<&Resolved, &StoreError>, owners: &BTreeMap<Digest, usize>) -> Listed {
@@ -298,7 +307,7 @@ fn listed(id: &ModelId, model: Result<&Resolved, &StoreError>, owners: &BTreeMap
     Listed {
         model: id.to_string(),
         architecture: model.chain.architecture.clone(),
-        layer_count: model.blocks.len() / 2 - 1,
+        layer_count: layer_count(&model.blocks),
         context_tokens: model.chain.context_tokens,
         adapter_count: model.adapters.len(),
         bytes: tensors.values().sum(),

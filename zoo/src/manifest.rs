@@ -135,18 +135,34 @@ pub enum BlockKind {
         /// Logits are multiplied by it before the cap (1 for most).
         scale: f32,
     },
+    /// From the hidden rows of one family to those of another: `y = W x + b + u / (1 + p)` at position p, without norm and without residual
+    /// (docs/stitch.md).
+    Stitch {
+        /// Width D' of the rows that it gives.
+        to: u32,
+    },
 }
 
 /// A block descriptor: what `blocks/<digest>.json` holds.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Block {
-    /// Width D of the hidden state that flows through.
+    /// Width D of the hidden state that flows through; of a stitch, that flows in.
     pub width: u32,
     /// Kind and hyper-parameters.
     pub params: BlockKind,
     /// Tensors by role (docs/block-format.md).
     pub tensors: BTreeMap<String, TensorRef>,
+}
+
+impl Block {
+    /// Width of the hidden rows that it gives: its own, but for a stitch. Of the head, whose rows are logits, its own.
+    pub fn output_width(&self) -> u32 {
+        match self.params {
+            BlockKind::Stitch { to } => to,
+            _ => self.width,
+        }
+    }
 }
 
 /// Files that belong to a model but hold no weights, by digest.
@@ -236,13 +252,13 @@ pub struct Chain {
     pub format: u32,
     /// Family name for people (`llama`, `gemma3`, ...).
     pub architecture: String,
-    /// Width D of hidden states.
+    /// Width D of hidden states: those of the first block, where stitches change it.
     pub width: u32,
     /// Rows of the output projection.
     pub vocab: u32,
     /// Positions the model can take.
     pub context_tokens: u32,
-    /// embed, (attention, feed_forward) * layers, head.
+    /// embed, (attention, feed_forward) * layers, head; in front of an attention block but the first there may be a stitch.
     pub blocks: Vec<Digest>,
     /// Adapters, by block index.
     pub adapters: Vec<AdapterRef>,

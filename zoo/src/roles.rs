@@ -77,9 +77,31 @@ pub enum ManifestError {
         /// Its shape.
         shape: Vec<u64>,
     },
-    /// A chain that is no embed, attention and feed-forward pairs, and head.
-    #[error("a chain of {0} blocks is not embed, (attention, feed_forward) pairs, head")]
+    /// Too few blocks for embed, a layer and head, or more than are believed.
+    #[error("a chain of {0} blocks is not embed, (attention, feed_forward) pairs, head, of at most {CHAIN_BLOCKS_MAX} blocks")]
     ChainLength(usize),
+    /// Blocks that are not embed, attention and feed-forward by turns with stitches between layers, and head.
+    #[error("block {index} is of kind {kind}, which cannot {place}")]
+    Order {
+        /// Its place in the chain.
+        index: usize,
+        /// Its kind.
+        kind: &'static str,
+        /// Where it would stand.
+        place: String,
+    },
+    /// A block that takes rows of another width than those that the one before it gives.
+    #[error("block {index} ({kind}) takes rows of width {width}, and block {} gives rows of width {given}", .index - 1)]
+    Width {
+        /// Its place in the chain.
+        index: usize,
+        /// Its kind.
+        kind: &'static str,
+        /// What it takes.
+        width: u32,
+        /// What it is given.
+        given: u32,
+    },
     /// Adapters that are not ascending by block, or two on one block.
     #[error("adapters are not ascending by block, one for each: block {0} comes too late")]
     AdapterOrder(u32),
@@ -132,6 +154,12 @@ pub fn roles(width: u32, params: &BlockKind) -> Vec<Role> {
             list.norm(norm, width);
             list.must("output.weight", RoleShape::Rows(width));
         }
+        BlockKind::Stitch { to } => {
+            let to = u64::from(*to);
+            list.must("map.weight", RoleShape::Matrix(to, width));
+            list.may("map.bias", RoleShape::Vector(to));
+            list.may("map.position", RoleShape::Vector(to));
+        }
     }
     list.0
 }
@@ -166,7 +194,7 @@ impl Block {
 }
 
 impl Chain {
-    /// Checks format and structure (not the blocks themselves, which are objects of their own).
+    /// Checks format and structure (not the blocks themselves, which are objects of their own: `joint::check`).
     ///
     /// # Errors
     /// The first thing that does not fit.
@@ -182,7 +210,7 @@ impl Chain {
             return Err(ManifestError::Range("context_tokens"));
         }
         let count = self.blocks.len();
-        if !(4..=CHAIN_BLOCKS_MAX).contains(&count) || !count.is_multiple_of(2) {
+        if !(4..=CHAIN_BLOCKS_MAX).contains(&count) {
             return Err(ManifestError::ChainLength(count));
         }
         let defaults = [self.defaults.temperature, self.defaults.top_p, self.defaults.repetition_penalty];
@@ -227,6 +255,7 @@ fn check_params(width: u32, params: &BlockKind) -> Result<(), ManifestError> {
             positive("scale", f64::from(*scale))?;
             softcap.map_or(Ok(()), |cap| positive("softcap", f64::from(cap)))
         }
+        BlockKind::Stitch { to } => range("to", *to),
     }
 }
 

@@ -9,6 +9,7 @@ use crate::digest::Digest;
 use crate::encoding::DEPTH_MAX;
 use crate::ingest::Progress;
 use crate::ingest::Stage;
+use crate::joint::{self, Joint};
 use crate::manifest::{Adapter, Block, Chain};
 use crate::store::{Object, StoreError, Zoo, object};
 
@@ -213,6 +214,11 @@ async fn follow_names(
                     entry.models.insert(model.clone());
                     entry.blocks.insert(format!("{digest} (`{role}`)"));
                 }
+            }
+            // Sound one by one, yet no chain.
+            let joints: Option<Vec<Joint>> = chain.blocks.iter().map(|digest| blocks[digest].as_ref().map(Joint::of)).collect();
+            if let Some(Err(e)) = joints.map(|joints| joint::check(0, joints.len(), joints)) {
+                broken.entry(Object::Chain(chain_digest)).or_insert_with(|| e.to_string());
             }
             for adapter in &chain.adapters {
                 let (digest, at) = (adapter.digest, adapter.block_index);

@@ -13,8 +13,13 @@ pub(super) fn for_terminal() -> Box<dyn Progress> {
 
 /// A bar of so many passes over a text; nothing where standard error is no terminal.
 pub(super) fn of_passes(count: usize) -> ProgressBar {
+    of_windows("measuring", count)
+}
+
+/// The same of another work, window by window.
+pub(super) fn of_windows(verb: &'static str, count: usize) -> ProgressBar {
     let style = ProgressStyle::with_template("{prefix:>12} {wide_bar} {pos}/{len} passes {eta}").expect("a constant template");
-    ProgressBar::new(count as u64).with_style(style).with_prefix("measuring")
+    ProgressBar::new(count as u64).with_style(style).with_prefix(verb)
 }
 
 #[derive(Default)]

@@ -1,6 +1,6 @@
 //! `ashlar zoo quantize`: makes quantised forms of a model, measures each against the model, and stores one where it is told to.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::{Context, ensure};
 use ashlar_executor::model::alone::Alone;
@@ -11,23 +11,18 @@ use ashlar_executor::model::quality::Quality;
 use ashlar_kernels::cpu::Cpu;
 use ashlar_zoo::digest::Digest;
 use ashlar_zoo::ingest::{Progress, Stage, human_bytes};
-use ashlar_zoo::manifest::Chain;
 use ashlar_zoo::model_id::ModelId;
 use ashlar_zoo::quantise::{Draft, Form, Recipe};
 use ashlar_zoo::store::Zoo;
 use clap::Args;
 use serde_json::{Value, json};
 
+use super::calibration::{self, Calibration, Cut};
 use super::{measure, progress};
 use crate::output;
 
-/// Tokens of a calibration window: as much context as GPTQ's own measurements need, not so much that few windows are left.
-const CALIBRATION_WINDOW_TOKENS: usize = 512;
 /// Least tokens of a calibration text.
 const CALIBRATION_TOKENS_MIN: usize = 128;
-/// Most tokens of a calibration text: their hidden states are held, one row each.
-const CALIBRATION_TOKENS_MAX: u32 = 1 << 20;
-
 /// Arguments of `ashlar zoo quantize`.
 #[derive(Debug, Args)]
 pub(crate) struct QuantizeArgs {
@@ -43,7 +38,7 @@ pub(crate) struct QuantizeArgs {
     #[arg(long, value_name = "FILE")]
     calibrate: Option<PathBuf>,
     /// Tokens of the calibration text that are used, at most
-    #[arg(long, default_value_t = 8192, requires = "calibrate", value_parser = clap::value_parser!(u32).range(128..=i64::from(CALIBRATION_TOKENS_MAX)))]
+    #[arg(long, default_value_t = 8192, requires = "calibrate", value_parser = clap::value_parser!(u32).range(128..=i64::from(calibration::TOKENS_MAX)))]
     calibration_tokens: u32,
     /// Store it as TENANT/NEW, a name that is free; takes one --recipe
     #[arg(long)]
@@ -62,13 +57,6 @@ pub(crate) struct QuantizeArgs {
     json: bool,
 }
 
-/// A text that a model is calibrated on.
-struct Calibration {
-    /// BLAKE3 of the whole text.
-    digest: Digest,
-    windows: Vec<Vec<u32>>,
-}
-
 /// Runs `ashlar zoo quantize`.
 pub(super) async fn run(zoo: &Zoo, args: QuantizeArgs) -> anyhow::Result<()> {
     ensure!(args.name.is_none() || args.recipes.len() == 1, "quantize {}: --name takes one --recipe", args.model);
@@ -85,7 +73,12 @@ async fn quantize(zoo: &Zoo, args: QuantizeArgs) -> anyhow::Result<()> {
     let text = measure::text(args.text.as_deref())?;
     let source = zoo.resolve(&args.model).await?;
     let calibration = match &args.calibrate {
-        Some(path) => Some(calibration(zoo, &source.chain, path, args.calibration_tokens as usize).await?),
+        Some(path) => {
+            let context_tokens = source.chain.context_tokens;
+            let tokens_max = args.calibration_tokens as usize;
+            let cut = Cut { tokens_min: CALIBRATION_TOKENS_MIN, tokens_max, windows_min: 1, context_tokens };
+            Some(Calibration::read(zoo, &source.chain, path, &cut).await?)
+        }
         None => None,
     };
     let (windows, cut) = measure::cut(zoo, &source.chain, &text, args.window as usize, args.windows as usize).await?;
@@ -163,24 +156,6 @@ async fn round(draft: &mut Draft, progress: &dyn Progress) -> anyhow::Result<()>
     }
     progress.end();
     Ok(())
-}
-
-async fn calibration(zoo: &Zoo, chain: &Chain, path: &Path, tokens_max: usize) -> anyhow::Result<Calibration> {
-    let text = measure::text(Some(path)).context("read the calibration text")?;
-    let (mut tokens, begin) = measure::tokens(zoo, chain, &text).await?;
-    ensure!(
-        tokens.len() >= CALIBRATION_TOKENS_MIN,
-        "the calibration text {} has {} tokens, less than {CALIBRATION_TOKENS_MIN}",
-        path.display(),
-        tokens.len()
-    );
-    tokens.truncate(tokens_max);
-    let window_tokens = CALIBRATION_WINDOW_TOKENS.min(chain.context_tokens as usize).min(tokens.len());
-    let mut windows: Vec<Vec<u32>> = tokens.chunks_exact(window_tokens).map(<[u32]>::to_vec).collect();
-    if let Some(begin) = begin {
-        windows.iter_mut().for_each(|window| window[0] = begin);
-    }
-    Ok(Calibration { digest: Digest::of(text.as_bytes()), windows })
 }
 
 const HEADER: &str =

@@ -262,9 +262,11 @@ impl<B: Ops> Device<B> {
             let kv = self.ops.kv(shape, slot_count)?;
             self.pools.pools.insert(shape, Pool { kv, slot_count, touched: 0 });
         }
-        if !self.hidden.contains_key(&block.width()) {
-            let buffer = self.ops.buffer(self.limits.hidden_slots(block.width() as u32) * block.width())?;
-            self.hidden.insert(block.width(), buffer);
+        for width in [block.width(), block.output_width()] {
+            if !self.hidden.contains_key(&width) {
+                let buffer = self.ops.buffer(self.limits.hidden_slots(width as u32) * width)?;
+                self.hidden.insert(width, buffer);
+            }
         }
         if self.blocks.len() <= place {
             self.blocks.resize_with(place + 1, || None);
@@ -304,7 +306,7 @@ impl<B: Ops> Device<B> {
         let resident = |index: &BlockIndex| self.blocks[index.0 as usize].as_deref().expect("the engine runs resident blocks only");
         let chains: Vec<Vec<&LoadedBlock<B>>> = batch.strands.iter().map(|strand| strand.blocks.iter().map(resident).collect()).collect();
         let blocks = chains[0].as_slice();
-        let width = blocks[0].width();
+        let (width_in, width_out) = (blocks[0].width(), blocks.last().expect("a strand has blocks").output_width());
         // Rows that stay come first, so that one scatter takes them from a dense prefix; then those of one strand are together, and in it those
         // with the same adapters.
         let mut order: Vec<(usize, &Rows)> =
@@ -346,13 +348,13 @@ impl<B: Ops> Device<B> {
             }
         }
         if !blocks[0].is_embed() {
-            let hidden = &self.hidden[&width];
-            self.ops.gather_rows(self.forward.hidden_mut(), hidden, &self.index, width);
+            let hidden = &self.hidden[&width_in];
+            self.ops.gather_rows(self.forward.hidden_mut(), hidden, &self.index, width_in);
             let mut at = 0;
             for rows in &order {
                 if matches!(rows.input, RowInput::Link) {
                     let (_, values) = link_rows.iter().find(|(id, _)| *id == rows.sequence).expect("the caller attached them");
-                    self.ops.upload(self.forward.hidden_mut(), at * width, values);
+                    self.ops.upload(self.forward.hidden_mut(), at * width_in, values);
                 }
                 at += rows.count as usize;
             }
@@ -410,9 +412,9 @@ impl<B: Ops> Device<B> {
             match &rows.output {
                 RowOutput::Hidden(slots) => self.index.extend_from_slice(batch.slots_in(slots)),
                 RowOutput::Link => {
-                    let mut values = vec![0.0; rows.count as usize * width];
-                    self.ops.download(self.forward.hidden(), at * width, &mut values);
-                    link_out.push(LinkRows { sequence: rows.sequence, start: rows.start, width, rows: values });
+                    let mut values = vec![0.0; rows.count as usize * width_out];
+                    self.ops.download(self.forward.hidden(), at * width_out, &mut values);
+                    link_out.push(LinkRows { sequence: rows.sequence, start: rows.start, width: width_out, rows: values });
                 }
                 RowOutput::Sample(None) => {}
                 RowOutput::Sample(Some(position)) => {
@@ -436,8 +438,8 @@ impl<B: Ops> Device<B> {
             at += rows.count as usize;
         }
         if !self.index.is_empty() {
-            let hidden = self.hidden.get_mut(&width).expect("made when the block was loaded");
-            self.ops.scatter_rows(hidden, &self.index, self.forward.hidden(), width);
+            let hidden = self.hidden.get_mut(&width_out).expect("made when the block was loaded");
+            self.ops.scatter_rows(hidden, &self.index, self.forward.hidden(), width_out);
         }
         (samples, link_out)
     }

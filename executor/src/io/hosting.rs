@@ -10,7 +10,9 @@ use ashlar_registry::{Registry, Session};
 use ashlar_wire::v1;
 use ashlar_zoo::blocking::blocking;
 use ashlar_zoo::digest::{Digest, lineages};
+use ashlar_zoo::joint::{self, Joint};
 use ashlar_zoo::manifest::Block;
+use ashlar_zoo::roles::ManifestError;
 use ashlar_zoo::store::{MappedChange, Zoo};
 use ashlar_zoo::tensor::MappedTensor;
 use futures::StreamExt;
@@ -71,7 +73,7 @@ pub struct HostedSpan {
     pub vocab: u32,
     /// Positions that the chain takes.
     pub context_tokens: u32,
-    /// Width of hidden states.
+    /// Width of the hidden rows that its first block takes.
     pub width: u32,
 }
 
@@ -118,6 +120,15 @@ pub enum HostError {
         #[source]
         source: Box<crate::model::load::LoadError>,
     },
+    /// Blocks that do not fit each other.
+    #[error("put the blocks of chain {chain} together")]
+    Chain {
+        /// The chain.
+        chain: Digest,
+        /// Which block, and why.
+        #[source]
+        source: ManifestError,
+    },
     /// The span names blocks that the chain does not have.
     #[error("blocks {from}..{to} are not within the {count} blocks of chain {chain}")]
     Span {
@@ -148,6 +159,7 @@ pub enum HostError {
 
 struct Resident {
     index: BlockIndex,
+    joint: Joint,
     weights: WeightBytes,
     kv_shape: Option<ashlar_kernels::ops::KvShape>,
     /// How far back it sees, if it is an attention block with a window.
@@ -396,7 +408,7 @@ impl<B: Ops> Hosting<B> {
             kv_shapes: Vec::new(),
             windows: Vec::new(),
             forms: Vec::new(),
-            width: chain.width,
+            widths: Vec::new(),
             begins_with_embed: from == 0,
             ends_with_head: to == chain.blocks.len(),
         };
@@ -409,14 +421,18 @@ impl<B: Ops> Hosting<B> {
             }
             self.resident.get_mut(&digest).expect("just loaded").spans.insert(key.clone());
         }
+        let joints = chain.blocks[from..to].iter().map(|digest| self.resident[digest].joint);
+        joint::check(from, chain.blocks.len(), joints).map_err(|source| HostError::Chain { chain: key.chain, source })?;
         for digest in &chain.blocks[from..to] {
             let resident = &self.resident[digest];
+            host.widths.push(resident.joint.width);
             host.blocks.push(resident.index);
             host.kv_shapes.push(resident.kv_shape);
             host.windows.push(resident.window);
             host.forms.push(resident.form);
             block_weights.push(resident.weights);
         }
+        host.widths.push(self.resident[&chain.blocks[to - 1]].joint.output_width);
         let (mut adapters, mut adapter_bytes) = (SpanAdapters::new(), Vec::new());
         for adapter in chain.adapters.iter().filter(|adapter| (key.from..key.to).contains(&adapter.block_index)) {
             let pair = (adapter.digest, chain.blocks[adapter.block_index as usize]);
@@ -431,6 +447,7 @@ impl<B: Ops> Hosting<B> {
         tracing::info!(chain = %key.chain.short(), from, to, "hosting a span");
         Ok(HostedSpan {
             key: key.clone(),
+            width: host.widths[0],
             host,
             block_weights,
             adapters,
@@ -439,7 +456,6 @@ impl<B: Ops> Hosting<B> {
             lineage_to: all_lineages[to - 1].0.to_vec(),
             vocab: chain.vocab,
             context_tokens: chain.context_tokens,
-            width: chain.width,
         })
     }
 
@@ -460,7 +476,7 @@ impl<B: Ops> Hosting<B> {
 
     async fn load_block(&mut self, digest: Digest, index: usize) -> Result<(), HostError> {
         let mapped = self.zoo.map_block(digest).await?;
-        let form = Form::of(&mapped.block);
+        let (form, joint) = (Form::of(&mapped.block), Joint::of(&mapped.block));
         let (ops, outputs) = (Arc::clone(&self.ops), Arc::clone(&self.outputs));
         let loaded = blocking(move || {
             let loaded = LoadedBlock::load(&*ops, &mapped.block, &mapped, &outputs);
@@ -476,7 +492,7 @@ impl<B: Ops> Hosting<B> {
         let form = *self.forms.entry(form).or_insert(next);
         let place = BlockIndex(self.block_places.take());
         let _ = self.commands.send(Command::Load(place, Box::new(loaded)));
-        self.resident.insert(digest, Resident { index: place, weights, kv_shape, window, form, spans: BTreeSet::new() });
+        self.resident.insert(digest, Resident { index: place, joint, weights, kv_shape, window, form, spans: BTreeSet::new() });
         Ok(())
     }
 

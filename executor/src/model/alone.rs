@@ -7,6 +7,8 @@ use std::sync::Arc;
 
 use ashlar_kernels::ops::{KvFormat, KvPlace, KvShape, Ops, PackError, PageLayout, Query};
 use ashlar_zoo::digest::Digest;
+use ashlar_zoo::joint::{self, Joint};
+use ashlar_zoo::roles::ManifestError;
 use ashlar_zoo::store::{StoreError, Zoo};
 
 use super::adapter::LoadedAdapter;
@@ -39,6 +41,9 @@ pub enum AloneError {
         #[source]
         source: LoadError,
     },
+    /// Blocks that do not fit each other.
+    #[error("put the chain together")]
+    Chain(#[from] ManifestError),
     /// The device has no room.
     #[error("set up the device")]
     Device(#[from] PackError),
@@ -90,7 +95,7 @@ impl<B: Ops> Alone<B> {
         Ok(Self::new(ops, blocks, limits)?.adapted(adapters)?)
     }
 
-    /// Sets up a chain whose blocks are loaded: embed first, head last.
+    /// Sets up a chain whose blocks are loaded: embed first, head last. Without a head it has [`Alone::hidden`] only.
     ///
     /// # Errors
     /// When the device has no room.
@@ -166,6 +171,23 @@ impl<B: Ops> Alone<B> {
         logits
     }
 
+    /// Forgets the sequence, feeds `tokens`, at most `chunk` at a time, and returns the hidden rows `[T, D]` behind the last block.
+    ///
+    /// # Panics
+    /// When that is a head.
+    pub fn hidden(&mut self, tokens: &[u32], chunk: usize) -> Vec<f32> {
+        let last = self.blocks.last().expect("a chain has blocks");
+        assert!(!last.is_head(), "behind a head there are logits");
+        let width = last.output_width();
+        self.restart();
+        let mut rows = vec![0.0; tokens.len() * width];
+        for (tokens, rows) in std::iter::zip(tokens.chunks(chunk), rows.chunks_mut(chunk * width)) {
+            self.step(tokens, &[]);
+            self.ops.download(self.forward.hidden(), 0, rows);
+        }
+        rows
+    }
+
     /// Feeds a prompt and then its greedy continuation. Row i is what token i was chosen from.
     pub fn greedy(&mut self, prompt: &[u32], token_count: usize, chunk: usize) -> Greedy {
         self.restart();
@@ -191,7 +213,7 @@ impl<B: Ops> Alone<B> {
         let (mut from, mut attention_from) = (0, 0);
         for to in self.cuts.clone() {
             if from > 0 {
-                cross(&*self.ops, &mut self.forward, tokens.len() * self.blocks[0].width());
+                cross(&*self.ops, &mut self.forward, tokens.len() * self.blocks[from].width());
             }
             let blocks: Vec<&LoadedBlock<B>> = self.blocks[from..to].iter().collect();
             let attention_to = attention_from + blocks.iter().filter(|block| block.kv_shape(self.limits.pages()).is_some()).count();
@@ -215,15 +237,32 @@ impl<B: Ops> Alone<B> {
 /// Loads all blocks of a chain onto a device, and nothing else is there.
 ///
 /// # Errors
-/// When the zoo or a block fails.
+/// When the zoo or a block fails, or blocks do not fit each other.
 pub async fn load_chain<B: Ops>(ops: &B, zoo: &Zoo, chain: Digest) -> Result<Vec<LoadedBlock<B>>, AloneError> {
-    let (outputs, mut blocks) = (Outputs::default(), Vec::new());
+    let blocks = zoo.read_chain(chain).await?.blocks;
+    load_of(ops, zoo, &blocks, blocks.len()).await
+}
+
+/// Loads the blocks with which a chain begins, its head not among them, and nothing else is there.
+///
+/// # Errors
+/// When the zoo or a block fails, or blocks do not fit each other.
+pub async fn load_beginning<B: Ops>(ops: &B, zoo: &Zoo, digests: &[Digest]) -> Result<Vec<LoadedBlock<B>>, AloneError> {
+    load_of(ops, zoo, digests, usize::MAX).await
+}
+
+/// The first blocks of a chain of so many.
+async fn load_of<B: Ops>(ops: &B, zoo: &Zoo, digests: &[Digest], count: usize) -> Result<Vec<LoadedBlock<B>>, AloneError> {
+    let (outputs, mut blocks, mut joints) = (Outputs::default(), Vec::new(), Vec::new());
     // The head first: a token table of the same tensor is read out of it.
-    for (index, digest) in zoo.read_chain(chain).await?.blocks.into_iter().enumerate().rev() {
-        let mapped = zoo.map_block(digest).await?;
-        blocks.push(LoadedBlock::load(ops, &mapped.block, &mapped, &outputs).map_err(|source| AloneError::Load { index, source })?);
+    for (index, digest) in digests.iter().enumerate().rev() {
+        let mapped = zoo.map_block(*digest).await?;
+        joints.push(Joint::of(&mapped.block));
+        let block = LoadedBlock::load(ops, &mapped.block, &mapped, &outputs).map_err(|source| AloneError::Load { index, source })?;
+        blocks.push(block);
     }
     blocks.reverse();
+    joint::check(0, count, joints.into_iter().rev())?;
     Ok(blocks)
 }
 

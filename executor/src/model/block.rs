@@ -16,9 +16,17 @@ pub struct LoadedBlock<B: Ops> {
 }
 
 impl<B: Ops> LoadedBlock<B> {
-    /// Width D of the hidden state that flows through.
+    /// Width D of the hidden rows that it takes.
     pub fn width(&self) -> usize {
         self.width
+    }
+
+    /// Width of the hidden rows that it gives: another one behind a stitch alone.
+    pub fn output_width(&self) -> usize {
+        match &self.kind {
+            Kind::Stitch(stitch) => stitch.outputs,
+            _ => self.width,
+        }
     }
 
     /// What its weights take, and what of that other blocks may hold too.
@@ -88,6 +96,7 @@ impl<B: Ops> std::fmt::Debug for LoadedBlock<B> {
             Kind::Attention(_) => "attention",
             Kind::FeedForward(_) => "feed_forward",
             Kind::Head(_) => "head",
+            Kind::Stitch(_) => "stitch",
         };
         f.debug_struct("LoadedBlock").field("kind", &kind).field("width", &self.width).field("bytes", &self.bytes()).finish()
     }
@@ -99,6 +108,7 @@ pub(super) enum Kind<B: Ops> {
     Attention(Attention<B>),
     FeedForward(FeedForward<B>),
     Head(Head<B>),
+    Stitch(Stitch<B>),
 }
 
 impl<B: Ops> Kind<B> {
@@ -118,6 +128,10 @@ impl<B: Ops> Kind<B> {
         if let Self::Head(head) = self { Some(head) } else { None }
     }
 
+    pub(super) fn stitch(&self) -> Option<&Stitch<B>> {
+        if let Self::Stitch(stitch) = self { Some(stitch) } else { None }
+    }
+
     fn is_like(&self, other: &Self) -> bool {
         match (self, other) {
             // Each strand's rows are looked up alone.
@@ -132,6 +146,7 @@ impl<B: Ops> Kind<B> {
                 shape(one) == shape(two)
             }
             (Self::Head(one), Self::Head(two)) => (one.vocab, one.softcap) == (two.vocab, two.softcap),
+            (Self::Stitch(one), Self::Stitch(two)) => one.outputs == two.outputs,
             _ => false,
         }
     }
@@ -209,6 +224,17 @@ pub(super) struct Head<B: Ops> {
     pub(super) norm: NormWeights<B>,
     /// `[vocab, D]`.
     pub(super) output: Arc<B::Linear>,
+}
+
+/// A linear map from one family's hidden rows to another's.
+pub(super) struct Stitch<B: Ops> {
+    /// D'.
+    pub(super) outputs: usize,
+    /// `[D', D]`.
+    pub(super) map: B::Linear,
+    pub(super) bias: Option<B::Vector>,
+    /// `[D', 1]`: of the position feature.
+    pub(super) position: Option<B::Linear>,
 }
 
 /// A norm over a row's D elements.

@@ -40,7 +40,7 @@ fn layers(params: &BlockKind) -> [&'static [&'static str]; 2] {
     match params {
         BlockKind::Attention { .. } => [&["q.weight", "k.weight", "v.weight"], &["o.weight"]],
         BlockKind::FeedForward { .. } => [&["gate.weight", "up.weight"], &["down.weight"]],
-        BlockKind::Embed { .. } | BlockKind::Head { .. } => [&[], &[]],
+        BlockKind::Embed { .. } | BlockKind::Head { .. } | BlockKind::Stitch { .. } => [&[], &[]],
     }
 }
 

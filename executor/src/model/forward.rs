@@ -6,9 +6,10 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use ashlar_kernels::ops::{Columns, Finish, KvPlace, KvShape, LinearRun, Ops, PackError, PageLayout, Query};
+use ashlar_zoo::stitch::position_feature;
 
 use super::adapter::{LoadedAdapter, Projection};
-use super::block::{Attention, Embed, FeedForward, Head, HeadNorm, Kind, LoadedBlock, NormWeights};
+use super::block::{Attention, Embed, FeedForward, Head, HeadNorm, Kind, LoadedBlock, NormWeights, Stitch};
 use super::workspace::{Observer, Workspace};
 
 /// The rows of one run.
@@ -158,7 +159,7 @@ impl<B: Ops> Forward<B> {
         self.work.observer = observer;
     }
 
-    /// `[T, D]`, dense: the output of a run that did not end with a head.
+    /// `[T, D]`, dense: the output of a run that did not end with a head, D being the width of the rows that its last block gives.
     pub fn hidden(&self) -> &B::Buffer {
         &self.work.hidden.buffer
     }
@@ -192,8 +193,9 @@ impl<B: Ops> Forward<B> {
         self.check(strands, adapters, batch);
         self.work.begin();
         let (blocks, mut attention) = (strands[0].blocks, batch.attention.iter());
-        let (rows, width) = (batch.row_count, blocks[0].width);
+        let rows = batch.row_count;
         for (index, block) in blocks.iter().enumerate() {
+            let width = block.width;
             let (adapted, others) = adapters.split_at(adapters.iter().take_while(|run| run.block == index).count());
             adapters = others;
             match &block.kind {
@@ -209,6 +211,7 @@ impl<B: Ops> Forward<B> {
                     let logit_rows = Some(batch.logit_rows);
                     self.project(&Abreast { strands, index, of: Kind::head, logit_rows }, width, batch.logit_rows);
                 }
+                Kind::Stitch(_) => self.cross(&Abreast { strands, index, of: Kind::stitch, logit_rows: None }, width, batch),
             }
         }
     }
@@ -250,8 +253,10 @@ impl<B: Ops> Forward<B> {
         assert_eq!(end, rows, "each row is of a strand");
         assert!(strands.len() == 1 || batch.logit_rows.is_sorted(), "rows that want logits ascend by strand");
         let mut attention = batch.attention.iter();
+        let mut width = blocks[0].width;
         for (index, block) in blocks.iter().enumerate() {
-            assert_eq!(block.width, blocks[0].width, "blocks of one run have one width");
+            assert_eq!(block.width, width, "a block takes rows of the width that the one before it gives");
+            width = block.output_width();
             match &block.kind {
                 Kind::Embed(_) => {
                     assert_eq!(index, 0, "an embed block begins a run");
@@ -262,6 +267,7 @@ impl<B: Ops> Forward<B> {
                     assert_eq!((pages.places.len(), pages.queries.len()), (rows, rows), "a place and a query for each row");
                 }
                 Kind::FeedForward(_) => {}
+                Kind::Stitch(_) => assert!(self.work.features.elements() >= self.rows_max, "the stitch was not reserved"),
                 Kind::Head(head) => {
                     assert_eq!(index + 1, blocks.len(), "a head block ends a run");
                     assert!(
@@ -273,7 +279,7 @@ impl<B: Ops> Forward<B> {
                     assert!(self.work.logits.elements() >= self.logit_rows_max * head.vocab, "the head was not reserved");
                 }
             }
-            assert!(self.work.hidden.elements() >= self.rows_max * block.width, "the block was not reserved");
+            assert!(self.work.hidden.elements() >= self.rows_max * block.width.max(width), "the block was not reserved");
         }
         assert!(attention.next().is_none(), "an attention batch for each attention block and no more");
         assert!(adapters.is_sorted_by_key(|run| run.block), "adapters ascend by block");
@@ -362,6 +368,25 @@ impl<B: Ops> Forward<B> {
         work.project(ops, blocks, second, adapters, (operand, inner), rows, width);
     }
 
+    /// `y = W x + b`, and then `y += f(p) u`: by the buffer beside, since the rows that it reads may be of another width.
+    fn cross<'a>(&mut self, blocks: &Abreast<'a, B, Stitch<B>>, width: usize, batch: &ForwardBatch<'_>) {
+        let (ops, work, outputs) = (&*self.ops, &mut self.work, blocks.first().outputs);
+        let map = |block: &'a Stitch<B>| (&block.map, block.bias.as_ref());
+        work.linear(ops, blocks, map, (Operand::Hidden, width), (Target::Projected, outputs), Finish::Store);
+        if blocks.iter().any(|(_, block)| block.position.is_some()) {
+            work.features_row.clear();
+            work.features_row.extend(batch.positions.iter().map(|position| position_feature(*position)));
+            ops.upload(&mut work.features.buffer, 0, &work.features_row);
+            let mut calls = recycled(std::mem::take(&mut work.runs));
+            calls.extend(blocks.iter().filter_map(|(rows, block)| Some(LinearRun { linear: block.position.as_ref()?, bias: None, rows })));
+            let (onto, from) = (&mut work.projected.buffer, &work.features.buffer);
+            ops.linear_runs(onto, Columns::dense(outputs), from, Columns::dense(1), &calls, Finish::Add);
+            work.runs = recycled(calls);
+        }
+        // Both are as large.
+        std::mem::swap(&mut work.hidden, &mut work.projected);
+    }
+
     /// Only the rows that want logits go through the final norm and the projection.
     fn project(&mut self, blocks: &Abreast<'_, B, Head<B>>, width: usize, logit_rows: &[u32]) {
         let (ops, work, rows, head) = (&*self.ops, &mut self.work, logit_rows.len(), blocks.first());
@@ -381,6 +406,7 @@ impl<B: Ops> Forward<B> {
 /// A buffer that a projection reads.
 #[derive(Debug, Clone, Copy)]
 enum Operand {
+    Hidden,
     Normed,
     Inner,
     Wide,
@@ -439,6 +465,7 @@ impl<B: Ops> Workspace<B> {
     /// What a projection reads and writes.
     fn ends(&mut self, from: Operand, onto: Target) -> (&B::Buffer, &mut B::Buffer) {
         match (from, onto) {
+            (Operand::Hidden, Target::Projected) => (&self.hidden.buffer, &mut self.projected.buffer),
             (Operand::Normed, Target::Wide) => (&self.normed.buffer, &mut self.wide.buffer),
             (Operand::Normed, Target::Inner) => (&self.normed.buffer, &mut self.inner.buffer),
             (Operand::Normed, Target::Logits) => (&self.normed.buffer, &mut self.logits.buffer),
@@ -510,6 +537,7 @@ impl<B: Ops> Workspace<B> {
             Operand::Normed => &self.normed.buffer,
             Operand::Inner => &self.inner.buffer,
             Operand::Wide => &self.wide.buffer,
+            Operand::Hidden => unreachable!("no adapter reads there"),
         };
         ops.linear_runs(&mut self.low.buffer, low_at, from, Columns::dense(x.1), &calls, Finish::Store);
         calls.clear();

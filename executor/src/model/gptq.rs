@@ -82,7 +82,7 @@ pub struct Factor {
 
 /// `matrix`, symmetric, becomes L^T, row-major and upper, with matrix = L L^T; what lies below the diagonal is left as it is. False where it is not
 /// positive definite.
-fn cholesky(matrix: &mut [f64], n: usize) -> bool {
+pub(super) fn cholesky(matrix: &mut [f64], n: usize) -> bool {
     for k in 0..n {
         let (done, rest) = matrix.split_at_mut((k + 1) * n);
         let row = &mut done[k * n..];

@@ -3,14 +3,14 @@
 
 use std::sync::Arc;
 
-use ashlar_kernels::format::{Dtype, TensorView};
+use ashlar_kernels::format::{Dtype, TensorView, dequantise};
 use ashlar_kernels::ops::{NormKind, Ops, PackError};
 use ashlar_zoo::adapter::AdapterError;
 use ashlar_zoo::digest::Digest;
 use ashlar_zoo::manifest::{Block, BlockKind, Norm, Rope, TensorRef};
 use ashlar_zoo::roles::ManifestError;
 
-use super::block::{Attention, Embed, FeedForward, Head, HeadNorm, Kind, LoadedBlock, LoadedRope, NormWeights};
+use super::block::{Attention, Embed, FeedForward, Head, HeadNorm, Kind, LoadedBlock, LoadedRope, NormWeights, Stitch};
 use super::outputs::{Outputs, WeightBytes};
 use super::rope;
 use super::source::{SourceError, TensorBytes, TensorSource};
@@ -75,6 +75,7 @@ impl<B: Ops> LoadedBlock<B> {
             BlockKind::Attention { .. } => Kind::Attention(loader.attention()?),
             BlockKind::FeedForward { .. } => Kind::FeedForward(loader.feed_forward()?),
             BlockKind::Head { .. } => Kind::Head(loader.head()?),
+            BlockKind::Stitch { to } => Kind::Stitch(loader.stitch(*to as usize)?),
         };
         let weights = WeightBytes { own: loader.bytes as u64, output: loader.output };
         Ok(Self { width: block.width as usize, weights, kind })
@@ -167,6 +168,22 @@ impl<B: Ops> Loader<'_, B> {
             norm: self.norm("norm.weight", Some("norm.bias"), norm)?,
             output: self.output("output.weight")?,
         })
+    }
+
+    fn stitch(&mut self, outputs: usize) -> Result<Stitch<B>, LoadError> {
+        let role = "map.position";
+        let position = match self.maybe(role)? {
+            None => None,
+            // A vector, as a layer of one input.
+            Some(tensor) => {
+                let values: Vec<u8> = dequantise(&tensor.view()).into_iter().flat_map(f32::to_le_bytes).collect();
+                let column = TensorView { dtype: Dtype::F32, rows: outputs, cols: 1, bytes: &values };
+                let position = self.ops.linear(&[column]).map_err(|source| LoadError::Pack { role, source })?;
+                self.bytes += self.ops.linear_bytes(&position);
+                Some(position)
+            }
+        };
+        Ok(Stitch { outputs, map: self.linear(&["map.weight"])?, bias: self.bias(&[("map.bias", outputs)])?, position })
     }
 
     /// The tokens' table: read out of the output projection of the same tensor, if the device holds one and can, and else where it is mapped.

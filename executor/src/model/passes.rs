@@ -52,7 +52,7 @@ impl<B: Ops> Passes<B> {
             };
             self.forward.run(&[block], &[], &batch, &mut pools);
             if goes_on {
-                hidden.resize(window.len() * block.width(), 0.0);
+                hidden.resize(window.len() * block.output_width(), 0.0);
                 self.ops.download(self.forward.hidden(), 0, hidden);
             }
         }

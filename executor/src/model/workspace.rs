@@ -29,6 +29,10 @@ pub(super) struct Workspace<B: Ops> {
     pub(super) logits: Grown<B>,
     /// `[T, R]`: what the shrinks of adapters wrote.
     pub(super) low: Grown<B>,
+    /// `[T]`: the position feature of each row, where a stitch reads it.
+    pub(super) features: Grown<B>,
+    /// The same on the host, on its way there.
+    pub(super) features_row: Vec<f32>,
     /// Memory for the runs of one call, empty between calls.
     pub(super) runs: Vec<LinearRun<'static, B::Linear, B::Vector>>,
     /// Sees what every linear layer reads, while a model is calibrated.
@@ -51,6 +55,8 @@ impl<B: Ops> Workspace<B> {
             projected: Grown::new(ops)?,
             logits: Grown::new(ops)?,
             low: Grown::new(ops)?,
+            features: Grown::new(ops)?,
+            features_row: Vec::new(),
             runs: Vec::new(),
             observer: None,
             ropes: [rope()?, rope()?, rope()?, rope()?],
@@ -61,7 +67,7 @@ impl<B: Ops> Workspace<B> {
     /// Grows every buffer to what `block` needs; contents are lost where one grows.
     pub(super) fn reserve(&mut self, ops: &B, block: &LoadedBlock<B>, rows: usize, logit_rows: usize) -> Result<(), PackError> {
         for buffer in [&mut self.hidden, &mut self.normed, &mut self.projected] {
-            buffer.grow(ops, rows * block.width)?;
+            buffer.grow(ops, rows * block.width.max(block.output_width()))?;
         }
         match &block.kind {
             Kind::Embed(_) => {}
@@ -78,6 +84,10 @@ impl<B: Ops> Workspace<B> {
                 self.inner.grow(ops, rows * feed.inner)?;
             }
             Kind::Head(head) => self.logits.grow(ops, logit_rows * head.vocab)?,
+            Kind::Stitch(_) => {
+                self.features.grow(ops, rows)?;
+                self.features_row.reserve(rows);
+            }
         }
         Ok(())
     }

@@ -28,6 +28,7 @@ impl Engine {
     pub fn handle_host(&mut self, host: HostSpan) -> SpanIndex {
         assert!(!host.blocks.is_empty() && host.blocks.len() == host.lineages.len() && host.blocks.len() == host.kv_shapes.len());
         assert_eq!(host.forms.len(), host.blocks.len(), "a form for each block");
+        assert_eq!(host.widths.len(), host.blocks.len() + 1, "a width on either side of each block");
         assert!(host.windows.len() == host.blocks.len() && !host.windows.contains(&Some(0)), "a window has its own token in it");
         let mut attention = Vec::new();
         let mut pages: BTreeMap<ClassIndex, BTreeMap<u32, usize>> = BTreeMap::new();
@@ -139,13 +140,14 @@ impl Engine {
     fn forks(&mut self, parted: &BTreeSet<Border>) -> BTreeMap<[u8; 32], StretchIndex> {
         let mut next: BTreeMap<[u8; 32], (BTreeSet<BlockIndex>, BTreeSet<[u8; 32]>, u32)> = BTreeMap::new();
         for span in self.spans.iter().filter(|span| span.hosted && span.path.is_whole()) {
-            for (lineages, pair) in span.host.lineages.windows(2).zip(span.host.blocks.windows(2)) {
+            let widths = &span.host.widths[1..];
+            for ((lineages, pair), between) in span.host.lineages.windows(2).zip(span.host.blocks.windows(2)).zip(widths) {
                 let (blocks, ways, width) = next.entry(lineages[0]).or_default();
                 blocks.insert(pair[1]);
                 if parted.contains(&(pair[0], pair[1])) {
                     ways.insert(lineages[1]);
                 }
-                *width = span.host.width;
+                *width = *between;
             }
         }
         next.retain(|_, (blocks, ways, _)| (blocks.len() > 1 || ways.len() > 1) && self.limits.boundary_bytes > 0);
@@ -434,7 +436,8 @@ impl Engine {
             let (host, steps) = (&span.host, &span.path.steps);
             for (n, step) in steps.iter().enumerate() {
                 let blocks = step.from as usize..steps.get(n + 1).map_or(host.blocks.len(), |next| next.from as usize);
-                let key = (host.width, &host.forms[blocks.clone()], &host.kv_shapes[blocks.clone()], &host.windows[blocks]);
+                let widths = &host.widths[blocks.start..=blocks.end];
+                let key = (widths, &host.forms[blocks.clone()], &host.kv_shapes[blocks.clone()], &host.windows[blocks]);
                 keys[step.segment.0 as usize] = Some(key);
             }
         }
@@ -450,8 +453,10 @@ impl Engine {
         let mut weights = vec![0u64; self.pages.class_count()];
         for span in self.spans.iter().filter(|span| span.hosted) {
             // Hidden rows of each width have an equal share of their own budget.
-            if span.path.steps.iter().any(|step| step.fork.is_some()) {
-                weights[self.pages.hidden_class(span.host.width, self.limits.page_tokens).0 as usize] = 1;
+            let steps = &span.path.steps;
+            for (n, _) in steps.iter().enumerate().filter(|(_, step)| step.fork.is_some()) {
+                let end = steps.get(n + 1).map_or(span.host.blocks.len(), |next| next.from as usize);
+                weights[self.pages.hidden_class(span.host.widths[end], self.limits.page_tokens).0 as usize] = 1;
             }
             let blocks = |of_class: &SpanPages| of_class.blocks.iter().map(|(_, count)| *count as u64).sum::<u64>();
             span.pages.iter().for_each(|of_class| weights[of_class.class.0 as usize] += blocks(of_class));

@@ -23,8 +23,8 @@ pub struct HostSpan {
     /// For each block a number: blocks of equal numbers (and equal shape and window) are alike in all but their weights, so that rows through one and
     /// rows through another may be computed in the same calls.
     pub forms: Vec<u32>,
-    /// Width of hidden rows.
-    pub width: u32,
+    /// Width of the hidden rows that each block takes, and at the end of those that the last one gives.
+    pub widths: Vec<u32>,
     /// Whether the first block is the embedding.
     pub begins_with_embed: bool,
     /// Whether the last block is the head.

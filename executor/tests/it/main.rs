@@ -4,6 +4,10 @@
 
 #[path = "support/adapters.rs"]
 mod adapters;
+#[path = "../../../zoo/tests/it/support/mod.rs"]
+mod checkpoints;
+#[path = "support/stitches.rs"]
+mod stitches;
 #[path = "support/summed.rs"]
 mod summed;
 mod support;
@@ -11,5 +15,6 @@ mod support;
 mod deltas;
 mod goldens;
 mod real_models;
+mod stitched;
 mod together;
 mod unmerged;

@@ -30,17 +30,17 @@ use tonic::Request;
 
 const MODELS: [&str; 4] = ["base", "shakespeare-top", "math-lora", "japanese-full"];
 
-struct Family {
+pub(crate) struct Family {
     _folder: tempfile::TempDir,
-    zoo: Zoo,
-    chains: Vec<(Digest, usize, Vec<u8>)>,
+    pub(crate) zoo: Zoo,
+    pub(crate) chains: Vec<(Digest, usize, Vec<u8>)>,
 }
 
 async fn family() -> Family {
     family_of("../demo", &MODELS).await
 }
 
-async fn family_of(models: &str, names: &[&str]) -> Family {
+pub(crate) async fn family_of(models: &str, names: &[&str]) -> Family {
     let folder = tempfile::tempdir().unwrap();
     let zoo = Zoo::create_dir(folder.path()).await.unwrap();
     let models = Path::new(env!("CARGO_MANIFEST_DIR")).join(models);
@@ -54,7 +54,7 @@ async fn family_of(models: &str, names: &[&str]) -> Family {
 }
 
 impl Family {
-    async fn push(&mut self, digest: Digest) {
+    pub(crate) async fn push(&mut self, digest: Digest) {
         let chain = self.zoo.read_chain(digest).await.unwrap();
         let adapters: Vec<(u32, Digest)> = chain.adapters.iter().map(|adapter| (adapter.block_index, adapter.digest)).collect();
         let lineage = lineages(&chain.blocks, &adapters).last().unwrap().0.to_vec();
@@ -109,11 +109,16 @@ async fn compressed_family() -> Family {
     family
 }
 
-async fn start(family: &Family, limits: Limits, options: CpuOptions) -> ExecutorHandle {
+/// An executor that hosts all chains of a family, whole.
+pub(crate) async fn start(family: &Family, limits: Limits, options: CpuOptions) -> ExecutorHandle {
+    let whole = |(chain, count, _): &(Digest, usize, Vec<u8>)| SpanAssignment { chain: ChainDigest(chain.0), from: 0, to: *count as u32 };
+    start_with(&family.zoo, "exe_test", family.chains.iter().map(whole).collect(), limits, options).await
+}
+
+/// An executor that hosts these spans.
+pub(crate) async fn start_with(zoo: &Zoo, id: &str, spans: Vec<SpanAssignment>, limits: Limits, options: CpuOptions) -> ExecutorHandle {
     let registry: Arc<dyn Registry> = ashlar_registry::open("memory:").await.unwrap();
-    let id = ExecutorId("exe_test".to_owned());
-    let spans: Vec<SpanAssignment> =
-        family.chains.iter().map(|(chain, count, _)| SpanAssignment { chain: ChainDigest(chain.0), from: 0, to: *count as u32 }).collect();
+    let (id, span_count) = (ExecutorId(id.to_owned()), spans.len());
     let plan = Plan { generation: 1, assignments: [(id.clone(), spans)].into(), ..Plan::default() };
     registry.put(key::PLAN, &to_value(&plan), None).await.unwrap();
     let record = ExecutorRecord {
@@ -136,15 +141,15 @@ async fn start(family: &Family, limits: Limits, options: CpuOptions) -> Executor
         Identity { executor_id: id.0, device: "cpu".to_owned(), numeric_class: limits.numeric_class(options.bf16_compute.cpu_class()) };
     let pages = limits.pages();
     let (handle, commands) = executor::start(Arc::clone(&ops), limits, &identity, metrics.clone()).unwrap();
-    let mut hosting = Hosting::new(ops, family.zoo.clone(), commands, handle.events(), metrics, 1 << 30, pages);
+    let mut hosting = Hosting::new(ops, zoo.clone(), commands, handle.events(), metrics, 1 << 30, pages);
     tokio::spawn(async move { hosting.follow(registry, session).await });
-    while handle.status().spans.len() < family.chains.len() {
+    while handle.status().spans.len() < span_count {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     handle
 }
 
-fn admission(family: &Family, number: u64, model: usize, prompt: Vec<u32>, sampling: v1::Sampling) -> v1::Admission {
+pub(crate) fn admission(family: &Family, number: u64, model: usize, prompt: Vec<u32>, sampling: v1::Sampling) -> v1::Admission {
     let (chain, count, lineage) = &family.chains[model];
     let span = v1::Span { chain: chain.0.to_vec(), from: 0, to: *count as u32, lineage_from: Vec::new(), lineage_to: lineage.clone() };
     v1::Admission {
@@ -161,7 +166,7 @@ fn admission(family: &Family, number: u64, model: usize, prompt: Vec<u32>, sampl
     }
 }
 
-async fn tokens(handle: &ExecutorHandle, admission: v1::Admission) -> Vec<(u32, u32)> {
+pub(crate) async fn tokens(handle: &ExecutorHandle, admission: v1::Admission) -> Vec<(u32, u32)> {
     let mut events = handle.run(admission);
     let mut tokens = Vec::new();
     while let Some(event) = events.next().await {
@@ -186,11 +191,11 @@ fn requests(family: &Family) -> Vec<v1::Admission> {
         .collect()
 }
 
-fn limits() -> Limits {
+pub(crate) fn limits() -> Limits {
     Limits { kv_bytes: 64 << 20, ..Limits::default() }
 }
 
-async fn eight_together_in_any_chunks(family: &Family, kv_format: KvFormat, bf16_compute: Bf16Compute) {
+pub(crate) async fn eight_together_in_any_chunks(family: &Family, kv_format: KvFormat, bf16_compute: Bf16Compute) {
     let limits = || Limits { kv_format, ..limits() };
     let scalar = CpuOptions { threads: 1, isa: Some(Isa::Scalar), bf16_compute };
     let alone = start(family, Limits { prefix_cache: false, ..limits() }, scalar).await;

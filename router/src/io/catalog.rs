@@ -9,10 +9,11 @@ use std::time::Duration;
 use ashlar_registry::ChainDigest;
 use ashlar_zoo::digest::Digest;
 use ashlar_zoo::equivalence::Equivalence;
+use ashlar_zoo::joint::{self, Joint};
 use ashlar_zoo::manifest::{Adapter, Block, Chain, Change, ModelName};
 use ashlar_zoo::model_id::ModelId;
 use ashlar_zoo::relatives::Viewer;
-use ashlar_zoo::store::{Domains, KnownNames, StoreError, Zoo};
+use ashlar_zoo::store::{Domains, KnownNames, Object, StoreError, Zoo};
 use ashlar_zoo::tensor_file;
 use tokio::sync::{Mutex, watch};
 use tokio_util::task::AbortOnDropHandle;
@@ -67,11 +68,19 @@ struct Reader {
 /// What was read before.
 #[derive(Debug, Default)]
 struct Read {
-    /// Sizes of blocks and adapters.
-    block_bytes: BTreeMap<Digest, u64>,
+    blocks: BTreeMap<Digest, KnownBlock>,
+    /// Sizes of adapters.
+    adapter_bytes: BTreeMap<Digest, u64>,
     names: KnownNames,
     /// Records of equivalence: they never change.
     records: BTreeMap<Digest, Equivalence>,
+}
+
+/// What was read of a block.
+#[derive(Debug, Clone, Copy)]
+struct KnownBlock {
+    bytes: u64,
+    joint: Joint,
 }
 
 impl Catalog {
@@ -160,7 +169,7 @@ fn tell(refreshed: Result<(), StoreError>, told: bool) -> bool {
 impl Reader {
     async fn refresh(&self) -> Result<(), StoreError> {
         let mut read = self.read.lock().await;
-        let Read { block_bytes, names, records } = &mut *read;
+        let Read { blocks, adapter_bytes, names, records } = &mut *read;
         let allowed = Allowed::of(&self.clusters.borrow());
         let names = self.zoo.list_changed(names).await?;
         let served = self.served(&names, &allowed, records).await?;
@@ -173,7 +182,7 @@ impl Reader {
             let read = match name {
                 Ok(name) => {
                     let chain = served.get(&id).copied().unwrap_or(name.chain);
-                    self.entry(&old, &new, chain, block_bytes).await.map(|entry| (name, chain, entry))
+                    self.entry((&old, &new), chain, blocks, adapter_bytes).await.map(|entry| (name, chain, entry))
                 }
                 Err(error) => Err(error),
             };
@@ -247,35 +256,41 @@ impl Reader {
 
     async fn entry(
         &self,
-        old: &CatalogView,
-        new: &CatalogView,
+        (old, new): (&CatalogView, &CatalogView),
         digest: Digest,
-        block_bytes: &mut BTreeMap<Digest, u64>,
+        known: &mut BTreeMap<Digest, KnownBlock>,
+        known_adapters: &mut BTreeMap<Digest, u64>,
     ) -> Result<Arc<ChainEntry>, StoreError> {
         let key = ChainDigest(digest.0);
         if let Some(entry) = new.chains.get(&key).or_else(|| old.chains.get(&key)) {
             return Ok(entry.clone());
         }
         let chain = self.zoo.read_chain(digest).await?;
-        let mut blocks = Vec::with_capacity(chain.blocks.len());
-        for block in &chain.blocks {
-            let bytes = match block_bytes.get(block) {
-                Some(bytes) => *bytes,
-                None => weight_bytes(&self.zoo.read_block(*block).await?),
+        let (mut blocks, mut joints) = (Vec::with_capacity(chain.blocks.len()), Vec::with_capacity(chain.blocks.len()));
+        for digest in &chain.blocks {
+            let KnownBlock { bytes, joint } = match known.get(digest) {
+                Some(block) => *block,
+                None => {
+                    let block = self.zoo.read_block(*digest).await?;
+                    KnownBlock { bytes: weight_bytes(&block), joint: Joint::of(&block) }
+                }
             };
-            block_bytes.insert(*block, bytes);
-            blocks.push(SizedBlock { digest: *block, bytes, adapter: None });
+            known.insert(*digest, KnownBlock { bytes, joint });
+            blocks.push(SizedBlock { digest: *digest, bytes, adapter: None });
+            joints.push(joint);
         }
+        joint::check(0, joints.len(), joints.iter().copied())
+            .map_err(|e| StoreError::Damaged { object: Object::Chain(digest), reason: e.to_string() })?;
         for adapter in &chain.adapters {
-            let bytes = match block_bytes.get(&adapter.digest) {
+            let bytes = match known_adapters.get(&adapter.digest) {
                 Some(bytes) => *bytes,
                 None => adapter_bytes(&self.zoo.read_adapter(adapter.digest).await?),
             };
-            block_bytes.insert(adapter.digest, bytes);
+            known_adapters.insert(adapter.digest, bytes);
             let block = &mut blocks[adapter.block_index as usize];
             block.adapter = Some(SizedAdapter { digest: Digest::of(&[adapter.digest.0, block.digest.0].concat()), bytes });
         }
-        let sized = SizedChain { borders: borders(blocks.len()), blocks };
+        let sized = SizedChain { borders: borders(&joints), blocks };
         Ok(Arc::new(ChainEntry { path: ChainPath::new(digest, &chain), chain: Arc::new(chain), sized }))
     }
 }
@@ -329,10 +344,10 @@ fn adapter_bytes(adapter: &Adapter) -> u64 {
     adapter.changes.values().map(bytes).fold(0, u64::saturating_add)
 }
 
-/// Borders of layers in `embed, (attention, feed_forward)*, head`: behind each feed-forward but the last, which stays with the head.
-fn borders(block_count: usize) -> Vec<u32> {
-    let end = u32::try_from(block_count).expect("chains are short").saturating_sub(2);
-    (3..end).step_by(2).collect()
+/// Borders of layers in `embed, (attention, feed_forward)*, head`: in front of each attention block but the first, which stays with the embedding,
+/// and on either side of a stitch.
+fn borders(joints: &[Joint]) -> Vec<u32> {
+    (0u32..).zip(joints).skip(2).filter(|(_, joint)| joint.begins_layer()).map(|(place, _)| place).collect()
 }
 
 #[cfg(test)]

@@ -84,7 +84,7 @@ impl<'a> Facts<'a> {
                     facts.bias.feed_forward = has(block, "up.bias");
                 }
                 BlockKind::Head { softcap, .. } => facts.logit_softcap = *softcap,
-                BlockKind::Embed { .. } => {}
+                BlockKind::Embed { .. } | BlockKind::Stitch { .. } => {}
             }
         }
         facts

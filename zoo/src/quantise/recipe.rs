@@ -44,7 +44,7 @@ impl fmt::Display for Form {
     }
 }
 
-/// What a model's matrices become. Vectors and position tables stay as they are.
+/// What a model's matrices become. Vectors, position tables and the maps of stitches stay as they are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Recipe {
     /// Linear weights of attention and feed-forward blocks.
@@ -58,7 +58,7 @@ impl Recipe {
     pub fn target(self, role: &str, shape: &[u64]) -> Option<Dtype> {
         match role {
             "token.weight" | "output.weight" => Some(self.table.dtype()),
-            "position.weight" => None,
+            "position.weight" | "map.weight" => None,
             _ => (shape.len() == 2).then_some(self.linear.dtype()),
         }
     }

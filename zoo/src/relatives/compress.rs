@@ -85,6 +85,8 @@ impl Kept {
             BlockKind::Embed { .. } => self.embed,
             BlockKind::Head { .. } => self.head,
             BlockKind::Attention { .. } | BlockKind::FeedForward { .. } => false,
+            // It is of two other models than its base's.
+            BlockKind::Stitch { .. } => true,
         }
     }
 }

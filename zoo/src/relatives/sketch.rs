@@ -208,11 +208,15 @@ impl Sketch {
 /// Block indices and roles of the matrices of a chain that are sampled: all linear ones of at most [`SAMPLED_LAYERS_MAX`] layers, the
 /// first and the last among them. A pure function of the number of layers and of what matrices they have.
 pub fn sampled_roles(blocks: &[&Block]) -> Vec<(usize, &'static str)> {
-    let layers = (blocks.len() / 2).saturating_sub(1);
+    let attention: Vec<usize> = (0..blocks.len()).filter(|index| matches!(blocks[*index].params, BlockKind::Attention { .. })).collect();
+    let layers = attention.len();
     let count = layers.min(SAMPLED_LAYERS_MAX);
     let layer = |index: usize| if count < 2 { index } else { index * (layers - 1) / (count - 1) };
-    let blocks_of = |layer: usize| [1 + 2 * layer, 2 + 2 * layer];
-    let matrices = |index: usize| ADAPTED_ROLES.iter().filter(move |role| blocks[index].tensors.contains_key(**role));
+    let blocks_of = |layer: usize| [attention[layer], attention[layer] + 1];
+    let matrices = |index: usize| {
+        let block = blocks.get(index);
+        ADAPTED_ROLES.iter().filter(move |role| block.is_some_and(|block| block.tensors.contains_key(**role)))
+    };
     (0..count).flat_map(|index| blocks_of(layer(index))).flat_map(|index| matrices(index).map(move |role| (index, *role))).collect()
 }
 
@@ -227,6 +231,7 @@ fn shape(blocks: &[&Block]) -> Digest {
             BlockKind::Attention { .. } => 1,
             BlockKind::FeedForward { .. } => 2,
             BlockKind::Head { .. } => 3,
+            BlockKind::Stitch { .. } => 4,
         }]);
         for (index, role) in (0u8..).zip(ADAPTED_ROLES) {
             let Some(tensor) = block.tensors.get(role) else { continue };

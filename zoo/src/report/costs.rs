@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use crate::digest::Digest;
-use crate::inspect::{Resolved, distinct_tensors, tensor_bytes};
+use crate::inspect::{Resolved, distinct_tensors, layer_count, tensor_bytes};
 
 /// Bytes of which models own parts alone and others together.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
@@ -130,7 +130,7 @@ pub(super) fn costs(
             source: model.chain.source.clone(),
             parent: model.name.parent.clone(),
             licence: model.chain.licence.clone(),
-            layer_count: (model.blocks.len() / 2).saturating_sub(1),
+            layer_count: layer_count(&model.blocks),
             context_tokens: model.chain.context_tokens,
             adapter_count: model.adapters.len(),
             memory: memory_costs[index],

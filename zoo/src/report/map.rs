@@ -133,7 +133,8 @@ fn cell(report: &Report, row: &Row, place: usize, look: &Look) -> String {
 }
 
 fn legend(look: &Look) -> String {
-    let order = "Places: embed, then attention and feed_forward by turns, head last. Equal signs in one column are the same block.";
+    let order = "Places: embed, then attention and feed_forward by turns (a stitch between two models' layers is a place too), head last. \
+                 Equal signs in one column are the same block.";
     if !look.colours {
         return format!(
             "{order}\nA B C..: a block that several models have, the most common first; lower case: with an adapter over it.\n\

@@ -35,3 +35,4 @@ mod quantise;
 mod racing;
 mod relatives;
 mod report;
+mod stitch;

@@ -1,10 +1,11 @@
 //! Batches: rows of several sequences give what each gives alone.
 
 use ashlar_kernels::cpu::{Cpu, CpuOptions};
-use ashlar_kernels::format::Dtype;
+use ashlar_kernels::format::{Dtype, dequantise};
 use ashlar_kernels::ops::KvFormat;
 use ashlar_kernels::reference::Reference;
-use ashlar_zoo::manifest::Block;
+use ashlar_zoo::manifest::{Block, BlockKind};
+use ashlar_zoo::stitch::LinearMap;
 
 use super::*;
 use crate::model::alone::{Alone, AloneLimits, Pools};
@@ -166,4 +167,42 @@ fn run_without_logit_rows_gives_none() {
     let batch = ForwardBatch { row_count: 1, tokens: &[3], positions: &[0], attention: &attention, logit_rows: &[] };
     forward.run(&blocks.iter().collect::<Vec<_>>(), &[], &batch, &mut pools);
     assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| forward.logits(0).len())).is_err());
+}
+
+/// A stitch from 32 to 40 elements and one to 24: what `LinearMap` says but for rounding, a row at a time or together, and the same bits on any device.
+#[test]
+fn a_stitch_gives_rows_of_another_width() {
+    for to in [40, 24] {
+        let mut memory = Memory::default();
+        let block = memory.block(BlockKind::Stitch { to });
+        let positions = [0, 7, 1, 100_000];
+        let x: Vec<f32> = (0..4 * 32).map(|i| (i * 37 % 101) as f32 / 50.0 - 1.0).collect();
+        let together = through(&Arc::new(Reference::default()), &block, &memory, &x, &positions);
+        assert_eq!(
+            together,
+            through(&Arc::new(Cpu::new(CpuOptions { threads: 2, ..CpuOptions::default() })), &block, &memory, &x, &positions)
+        );
+        let values = |role: &str| dequantise(&memory.0[&block.tensors[role].digest].view());
+        let (weight, bias, position) = (values("map.weight"), values("map.bias"), values("map.position"));
+        let map = LinearMap { inputs: 32, outputs: to as usize, weight, bias, position };
+        for (row, (x, y)) in std::iter::zip(x.chunks(32), together.chunks(to as usize)).enumerate() {
+            let alone = through(&Arc::new(Reference::default()), &block, &memory, x, &positions[row..=row]);
+            assert_eq!(alone, y, "row {row}");
+            let expected = map.apply(x, positions[row]);
+            assert!(std::iter::zip(y, expected).all(|(y, expected)| (f64::from(*y) - expected).abs() < 1e-5), "row {row}");
+        }
+    }
+}
+
+fn through<B: Ops>(ops: &Arc<B>, block: &Block, memory: &Memory, x: &[f32], positions: &[u32]) -> Vec<f32> {
+    let block = LoadedBlock::load(&**ops, block, memory, &Outputs::default()).unwrap();
+    let mut forward = Forward::new(Arc::clone(ops), positions.len(), 1).unwrap();
+    forward.reserve(&block).unwrap();
+    let (mut pools, _) = Pools::new(&**ops, std::slice::from_ref(&block), LIMITS).unwrap();
+    ops.upload(forward.hidden_mut(), 0, x);
+    let batch = ForwardBatch { row_count: positions.len(), tokens: &[], positions, attention: &[], logit_rows: &[] };
+    forward.run(&[&block], &[], &batch, &mut pools);
+    let mut y = vec![0.0; positions.len() * block.output_width()];
+    ops.download(forward.hidden(), 0, &mut y);
+    y
 }

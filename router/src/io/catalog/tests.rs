@@ -8,14 +8,30 @@ use ashlar_zoo::measures::Divergence;
 
 use super::*;
 use crate::io::cluster::ClusterOptions;
-use crate::io::testing::stored_chain;
+use crate::io::testing::{block, stored_chain};
 
 #[test]
-fn borders_lie_between_layers() {
-    assert_eq!(borders(2), Vec::<u32>::new());
-    assert_eq!(borders(4), Vec::<u32>::new());
-    assert_eq!(borders(6), [3]);
-    assert_eq!(borders(10), [3, 5, 7]);
+fn borders_lie_between_layers_and_around_a_stitch() {
+    let joints = |kinds: &str| -> Vec<Joint> { kinds.chars().map(|kind| Joint::of(&block(kind, 0))).collect() };
+    assert_eq!(borders(&joints("EAFH")), Vec::<u32>::new());
+    assert_eq!(borders(&joints("EAFAFH")), [3]);
+    assert_eq!(borders(&joints("EAFAFAFAFH")), [3, 5, 7]);
+    assert_eq!(borders(&joints("EAFAFSAFAFH")), [3, 5, 6, 8]);
+}
+
+#[tokio::test]
+async fn a_chain_whose_blocks_do_not_fit_is_left_out_and_others_are_served() {
+    let folder = tempfile::tempdir().unwrap();
+    let zoo = Zoo::create_dir(folder.path()).await.unwrap();
+    let sound = stored_chain(&zoo, 1).await;
+    // Feed-forward before attention.
+    let mut wrong = stored_chain(&zoo, 2).await;
+    wrong.blocks.swap(1, 2);
+    name(&zoo, "acme/sound", &sound).await;
+    name(&zoo, "acme/wrong", &wrong).await;
+    let (_registry, cluster) = deployed(None).await;
+    let catalog = Catalog::start(zoo, Duration::from_secs(60), &cluster).await;
+    assert_eq!(catalog.view().models.keys().collect::<Vec<_>>(), ["acme/sound"]);
 }
 
 async fn name(zoo: &Zoo, id: &str, chain: &Chain) -> Digest {

@@ -269,7 +269,7 @@ fn checkpoint_shape(piece: &Piece, stored: &[u64]) -> Vec<u64> {
 /// Gemma's norms are `1 + w` in transformers, and llama.cpp's converter has added the 1.
 fn is_gguf_norm(architecture: &str, role: &str, block: &Block) -> bool {
     let norm = match &block.params {
-        BlockKind::Embed { .. } => return false,
+        BlockKind::Embed { .. } | BlockKind::Stitch { .. } => return false,
         BlockKind::Attention { norm, .. } | BlockKind::FeedForward { norm, .. } | BlockKind::Head { norm, .. } => norm,
     };
     let stored_whole = matches!(norm, Norm::Rms { weight_offset, .. } if *weight_offset == 0.0);

@@ -64,18 +64,20 @@ function compareSection(facts) {
 
 // Tables of the layers, and of the two ends.
 function heatTables(comparison, measure) {
-  const places = comparison.places.map((place, index) => ({ ...place, index, kind: place.kinds[0] || place.kinds[1] }));
+  const kinds = comparison.places.map((place) => place.kinds[0] || place.kinds[1]);
+  const numbers = layersOf(kinds);
+  const places = comparison.places.map((place, index) => ({ ...place, layer: numbers[index], kind: kinds[index] }));
   const layers = [];
-  for (const place of places.filter((one) => one.kind === 'attention' || one.kind === 'feed_forward')) {
-    const layer = Math.floor((place.index - 1) / 2);
+  for (const place of places.filter((one) => isOfLayer(one.kind))) {
+    const layer = place.layer;
     layers[layer] = layers[layer] || { name: `layer ${layer}`, cells: new Map() };
     for (const [role, tensor] of Object.entries(place.tensors)) layers[layer].cells.set(`${place.kind} ${role}`, { place, role, tensor });
   }
-  const ends = places.filter((one) => one.kind === 'embed' || one.kind === 'head').map((place) => ({
+  const ends = places.filter((one) => !isOfLayer(one.kind)).map((place) => ({
     name: place.kind,
     cells: new Map(Object.entries(place.tensors).map(([role, tensor]) => [`${place.kind} ${role}`, { place, role, tensor }])),
   }));
-  return [heatTable(layers.filter(Boolean), ['attention', 'feed_forward'], measure), heatTable(ends, ['embed', 'head'], measure)];
+  return [heatTable(layers.filter(Boolean), ['attention', 'feed_forward'], measure), heatTable(ends, ['embed', 'stitch', 'head'], measure)];
 }
 
 function heatTable(rows, kinds, measure) {
@@ -113,7 +115,7 @@ function byMatrix(a, b) {
 function heatCell(found, measure, isFirst) {
   if (!found) return element('td', { class: isFirst ? 'first' : '' });
   const { place, role, tensor } = found;
-  const where = `${placeText(place.kind, place.index)} ${roleText(role)}`;
+  const where = `${placeText(place.kind, place.layer)} ${roleText(role)}`;
   const value = tensor.state === 'compared' ? measure.value(tensor) : null;
   const heat = value == null ? 0 : Math.max(0, Math.min(measure.heat(value), 1));
   const text = { same: '=', apart: '–', compared: value == null ? '–' : measure.show(value) }[tensor.state];

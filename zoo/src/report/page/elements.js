@@ -35,12 +35,22 @@ function shareText(share) {
   return `${(share * 100).toFixed(share > 0 && share < 0.1 ? 1 : 0)}%`;
 }
 
-const KIND_TEXT = { embed: 'embed', attention: 'attention', feed_forward: 'feed-forward', head: 'head' };
+const KIND_TEXT = { embed: 'embed', attention: 'attention', feed_forward: 'feed-forward', head: 'head', stitch: 'stitch' };
 
-// The kind of a block at a place of a chain, with its layer's number.
-function placeText(kind, place) {
-  const layer = Math.floor((place - 1) / 2);
-  return kind === 'embed' || kind === 'head' ? kind : `${KIND_TEXT[kind]} ${layer}`;
+// Whether a block of a kind is one of a layer's two.
+function isOfLayer(kind) {
+  return kind === 'attention' || kind === 'feed_forward';
+}
+
+// The layer's number at each place of a chain whose blocks are of these kinds: each begins with its attention.
+function layersOf(kinds) {
+  let layer = -1;
+  return kinds.map((kind) => (kind === 'attention' ? (layer += 1) : layer));
+}
+
+// The kind of a block, with its layer's number.
+function placeText(kind, layer) {
+  return isOfLayer(kind) ? `${KIND_TEXT[kind]} ${layer}` : KIND_TEXT[kind];
 }
 
 // Shows names, the first few only.

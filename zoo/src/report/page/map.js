@@ -63,15 +63,18 @@ function mapRows(facts) {
 function mapTable(facts, rows, title, cellsOf) {
   const longest = rows.reduce((most, row) => (row.blocks.length > most.blocks.length ? row : most));
   const heads = [element('th', { scope: 'col' }, 'Model')];
+  const layersIn = (row) => layersOf(row.blocks.map((block) => facts.blocks[block].kind));
+  const layers = layersIn(longest);
   for (let place = 0; place < longest.blocks.length; place += 1) {
     const kind = facts.blocks[longest.blocks[place]].kind;
     if (kind === 'feed_forward') continue;
     const isLayer = kind === 'attention';
-    heads.push(element('th', { scope: 'col', colspan: isLayer ? 2 : 1, class: 'layer' }, isLayer ? String((place - 1) / 2) : kind));
+    heads.push(element('th', { scope: 'col', colspan: isLayer ? 2 : 1, class: 'layer' }, isLayer ? String(layers[place]) : kind));
   }
   const body = element('tbody');
   const grid = rows.map((row, index) => {
-    const cells = row.blocks.map((_, place) => mapCell(facts, rows, index, place));
+    const layers = layersIn(row);
+    const cells = row.blocks.map((_, place) => mapCell(facts, rows, index, place, layers[place]));
     cells.forEach((cell, place) => {
       const block = row.blocks[place];
       if (!cellsOf.has(block)) cellsOf.set(block, []);
@@ -89,7 +92,7 @@ function mapTable(facts, rows, title, cellsOf) {
   return table;
 }
 
-function mapCell(facts, rows, index, place) {
+function mapCell(facts, rows, index, place, layer) {
   const row = rows[index];
   const number = row.blocks[place];
   const block = facts.blocks[number];
@@ -104,15 +107,15 @@ function mapCell(facts, rows, index, place) {
     role: 'gridcell',
     tabindex: -1,
     class: classes.filter(Boolean).join(' '),
-    'aria-label': `${placeText(block.kind, place)}: ${said}${adapter ? ', with an adapter over it' : ''}`,
+    'aria-label': `${placeText(block.kind, layer)}: ${said}${adapter ? ', with an adapter over it' : ''}`,
     '--depth': isShared ? `${55 + 45 * Math.min(1, block.model_count / row.count)}%` : '100%',
     // What others have of a block of its own; a hair stays visible at either end.
     '--part': part === 0 ? '0%' : `${Math.max(8, Math.min(part * 100, 88))}%`,
   });
   const figure = String(block.model_count);
-  const fits = figure.length <= 2 || block.kind === 'embed' || block.kind === 'head';
+  const fits = figure.length <= 2 || !isOfLayer(block.kind);
   if (isShared && !above && fits) cell.append(element('span', { 'aria-hidden': 'true' }, figure));
-  cell.facts = { number, row, place };
+  cell.facts = { number, row, place, layer };
   return cell;
 }
 
@@ -139,14 +142,14 @@ function lightSharers(box, facts, cellsOf) {
   box.addEventListener('focusout', dark);
 }
 
-function tellBlock(facts, { number, row, place }) {
+function tellBlock(facts, { number, row, place, layer }) {
   const block = facts.blocks[number];
   const sharers = facts.kin.flatMap((kin) => kin.rows).filter((one) => one.blocks.includes(number));
   const names = sharers.flatMap((one) => one.models).sort((a, b) => a - b).map((model) => facts.models[model].model);
   const adapter = place in row.adapters && facts.adapters[row.adapters[place]];
   const others = block.model_count === 1 && block.common_bytes > 0;
   showDetails(
-    placeText(block.kind, place),
+    placeText(block.kind, layer),
     ['in', namesText(row.names, 3)],
     ['size', `${bytesText(block.bytes)} ${block.dtypes.join(', ')}`],
     block.model_count > 1 ? ['shared by', `${countText(block.model_count, 'model')}: ${namesText(names, 12)}`] : ['shared by', 'nobody'],

@@ -1,5 +1,5 @@
 //! Small checkpoints made on the spot, honest or broken, for the tests of this folder.
-#![allow(dead_code, unreachable_pub, reason = "tests of two crates include this file and use a part")]
+#![allow(dead_code, unreachable_pub, reason = "tests of several crates include this file and use a part")]
 
 pub mod peft;
 
@@ -30,29 +30,35 @@ pub struct Checkpoint {
 impl Checkpoint {
     /// Weights are a function of `seed` and the tensor's name.
     pub fn llama(seed: u64) -> Self {
+        Self::sized(seed, [D, LAYERS, VOCAB])
+    }
+
+    /// The same of another width (a multiple of 32), with other layers and another vocabulary.
+    pub fn sized(seed: u64, [width, layers, vocab]: [usize; 3]) -> Self {
+        let (heads, kv_heads, inner) = (HEADS * width / D, KV_HEADS * width / D, INNER * width / D);
         let config = json!({
-            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": D, "intermediate_size": INNER,
-            "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "vocab_size": VOCAB,
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": width, "intermediate_size": inner,
+            "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocab,
             "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": false,
             "bos_token_id": 0, "eos_token_id": 1,
         });
         let mut shapes = vec![
-            ("model.embed_tokens.weight".to_owned(), vec![VOCAB, D]),
-            ("model.norm.weight".to_owned(), vec![D]),
-            ("lm_head.weight".to_owned(), vec![VOCAB, D]),
+            ("model.embed_tokens.weight".to_owned(), vec![vocab, width]),
+            ("model.norm.weight".to_owned(), vec![width]),
+            ("lm_head.weight".to_owned(), vec![vocab, width]),
         ];
-        for layer in 0..LAYERS {
+        for layer in 0..layers {
             let name = |part: &str| format!("model.layers.{layer}.{part}.weight");
             shapes.extend([
-                (name("input_layernorm"), vec![D]),
-                (name("post_attention_layernorm"), vec![D]),
-                (name("self_attn.q_proj"), vec![HEADS * HEAD_DIM, D]),
-                (name("self_attn.k_proj"), vec![KV_HEADS * HEAD_DIM, D]),
-                (name("self_attn.v_proj"), vec![KV_HEADS * HEAD_DIM, D]),
-                (name("self_attn.o_proj"), vec![D, HEADS * HEAD_DIM]),
-                (name("mlp.gate_proj"), vec![INNER, D]),
-                (name("mlp.up_proj"), vec![INNER, D]),
-                (name("mlp.down_proj"), vec![D, INNER]),
+                (name("input_layernorm"), vec![width]),
+                (name("post_attention_layernorm"), vec![width]),
+                (name("self_attn.q_proj"), vec![heads * HEAD_DIM, width]),
+                (name("self_attn.k_proj"), vec![kv_heads * HEAD_DIM, width]),
+                (name("self_attn.v_proj"), vec![kv_heads * HEAD_DIM, width]),
+                (name("self_attn.o_proj"), vec![width, heads * HEAD_DIM]),
+                (name("mlp.gate_proj"), vec![inner, width]),
+                (name("mlp.up_proj"), vec![inner, width]),
+                (name("mlp.down_proj"), vec![width, inner]),
             ]);
         }
         let tensors = shapes.into_iter().map(|(name, shape)| {
