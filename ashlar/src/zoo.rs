@@ -1,5 +1,6 @@
 //! `ashlar zoo ...`: the block zoo from the command line. Parses, calls ashlar-zoo, prints; it decides nothing.
 
+mod calibration;
 mod compress;
 mod equivalence;
 mod measure;

@@ -6,6 +6,7 @@ mod apart;
 pub mod blocking;
 pub mod canonical;
 pub mod digest;
+pub mod draft;
 pub mod encoding;
 pub mod equivalence;
 pub mod export;

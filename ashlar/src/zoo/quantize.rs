@@ -1,49 +1,41 @@
 //! `ashlar zoo quantize`: makes quantised forms of a model, measures each against the model, and stores one where it is told to.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::{Context, ensure};
 use ashlar_executor::model::alone::Alone;
-use ashlar_executor::model::block::LoadedBlock;
 use ashlar_executor::model::calibrate::calibrate;
-use ashlar_executor::model::outputs::Outputs;
 use ashlar_executor::model::quality::Quality;
 use ashlar_kernels::cpu::Cpu;
 use ashlar_zoo::digest::Digest;
 use ashlar_zoo::ingest::{Progress, Stage, human_bytes};
-use ashlar_zoo::manifest::Chain;
 use ashlar_zoo::model_id::ModelId;
 use ashlar_zoo::quantise::{Draft, Form, Recipe};
 use ashlar_zoo::store::Zoo;
 use clap::Args;
 use serde_json::{Value, json};
 
+use super::calibration::{self, Calibration};
 use super::{measure, progress};
 use crate::output;
-
-/// Tokens of a calibration window: as much context as GPTQ's own measurements need, not so much that few windows are left.
-const CALIBRATION_WINDOW_TOKENS: usize = 512;
-/// Least tokens of a calibration text.
-const CALIBRATION_TOKENS_MIN: usize = 128;
-/// Most tokens of a calibration text: their hidden states are held, one row each.
-const CALIBRATION_TOKENS_MAX: u32 = 1 << 20;
 
 /// Arguments of `ashlar zoo quantize`.
 #[derive(Debug, Args)]
 pub(crate) struct QuantizeArgs {
     /// TENANT/MODEL
     model: ModelId,
-    /// What linear weights become: int8-gN, int4-gN, int8m-gN or int4m-gN (with minimum), N the group; several by repeating, to compare
+    /// What linear weights become: int8-gN, int4-gN, int8m-gN or int4m-gN (with minimum), fp8-gN, N the group, or fp8 (a scale for each row); several
+    /// by repeating, to compare
     #[arg(long = "recipe", required = true, value_name = "FORM")]
     recipes: Vec<Form>,
     /// What the token table and the head become
     #[arg(long, value_name = "FORM", default_value_t = Form::TABLE)]
     head: Form,
-    /// Text to calibrate on, UTF-8, at most 1 MiB: GPTQ in place of rounding
+    /// Text to calibrate on, UTF-8, at most 1 MiB: GPTQ in place of rounding; not for fp8
     #[arg(long, value_name = "FILE")]
     calibrate: Option<PathBuf>,
     /// Tokens of the calibration text that are used, at most
-    #[arg(long, default_value_t = 8192, requires = "calibrate", value_parser = clap::value_parser!(u32).range(128..=i64::from(CALIBRATION_TOKENS_MAX)))]
+    #[arg(long, default_value_t = 8192, requires = "calibrate", value_parser = clap::value_parser!(u32).range(128..=i64::from(calibration::TOKENS_MAX)))]
     calibration_tokens: u32,
     /// Store it as TENANT/NEW, a name that is free; takes one --recipe
     #[arg(long)]
@@ -62,13 +54,6 @@ pub(crate) struct QuantizeArgs {
     json: bool,
 }
 
-/// A text that a model is calibrated on.
-struct Calibration {
-    /// BLAKE3 of the whole text.
-    digest: Digest,
-    windows: Vec<Vec<u32>>,
-}
-
 /// Runs `ashlar zoo quantize`.
 pub(super) async fn run(zoo: &Zoo, args: QuantizeArgs) -> anyhow::Result<()> {
     ensure!(args.name.is_none() || args.recipes.len() == 1, "quantize {}: --name takes one --recipe", args.model);
@@ -85,7 +70,7 @@ async fn quantize(zoo: &Zoo, args: QuantizeArgs) -> anyhow::Result<()> {
     let text = measure::text(args.text.as_deref())?;
     let source = zoo.resolve(&args.model).await?;
     let calibration = match &args.calibrate {
-        Some(path) => Some(calibration(zoo, &source.chain, path, args.calibration_tokens as usize).await?),
+        Some(path) => Some(Calibration::read(zoo, &source.chain, path, args.calibration_tokens as usize).await?),
         None => None,
     };
     let (windows, cut) = measure::cut(zoo, &source.chain, &text, args.window as usize, args.windows as usize).await?;
@@ -100,13 +85,7 @@ async fn quantize(zoo: &Zoo, args: QuantizeArgs) -> anyhow::Result<()> {
             Some(calibration) => calibrate(&ops, &mut draft, calibration.windows.clone(), &*progress).await?,
             None => round(&mut draft, &*progress).await?,
         }
-        let (outputs, mut blocks) = (Outputs::default(), Vec::new());
-        // The head first: a token table of the same tensor is read out of it.
-        for index in (0..draft.blocks().len()).rev() {
-            let mapped = draft.map_block(index).await?;
-            blocks.push(LoadedBlock::load(&*ops, &mapped.block, &mapped, &outputs).with_context(|| format!("load block {index}"))?);
-        }
-        blocks.reverse();
+        let blocks = measure::load(&ops, draft.chain()).await?;
         let model: &mut Alone<Cpu> = match &mut model {
             Some(model) => model,
             none => none.insert(Alone::load(ops.clone(), zoo, source.name.chain, limits).await.context("load the model")?),
@@ -165,24 +144,6 @@ async fn round(draft: &mut Draft, progress: &dyn Progress) -> anyhow::Result<()>
     Ok(())
 }
 
-async fn calibration(zoo: &Zoo, chain: &Chain, path: &Path, tokens_max: usize) -> anyhow::Result<Calibration> {
-    let text = measure::text(Some(path)).context("read the calibration text")?;
-    let (mut tokens, begin) = measure::tokens(zoo, chain, &text).await?;
-    ensure!(
-        tokens.len() >= CALIBRATION_TOKENS_MIN,
-        "the calibration text {} has {} tokens, less than {CALIBRATION_TOKENS_MIN}",
-        path.display(),
-        tokens.len()
-    );
-    tokens.truncate(tokens_max);
-    let window_tokens = CALIBRATION_WINDOW_TOKENS.min(chain.context_tokens as usize).min(tokens.len());
-    let mut windows: Vec<Vec<u32>> = tokens.chunks_exact(window_tokens).map(<[u32]>::to_vec).collect();
-    if let Some(begin) = begin {
-        windows.iter_mut().for_each(|window| window[0] = begin);
-    }
-    Ok(Calibration { digest: Digest::of(text.as_bytes()), windows })
-}
-
 const HEADER: &str =
     "recipe                        method          MB   perplexity  ln of ratio to the model      mean KL     99% KL  same top";
 
@@ -206,10 +167,7 @@ fn row(draft: &Draft, recipe: Recipe, calibration: Option<&Calibration>, quality
     row["head"] = json!(recipe.table.to_string());
     row["method"] = json!(method(calibration.is_some()));
     row["chain_bound"] = json!(calibration.is_some());
-    row["calibration"] = json!(calibration.map(|calibration| json!({
-        "text_blake3": calibration.digest,
-        "tokens": calibration.windows.iter().map(Vec::len).sum::<usize>(),
-    })));
+    row["calibration"] = json!(calibration.map(Calibration::json));
     row["bytes"] = json!(draft.bytes());
     row["ln_perplexity_ratio"] = json!({ "mean": quality.excess.mean, "standard_error": quality.excess.error });
     row
