@@ -7,6 +7,7 @@ mod measure;
 mod progress;
 mod quantize;
 mod report;
+mod surrogate;
 mod table;
 mod unmerge;
 
@@ -139,6 +140,11 @@ pub(crate) enum ZooCommand {
     /// Without --calibrate each matrix is rounded by itself: models that share blocks share their quantised forms. With a calibration text
     /// it is GPTQ, which loses less, and belongs to this one model. Without --name nothing is stored.
     Quantize(quantize::QuantizeArgs),
+    /// Make cheaper forms of a model's blocks, of fewer inner columns or heads, or measure what that would cost
+    ///
+    /// What matters least goes: by the energy of the outputs that a calibration text makes of it, or without one by the weights alone. With a
+    /// text, what stays is fitted to make up for what goes. The other blocks stay shared with the model. Without --name nothing is stored.
+    Surrogate(surrogate::SurrogateArgs),
     /// Declare tenants public: their models are seen, shared and built on by every tenant; lists them where none is given
     ///
     /// Others see their own models only: what `add` says is there, and what it takes for a relative or a base, is a tenant's own or a public
@@ -239,6 +245,7 @@ pub(crate) async fn run(args: ZooArgs) -> anyhow::Result<()> {
         ZooCommand::Equivalence(args) => equivalence::run(&zoo, args).await,
         ZooCommand::CompressDelta(args) => compress::run(&zoo, args).await,
         ZooCommand::Quantize(args) => quantize::run(&zoo, args).await,
+        ZooCommand::Surrogate(args) => surrogate::run(&zoo, args).await,
         ZooCommand::Public { tenants, remove } => public(&zoo, &tenants, remove).await,
         ZooCommand::Verify { repair } => {
             let mut report = verify::verify(&zoo, &*progress::for_terminal()).await.context("verify the zoo")?;

@@ -27,6 +27,7 @@ pub mod repair;
 pub mod report;
 pub mod roles;
 pub mod store;
+pub mod surrogate;
 pub mod tensor;
 pub mod tensor_file;
 pub mod tokenizer;

@@ -54,6 +54,11 @@ impl Hessian {
         Ok(())
     }
 
+    /// `[K]`: the sums of products with one element of the inputs.
+    pub(super) fn row(&self, k: usize) -> &[f64] {
+        &self.sum[k * self.cols..(k + 1) * self.cols]
+    }
+
     /// What [`quantise`] needs of it; `None` when the inputs were not finite.
     pub fn factor(&self) -> Option<Factor> {
         let cols = self.cols;
@@ -82,7 +87,7 @@ pub struct Factor {
 
 /// `matrix`, symmetric, becomes L^T, row-major and upper, with matrix = L L^T; what lies below the diagonal is left as it is. False where it is not
 /// positive definite.
-fn cholesky(matrix: &mut [f64], n: usize) -> bool {
+pub(super) fn cholesky(matrix: &mut [f64], n: usize) -> bool {
     for k in 0..n {
         let (done, rest) = matrix.split_at_mut((k + 1) * n);
         let row = &mut done[k * n..];

@@ -2,6 +2,8 @@
 
 #[path = "support/adapters.rs"]
 mod adapters;
+#[path = "../../../zoo/tests/it/support/mod.rs"]
+mod checkpoints;
 #[path = "support/summed.rs"]
 mod summed;
 mod support;
@@ -9,5 +11,6 @@ mod support;
 mod deltas;
 mod goldens;
 mod real_models;
+mod surrogate;
 mod together;
 mod unmerged;

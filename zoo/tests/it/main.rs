@@ -33,3 +33,4 @@ mod quantise;
 mod racing;
 mod relatives;
 mod report;
+mod surrogate;
