@@ -8,6 +8,7 @@ mod progress;
 mod quantize;
 mod report;
 mod stitch;
+mod surrogate;
 mod table;
 mod unmerge;
 
@@ -145,6 +146,11 @@ pub(crate) enum ZooCommand {
     /// Layers 0..FROM of A, a map, layers TO.. of B with its head. The map is fitted by ridge regression on the hidden states that both models
     /// have at their cuts, so the two may be of different families and widths; they need the same tokenizer. Without --name it only measures.
     Stitch(stitch::StitchArgs),
+    /// Make cheaper forms of a model's blocks, of fewer inner columns or heads, or measure what that would cost
+    ///
+    /// What matters least goes: by the energy of the outputs that a calibration text makes of it, or without one by the weights alone. With a
+    /// text, what stays is fitted to make up for what goes. The other blocks stay shared with the model. Without --name nothing is stored.
+    Surrogate(surrogate::SurrogateArgs),
     /// Declare tenants public: their models are seen, shared and built on by every tenant; lists them where none is given
     ///
     /// Others see their own models only: what `add` says is there, and what it takes for a relative or a base, is a tenant's own or a public
@@ -246,6 +252,7 @@ pub(crate) async fn run(args: ZooArgs) -> anyhow::Result<()> {
         ZooCommand::CompressDelta(args) => compress::run(&zoo, args).await,
         ZooCommand::Quantize(args) => quantize::run(&zoo, args).await,
         ZooCommand::Stitch(args) => stitch::run(&zoo, args).await,
+        ZooCommand::Surrogate(args) => surrogate::run(&zoo, args).await,
         ZooCommand::Public { tenants, remove } => public(&zoo, &tenants, remove).await,
         ZooCommand::Verify { repair } => {
             let mut report = verify::verify(&zoo, &*progress::for_terminal()).await.context("verify the zoo")?;

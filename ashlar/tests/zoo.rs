@@ -216,13 +216,15 @@ fn a_model_is_quantised_measured_and_stored_under_another_name() {
     let (base, text) = (base.to_str().unwrap(), text.to_str().unwrap());
     ok(&root, &["add", base, "--name", "demo/base"]);
     let measured = |more: &[&str]| -> serde_json::Value {
-        let args = ["quantize", "demo/base", "--recipe", "int8-g32", "--recipe", "int4-g64", "--json"];
+        let args = ["quantize", "demo/base", "--json", "--recipe", "int8-g32", "--recipe", "int4-g64"];
         serde_json::from_str(&ok(&root, &[&args, more].concat())).unwrap()
     };
-    let (rounded, calibrated) = (measured(&[]), measured(&["--calibrate", text]));
+    let (rounded, calibrated) = (measured(&["--recipe", "fp8", "--recipe", "fp8-g32"]), measured(&["--calibrate", text]));
     let kl = |of: &serde_json::Value, at: usize| of["recipes"][at]["kl"].as_f64().unwrap();
     assert!(kl(&rounded, 0) > 0.0 && kl(&rounded, 0) < 0.1 * kl(&rounded, 1), "{rounded}");
     assert!(kl(&calibrated, 1) < 0.8 * kl(&rounded, 1), "{calibrated} {rounded}");
+    // A mantissa of three bits is between seven bits and a sign, and four bits in all.
+    assert!((2..4).all(|at| kl(&rounded, at) > kl(&rounded, 0) && kl(&rounded, at) < kl(&rounded, 1)), "{rounded}");
     let bound = |of: &serde_json::Value| (of["recipes"][1]["chain_bound"].clone(), of["recipes"][1]["method"].clone());
     assert_eq!(bound(&rounded), (false.into(), "rounding".into()));
     assert_eq!(bound(&calibrated), (true.into(), "gptq".into()));
@@ -243,6 +245,10 @@ fn a_model_is_quantised_measured_and_stored_under_another_name() {
         (vec!["--name", "demo/base"], "failed to quantize demo/base: demo/base exists: give another name with --name"),
         (vec!["--name", "rival/q"], "demo/base is not rival's to see"),
         (vec!["--name", "demo/q", "--recipe", "int8-g32"], "--name takes one --recipe"),
+        (
+            vec!["--recipe", "fp8", "--calibrate", text],
+            "failed to quantize demo/base: fp8 is rounded without data: leave the calibration text out",
+        ),
     ] {
         let (code, said) = refused(&[&["--recipe", "int4-g32"], args.as_slice()].concat());
         assert!(code == Some(1) && said.contains(sentence), "{args:?}: {said}");
@@ -253,6 +259,10 @@ fn a_model_is_quantised_measured_and_stored_under_another_name() {
     assert!(stored.contains("demo/q is chain ") && stored.contains("blocks that models share stay shared"), "{stored}");
     let stored = ok(&root, &["quantize", "demo/base", "--recipe", "int4-g32", "--name", "demo/g", "--calibrate", text]);
     assert!(stored.contains("gptq") && stored.contains("calibrated: its blocks are this model's alone"), "{stored}");
+    let stored = ok(&root, &["quantize", "demo/base", "--recipe", "fp8", "--head", "fp8-g64", "--name", "demo/f"]);
+    assert!(stored.contains("demo/f is chain ") && stored.contains("\nfp8, head fp8-g64 "), "{stored}");
+    let shown = ok(&root, &["show", "demo/f"]);
+    assert!(shown.contains("fp8g512") && shown.contains("fp8g64") && shown.contains("fp8, head fp8-g64, rounding of chain "), "{shown}");
     let shown = ok(&root, &["show", "demo/g"]);
     assert!(shown.contains("int4g32") && shown.contains("int8g32"), "{shown}");
     assert!(shown.contains("gptq over text ") && shown.contains("the same likeliest token"), "{shown}");
@@ -329,6 +339,84 @@ fn models_are_stitched_measured_in_plain_words_and_stored_under_another_name() {
     assert!(ok(&root, &["verify"]).contains("all sound; 0 unreferenced"));
     let report = ok(&root, &["report"]);
     assert!(report.contains("demo/both"), "{report}");
+}
+
+#[test]
+fn a_surrogate_is_measured_against_its_model_and_shares_the_blocks_that_were_not_cut() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join("zoo");
+    let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("../demo/base");
+    let text = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/zoo/measure.txt");
+    let (base, text) = (base.to_str().unwrap(), text.to_str().unwrap());
+    ok(&root, &["add", base, "--name", "demo/base"]);
+    let measured = |more: &[&str]| -> serde_json::Value {
+        let args = ["surrogate", "demo/base", "--ffn-keep", "0.5", "--json"];
+        serde_json::from_str(&ok(&root, &[&args, more].concat())).unwrap()
+    };
+    let (guessed, told) = (measured(&[]), measured(&["--calibrate", text, "--heads-keep", "0.5", "--blocks", "5..7"]));
+    let way = |of: &serde_json::Value, at: usize| (of["ways"][at]["method"].clone(), of["ways"][at]["chain_bound"].clone());
+    assert_eq!((way(&guessed, 0), way(&guessed, 1).0), (("by weights".into(), false.into()), serde_json::Value::Null));
+    assert_eq!((way(&told, 0), way(&told, 1)), (("calibrated".into(), true.into()), ("refitted".into(), true.into())));
+    let number = |of: &serde_json::Value, at: usize, key: &str| of["ways"][at][key].as_f64().unwrap();
+    assert!(number(&told, 1, "kl") < 0.9 * number(&told, 0, "kl") && number(&told, 0, "kl") > 0.0, "{told}");
+    // All eight feed-forward blocks lose half of 3 x 384 x 128 weights of two bytes, and of their biases.
+    let (saved, of_weights) = (number(&guessed, 0, "bytes_of_source") - number(&guessed, 0, "bytes"), f64::from(8 * 3 * 192 * 128 * 2));
+    assert!((of_weights..1.01 * of_weights).contains(&saved), "{saved} {of_weights}");
+    assert_eq!(told["kept"], serde_json::json!([{ "index": 5, "count": 1 }, { "index": 6, "count": 192 }]));
+    assert!((0.5..0.9).contains(&number(&guessed, 0, "work_share")), "{guessed}");
+    assert_eq!(ok(&root, &["list"]).lines().count(), 2, "nothing was stored");
+
+    let refused = |args: &[&str]| {
+        let output = zoo(&root, &[&["surrogate"], args].concat());
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+    let short = dir.path().join("short.txt");
+    std::fs::write(&short, "a word").unwrap();
+    let short = short.to_str().unwrap();
+    for (args, sentence) in [
+        (vec!["demo/none", "--ffn-keep", "0.5"], "failed to make a surrogate of demo/none: "),
+        (vec!["demo/base", "--ffn-keep", "1"], "ffn=1 cuts no block of this model"),
+        (vec!["demo/base", "--heads-keep", "0.5", "--blocks", "2..3"], "heads=0.5,blocks=2..3 cuts no block of this model"),
+        (vec!["demo/base", "--ffn-keep", "0.5", "--blocks", "2..50"], "blocks 2..50 are asked for, and the model has 18, from 0 on"),
+        (vec!["demo/base", "--ffn-keep", "0.5", "--calibrate", "nowhere.txt"], "read the calibration text: read nowhere.txt"),
+        (vec!["demo/base", "--ffn-keep", "0.5", "--calibrate", short], "tokens, less than 128"),
+        (vec!["demo/base", "--ffn-keep", "0.5", "--text", short], "less than a window of 128"),
+        (vec!["demo/base", "--ffn-keep", "0.5", "--name", "demo/base"], "demo/base exists: give another name with --name"),
+        (vec!["demo/base", "--ffn-keep", "0.5", "--name", "rival/s"], "demo/base is not rival's to see"),
+    ] {
+        let (code, said) = refused(&args);
+        assert!(code == Some(1) && said.contains(sentence), "{args:?}: {said}");
+    }
+    for args in [
+        &["demo/base"][..],
+        &["demo/base", "--ffn-keep", "0"],
+        &["demo/base", "--ffn-keep", "1.5"],
+        &["demo/base", "--heads-keep", "nan"],
+        &["demo/base", "--ffn-keep", "0.5", "--blocks", "5..5"],
+        &["demo/base", "--ffn-keep", "0.5", "--no-refit"],
+    ] {
+        assert_eq!(refused(args).0, Some(2), "{args:?}");
+    }
+    assert!(ok(&root, &["verify"]).contains("all sound; 0 unreferenced"), "nothing was written");
+
+    let stored =
+        ok(&root, &["surrogate", "demo/base", "--ffn-keep", "0.5", "--blocks", "9..17", "--calibrate", text, "--name", "demo/thin"]);
+    assert!(
+        stored.contains("\nffn=0.5,blocks=9..17          calibrated ") && stored.contains("\nffn=0.5,blocks=9..17          refitted "),
+        "{stored}"
+    );
+    assert!(
+        stored.contains("demo/thin is chain ") && stored.contains("; 4 of its 18 blocks were cut, the others are demo/base's: "),
+        "{stored}"
+    );
+    let shown = ok(&root, &["show", "demo/thin"]);
+    assert!(shown.contains("surrogate:ffn=0.5,blocks=9..17, refitted over text ") && shown.contains("the same likeliest token"), "{shown}");
+    let diff: serde_json::Value = serde_json::from_str(&ok(&root, &["diff", "demo/base", "demo/thin", "--json"])).unwrap();
+    assert_eq!((&diff["shared_blocks"], &diff["common_prefix"]), (&14.into(), &10.into()), "{diff}");
+    assert!(ok(&root, &["verify"]).contains("all sound; 0 unreferenced"));
+    // What was made can be made smaller still.
+    let twice = ok(&root, &["quantize", "demo/thin", "--recipe", "int8-g32", "--name", "demo/thin-int8"]);
+    assert!(twice.contains("demo/thin-int8 is chain "), "{twice}");
 }
 
 #[test]

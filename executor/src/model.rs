@@ -2,8 +2,8 @@
 //! over the op set, and the sampler. It knows rows, pages and logits; it does not know tenants, requests or schedules.
 //! Start with `forward`. `alone` runs one sequence the plain way, for tests and as an oracle;
 //! `steps` runs many in lockstep, to be measured; `quality` says what a stored form of a model costs; `calibrate` quantises one with `gptq`
-//! (docs/quantize.md); `stitch`
-//! fits a map between two chains (docs/stitch.md).
+//! (docs/quantize.md), `surrogate` cuts one by what `prune` finds to matter least (docs/surrogate.md); `stitch` fits a map between two chains
+//! (docs/stitch.md).
 
 pub mod adapter;
 pub mod alone;
@@ -15,12 +15,14 @@ pub mod load;
 pub mod outputs;
 mod passes;
 pub mod philox;
+mod prune;
 pub mod quality;
 pub mod rope;
 pub mod sampler;
 pub mod source;
 pub mod steps;
 pub mod stitch;
+pub mod surrogate;
 mod workspace;
 
 #[cfg(test)]

@@ -6,11 +6,14 @@ use anyhow::{Context, ensure};
 use ashlar_zoo::digest::Digest;
 use ashlar_zoo::manifest::Chain;
 use ashlar_zoo::store::Zoo;
+use serde_json::{Value, json};
 
 use super::measure;
 
 /// Tokens of a window, at most: as much context as GPTQ's own measurements need, not so much that few windows are left.
 const WINDOW_TOKENS: usize = 512;
+/// Least tokens for what takes one model's activations.
+const ONE_TOKENS_MIN: usize = 128;
 /// Most tokens that are used: their hidden states may be held, one row each.
 pub(super) const TOKENS_MAX: u32 = 1 << 20;
 
@@ -34,6 +37,13 @@ pub(super) struct Cut {
     pub(super) context_tokens: u32,
 }
 
+impl Cut {
+    /// For what takes one model's activations: a window is enough.
+    pub(super) fn of_one(chain: &Chain, tokens_max: u32) -> Self {
+        Self { tokens_min: ONE_TOKENS_MIN, tokens_max: tokens_max as usize, windows_min: 1, context_tokens: chain.context_tokens }
+    }
+}
+
 impl Calibration {
     /// Reads a text and cuts it by a chain's tokenizer.
     pub(super) async fn read(zoo: &Zoo, chain: &Chain, path: &Path, cut: &Cut) -> anyhow::Result<Self> {
@@ -48,5 +58,10 @@ impl Calibration {
             windows.iter_mut().for_each(|window| window[0] = begin);
         }
         Ok(Self { digest: Digest::of(text.as_bytes()), windows })
+    }
+
+    /// Which text, and how much of it.
+    pub(super) fn json(&self) -> Value {
+        json!({ "text_blake3": self.digest, "tokens": self.windows.iter().map(Vec::len).sum::<usize>() })
     }
 }

@@ -15,6 +15,7 @@ use ashlar_kernels::cpu::{Cpu, CpuOptions};
 use ashlar_kernels::ops::{Bf16Compute, KvFormat};
 use ashlar_router::text::tokenizer::Tokenizer;
 use ashlar_zoo::digest::Digest;
+use ashlar_zoo::draft::ChainDraft;
 use ashlar_zoo::manifest::Chain;
 use ashlar_zoo::measures::{Divergence, Measure};
 use ashlar_zoo::relatives::Adapted;
@@ -125,6 +126,18 @@ pub(super) async fn measure(zoo: &Zoo, adapted: &Adapted, text: &str) -> anyhow:
     others.extend((base.vocab() == source.vocab()).then_some(base));
     let qualities = tokio::task::spawn_blocking(move || compare(windows, &cut, &mut { source }, &mut others)).await?;
     Ok(Measured { adapted: qualities[0], base: qualities.get(1).copied() })
+}
+
+/// The blocks of a draft, in order, with what was made so far.
+pub(super) async fn load(ops: &Arc<Cpu>, draft: &ChainDraft) -> anyhow::Result<Vec<LoadedBlock<Cpu>>> {
+    let (outputs, mut blocks) = (Outputs::default(), Vec::new());
+    // The head first: a token table of the same tensor is read out of it.
+    for index in (0..draft.blocks().len()).rev() {
+        let mapped = draft.map_block(index).await?;
+        blocks.push(LoadedBlock::load(&**ops, &mapped.block, &mapped, &outputs).with_context(|| format!("load block {index}"))?);
+    }
+    blocks.reverse();
+    Ok(blocks)
 }
 
 /// What computes: all cores, in f32 but for integer weights.

@@ -43,6 +43,7 @@ fn verb(stage: Stage) -> &'static str {
         Stage::Store => "storing",
         Stage::Compare => "comparing",
         Stage::Quantise => "quantising",
+        Stage::Cut => "cutting",
     }
 }
 

@@ -4,9 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, ensure};
 use ashlar_executor::model::alone::Alone;
-use ashlar_executor::model::block::LoadedBlock;
 use ashlar_executor::model::calibrate::calibrate;
-use ashlar_executor::model::outputs::Outputs;
 use ashlar_executor::model::quality::Quality;
 use ashlar_kernels::cpu::Cpu;
 use ashlar_zoo::digest::Digest;
@@ -21,20 +19,19 @@ use super::calibration::{self, Calibration, Cut};
 use super::{measure, progress};
 use crate::output;
 
-/// Least tokens of a calibration text.
-const CALIBRATION_TOKENS_MIN: usize = 128;
 /// Arguments of `ashlar zoo quantize`.
 #[derive(Debug, Args)]
 pub(crate) struct QuantizeArgs {
     /// TENANT/MODEL
     model: ModelId,
-    /// What linear weights become: int8-gN, int4-gN, int8m-gN or int4m-gN (with minimum), N the group; several by repeating, to compare
+    /// What linear weights become: int8-gN, int4-gN, int8m-gN or int4m-gN (with minimum), fp8-gN, N the group, or fp8 (a scale for each row); several
+    /// by repeating, to compare
     #[arg(long = "recipe", required = true, value_name = "FORM")]
     recipes: Vec<Form>,
     /// What the token table and the head become
     #[arg(long, value_name = "FORM", default_value_t = Form::TABLE)]
     head: Form,
-    /// Text to calibrate on, UTF-8, at most 1 MiB: GPTQ in place of rounding
+    /// Text to calibrate on, UTF-8, at most 1 MiB: GPTQ in place of rounding; not for fp8
     #[arg(long, value_name = "FILE")]
     calibrate: Option<PathBuf>,
     /// Tokens of the calibration text that are used, at most
@@ -74,9 +71,7 @@ async fn quantize(zoo: &Zoo, args: QuantizeArgs) -> anyhow::Result<()> {
     let source = zoo.resolve(&args.model).await?;
     let calibration = match &args.calibrate {
         Some(path) => {
-            let context_tokens = source.chain.context_tokens;
-            let tokens_max = args.calibration_tokens as usize;
-            let cut = Cut { tokens_min: CALIBRATION_TOKENS_MIN, tokens_max, windows_min: 1, context_tokens };
+            let cut = Cut::of_one(&source.chain, args.calibration_tokens);
             Some(Calibration::read(zoo, &source.chain, path, &cut).await?)
         }
         None => None,
@@ -93,13 +88,7 @@ async fn quantize(zoo: &Zoo, args: QuantizeArgs) -> anyhow::Result<()> {
             Some(calibration) => calibrate(&ops, &mut draft, calibration.windows.clone(), &*progress).await?,
             None => round(&mut draft, &*progress).await?,
         }
-        let (outputs, mut blocks) = (Outputs::default(), Vec::new());
-        // The head first: a token table of the same tensor is read out of it.
-        for index in (0..draft.blocks().len()).rev() {
-            let mapped = draft.map_block(index).await?;
-            blocks.push(LoadedBlock::load(&*ops, &mapped.block, &mapped, &outputs).with_context(|| format!("load block {index}"))?);
-        }
-        blocks.reverse();
+        let blocks = measure::load(&ops, draft.chain()).await?;
         let model: &mut Alone<Cpu> = match &mut model {
             Some(model) => model,
             none => none.insert(Alone::load(ops.clone(), zoo, source.name.chain, limits).await.context("load the model")?),
@@ -181,10 +170,7 @@ fn row(draft: &Draft, recipe: Recipe, calibration: Option<&Calibration>, quality
     row["head"] = json!(recipe.table.to_string());
     row["method"] = json!(method(calibration.is_some()));
     row["chain_bound"] = json!(calibration.is_some());
-    row["calibration"] = json!(calibration.map(|calibration| json!({
-        "text_blake3": calibration.digest,
-        "tokens": calibration.windows.iter().map(Vec::len).sum::<usize>(),
-    })));
+    row["calibration"] = json!(calibration.map(Calibration::json));
     row["bytes"] = json!(draft.bytes());
     row["ln_perplexity_ratio"] = json!({ "mean": quality.excess.mean, "standard_error": quality.excess.error });
     row

@@ -5,9 +5,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use ashlar_kernels::ops::{Ops, PackError};
 use ashlar_zoo::blocking::blocking;
+use ashlar_zoo::draft::{ChainDraft, DraftError};
 use ashlar_zoo::ingest::{Progress, Stage};
 use ashlar_zoo::manifest::BlockKind;
-use ashlar_zoo::quantise::{Draft, QuantiseError};
+use ashlar_zoo::quantise::{Draft, Form, Levels};
+use ashlar_zoo::store::MappedBlock;
 
 use super::alone::AloneError;
 use super::block::LoadedBlock;
@@ -21,10 +23,13 @@ use super::workspace::Observer;
 pub enum CalibrateError {
     /// The draft refused, or its store failed.
     #[error(transparent)]
-    Draft(#[from] QuantiseError),
+    Draft(#[from] DraftError),
     /// The chain could not be read, loaded or run.
     #[error(transparent)]
     Chain(#[from] AloneError),
+    /// A form that is rounded without data only.
+    #[error("{0} is rounded without data: leave the calibration text out")]
+    Ungrouped(Form),
     /// Activations that are infinite or no numbers.
     #[error("the calibration text gives block {index} inputs of `{role}` that are not finite")]
     NotFinite {
@@ -47,7 +52,7 @@ fn layers(params: &BlockKind) -> [&'static [&'static str]; 2] {
 /// Quantises all matrices of a draft on the inputs that `windows` of tokens give them; token table and head are rounded without them.
 ///
 /// # Errors
-/// When a block cannot be read, loaded or stored, or activations are not finite.
+/// When a block cannot be read, loaded or stored, activations are not finite, or linear weights are to have a form without a grid.
 ///
 /// # Panics
 /// When there is no window, or one is empty or has a token beyond the vocabulary.
@@ -59,6 +64,10 @@ pub async fn calibrate<B: Ops>(
 ) -> Result<(), CalibrateError> {
     let window_tokens = windows.iter().map(Vec::len).max().expect("a window");
     let block_count = draft.blocks().len();
+    let observed = (0..block_count).filter(|index| !layers(&draft.blocks()[*index].params)[0].is_empty());
+    if let Some((_, form)) = observed.flat_map(|index| draft.targets(index)).find(|(_, form)| Levels::of(form.dtype()).is_none()) {
+        return Err(CalibrateError::Ungrouped(form));
+    }
     progress.begin(Stage::Quantise, (0..block_count).map(|index| draft.target_bytes(index)).sum());
     let mut passes = Passes::new(Arc::clone(ops), windows, window_tokens).map_err(AloneError::from)?;
     for index in 0..block_count {
@@ -73,24 +82,18 @@ pub async fn calibrate<B: Ops>(
             if targets.is_empty() {
                 continue;
             }
-            let (mapped, block) = load(&**ops, draft, index).await?;
-            let observed = Arc::new(Mutex::new(Observed { hessian: None, failed: None }));
-            passes.run(&block, Some(observer(Arc::clone(ops), layer, Arc::clone(&observed)))).map_err(AloneError::from)?;
-            let Observed { hessian, failed } =
-                std::mem::replace(&mut *observed.lock().unwrap_or_else(PoisonError::into_inner), Observed { hessian: None, failed: None });
-            if let Some(failed) = failed {
-                return Err(AloneError::from(failed).into());
-            }
+            let (mapped, block) = load(&**ops, draft.chain(), index).await?;
+            let hessian = inputs(ops, &mut passes, &block, layer).map_err(AloneError::from)?;
             let factor = hessian.and_then(|hessian| hessian.factor()).ok_or(CalibrateError::NotFinite { index, role: roles[0] })?;
             let factor = Arc::new(factor);
-            for (role, dtype) in targets {
+            for (role, form) in targets {
                 let (tensor, factor) = (mapped.tensors[&role].clone(), Arc::clone(&factor));
-                let payload = blocking(move || gptq::quantise(&tensor.view(), dtype, &factor)).await;
-                draft.set(index, &role, dtype, payload).await?;
+                let payload = blocking(move || gptq::quantise(&tensor.view(), form.dtype(), &factor)).await;
+                draft.set(index, &role, form, payload).await?;
             }
         }
         if index + 1 < block_count {
-            let (_, block) = load(&**ops, draft, index).await?;
+            let (_, block) = load(&**ops, draft.chain(), index).await?;
             passes.run(&block, None).map_err(AloneError::from)?;
         }
         progress.advance(draft.target_bytes(index));
@@ -99,13 +102,28 @@ pub async fn calibrate<B: Ops>(
     Ok(())
 }
 
-async fn load<B: Ops>(ops: &B, draft: &Draft, index: usize) -> Result<(ashlar_zoo::store::MappedBlock, LoadedBlock<B>), CalibrateError> {
-    let mapped = draft.map_block(index).await.map_err(AloneError::from)?;
+/// Loads a block with what was made of it so far.
+pub(super) async fn load<B: Ops>(ops: &B, draft: &ChainDraft, index: usize) -> Result<(MappedBlock, LoadedBlock<B>), AloneError> {
+    let mapped = draft.map_block(index).await?;
     let block = LoadedBlock::load(ops, &mapped.block, &mapped, &Outputs::default());
     Ok((mapped, block.map_err(|source| AloneError::Load { index, source })?))
 }
 
+/// Sums of products of what one of a block's two layers reads, over all windows; `None` where it reads nothing. The windows stay where they are.
+pub(super) fn inputs<B: Ops>(
+    ops: &Arc<B>,
+    passes: &mut Passes<B>,
+    block: &LoadedBlock<B>,
+    layer: usize,
+) -> Result<Option<Hessian>, PackError> {
+    let observed = Arc::new(Mutex::new(Observed::default()));
+    passes.run(block, Some(observer(Arc::clone(ops), layer, Arc::clone(&observed))))?;
+    let Observed { hessian, failed } = std::mem::take(&mut *observed.lock().unwrap_or_else(PoisonError::into_inner));
+    failed.map_or(Ok(hessian), Err)
+}
+
 /// What an observer made of the inputs.
+#[derive(Default)]
 struct Observed {
     hessian: Option<Hessian>,
     failed: Option<PackError>,

@@ -54,6 +54,11 @@ impl Hessian {
         Ok(())
     }
 
+    /// `[K]`: the sums of products with one element of the inputs.
+    pub(super) fn row(&self, k: usize) -> &[f64] {
+        &self.sum[k * self.cols..(k + 1) * self.cols]
+    }
+
     /// What [`quantise`] needs of it; `None` when the inputs were not finite.
     pub fn factor(&self) -> Option<Factor> {
         let cols = self.cols;

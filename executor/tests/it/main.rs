@@ -16,5 +16,6 @@ mod deltas;
 mod goldens;
 mod real_models;
 mod stitched;
+mod surrogate;
 mod together;
 mod unmerged;

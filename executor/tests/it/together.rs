@@ -11,6 +11,7 @@ use ashlar_executor::io::hosting::Hosting;
 use ashlar_executor::io::metrics::ExecutorMetrics;
 use ashlar_executor::io::service::Operator;
 use ashlar_executor::model::alone::{Alone, AloneLimits};
+use ashlar_executor::model::surrogate::make;
 use ashlar_executor::state::limits::Limits;
 use ashlar_kernels::cpu::{Cpu, CpuOptions, Isa};
 use ashlar_kernels::format::Dtype;
@@ -21,10 +22,13 @@ use ashlar_wire::id::ExecutorId;
 use ashlar_wire::v1;
 use ashlar_wire::v1::operator_server::Operator as _;
 use ashlar_zoo::digest::{Digest, lineages};
+use ashlar_zoo::draft::ChainDraft;
 use ashlar_zoo::ingest::{AddOptions, Silent, add};
 use ashlar_zoo::model_id::ModelId;
+use ashlar_zoo::quantise::{Draft, Recipe};
 use ashlar_zoo::relatives::{Kept, compress};
 use ashlar_zoo::store::Zoo;
+use ashlar_zoo::surrogate;
 use tokio_stream::StreamExt;
 use tonic::Request;
 
@@ -106,6 +110,34 @@ async fn compressed_family() -> Family {
             family.push(source).await;
         }
     }
+    family
+}
+
+/// One base, and forms of it: fewer columns and heads in the upper half, half of the heads everywhere (so that pages are of two shapes), and
+/// eight-bit floats.
+async fn cheaper_family() -> Family {
+    let mut family = family_of("../demo", &["base"]).await;
+    let (ops, source) = (Arc::new(Cpu::new(CpuOptions::default())), family.zoo.resolve(&"demo/base".parse().unwrap()).await.unwrap());
+    for (name, feed_forward, heads, blocks) in [("upper", Some("0.5"), "0.5", Some("9..17")), ("heads", None, "0.5", None)] {
+        let name = ModelId::new("demo", name).unwrap();
+        let plan = surrogate::Plan {
+            feed_forward: feed_forward.map(|share| share.parse().unwrap()),
+            heads: Some(heads.parse().unwrap()),
+            blocks: blocks.map(|blocks| blocks.parse().unwrap()),
+        };
+        let mut draft = ChainDraft::new(&family.zoo, source.clone(), Some(&name)).await.unwrap();
+        make(&ops, &mut draft, &plan.counts(&source.blocks).unwrap(), None, &Silent).await.unwrap();
+        let chain = draft.store(&name, 1, None).await.unwrap();
+        family.push(chain).await;
+    }
+    let (name, recipe) =
+        (ModelId::new("demo", "fp8").unwrap(), Recipe { linear: "fp8".parse().unwrap(), table: "fp8-g64".parse().unwrap() });
+    let mut draft = Draft::new(&family.zoo, source, recipe, Some(&name)).await.unwrap();
+    for index in 0..draft.blocks().len() {
+        draft.round(index).await.unwrap();
+    }
+    let chain = draft.store(&name, 1, None).await.unwrap();
+    family.push(chain).await;
     family
 }
 
@@ -256,6 +288,11 @@ async fn eight_together_with_other_adapters_give_the_tokens_of_each_alone() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn eight_together_with_compressed_differences_give_the_tokens_of_each_alone() {
     eight_together_in_any_chunks(&compressed_family().await, KvFormat::F32, Bf16Compute::F32).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn eight_together_through_cheaper_blocks_give_the_tokens_of_each_alone() {
+    eight_together_in_any_chunks(&cheaper_family().await, KvFormat::F32, Bf16Compute::F32).await;
 }
 
 /// Each model with adapters gives what its chain gives without an engine, and pages of the base serve up to the first of them.

@@ -103,6 +103,8 @@ pub enum Stage {
     Compare,
     /// Making the matrices of a quantised model.
     Quantise,
+    /// Making blocks of fewer columns or heads.
+    Cut,
 }
 
 /// Hears how far long work has come.

@@ -36,3 +36,4 @@ mod racing;
 mod relatives;
 mod report;
 mod stitch;
+mod surrogate;

@@ -7,8 +7,9 @@ use crate::faulty::FaultyStore;
 use crate::support::{Checkpoint, add_dir, make_public};
 use ashlar_kernels::format::{Dtype, TensorView, dequantise};
 use ashlar_zoo::digest::Digest;
+use ashlar_zoo::draft::DraftError;
 use ashlar_zoo::ingest::{Recipe as Ingest, Silent};
-use ashlar_zoo::quantise::{Draft, Form, QuantiseError, Recipe};
+use ashlar_zoo::quantise::{Draft, Form, Recipe};
 use ashlar_zoo::store::{Retries, Zoo};
 use ashlar_zoo::verify::verify;
 use object_store::memory::InMemory;
@@ -17,7 +18,7 @@ fn recipe(linear: &str) -> Recipe {
     Recipe { linear: linear.parse().unwrap(), table: Form::TABLE }
 }
 
-async fn quantise(zoo: &Zoo, model: &str, linear: &str, name: &str) -> Result<Digest, QuantiseError> {
+async fn quantise(zoo: &Zoo, model: &str, linear: &str, name: &str) -> Result<Digest, DraftError> {
     let name = name.parse().unwrap();
     let source = zoo.resolve(&model.parse().unwrap()).await?;
     let mut draft = Draft::new(zoo, source, recipe(linear), Some(&name)).await?;
@@ -43,7 +44,9 @@ async fn blocks_that_models_share_are_shared_when_quantised() {
     let dir = tempfile::tempdir().unwrap();
     let zoo = Zoo::create_dir(dir.path()).await.unwrap();
     siblings(&zoo).await;
-    for linear in ["int4-g32", "int4m-g32", "int8-g64"] {
+    for (linear, dtype) in
+        [("int4-g32", "int4g32"), ("int4m-g32", "int4mg32"), ("int8-g64", "int8g64"), ("fp8", "fp8g512"), ("fp8-g32", "fp8g32")]
+    {
         let (a, b) = (format!("demo/a-{linear}"), format!("demo/b-{linear}"));
         quantise(&zoo, "demo/a", linear, &a).await.unwrap();
         quantise(&zoo, "demo/b", linear, &b).await.unwrap();
@@ -51,8 +54,7 @@ async fn blocks_that_models_share_are_shared_when_quantised() {
         let differ: Vec<usize> = (0..a.chain.blocks.len()).filter(|index| a.chain.blocks[*index] != b.chain.blocks[*index]).collect();
         assert_eq!(differ, [4], "{linear}");
         assert_eq!((a.name.parent.as_deref(), a.chain.assets), (Some("demo/a"), b.chain.assets), "{linear}");
-        let dtype = linear.replace('-', "");
-        assert_eq!((&a.blocks[0].dtypes, &a.blocks[1].dtypes), (&vec!["int8g32".to_owned()], &vec![dtype]));
+        assert_eq!((&a.blocks[0].dtypes, &a.blocks[1].dtypes), (&vec!["int8g32".to_owned()], &vec![dtype.to_owned()]));
     }
     let report = verify(&zoo, &Silent).await.unwrap();
     assert!(report.damage.is_empty(), "{:?}", report.damage);
