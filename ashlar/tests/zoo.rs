@@ -234,8 +234,8 @@ fn a_model_is_quantised_measured_and_stored_under_another_name() {
         let output = zoo(&root, &[&["quantize", "demo/base"], args].concat());
         (output.status.code(), String::from_utf8(output.stderr).unwrap())
     };
-    let (code, said) = refused(&["--recipe", "fp8"]);
-    assert!(code == Some(2) && said.contains("`fp8` is none of int8, int4, int8m and int4m"), "{said}");
+    let (code, said) = refused(&["--recipe", "fp4"]);
+    assert!(code == Some(2) && said.contains("`fp4` is none of int8, int4, int8m and int4m"), "{said}");
     let short = dir.path().join("short.txt");
     std::fs::write(&short, "a word").unwrap();
     for (args, sentence) in [
