@@ -72,7 +72,7 @@ build() { cargo build --workspace --bins --tests --bench plan --locked; }
 
 # The fuzz targets are ordinary tests; they get more seconds here than a plain `cargo test` gives them.
 tests() {
-  export ASHLAR_FUZZ_SECONDS=${ASHLAR_FUZZ_SECONDS:-20}
+  export ASHLAR_FUZZ_SECONDS=${ASHLAR_FUZZ_SECONDS:-10}
   if command -v cargo-nextest >/dev/null; then
     cargo nextest run --workspace --locked --no-fail-fast
   else
