@@ -37,14 +37,14 @@ pub(super) struct Cut {
     pub(super) context_tokens: u32,
 }
 
-impl Cut {
-    /// For what takes one model's activations: a window is enough.
-    pub(super) fn of_one(chain: &Chain, tokens_max: u32) -> Self {
-        Self { tokens_min: ONE_TOKENS_MIN, tokens_max: tokens_max as usize, windows_min: 1, context_tokens: chain.context_tokens }
-    }
-}
-
 impl Calibration {
+    /// For what takes one model's activations, where a text is given: a window is enough.
+    pub(super) async fn of_one(zoo: &Zoo, chain: &Chain, path: Option<&Path>, tokens_max: u32) -> anyhow::Result<Option<Self>> {
+        let Some(path) = path else { return Ok(None) };
+        let cut = Cut { tokens_min: ONE_TOKENS_MIN, tokens_max: tokens_max as usize, windows_min: 1, context_tokens: chain.context_tokens };
+        Self::read(zoo, chain, path, &cut).await.map(Some)
+    }
+
     /// Reads a text and cuts it by a chain's tokenizer.
     pub(super) async fn read(zoo: &Zoo, chain: &Chain, path: &Path, cut: &Cut) -> anyhow::Result<Self> {
         let text = measure::text(Some(path)).context("read the calibration text")?;

@@ -1,7 +1,7 @@
 //! What another form of a model says otherwise than the model that it stands for: the divergence of each next-token distribution, on a text. The
 //! arithmetic is `ashlar_executor::model::quality`. Nothing is written: what is not stored yet is loaded from memory.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -15,11 +15,11 @@ use ashlar_kernels::cpu::{Cpu, CpuOptions};
 use ashlar_kernels::ops::{Bf16Compute, KvFormat};
 use ashlar_router::text::tokenizer::Tokenizer;
 use ashlar_zoo::digest::Digest;
-use ashlar_zoo::draft::ChainDraft;
 use ashlar_zoo::manifest::Chain;
 use ashlar_zoo::measures::{Divergence, Measure};
 use ashlar_zoo::relatives::Adapted;
-use ashlar_zoo::store::Zoo;
+use ashlar_zoo::store::{MappedBlock, StoreError, Zoo};
+use clap::Args;
 use serde_json::{Value, json};
 
 /// What is predicted unless another text is given: prose, a question, instructions, a list, a line of code. Of our own words.
@@ -32,6 +32,20 @@ pub(super) const WINDOW_TOKENS: usize = 128;
 pub(super) const WINDOWS_MAX: usize = 32;
 /// Tokens of a KV page, as the executor has by default.
 const PAGE_TOKENS: usize = 32;
+
+/// What a form of a model is measured on, as commands take it.
+#[derive(Debug, Args)]
+pub(super) struct MeasureArgs {
+    /// Text to measure on, UTF-8, at most 1 MiB [default: half a page of English]
+    #[arg(long, value_name = "FILE")]
+    pub(super) text: Option<PathBuf>,
+    /// Tokens of a measured window, of which the second half counts
+    #[arg(long, default_value_t = WINDOW_TOKENS as u32, value_parser = clap::value_parser!(u32).range(4..=8192))]
+    pub(super) window: u32,
+    /// Windows that are measured, at most
+    #[arg(long, default_value_t = WINDOWS_MAX as u32, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    pub(super) windows: u32,
+}
 
 /// Divergences from the source, the model that base and adapters stand for.
 #[derive(Debug, Clone, Copy)]
@@ -110,13 +124,7 @@ pub(super) async fn measure(zoo: &Zoo, adapted: &Adapted, text: &str) -> anyhow:
     let source = Alone::load(Arc::clone(&ops), zoo, adapted.source, limits).await.context("load the model")?;
     let base = zoo.read_model(&adapted.base).await?.chain;
     let base = Alone::load(Arc::clone(&ops), zoo, base, limits).await.with_context(|| format!("load {}", adapted.base))?;
-    let (outputs, mut blocks) = (Outputs::default(), Vec::new());
-    // The head first: a token table of the same tensor is read out of it.
-    for index in (0..adapted.blocks().len()).rev() {
-        let mapped = adapted.map_block(zoo, index).await?;
-        blocks.push(LoadedBlock::load(&*ops, &mapped.block, &mapped, &outputs).with_context(|| format!("load block {index}"))?);
-    }
-    blocks.reverse();
+    let blocks = load(&ops, adapted.blocks().len(), async |index| adapted.map_block(zoo, index).await).await?;
     let mut adapters = Vec::new();
     for (index, mapped) in adapted.adapters() {
         let loaded = LoadedAdapter::load(&*ops, &adapted.blocks()[index], &mapped.adapter, &mapped);
@@ -128,13 +136,17 @@ pub(super) async fn measure(zoo: &Zoo, adapted: &Adapted, text: &str) -> anyhow:
     Ok(Measured { adapted: qualities[0], base: qualities.get(1).copied() })
 }
 
-/// The blocks of a draft, in order, with what was made so far.
-pub(super) async fn load(ops: &Arc<Cpu>, draft: &ChainDraft) -> anyhow::Result<Vec<LoadedBlock<Cpu>>> {
+/// So many blocks of a chain that may not be stored yet, in order; `map` gives each by its place.
+pub(super) async fn load(
+    ops: &Cpu,
+    count: usize,
+    map: impl AsyncFn(usize) -> Result<MappedBlock, StoreError>,
+) -> anyhow::Result<Vec<LoadedBlock<Cpu>>> {
     let (outputs, mut blocks) = (Outputs::default(), Vec::new());
     // The head first: a token table of the same tensor is read out of it.
-    for index in (0..draft.blocks().len()).rev() {
-        let mapped = draft.map_block(index).await?;
-        blocks.push(LoadedBlock::load(&**ops, &mapped.block, &mapped, &outputs).with_context(|| format!("load block {index}"))?);
+    for index in (0..count).rev() {
+        let mapped = map(index).await?;
+        blocks.push(LoadedBlock::load(ops, &mapped.block, &mapped, &outputs).with_context(|| format!("load block {index}"))?);
     }
     blocks.reverse();
     Ok(blocks)

@@ -15,7 +15,7 @@ use ashlar_zoo::store::Zoo;
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::calibration::{self, Calibration, Cut};
+use super::calibration::{self, Calibration};
 use super::{measure, progress};
 use crate::output;
 
@@ -40,15 +40,8 @@ pub(crate) struct QuantizeArgs {
     /// Store it as TENANT/NEW, a name that is free; takes one --recipe
     #[arg(long)]
     name: Option<ModelId>,
-    /// Text to measure on, UTF-8, at most 1 MiB [default: half a page of English]
-    #[arg(long, value_name = "FILE")]
-    text: Option<PathBuf>,
-    /// Tokens of a measured window, of which the second half counts
-    #[arg(long, default_value_t = measure::WINDOW_TOKENS as u32, value_parser = clap::value_parser!(u32).range(4..=8192))]
-    window: u32,
-    /// Windows that are measured, at most
-    #[arg(long, default_value_t = measure::WINDOWS_MAX as u32, value_parser = clap::value_parser!(u32).range(1..=65536))]
-    windows: u32,
+    #[command(flatten)]
+    on: measure::MeasureArgs,
     /// As JSON
     #[arg(long)]
     json: bool,
@@ -67,16 +60,10 @@ pub(super) async fn run(zoo: &Zoo, args: QuantizeArgs) -> anyhow::Result<()> {
 }
 
 async fn quantize(zoo: &Zoo, args: QuantizeArgs) -> anyhow::Result<()> {
-    let text = measure::text(args.text.as_deref())?;
+    let text = measure::text(args.on.text.as_deref())?;
     let source = zoo.resolve(&args.model).await?;
-    let calibration = match &args.calibrate {
-        Some(path) => {
-            let cut = Cut::of_one(&source.chain, args.calibration_tokens);
-            Some(Calibration::read(zoo, &source.chain, path, &cut).await?)
-        }
-        None => None,
-    };
-    let (windows, cut) = measure::cut(zoo, &source.chain, &text, args.window as usize, args.windows as usize).await?;
+    let calibration = Calibration::of_one(zoo, &source.chain, args.calibrate.as_deref(), args.calibration_tokens).await?;
+    let (windows, cut) = measure::cut(zoo, &source.chain, &text, args.on.window as usize, args.on.windows as usize).await?;
     let (ops, limits) = (measure::device(), measure::limits(windows));
     let mut rows = Vec::new();
     let mut model = None;
@@ -88,7 +75,7 @@ async fn quantize(zoo: &Zoo, args: QuantizeArgs) -> anyhow::Result<()> {
             Some(calibration) => calibrate(&ops, &mut draft, calibration.windows.clone(), &*progress).await?,
             None => round(&mut draft, &*progress).await?,
         }
-        let blocks = measure::load(&ops, draft.chain()).await?;
+        let blocks = measure::load(&ops, draft.blocks().len(), async |index| draft.map_block(index).await).await?;
         let model: &mut Alone<Cpu> = match &mut model {
             Some(model) => model,
             none => none.insert(Alone::load(ops.clone(), zoo, source.name.chain, limits).await.context("load the model")?),

@@ -6,8 +6,6 @@ use std::sync::Arc;
 
 use anyhow::{Context, ensure};
 use ashlar_executor::model::alone::Alone;
-use ashlar_executor::model::block::LoadedBlock;
-use ashlar_executor::model::outputs::Outputs;
 use ashlar_executor::model::quality::Quality;
 use ashlar_executor::model::stitch::{Fitted, HELD_OUT_EACH, fit};
 use ashlar_kernels::cpu::Cpu;
@@ -144,13 +142,7 @@ async fn stitch(zoo: &Zoo, args: StitchArgs) -> anyhow::Result<()> {
 async fn compare(zoo: &Zoo, ops: &Arc<Cpu>, seam: &Seam, stitched: &Stitched, text: &str, windows_max: usize) -> anyhow::Result<Measured> {
     let (windows, cut) = measure::cut(zoo, &stitched.chain, text, measure::WINDOW_TOKENS, windows_max).await?;
     let limits = measure::limits(windows);
-    let (outputs, mut blocks) = (Outputs::default(), Vec::new());
-    // The head first: a token table of the same tensor is read out of it.
-    for index in (0..stitched.blocks().len()).rev() {
-        let mapped = stitched.map_block(zoo, index).await?;
-        blocks.push(LoadedBlock::load(&**ops, &mapped.block, &mapped, &outputs).with_context(|| format!("load block {index}"))?);
-    }
-    blocks.reverse();
+    let blocks = measure::load(ops, stitched.blocks().len(), async |index| stitched.map_block(zoo, index).await).await?;
     let mut others: Vec<Alone<Cpu>> = vec![Alone::new(ops.clone(), blocks, limits)?];
     let mut models = Vec::new();
     for model in seam.models() {

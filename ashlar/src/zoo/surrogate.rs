@@ -18,7 +18,7 @@ use ashlar_zoo::surrogate::{BlockRange, Plan, Share, multiply_adds};
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::calibration::{self, Calibration, Cut};
+use super::calibration::{self, Calibration};
 use super::{measure, progress};
 use crate::output;
 
@@ -48,15 +48,8 @@ pub(crate) struct SurrogateArgs {
     /// Store it as TENANT/NEW, a name that is free
     #[arg(long)]
     name: Option<ModelId>,
-    /// Text to measure on, UTF-8, at most 1 MiB [default: half a page of English]
-    #[arg(long, value_name = "FILE")]
-    text: Option<PathBuf>,
-    /// Tokens of a measured window, of which the second half counts
-    #[arg(long, default_value_t = measure::WINDOW_TOKENS as u32, value_parser = clap::value_parser!(u32).range(4..=8192))]
-    window: u32,
-    /// Windows that are measured, at most
-    #[arg(long, default_value_t = measure::WINDOWS_MAX as u32, value_parser = clap::value_parser!(u32).range(1..=65536))]
-    windows: u32,
+    #[command(flatten)]
+    on: measure::MeasureArgs,
     /// As JSON
     #[arg(long)]
     json: bool,
@@ -92,18 +85,12 @@ pub(super) async fn run(zoo: &Zoo, args: SurrogateArgs) -> anyhow::Result<()> {
 }
 
 async fn surrogate(zoo: &Zoo, args: SurrogateArgs) -> anyhow::Result<()> {
-    let text = measure::text(args.text.as_deref())?;
+    let text = measure::text(args.on.text.as_deref())?;
     let source = zoo.resolve(&args.model).await?;
     let plan = Plan { feed_forward: args.ffn_keep, heads: args.heads_keep, blocks: args.blocks };
     let counts = plan.counts(&source.blocks)?;
-    let calibration = match &args.calibrate {
-        Some(path) => {
-            let cut = Cut::of_one(&source.chain, args.calibration_tokens);
-            Some(Calibration::read(zoo, &source.chain, path, &cut).await?)
-        }
-        None => None,
-    };
-    let (windows, cut) = measure::cut(zoo, &source.chain, &text, args.window as usize, args.windows as usize).await?;
+    let calibration = Calibration::of_one(zoo, &source.chain, args.calibrate.as_deref(), args.calibration_tokens).await?;
+    let (windows, cut) = measure::cut(zoo, &source.chain, &text, args.on.window as usize, args.on.windows as usize).await?;
     let (ops, limits) = (measure::device(), measure::limits(windows));
     // The last one is what is stored; the one before shows what the refit brings.
     let ways: &[Way] = match (&calibration, args.no_refit) {
@@ -122,7 +109,7 @@ async fn surrogate(zoo: &Zoo, args: SurrogateArgs) -> anyhow::Result<()> {
         let windows_of = calibration.as_ref().map(|calibration| calibration.windows.clone());
         let calibrated = windows_of.map(|windows| Windows { windows, refits: *way == Way::Refitted });
         let blocks = make(&ops, &mut draft, &counts, calibrated, &*progress::for_terminal()).await?;
-        let loaded = measure::load(&ops, &draft).await?;
+        let loaded = measure::load(&ops, draft.blocks().len(), async |index| draft.map_block(index).await).await?;
         let model = match &mut model {
             Some(model) => model,
             none => none.insert(Alone::load(ops.clone(), zoo, source.name.chain, limits).await.context("load the model")?),
