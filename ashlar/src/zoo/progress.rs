@@ -38,6 +38,7 @@ fn verb(stage: Stage) -> &'static str {
         Stage::Store => "storing",
         Stage::Compare => "comparing",
         Stage::Quantise => "quantising",
+        Stage::Profile => "profiling",
     }
 }
 

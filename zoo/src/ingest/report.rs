@@ -103,6 +103,8 @@ pub enum Stage {
     Compare,
     /// Making the matrices of a quantised model.
     Quantise,
+    /// Measuring what blocks cost.
+    Profile,
 }
 
 /// Hears how far long work has come.
