@@ -43,6 +43,7 @@ fn host(blocks: &[u32], are_alike: bool) -> HostSpan {
         kv_shapes: (0..blocks.len()).map(|i| (i % 2 == 1).then_some(SHAPE)).collect(),
         windows: vec![None; blocks.len()],
         forms: if are_alike { vec![0; blocks.len()] } else { blocks.to_vec() },
+        costs: vec![None; blocks.len()],
         width: 64,
         begins_with_embed: true,
         ends_with_head: true,

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use ashlar_kernels::ops::KvShape;
 
 use super::batch::BatchId;
+use super::cost::CostCurve;
 use super::pages::{ClassIndex, LineageIndex};
 use super::segments::BlockIndex;
 use super::sequence::Path;
@@ -23,6 +24,8 @@ pub struct HostSpan {
     /// For each block a number: blocks of equal numbers (and equal shape and window) are alike in all but their weights, so that rows through one and
     /// rows through another may be computed in the same calls.
     pub forms: Vec<u32>,
+    /// For each block what it was profiled to cost on a device like this one, where it was: what a segment costs before it has run.
+    pub costs: Vec<Option<Arc<CostCurve>>>,
     /// Width of hidden rows.
     pub width: u32,
     /// Whether the first block is the embedding.

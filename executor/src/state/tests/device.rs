@@ -179,6 +179,7 @@ pub(super) fn host_with(blocks: &[u32], adapters: &[(u32, u64)], from: usize, to
         kv_shapes: blocks[from..to].iter().map(|block| (*block < ATTENTION_BELOW).then_some(SHAPE)).collect(),
         windows: blocks[from..to].iter().map(|block| window(*block)).collect(),
         forms: blocks[from..to].to_vec(),
+        costs: vec![None; to - from],
         width: 4,
         begins_with_embed: from == 0,
         ends_with_head: to == blocks.len(),
