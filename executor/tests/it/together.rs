@@ -120,6 +120,7 @@ async fn start(family: &Family, limits: Limits, options: CpuOptions) -> Executor
         id: id.clone(),
         address: String::new(),
         device: String::new(),
+        profiled_on: String::new(),
         numeric_class: limits.numeric_class(options.bf16_compute.cpu_class()),
         memory_bytes: 1 << 30,
         kv_bytes: limits.kv_bytes,
