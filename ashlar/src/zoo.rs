@@ -3,6 +3,7 @@
 mod compress;
 mod equivalence;
 mod measure;
+mod profile;
 mod progress;
 mod quantize;
 mod report;
@@ -138,6 +139,11 @@ pub(crate) enum ZooCommand {
     /// Without --calibrate each matrix is rounded by itself: models that share blocks share their quantised forms. With a calibration text
     /// it is GPTQ, which loses less, and belongs to this one model. Without --name nothing is stored.
     Quantize(quantize::QuantizeArgs),
+    /// Measure what each block costs on this machine by rows, so that servers know it before they have served
+    ///
+    /// Keeps a record beside the block for each kind of device: processor, instruction set, threads. Blocks that several models share are measured
+    /// once, and those with a record are not measured again. Executors read the records of the blocks that they load (docs/profile.md).
+    Profile(profile::ProfileArgs),
     /// Declare tenants public: their models are seen, shared and built on by every tenant; lists them where none is given
     ///
     /// Others see their own models only: what `add` says is there, and what it takes for a relative or a base, is a tenant's own or a public
@@ -238,6 +244,7 @@ pub(crate) async fn run(args: ZooArgs) -> anyhow::Result<()> {
         ZooCommand::Equivalence(args) => equivalence::run(&zoo, args).await,
         ZooCommand::CompressDelta(args) => compress::run(&zoo, args).await,
         ZooCommand::Quantize(args) => quantize::run(&zoo, args).await,
+        ZooCommand::Profile(args) => profile::run(&zoo, args).await,
         ZooCommand::Public { tenants, remove } => public(&zoo, &tenants, remove).await,
         ZooCommand::Verify { repair } => {
             let mut report = verify::verify(&zoo, &*progress::for_terminal()).await.context("verify the zoo")?;

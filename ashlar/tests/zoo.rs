@@ -258,6 +258,88 @@ fn a_model_is_quantised_measured_and_stored_under_another_name() {
 }
 
 #[test]
+fn blocks_are_profiled_once_for_all_models_and_again_when_told_to() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join("zoo");
+    let folder = |name: &str| Path::new(env!("CARGO_MANIFEST_DIR")).join("../demo").join(name).to_str().unwrap().to_owned();
+    ok(&root, &["add", &folder("base"), "--name", "demo/base"]);
+    ok(&root, &["add", &folder("shakespeare-top"), "--name", "demo/verse"]);
+    // Where the records are, whatever this machine is called.
+    let records = || {
+        let blocks = std::fs::read_dir(root.join("profiles")).into_iter().flatten().map(|block| block.unwrap().path());
+        let records = blocks.flat_map(|block| std::fs::read_dir(block).unwrap().map(|record| record.unwrap().path()));
+        records.map(|path| (path.clone(), std::fs::read(path).unwrap())).collect::<std::collections::BTreeMap<_, _>>()
+    };
+    let profile = |args: &[&str]| -> serde_json::Value {
+        serde_json::from_str(&ok(&root, &[&["profile", "--threads", "1", "--json"], args].concat())).unwrap()
+    };
+    let first = profile(&["demo/base", "--rows", "1,8"]);
+    assert_eq!((&first["measured"], &first["known"]), (&18.into(), &0.into()), "{first}");
+    assert!(first["read_bytes_per_second"].as_f64().unwrap() > 0.0 && first["device"].as_str().unwrap().ends_with("-1-thread"), "{first}");
+    for block in first["blocks"].as_array().unwrap() {
+        let points = block["profile"]["points"].as_array().unwrap();
+        assert!(points.len() == 2 && points.iter().all(|point| point["micros"].as_f64().unwrap() > 0.0 && point["runs"] == 7), "{block}");
+        assert_eq!(block["share_of_bandwidth"].is_null(), block["kind"] == "embed", "{block}");
+    }
+    let kept = records();
+    assert_eq!(kept.len(), 18);
+
+    // Nothing is measured again; of a relative, its own blocks alone.
+    let second = profile(&["demo/base", "--rows", "8"]);
+    assert_eq!((&second["measured"], &second["known"], records() == kept), (&0.into(), &18.into(), true), "{second}");
+    assert_eq!(second["blocks"][3]["profile"], first["blocks"][3]["profile"]);
+    let both = profile(&["--all", "--rows", "1,8"]);
+    let own = both["measured"].as_u64().unwrap();
+    assert!(both["known"] == 18 && (1..18).contains(&own) && records().len() as u64 == 18 + own, "{both}");
+    // Other rows, and the rest of the record stays; --force, in its place; another device, beside it.
+    let more = profile(&["demo/base", "--rows", "2"]);
+    assert_eq!(more["blocks"][0]["profile"]["points"].as_array().unwrap().len(), 3, "{more}");
+    let before = records();
+    let forced = profile(&["demo/base", "--rows", "1,8", "--force"]);
+    assert_eq!((&forced["measured"], &forced["known"], records().len()), (&18.into(), &0.into(), before.len()), "{forced}");
+    assert_eq!(before.iter().filter(|(path, bytes)| records()[*path] != **bytes).count(), 18);
+    profile(&["demo/base", "--rows", "1", "--isa", "scalar"]);
+    assert_eq!(records().len(), before.len() + 18);
+
+    let shown = ok(&root, &["profile", "demo/verse", "demo/base", "--threads", "1", "--rows", "1"]);
+    assert!(shown.contains("\nBLOCK ") && shown.contains("  OF BANDWIDTH  ") && shown.contains("  feed_forward  "), "{shown}");
+    assert!(
+        shown.ends_with(&format!("0 blocks measured, {} had a record of this device (--force measures them again)\n", 18 + own)),
+        "{shown}"
+    );
+    assert!(ok(&root, &["verify"]).contains("all sound; 0 unreferenced"));
+    // A damaged one is told of, and measured anew.
+    let (damaged, _) = records().into_iter().find(|(path, _)| path.to_str().unwrap().contains("scalar")).unwrap();
+    std::fs::write(&damaged, "{}").unwrap();
+    assert_eq!(zoo(&root, &["verify"]).status.code(), Some(3));
+    let again = zoo(&root, &["profile", "demo/base", "--threads", "1", "--isa", "scalar", "--rows", "1"]);
+    let said = String::from_utf8(again.stderr).unwrap();
+    assert!(
+        again.status.success() && said.contains("is damaged: this build cannot read it") && said.contains("measuring it anew"),
+        "{said}"
+    );
+    assert!(ok(&root, &["verify"]).contains("all sound; 0 unreferenced"));
+
+    let refused = |args: &[&str]| {
+        let output = zoo(&root, &[&["profile"], args].concat());
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+    let (code, said) = refused(&["demo/none"]);
+    assert!(code == Some(1) && said.contains("failed to profile demo/none: model demo/none is not in the zoo"), "{said}");
+    for args in
+        [&[][..], &["demo/base", "--all"], &["demo/base", "--rows", "33"], &["demo/base", "--rows", "0"], &["demo/base", "--rows", "8192"]]
+    {
+        assert_eq!(refused(args).0, Some(2), "{args:?}");
+    }
+    assert!(refused(&["demo/base", "--rows", "33"]).1.contains("expected a whole number from 1 to 32, or a multiple of 32 up to 4096"));
+
+    ok(&root, &["rm", "demo/base"]);
+    ok(&root, &["rm", "demo/verse"]);
+    let freed = ok(&root, &["gc", "--grace", "0"]);
+    assert!(freed.contains(&format!(", {} profiles", 36 + own)) && records().is_empty(), "{freed}");
+}
+
+#[test]
 fn errors_are_one_sentence_and_fail() {
     let dir = tempfile::tempdir().unwrap();
     let root = dir.path().join("zoo");
