@@ -1,7 +1,7 @@
 //! `ashlar bench`: load against any OpenAI-compatible endpoint, and the kernels against the ceilings of the machine. Start at
 //! `bench/load.rs`: a schedule is drawn from a seed, driven, and summed up in a report.
 
-mod args;
+pub(crate) mod args;
 mod drive;
 mod kernels;
 mod load;

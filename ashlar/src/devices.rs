@@ -1,8 +1,10 @@
-//! `ashlar devices`: what this machine offers; and what to say of an instruction set that it lacks, or that is slow.
+//! `ashlar devices`: what this machine offers; what to say of an instruction set that it lacks, or that is slow; and by what key profiles of a
+//! device are kept.
 
 use anyhow::bail;
 use ashlar_kernels::cpu::{Cpu, CpuOptions, Isa};
 use ashlar_kernels::ops::Ops;
+use ashlar_zoo::profiles::DeviceKey;
 
 use crate::output::{self, OutputError};
 
@@ -19,6 +21,22 @@ pub fn print() -> Result<(), OutputError> {
         output::line(format_args!("       {}: {state}", isa.name()))?;
     }
     output::line("cuda   this build has no CUDA device")
+}
+
+/// The key of a device that this process uses: those who serve find what `zoo profile` measured, where processor, instruction set, threads and
+/// arithmetic are the same.
+pub fn device_key(ops: &impl Ops) -> DeviceKey {
+    DeviceKey::new(&processor().unwrap_or_default(), &ops.describe())
+}
+
+/// The processor's name, where the system tells it.
+pub fn processor() -> Option<String> {
+    value_of(&std::fs::read_to_string("/proc/cpuinfo").ok()?, "model name").map(str::to_owned)
+}
+
+/// The first value of a name in a file of `/proc`.
+pub fn value_of<'a>(text: &'a str, name: &str) -> Option<&'a str> {
+    text.lines().find_map(|line| Some(line.strip_prefix(name)?.trim_start().strip_prefix(':')?.trim()))
 }
 
 /// Whether this machine runs the instruction set that `setting` asks for; `None` asks for none.
@@ -53,7 +71,22 @@ pub fn isa_warning(isa: Isa) -> Option<&'static str> {
 
 #[cfg(test)]
 mod tests {
+    use ashlar_kernels::ops::Bf16Compute;
+
     use super::*;
+
+    #[test]
+    fn a_device_is_known_by_all_that_its_times_depend_on() {
+        let key = |options| device_key(&Cpu::new(options)).to_string();
+        let one = key(CpuOptions { threads: 1, isa: Some(Isa::Scalar), ..CpuOptions::default() });
+        assert!(one.ends_with("-cpu-scalar-1-thread") || one == "cpu-scalar-1-thread", "{one}");
+        assert_eq!(key(CpuOptions { threads: 1, isa: Some(Isa::Scalar), ..CpuOptions::default() }), one);
+        assert_ne!(key(CpuOptions { threads: 2, isa: Some(Isa::Scalar), ..CpuOptions::default() }), one);
+        let bf16 = CpuOptions { threads: 1, isa: Some(Isa::Scalar), bf16_compute: Bf16Compute::Bf16 };
+        assert_eq!(key(bf16), format!("{one}-bf16-products"));
+        let cpuinfo = "processor\t: 0\nmodel name\t: Some CPU @ 2.0GHz\nmodel name\t: Other\n";
+        assert_eq!((value_of(cpuinfo, "model name"), value_of(cpuinfo, "flags")), (Some("Some CPU @ 2.0GHz"), None));
+    }
 
     #[test]
     fn only_the_scalar_kernels_are_warned_of() {

@@ -32,7 +32,7 @@ use tokio::net::TcpListener;
 use tokio_stream::StreamExt;
 
 use crate::config::{Config, ConfigArgs};
-use crate::devices::{check_isa, isa_warning};
+use crate::devices::{check_isa, device_key, isa_warning};
 use crate::process::{available_bytes, random_bits, stop_signal};
 use crate::serving::Serving;
 use crate::{health, logging, output};
@@ -158,7 +158,7 @@ async fn start_executor(config: &Config, zoo: Zoo, registry: Arc<dyn Registry>, 
     let isa = settings.isa()?;
     check_isa("executor.isa =", isa)?;
     let ops = Arc::new(Cpu::new(CpuOptions { threads, isa, bf16_compute: settings.bf16_compute }));
-    let device = ops.describe();
+    let (device, profiled_on) = (ops.describe(), device_key(&*ops));
     let available = available_bytes();
     settings.check_memory(available)?;
     let limits = settings.limits(available, threads)?;
@@ -185,6 +185,7 @@ async fn start_executor(config: &Config, zoo: Zoo, registry: Arc<dyn Registry>, 
         id: id.clone(),
         address,
         device,
+        profiled_on: profiled_on.to_string(),
         numeric_class: identity.numeric_class.clone(),
         memory_bytes,
         kv_bytes: limits.kv_bytes,
@@ -195,7 +196,7 @@ async fn start_executor(config: &Config, zoo: Zoo, registry: Arc<dyn Registry>, 
         incarnation: random_bits(),
     };
     let session = Arc::new(Session::start(Arc::clone(&registry), key::executor(&id), record, LEASE));
-    let hosting = Hosting::new(ops, zoo, commands, handle.events(), metrics, memory_bytes, limits.pages());
+    let hosting = Hosting::new(ops, zoo, commands, handle.events(), metrics, memory_bytes, limits.pages()).profiled_on(profiled_on);
     let follower = Arc::clone(&session);
     tokio::spawn(async move {
         let mut hosting = hosting;

@@ -4,6 +4,7 @@ mod calibration;
 mod compress;
 mod equivalence;
 mod measure;
+mod profile;
 mod progress;
 mod quantize;
 mod report;
@@ -151,6 +152,11 @@ pub(crate) enum ZooCommand {
     /// What matters least goes: by the energy of the outputs that a calibration text makes of it, or without one by the weights alone. With a
     /// text, what stays is fitted to make up for what goes. The other blocks stay shared with the model. Without --name nothing is stored.
     Surrogate(surrogate::SurrogateArgs),
+    /// Measure what each block costs on this machine by rows, so that servers know it before they have served
+    ///
+    /// Keeps a record beside the block for each kind of device: processor, instruction set, threads. Blocks that several models share are measured
+    /// once, and those with a record are not measured again. Executors read the records of the blocks that they load (docs/profile.md).
+    Profile(profile::ProfileArgs),
     /// Declare tenants public: their models are seen, shared and built on by every tenant; lists them where none is given
     ///
     /// Others see their own models only: what `add` says is there, and what it takes for a relative or a base, is a tenant's own or a public
@@ -253,6 +259,7 @@ pub(crate) async fn run(args: ZooArgs) -> anyhow::Result<()> {
         ZooCommand::Quantize(args) => quantize::run(&zoo, args).await,
         ZooCommand::Stitch(args) => stitch::run(&zoo, args).await,
         ZooCommand::Surrogate(args) => surrogate::run(&zoo, args).await,
+        ZooCommand::Profile(args) => profile::run(&zoo, args).await,
         ZooCommand::Public { tenants, remove } => public(&zoo, &tenants, remove).await,
         ZooCommand::Verify { repair } => {
             let mut report = verify::verify(&zoo, &*progress::for_terminal()).await.context("verify the zoo")?;

@@ -45,6 +45,7 @@ fn host(blocks: &[u32], are_alike: bool) -> HostSpan {
         windows: vec![None; blocks.len()],
         forms: if are_alike { vec![0; blocks.len()] } else { blocks.to_vec() },
         widths: vec![64; blocks.len() + 1],
+        costs: vec![None; blocks.len()],
         begins_with_embed: true,
         ends_with_head: true,
     }

@@ -4,6 +4,7 @@ use ashlar_zoo::canonical;
 use ashlar_zoo::family::{self, Config};
 use ashlar_zoo::manifest::{Adapter, Block, Chain, ModelName};
 use ashlar_zoo::measures::Measure;
+use ashlar_zoo::profiles::Profile;
 use ashlar_zoo::tensor_file;
 
 /// What is read reads back the same; what does not fit is refused.
@@ -30,6 +31,15 @@ pub fn manifest(data: &[u8]) {
         && measure.check().is_ok()
     {
         assert_eq!(serde_json::from_slice::<Measure>(&canonical::to_bytes(&measure)).ok(), Some(measure));
+    }
+    // As it is, and as who knows the checksum may write it.
+    if let Ok(profile) = Profile::parse(data) {
+        assert_eq!(Profile::parse(&profile.to_bytes()).ok(), Some(profile));
+    }
+    if let Ok(profile) = serde_json::from_slice::<Profile>(data)
+        && profile.check().is_ok()
+    {
+        assert_eq!(Profile::parse(&profile.to_bytes()).ok(), Some(profile));
     }
     let _ = tensor_file::verify_alone(data);
     if let Ok(config) = Config::parse(data, "config.json") {

@@ -36,6 +36,9 @@ pub struct ExecutorRecord {
     pub address: String,
     /// The device, for people.
     pub device: String,
+    /// The kind of device by which profiles of blocks are kept (docs/profile.md); empty: none is found.
+    #[serde(default)]
+    pub profiled_on: String,
     /// Executors of one class give the same bits.
     pub numeric_class: String,
     /// Bytes that weights may take.

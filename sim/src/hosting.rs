@@ -47,6 +47,7 @@ impl Node {
             id: self.identity.id.clone(),
             address: self.identity.id.0.clone(),
             device: "modelled".to_owned(),
+            profiled_on: String::new(),
             numeric_class: self.identity.class.clone(),
             memory_bytes: self.identity.memory_bytes,
             kv_bytes: self.identity.limits.kv_bytes,

@@ -125,6 +125,7 @@ impl Model {
             lineages: self.lineages[range.clone()].iter().map(|lineage| lineage.0).collect(),
             windows: self.blocks[range.clone()].iter().map(|block| block.window).collect(),
             forms: self.blocks[range.clone()].iter().map(Block::form).collect(),
+            costs: vec![None; range.len()],
             kv_shapes: self.blocks[range].iter().map(|block| block.kv_shape(page_tokens)).collect(),
             widths: vec![self.width; (to - from) as usize + 1],
             begins_with_embed: from == 0,

@@ -155,11 +155,15 @@ impl Router {
     pub(crate) fn make_plan(&mut self, models: &[Model]) -> bool {
         let working = self.records.values().filter(|record| !record.draining);
         let offer = |record: &ExecutorRecord| {
-            let offer = ExecutorOffer { memory_bytes: record.memory_bytes, numeric_class: record.numeric_class.clone() };
+            let offer = ExecutorOffer {
+                memory_bytes: record.memory_bytes,
+                numeric_class: record.numeric_class.clone(),
+                profiled_on: record.profiled_on.clone(),
+            };
             (record.id.clone(), offer)
         };
         let chains = self.named.iter().map(|model| (models[*model].digest, models[*model].sized.clone())).collect();
-        let inventory = Inventory { executors: working.map(offer).collect(), chains };
+        let inventory = Inventory { executors: working.map(offer).collect(), chains, times: BTreeMap::new() };
         let seen = self.records.values().map(|record| record.plan_generation).max().unwrap_or(0);
         let previous = Plan { generation: self.plan.generation.max(seen), ..self.plan.clone() };
         let planned = plan(&self.policy, &inventory, &previous).plan;

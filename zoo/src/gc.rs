@@ -37,6 +37,8 @@ pub struct GcReport {
     pub sketch_count: u64,
     /// Records of what was measured of chains that are gone, taken.
     pub measure_count: u64,
+    /// Records of what blocks that are gone cost, taken.
+    pub profile_count: u64,
     /// Remains of killed writes taken.
     pub staged_count: u64,
     /// Bytes freed.
@@ -48,14 +50,14 @@ pub struct GcReport {
 }
 
 /// Where objects lie, in the order in which they are swept.
-const FOLDERS: [&str; 10] =
-    ["equivalences", "measures", "sketches", "chains", "blocks", "adapters", "tensors", "bases", "assets", "scratch"];
+const FOLDERS: [&str; 11] =
+    ["equivalences", "measures", "profiles", "sketches", "chains", "blocks", "adapters", "tensors", "bases", "assets", "scratch"];
 const EQUIVALENCES: usize = 0;
-const CHAINS: usize = 3;
-const BLOCKS: usize = 4;
-const ADAPTERS: usize = 5;
-const TENSORS: usize = 6;
-const BASES: usize = 7;
+const CHAINS: usize = 4;
+const BLOCKS: usize = 5;
+const ADAPTERS: usize = 6;
+const TENSORS: usize = 7;
+const BASES: usize = 8;
 
 /// Objects that are kept, and those of them that a name leads to.
 struct Marked {
@@ -139,6 +141,7 @@ async fn collect_once(zoo: &Zoo, grace: Duration, dry_run: bool, report: &mut Gc
             Object::Equivalence(_) => &mut report.equivalence_count,
             Object::Sketch(_) => &mut report.sketch_count,
             Object::Measure { .. } => &mut report.measure_count,
+            Object::Profile { .. } => &mut report.profile_count,
             Object::Scratch(_) => &mut report.staged_count,
             _ => &mut report.tensor_count,
         } += 1;
@@ -154,7 +157,7 @@ impl Marks {
     fn keeps(&self, object: &Object) -> bool {
         match object {
             Object::Chain(digest) | Object::Sketch(digest) | Object::Measure { chain: digest, .. } => self.chains.contains(digest),
-            Object::Block(digest) => self.blocks.contains(digest),
+            Object::Block(digest) | Object::Profile { block: digest, .. } => self.blocks.contains(digest),
             Object::Adapter(digest) => self.adapters.contains(digest),
             // A mark stays with its delta.
             Object::Base { tensor, .. } => self.leaves.contains(&Object::Tensor(*tensor)),

@@ -219,8 +219,11 @@ impl Zoo {
         Ok(diff(&self.resolve(a).await?, &self.resolve(b).await?))
     }
 
-    /// Every model; a manifest that many have is read once.
-    pub(crate) async fn resolve_all(&self) -> Result<Vec<(ModelId, Result<Resolved, StoreError>)>, StoreError> {
+    /// Every model; a manifest that many have is read once. One that cannot be read is an error in its place.
+    ///
+    /// # Errors
+    /// When the store cannot list.
+    pub async fn resolve_all(&self) -> Result<Vec<(ModelId, Result<Resolved, StoreError>)>, StoreError> {
         let mut cache = Cache::default();
         let mut resolved = Vec::new();
         for (id, name) in self.list_models().await? {

@@ -23,6 +23,7 @@ pub mod manifest;
 mod mapping;
 pub mod measures;
 pub mod model_id;
+pub mod profiles;
 pub mod quantise;
 pub mod quantised;
 pub mod relatives;

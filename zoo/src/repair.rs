@@ -45,6 +45,8 @@ async fn copy(zoo: &Zoo, other: &Zoo, object: &Object) -> Result<(), StoreError>
         Object::Asset(digest) => zoo.put_asset(other.read_asset(*digest).await?).await.map(|_| ()),
         Object::Base { tensor, base } => zoo.put_base(*tensor, *base).await,
         Object::Equivalence(digest) => zoo.put_equivalence(&other.read_equivalence(*digest).await?).await.map(|_| ()),
+        // What another zoo measured on a device of the same kind.
+        Object::Profile { block, device } => zoo.put_profile(&other.read_profile(*block, device).await?).await,
         // It is a function of its chain.
         Object::Sketch(chain) => zoo.make_sketch(*chain).await.map(|_| ()),
         Object::Measure { chain, record } => zoo.put_measure(*chain, &other.read_measure(*chain, *record).await?).await.map(|_| ()),

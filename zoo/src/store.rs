@@ -11,6 +11,7 @@ mod fetch;
 mod measures;
 mod names;
 mod place;
+mod profiles;
 mod read;
 mod sketches;
 mod sweep;
@@ -231,6 +232,7 @@ pub(crate) fn key(object: &Object) -> Path {
         Object::Asset(digest) => Path::from(format!("assets/{digest}")),
         Object::Sketch(chain) => Path::from(format!("sketches/{chain}")),
         Object::Measure { chain, record } => Path::from(format!("measures/{chain}/{record}.json")),
+        Object::Profile { block, device } => Path::from(format!("profiles/{block}/{device}.json")),
         Object::Equivalence(digest) => Path::from(format!("equivalences/{digest}.json")),
         Object::Scratch(digest) => Path::from(format!("scratch/{digest}")),
         Object::Domains => Path::from("domains.json"),
@@ -256,6 +258,9 @@ pub(crate) fn object(key: &Path) -> Option<Object> {
         ["sketches", file] => Some(Object::Sketch(file.parse().ok()?)),
         ["measures", chain, file] => {
             Some(Object::Measure { chain: chain.parse().ok()?, record: file.strip_suffix(".json")?.parse().ok()? })
+        }
+        ["profiles", block, file] => {
+            Some(Object::Profile { block: block.parse().ok()?, device: file.strip_suffix(".json")?.parse().ok()? })
         }
         ["equivalences", file] => Some(Object::Equivalence(file.strip_suffix(".json")?.parse().ok()?)),
         ["scratch", file] => Some(Object::Scratch(file.parse().ok()?)),

@@ -65,7 +65,7 @@ pub async fn verify(zoo: &Zoo, progress: &dyn Progress) -> Result<VerifyReport, 
     let mut listed = Vec::new();
     let mut bases = BTreeSet::new();
     // Manifests first: they are small, and tell who needs a damaged tensor.
-    for folder in ["equivalences", "chains", "blocks", "adapters", "sketches", "measures", "assets", "bases", "tensors"] {
+    for folder in ["equivalences", "chains", "blocks", "adapters", "sketches", "measures", "profiles", "assets", "bases", "tensors"] {
         let metas = zoo.list(folder).await?;
         listed.extend(metas.into_iter().filter_map(|meta| Some((object(&meta.location)?, meta.size))));
     }
@@ -108,12 +108,14 @@ pub async fn verify(zoo: &Zoo, progress: &dyn Progress) -> Result<VerifyReport, 
         Object::Base { tensor, .. } => needs.contains_key(&Object::Tensor(*tensor)),
         // Both go with their chain; a missing sketch is made when it is wanted.
         Object::Sketch(chain) | Object::Measure { chain, .. } => needs.contains_key(&Object::Chain(*chain)),
+        Object::Profile { block, .. } => needs.contains_key(&Object::Block(*block)),
         object => needs.contains_key(*object),
     };
     report.unreferenced_count = present.iter().filter(|object| !is_needed(object)).count() as u64;
     let of = |object: &Object| match object {
         Object::Base { tensor, .. } => needs.get(&Object::Tensor(*tensor)),
         Object::Measure { chain, .. } => needs.get(&Object::Chain(*chain)),
+        Object::Profile { block, .. } => needs.get(&Object::Block(*block)),
         object => needs.get(object),
     };
     report.damage = broken.iter().map(|(object, reason)| damage(object, reason.clone(), of(object))).collect();
@@ -158,6 +160,7 @@ pub(crate) async fn check(zoo: &Zoo, object: &Object) -> Result<(), StoreError> 
         Object::Base { .. } => Ok(()),
         Object::Sketch(chain) => zoo.checked_sketch(*chain).await.map(|_| ()),
         Object::Measure { chain, record } => zoo.read_measure(*chain, *record).await.map(|_| ()),
+        Object::Profile { block, device } => zoo.read_profile(*block, device).await.map(|_| ()),
         Object::Equivalence(digest) => zoo.read_equivalence(*digest).await.map(|_| ()),
         Object::Domains => zoo.read_domains().await.map(|_| ()),
         Object::Scratch(_) => Ok(()),

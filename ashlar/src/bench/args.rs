@@ -8,7 +8,7 @@ use clap::builder::{PathBufValueParser, TypedValueParser};
 use crate::bench::schedule::DURATION_S_MAX;
 
 /// Threads.
-pub(super) const THREADS_MAX: usize = 1024;
+pub(crate) const THREADS_MAX: usize = 1024;
 
 /// Reads a whole number from `min` to `max`.
 pub(super) fn whole(min: usize, max: usize) -> impl Fn(&str) -> Result<usize, String> + Clone + Send + Sync + 'static {
@@ -19,7 +19,7 @@ pub(super) fn whole(min: usize, max: usize) -> impl Fn(&str) -> Result<usize, St
 }
 
 /// Reads a number of threads; 0 is all cores.
-pub(super) fn threads(text: &str) -> Result<usize, String> {
+pub(crate) fn threads(text: &str) -> Result<usize, String> {
     whole(0, THREADS_MAX)(text).map_err(|_| format!("expected a whole number from 1 to {THREADS_MAX}, or 0 for all cores"))
 }
 

@@ -4,6 +4,8 @@ use std::fs;
 
 use anyhow::{Context, ensure};
 
+use crate::devices::{processor, value_of};
+
 /// Ticks of /proc/PID/stat in a second: `USER_HZ`, which Linux fixes at 100 towards user space on every machine that we build for.
 const TICKS_PER_SECOND: f64 = 100.0;
 
@@ -43,13 +45,9 @@ fn parse(stat: &str, status: &str) -> anyhow::Result<ProcessUse> {
 
 /// Processor, cores and memory in one line.
 pub(crate) fn machine() -> String {
-    let field = |path: &str, name: &str| {
-        let text = fs::read_to_string(path).unwrap_or_default();
-        let value =
-            text.lines().find_map(|line| line.strip_prefix(name)?.trim_start().strip_prefix(':').map(|value| value.trim().to_owned()));
-        value.unwrap_or_else(|| "unknown".into())
-    };
-    format!("{}, {} cores, memory {}", field("/proc/cpuinfo", "model name"), core_count(), field("/proc/meminfo", "MemTotal"))
+    let memory = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let memory = value_of(&memory, "MemTotal").unwrap_or("unknown");
+    format!("{}, {} cores, memory {memory}", processor().unwrap_or_else(|| "unknown".to_owned()), core_count())
 }
 
 /// Cores that this process may use.

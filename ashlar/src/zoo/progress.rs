@@ -44,6 +44,7 @@ fn verb(stage: Stage) -> &'static str {
         Stage::Compare => "comparing",
         Stage::Quantise => "quantising",
         Stage::Cut => "cutting",
+        Stage::Profile => "profiling",
     }
 }
 

@@ -322,6 +322,9 @@ pub(super) fn gc(report: &GcReport, dry_run: bool) -> String {
     if report.measure_count > 0 {
         out.push_str(&format!(", {} measures", report.measure_count));
     }
+    if report.profile_count > 0 {
+        out.push_str(&format!(", {} profiles", report.profile_count));
+    }
     if report.staged_count > 0 {
         out.push_str(&format!(", {} unfinished writes", report.staged_count));
     }

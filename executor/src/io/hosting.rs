@@ -12,8 +12,9 @@ use ashlar_zoo::blocking::blocking;
 use ashlar_zoo::digest::{Digest, lineages};
 use ashlar_zoo::joint::{self, Joint};
 use ashlar_zoo::manifest::Block;
+use ashlar_zoo::profiles::DeviceKey;
 use ashlar_zoo::roles::ManifestError;
-use ashlar_zoo::store::{MappedChange, Zoo};
+use ashlar_zoo::store::{MappedChange, StoreError, Zoo};
 use ashlar_zoo::tensor::MappedTensor;
 use futures::StreamExt;
 use futures::future::BoxFuture;
@@ -27,6 +28,7 @@ use super::metrics::ExecutorMetrics;
 use crate::model::adapter::LoadedAdapter;
 use crate::model::block::LoadedBlock;
 use crate::model::outputs::{Outputs, WeightBytes, total_bytes};
+use crate::state::cost::CostCurve;
 use crate::state::engine::HostSpan;
 use crate::state::segments::BlockIndex;
 
@@ -166,6 +168,8 @@ struct Resident {
     window: Option<u32>,
     /// Number of its form, for `HostSpan::forms`.
     form: u32,
+    /// What it was profiled to cost here.
+    costs: Option<Arc<CostCurve>>,
     /// Spans that run through it.
     spans: BTreeSet<SpanKey>,
 }
@@ -224,6 +228,8 @@ pub struct Hosting<B: Ops> {
     metrics: ExecutorMetrics,
     memory_bytes: u64,
     pages: PageLayout,
+    /// The device by which profiles are found; without it none is looked for.
+    profiled_on: Option<DeviceKey>,
     resident: BTreeMap<Digest, Resident>,
     /// Output projections that resident blocks hold.
     outputs: Arc<Outputs<B>>,
@@ -261,6 +267,7 @@ impl<B: Ops> Hosting<B> {
             metrics,
             memory_bytes,
             pages,
+            profiled_on: None,
             resident: BTreeMap::new(),
             outputs: Arc::default(),
             adapters: BTreeMap::new(),
@@ -272,6 +279,13 @@ impl<B: Ops> Hosting<B> {
             adapter_places: Places::default(),
             failed: BTreeSet::new(),
         }
+    }
+
+    /// Has the profiles of a device read with the blocks that are loaded from now on.
+    #[must_use]
+    pub fn profiled_on(mut self, device: DeviceKey) -> Self {
+        self.profiled_on = Some(device);
+        self
     }
 
     /// Follows the plan until the registry is gone. The session's record always tells what is hosted.
@@ -409,6 +423,7 @@ impl<B: Ops> Hosting<B> {
             windows: Vec::new(),
             forms: Vec::new(),
             widths: Vec::new(),
+            costs: Vec::new(),
             begins_with_embed: from == 0,
             ends_with_head: to == chain.blocks.len(),
         };
@@ -430,6 +445,7 @@ impl<B: Ops> Hosting<B> {
             host.kv_shapes.push(resident.kv_shape);
             host.windows.push(resident.window);
             host.forms.push(resident.form);
+            host.costs.push(resident.costs.clone());
             block_weights.push(resident.weights);
         }
         host.widths.push(self.resident[&chain.blocks[to - 1]].joint.output_width);
@@ -444,7 +460,8 @@ impl<B: Ops> Hosting<B> {
             adapters.push((adapter.block_index - key.from, resident.index));
             adapter_bytes.push(resident.bytes);
         }
-        tracing::info!(chain = %key.chain.short(), from, to, "hosting a span");
+        let profiled_count = host.costs.iter().flatten().count();
+        tracing::info!(chain = %key.chain.short(), from, to, profiled_count, "hosting a span");
         Ok(HostedSpan {
             key: key.clone(),
             width: host.widths[0],
@@ -490,9 +507,10 @@ impl<B: Ops> Hosting<B> {
         let (kv_shape, window) = (loaded.kv_shape(self.pages), loaded.window());
         let next = self.forms.len() as u32;
         let form = *self.forms.entry(form).or_insert(next);
+        let costs = read_costs(&self.zoo, digest, self.profiled_on.as_ref()).await;
         let place = BlockIndex(self.block_places.take());
         let _ = self.commands.send(Command::Load(place, Box::new(loaded)));
-        self.resident.insert(digest, Resident { index: place, joint, weights, kv_shape, window, form, spans: BTreeSet::new() });
+        self.resident.insert(digest, Resident { index: place, joint, weights, kv_shape, window, form, costs, spans: BTreeSet::new() });
         Ok(())
     }
 
@@ -512,6 +530,19 @@ impl<B: Ops> Hosting<B> {
         let _ = self.commands.send(Command::LoadAdapter(place, Box::new(loaded)));
         self.adapters.insert(pair, ResidentAdapter { index: place, bytes, spans: BTreeSet::new() });
         Ok(())
+    }
+}
+
+/// What a block was profiled to cost on a device. It is a hint: without it what a batch costs is learned.
+async fn read_costs(zoo: &Zoo, block: Digest, device: Option<&DeviceKey>) -> Option<Arc<CostCurve>> {
+    match zoo.read_profile(block, device?).await {
+        Ok(profile) => Some(Arc::new(CostCurve::seeded(&profile.times()))),
+        Err(StoreError::Missing { .. }) => None,
+        Err(error) => {
+            let error = &error as &dyn std::error::Error;
+            tracing::warn!(block = %block, error, "leaving a block's profile out; what it costs is learned as it runs");
+            None
+        }
     }
 }
 

@@ -63,7 +63,7 @@ pub struct AloneLimits {
 }
 
 impl AloneLimits {
-    fn pages(&self) -> PageLayout {
+    pub(super) fn pages(&self) -> PageLayout {
         PageLayout { tokens: self.page_tokens, format: self.kv_format }
     }
 }

@@ -7,6 +7,7 @@
 mod output;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
 use std::time::Duration;
 
 use ashlar_wire::code::{Code, Retry};
@@ -26,7 +27,7 @@ use super::limits::Limits;
 use super::pages::{ClassIndex, HandleIndex, LineageIndex, PagePool, TokenHash};
 use super::planner::Chosen;
 use super::ready::{Entries, Entry, Ready};
-use super::segments::{Segment, SegmentIndex};
+use super::segments::{BlockIndex, Segment, SegmentIndex};
 use super::sequence::{Admit, Reason, Sequence, SpanIndex, Status};
 use super::slab::Sequences;
 pub use super::span::HostSpan;
@@ -69,6 +70,8 @@ pub struct Engine {
     pub(crate) clock: Clock,
     /// What each segment costs.
     pub(crate) costs: Vec<CostCurve>,
+    /// What blocks were profiled to cost, where they were: where curves of segments begin.
+    pub(crate) profiles: BTreeMap<BlockIndex, Arc<CostCurve>>,
     /// Pages of sequences that are gone or gave way while batches with rows of them were in flight.
     pub(crate) leaving: Vec<Leaving>,
     /// Pages that running sequences have left behind their windows in batches that are in flight.
@@ -117,6 +120,7 @@ impl Engine {
             in_flight: VecDeque::new(),
             clock: Clock::default(),
             costs: Vec::new(),
+            profiles: BTreeMap::new(),
             leaving: Vec::new(),
             behind: Vec::new(),
             pages_short: None,
@@ -214,7 +218,7 @@ impl Engine {
         let token_at = self.clock.now;
         let span = &mut self.spans[admit.span.0 as usize];
         span.sequence_count += 1;
-        let path = std::sync::Arc::clone(&span.path);
+        let path = Arc::clone(&span.path);
         let key = admit.key.clone();
         let id = self.sequences.add(|id| Sequence {
             id,

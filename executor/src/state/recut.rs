@@ -10,6 +10,7 @@ use ashlar_wire::code::{Code, Retry};
 
 use super::batch::{BatchId, SequenceId};
 use super::clock::InFlight;
+use super::cost::CostCurve;
 use super::engine::Engine;
 use super::lane::{Held, Lane, lanes, pages_most};
 use super::pages::{ClassIndex, HandleIndex, LineageIndex, StretchIndex};
@@ -29,6 +30,14 @@ impl Engine {
         assert!(!host.blocks.is_empty() && host.blocks.len() == host.lineages.len() && host.blocks.len() == host.kv_shapes.len());
         assert_eq!(host.forms.len(), host.blocks.len(), "a form for each block");
         assert_eq!(host.widths.len(), host.blocks.len() + 1, "a width on either side of each block");
+        assert_eq!(host.costs.len(), host.blocks.len(), "a profile, or none, for each block");
+        for (block, costs) in std::iter::zip(&host.blocks, &host.costs) {
+            // A place may have had another block.
+            match costs {
+                Some(costs) => drop(self.profiles.insert(*block, Arc::clone(costs))),
+                None => drop(self.profiles.remove(block)),
+            }
+        }
         assert!(host.windows.len() == host.blocks.len() && !host.windows.contains(&Some(0)), "a window has its own token in it");
         let mut attention = Vec::new();
         let mut pages: BTreeMap<ClassIndex, BTreeMap<u32, usize>> = BTreeMap::new();
@@ -389,7 +398,7 @@ impl Engine {
                 let place = unused.unwrap_or(self.segments.len());
                 // Other blocks, other costs.
                 self.costs.resize_with(self.costs.len().max(place + 1), Default::default);
-                self.costs[place] = Default::default();
+                self.costs[place] = CostCurve::in_turn(segment.blocks.iter().map(|block| self.profiles.get(block).map(|costs| &**costs)));
                 let crosses = |batch: &&mut InFlight| batch.parts.iter().any(|(segment, _)| segment.0 as usize == place);
                 self.in_flight.iter_mut().filter(crosses).for_each(|batch| batch.is_stale = true);
                 if place == self.segments.len() {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use ashlar_kernels::ops::KvShape;
 
 use super::batch::BatchId;
+use super::cost::CostCurve;
 use super::pages::{ClassIndex, LineageIndex};
 use super::segments::BlockIndex;
 use super::sequence::Path;
@@ -25,6 +26,8 @@ pub struct HostSpan {
     pub forms: Vec<u32>,
     /// Width of the hidden rows that each block takes, and at the end of those that the last one gives.
     pub widths: Vec<u32>,
+    /// For each block what it was profiled to cost on a device like this one, where it was: what a segment costs before it has run.
+    pub costs: Vec<Option<Arc<CostCurve>>>,
     /// Whether the first block is the embedding.
     pub begins_with_embed: bool,
     /// Whether the last block is the head.

@@ -10,6 +10,7 @@ mod fairness;
 mod flight;
 mod links;
 mod node;
+mod profiles;
 mod recut;
 mod regroup;
 mod serving;

@@ -250,6 +250,7 @@ mod tests {
             id: ExecutorId(name.to_owned()),
             address: "a:1".to_owned(),
             device: "test".to_owned(),
+            profiled_on: String::new(),
             numeric_class: "cpu".to_owned(),
             memory_bytes: 1,
             kv_bytes: 1,

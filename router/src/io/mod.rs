@@ -13,3 +13,4 @@ pub mod planner;
 pub mod rest;
 #[cfg(test)]
 mod testing;
+mod times;

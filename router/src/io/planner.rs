@@ -1,6 +1,7 @@
 //! The planner: one router, elected, keeps the plan in line with executors, catalog and policy. It writes by compare-and-swap on the
 //! plan it started from, so that a leader that was asleep cannot undo a newer plan.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,6 +13,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::catalog::{Catalog, CatalogView};
 use super::cluster::{Cluster, ClusterState};
+use super::times::Times;
 use crate::state::placement::{ExecutorOffer, Inventory, plan};
 
 /// How a planner works.
@@ -57,7 +59,8 @@ impl Planner {
         let election = Election::start(registry.clone(), key::LEADER, router.0.clone(), options.election_ttl);
         let leading = election.leading();
         let task = tokio::spawn(async move {
-            let mut office = Office { registry, cluster, catalog, options, leading };
+            let times = Times::new(catalog.zoo().clone());
+            let mut office = Office { registry, cluster, catalog, options, leading, times };
             while office.leading.wait_for(Option::is_some).await.is_ok() {
                 office.lead().await;
             }
@@ -81,6 +84,7 @@ struct Office {
     catalog: Arc<Catalog>,
     options: PlannerOptions,
     leading: tokio::sync::watch::Receiver<Option<ashlar_registry::Leadership>>,
+    times: Times,
 }
 
 impl Office {
@@ -122,8 +126,10 @@ impl Office {
         Plan { generation: seen, policy: self.options.policy, assignments, ..Plan::default() }
     }
 
-    async fn plan(&self, cluster: &ClusterState, catalog: &CatalogView) {
-        let planned = plan(&self.options.policy, &inventory(cluster, catalog), &self.previous(cluster));
+    async fn plan(&mut self, cluster: &ClusterState, catalog: &CatalogView) {
+        let (previous, mut inventory) = (self.previous(cluster), inventory(cluster, catalog));
+        self.times.read(&self.options.policy, &mut inventory, &previous).await;
+        let planned = plan(&self.options.policy, &inventory, &previous);
         if planned.plan == cluster.plan {
             return;
         }
@@ -156,16 +162,21 @@ fn tell_unplaced(plan: &Plan, cluster: &ClusterState, catalog: &CatalogView) {
     }
 }
 
-/// Executors that take work, and all chains. Departed executors count until they are given up.
+/// Executors that take work, and all chains, without times. Departed executors count until they are given up.
 fn inventory(cluster: &ClusterState, catalog: &CatalogView) -> Inventory {
     let working = cluster.executors.values().filter(|record| !record.draining);
     let offer = |record: &record::ExecutorRecord| {
-        let offer = ExecutorOffer { memory_bytes: record.memory_bytes, numeric_class: record.numeric_class.clone() };
+        let offer = ExecutorOffer {
+            memory_bytes: record.memory_bytes,
+            numeric_class: record.numeric_class.clone(),
+            profiled_on: record.profiled_on.clone(),
+        };
         (record.id.clone(), offer)
     };
     Inventory {
         executors: working.map(offer).collect(),
         chains: catalog.chains.iter().map(|(digest, entry)| (*digest, entry.sized.clone())).collect(),
+        times: BTreeMap::new(),
     }
 }
 

@@ -25,8 +25,13 @@ pub(super) fn chain(blocks: Vec<Digest>) -> Chain {
 
 /// A chain of two layers whose descriptors are in the zoo; blocks are distinct by seed, of 4,000 bytes each.
 pub(super) async fn stored_chain(zoo: &Zoo, seed: u8) -> Chain {
+    stored_chain_of(zoo, seed, "EAFAFH").await
+}
+
+/// The same of blocks by the first letters of their kinds.
+pub(super) async fn stored_chain_of(zoo: &Zoo, seed: u8, kinds: &str) -> Chain {
     let mut blocks = Vec::new();
-    for (index, kind) in (0..).zip("EAFAFH".chars()) {
+    for (index, kind) in (0..).zip(kinds.chars()) {
         blocks.push(zoo.put_block(&block(kind, 16 * u32::from(seed) + index)).await.unwrap().0);
     }
     chain(blocks)

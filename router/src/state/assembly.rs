@@ -200,6 +200,7 @@ mod tests {
             id: ExecutorId(name.to_owned()),
             address: format!("{name}:1"),
             device: "test".to_owned(),
+            profiled_on: String::new(),
             numeric_class: class.to_owned(),
             memory_bytes: 0,
             kv_bytes: 0,

@@ -1,5 +1,6 @@
 //! Placement: which executor should hold which blocks. [`plan`] is a pure function of (policy, inventory, previous plan). It keeps
-//! what stands, puts chains that share blocks together, and cuts a chain only where it must. It does not know load or models' names.
+//! what stands, puts chains that share blocks together, and cuts a chain only where it must. It does not know load or models' names. Of time it
+//! knows what blocks were profiled to take, and uses it for one thing: where a chain is cut into spans of equal size.
 //!
 //! Rules, in this order: memory is never exceeded; what the previous plan placed stays while it is valid; every chain is placed once
 //! before any is replicated; a chain stays whole where it fits; an executor where it adds the fewest bytes is best. An executor
@@ -27,6 +28,8 @@ pub struct ExecutorOffer {
     pub memory_bytes: u64,
     /// Executors of one class give the same bits.
     pub numeric_class: String,
+    /// The kind of device by which blocks are profiled; empty: unknown.
+    pub profiled_on: String,
 }
 
 /// A block of a chain and what it takes in memory.
@@ -77,6 +80,8 @@ pub struct Inventory {
     pub executors: BTreeMap<ExecutorId, ExecutorOffer>,
     /// Chains that some name points to.
     pub chains: BTreeMap<ChainDigest, SizedChain>,
+    /// Of chains all of whose blocks were profiled on a kind of device: nanoseconds of each block there, for a batch of one size.
+    pub times: BTreeMap<ChainDigest, BTreeMap<String, Vec<u64>>>,
 }
 
 /// A plan, and why it is as it is: one line for each thing that changed or is missing.

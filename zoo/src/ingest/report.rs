@@ -105,6 +105,8 @@ pub enum Stage {
     Quantise,
     /// Making blocks of fewer columns or heads.
     Cut,
+    /// Measuring what blocks cost.
+    Profile,
 }
 
 /// Hears how far long work has come.

@@ -9,6 +9,10 @@ use super::{Object, StoreError, Zoo, key};
 use crate::blocking::blocking;
 use crate::gc::is_young;
 
+/// Where writes are staged beside their targets.
+const FOLDERS: [&str; 12] =
+    ["tensors", "bases", "blocks", "adapters", "chains", "assets", "sketches", "measures", "profiles", "equivalences", "scratch", "models"];
+
 impl Zoo {
     /// Deletes an object unless it was renewed meanwhile. Returns whether it did.
     pub(crate) async fn delete_if_old(&self, object: &Object, grace: Duration) -> Result<bool, StoreError> {
@@ -32,11 +36,7 @@ impl Zoo {
         let Some(root) = self.inner.root.clone() else { return Ok((0, 0)) };
         let swept = blocking(move || {
             let (mut count, mut bytes) = (0, 0);
-            let mut folders: Vec<PathBuf> =
-                ["tensors", "bases", "blocks", "adapters", "chains", "assets", "sketches", "measures", "equivalences", "scratch", "models"]
-                    .iter()
-                    .map(|folder| root.join(folder))
-                    .collect();
+            let mut folders: Vec<PathBuf> = FOLDERS.iter().map(|folder| root.join(folder)).collect();
             // Two levels: shelves of tensors and tenants' folders.
             for depth in 0..2 {
                 for folder in std::mem::take(&mut folders) {

@@ -4,6 +4,7 @@ use std::fmt;
 
 use crate::digest::Digest;
 use crate::model_id::ModelId;
+use crate::profiles::DeviceKey;
 
 /// An object of the zoo, for messages.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -54,6 +55,13 @@ pub enum Object {
         /// The record.
         record: Digest,
     },
+    /// What a block was measured to cost on a device.
+    Profile {
+        /// The block.
+        block: Digest,
+        /// The device.
+        device: DeviceKey,
+    },
     /// A record of measured equivalence.
     Equivalence(Digest),
     /// What a tenant adds that does not see that it is there already: written, and deleted.
@@ -78,6 +86,7 @@ impl fmt::Display for Object {
             Self::Asset(digest) => write!(f, "asset {digest}"),
             Self::Sketch(chain) => write!(f, "sketch of chain {chain}"),
             Self::Measure { chain, record } => write!(f, "measure {record} of chain {chain}"),
+            Self::Profile { block, device } => write!(f, "profile of block {block} on {device}"),
             Self::Equivalence(digest) => write!(f, "equivalence {digest}"),
             Self::Scratch(tensor) => write!(f, "scratch of tensor {tensor}"),
             Self::Domains => f.write_str("domains.json"),

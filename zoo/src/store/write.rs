@@ -341,8 +341,8 @@ impl Zoo {
         Ok(if present { Put::Present } else { Put::New })
     }
 
-    /// Writes an object that never changes, so that it may be written twice.
-    async fn write(&self, object: &Object, parts: Vec<Bytes>) -> Result<(), StoreError> {
+    /// Writes an object that never changes, or is one of a kind, whole: so it may be written twice.
+    pub(super) async fn write(&self, object: &Object, parts: Vec<Bytes>) -> Result<(), StoreError> {
         let len: usize = parts.iter().map(Bytes::len).sum();
         let key = key(object);
         let written = self.retried(|| async {

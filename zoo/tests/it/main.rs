@@ -31,6 +31,7 @@ mod listing;
 mod loading;
 mod loads;
 mod measures;
+mod profiles;
 mod quantise;
 mod racing;
 mod relatives;

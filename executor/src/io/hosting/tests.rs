@@ -9,8 +9,11 @@ use ashlar_kernels::cpu::{Cpu, CpuOptions};
 use ashlar_kernels::ops::KvFormat;
 use ashlar_zoo::ingest::{AddOptions, Silent, add};
 use ashlar_zoo::model_id::ModelId;
+use ashlar_zoo::profiles::{Point, Profile};
 
 use super::*;
+use crate::state::engine::Engine;
+use crate::state::limits::Limits;
 
 const PAGES: PageLayout = PageLayout { tokens: 16, format: KvFormat::F32 };
 
@@ -225,4 +228,54 @@ async fn an_adapter_that_does_not_fit_its_block_is_refused_by_chain_block_and_ro
         assert!(said.contains(&named), "{said}: {named}");
     }
     assert_eq!((host.used(), host.adapters.len()), (0, 0));
+}
+
+/// What a block is said to cost on a device: so many microseconds, whatever the rows.
+fn profile(block: Digest, device: &DeviceKey, micros: f64) -> Profile {
+    Profile {
+        block,
+        device: device.clone(),
+        points: vec![Point { rows: 1, micros, runs: 7 }, Point { rows: 256, micros, runs: 7 }],
+        context_tokens: 256,
+        sequences_max: 32,
+        kv_format: KvFormat::F32,
+        version: "0.1.0".to_owned(),
+        created_ms: 1,
+    }
+}
+
+#[tokio::test]
+async fn profiles_of_this_device_come_with_the_blocks_and_a_damaged_one_is_left_out() {
+    let [here, elsewhere] = ["here", "elsewhere"].map(|processor| DeviceKey::new(processor, "cpu"));
+    let mut host = Host::new(&["base"], 1 << 30).await;
+    let zoo = host.hosting.zoo.clone();
+    let blocks = zoo.read_chain(host.chains[0]).await.unwrap().blocks;
+    for (at, block) in blocks.iter().enumerate() {
+        zoo.put_profile(&profile(*block, &here, 10.0 + at as f64)).await.unwrap();
+    }
+    let predicted = |hosted: HostedSpan| {
+        let mut engine = Engine::new(Limits::default());
+        engine.handle_host(hosted.host);
+        engine.costs[0].predict(64)
+    };
+    let mut costs = async |device: Option<&DeviceKey>| {
+        host.hosting.profiled_on = device.cloned();
+        let key = host.load(0, 0, 0).await.unwrap();
+        let hosted = host.hosting.load_span(&key).await.unwrap();
+        host.evict(&key);
+        hosted
+    };
+    let hosted = costs(Some(&here)).await;
+    assert_eq!(hosted.host.costs.iter().flatten().count(), blocks.len());
+    let sum: f64 = (0..blocks.len()).map(|at| 10.0 + at as f64).sum();
+    assert!(predicted(hosted).is_some_and(|micros| (micros - sum).abs() < 1e-6), "before anything has run");
+    for none in [None, Some(&elsewhere)] {
+        let hosted = costs(none).await;
+        assert_eq!((hosted.host.costs.iter().flatten().count(), predicted(hosted)), (0, None));
+    }
+    let file = zoo.place().to_owned() + &format!("/profiles/{}/{here}.json", blocks[3]);
+    std::fs::write(file, "no profile").unwrap();
+    let hosted = costs(Some(&here)).await;
+    assert!(hosted.host.costs[3].is_none() && hosted.host.costs.iter().flatten().count() == blocks.len() - 1);
+    assert_eq!(predicted(hosted), None, "it is learned");
 }

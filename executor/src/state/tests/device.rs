@@ -180,6 +180,7 @@ pub(super) fn host_with(blocks: &[u32], adapters: &[(u32, u64)], from: usize, to
         windows: blocks[from..to].iter().map(|block| window(*block)).collect(),
         forms: blocks[from..to].to_vec(),
         widths: vec![4; to - from + 1],
+        costs: vec![None; to - from],
         begins_with_embed: from == 0,
         ends_with_head: to == blocks.len(),
     }

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::Duration;
 
 use ashlar_wire::id::{RouterId, SequenceKey};
@@ -9,6 +10,7 @@ use ashlar_wire::id::{RouterId, SequenceKey};
 use super::device::{ModelDevice, PAGE, SHAPE, host_with};
 use crate::state::Now;
 use crate::state::batch::{Batch, RowInput, Rows, SampledToken, SequenceId, Strand};
+use crate::state::cost::CostCurve;
 use crate::state::engine::{Engine, Output};
 use crate::state::limits::Limits;
 use crate::state::sequence::{Admit, Reason, SpanIndex};
@@ -63,6 +65,8 @@ pub(super) struct Node {
     pub(super) in_flight_most: usize,
     /// Forms of blocks that are hosted from now on: where they are equal, segments may run abreast. Each its own, unless set.
     pub(super) forms: fn(u32) -> u32,
+    /// What blocks that are hosted from now on were profiled to cost.
+    pub(super) profiled: Option<fn(u32) -> CostCurve>,
     /// Most strands of a batch.
     pub(super) strands_most: usize,
     /// Each batch planned: its blocks, and rows by sequence.
@@ -114,6 +118,7 @@ impl Node {
             models_met_max: 0,
             in_flight_most: 0,
             forms: |block| block,
+            profiled: None,
             strands_most: 0,
             pictures: Vec::new(),
             crossed: BTreeMap::new(),
@@ -139,7 +144,8 @@ impl Node {
     /// The same for a part of a chain.
     pub(super) fn host_part(&mut self, blocks: &[u32], adapters: &[(u32, u64)], part: Range<usize>) -> SpanIndex {
         let forms = blocks[part.clone()].iter().map(|block| (self.forms)(*block)).collect();
-        let span = self.engine.handle_host(HostSpan { forms, ..host_with(blocks, adapters, part.start, part.end) });
+        let costs = blocks[part.clone()].iter().map(|block| self.profiled.map(|profiled| Arc::new(profiled(*block)))).collect();
+        let span = self.engine.handle_host(HostSpan { forms, costs, ..host_with(blocks, adapters, part.start, part.end) });
         let within = adapters.iter().filter(|(place, _)| part.contains(&(*place as usize)));
         self.device.adapters.extend(within.map(|(place, adapter)| ((span, place - part.start as u32), *adapter)));
         self.engine.check_integrity().expect("integrity after a re-cut");

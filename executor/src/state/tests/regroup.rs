@@ -12,11 +12,11 @@ use crate::state::limits::Limits;
 use crate::state::sequence::SpanIndex;
 
 /// Blocks from here on say how many layers they stand for, in their last two digits.
-const LAYERS_FROM: u32 = 10_000;
+pub(super) const LAYERS_FROM: u32 = 10_000;
 const HEAD: u32 = 90_008;
 
 /// A chain for each of `models` that share so many of 30 layers, and the head of eight layers' bytes if `head`.
-fn descendants(models: u32, shared: u32, head: bool) -> Vec<Vec<u32>> {
+pub(super) fn descendants(models: u32, shared: u32, head: bool) -> Vec<Vec<u32>> {
     let chain = |m: u32| {
         let trunk = if shared > 0 { vec![2000, 1, LAYERS_FROM + shared] } else { vec![2000 + 10 * m, 1 + m] };
         let own = [100 + m, 20_000 + 100 * m + (30 - shared), if head { HEAD } else { HEAD + 100 * m }];
@@ -35,18 +35,18 @@ fn all_layers(batch: &Batch, layer: impl Fn(u64) -> u64) -> u64 {
 }
 
 /// A layer reads its weights in 80 us and takes 8 us for each row; a batch takes 30 us, whatever it does.
-fn smollm2_us(batch: &Batch) -> u64 {
+pub(super) fn smollm2_us(batch: &Batch) -> u64 {
     30 + all_layers(batch, |rows| 80 + 8 * rows)
 }
 
 /// A layer takes 5 us, and one for each row.
-fn small_us(batch: &Batch) -> u64 {
+pub(super) fn small_us(batch: &Batch) -> u64 {
     30 + all_layers(batch, |rows| 5 + rows)
 }
 
 /// What a closed loop came to.
-struct Outcome {
-    tokens_s: f64,
+pub(super) struct Outcome {
+    pub(super) tokens_s: f64,
     /// Rows of a batch through the shared start, the tops and the head, on average.
     rows: [f64; 3],
     /// Time to the first token at the 95th percentile.
@@ -54,7 +54,7 @@ struct Outcome {
 }
 
 /// So many streams for each chain, and so many requests of each stream.
-fn closed_loop(chains: &[Vec<u32>], node: Node, streams: u64, requests: u64, prompt: u32, tokens: u64) -> Outcome {
+pub(super) fn closed_loop(chains: &[Vec<u32>], node: Node, streams: u64, requests: u64, prompt: u32, tokens: u64) -> Outcome {
     let mut node = node;
     let spans: Vec<SpanIndex> = chains.iter().map(|blocks| node.host(blocks, &[])).collect();
     let (clients, mut sent) = (streams * chains.len() as u64, Vec::new());
@@ -88,7 +88,7 @@ fn closed_loop(chains: &[Vec<u32>], node: Node, streams: u64, requests: u64, pro
     Outcome { tokens_s: total as f64 * 1e6 / node.now_us as f64, rows, first_us }
 }
 
-fn node(regroup_wait_ms: u32, batches_in_flight_max: u32, cost_us: fn(&Batch) -> u64) -> Node {
+pub(super) fn node(regroup_wait_ms: u32, batches_in_flight_max: u32, cost_us: fn(&Batch) -> u64) -> Node {
     let limits = Limits { sequences_max: 32, prefix_cache: false, regroup_wait_ms, batches_in_flight_max, ..limits(20_000, 256, 256) };
     let mut node = Node::new(limits);
     (node.cost_us, node.between_us) = (Some(cost_us), 30);

@@ -133,6 +133,7 @@ impl Stage {
                 id: executor_id(index),
                 address: format!("127.0.0.1:{index}"),
                 device: "scripted".to_owned(),
+                profiled_on: String::new(),
                 numeric_class: "cpu-v1".to_owned(),
                 memory_bytes: 0,
                 kv_bytes: 0,

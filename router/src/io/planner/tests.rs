@@ -3,12 +3,13 @@
 use ashlar_registry::embedded::Embedded;
 use ashlar_registry::record::ExecutorRecord;
 use ashlar_wire::id::ExecutorId;
-use ashlar_zoo::manifest::ModelName;
+use ashlar_zoo::manifest::{Chain, ModelName};
 use ashlar_zoo::store::Zoo;
+use serde_json::json;
 
 use super::*;
 use crate::io::cluster::ClusterOptions;
-use crate::io::testing::stored_chain;
+use crate::io::testing::{stored_chain, stored_chain_of};
 
 struct World {
     registry: Arc<dyn Registry>,
@@ -30,18 +31,25 @@ impl World {
     }
 
     fn planner(&self, router: &str) -> Planner {
+        self.planner_of(router, PlanPolicy::default())
+    }
+
+    fn planner_of(&self, router: &str, policy: PlanPolicy) -> Planner {
         let options = PlannerOptions {
+            policy,
             election_ttl: Duration::from_secs(2),
             settle: Duration::from_millis(20),
             return_wait: Duration::from_millis(300),
-            ..PlannerOptions::default()
         };
         Planner::start(self.registry.clone(), self.cluster.clone(), self.catalog.clone(), &RouterId(router.to_owned()), options)
     }
 
     /// A model of two layers; blocks are distinct by seed, of 4,000 bytes each.
     async fn name_model(&self, name: &str, seed: u8) -> ashlar_registry::ChainDigest {
-        let chain = stored_chain(&self.zoo, seed).await;
+        self.name_chain(name, stored_chain(&self.zoo, seed).await).await
+    }
+
+    async fn name_chain(&self, name: &str, chain: Chain) -> ashlar_registry::ChainDigest {
         let chain = self.zoo.put_chain(&chain).await.unwrap().0;
         let model = ModelName { chain, created_ms: 5000, parent: Some("public/root".to_owned()), history: vec![], loaded: false };
         self.zoo.set_model(&name.parse().unwrap(), None, &model).await.unwrap();
@@ -53,6 +61,7 @@ impl World {
             id: ExecutorId(name.to_owned()),
             address: "a:1".to_owned(),
             device: "test".to_owned(),
+            profiled_on: "test-cpu".to_owned(),
             numeric_class: "cpu".to_owned(),
             memory_bytes,
             kv_bytes: 0,
@@ -160,4 +169,35 @@ async fn ancestors_are_named_while_they_are_there() {
     assert_eq!(named().await, (root.clone(), root));
     world.zoo.remove_model(&"public/root".parse().unwrap()).await.unwrap();
     assert_eq!(named().await, (None, None));
+}
+
+#[tokio::test]
+async fn chains_are_cut_where_their_time_is_halved_if_all_blocks_were_profiled() {
+    let world = World::new().await;
+    // Three layers; the last block takes the longest.
+    let named = async |name: &str, seed: u8| {
+        let chain = stored_chain_of(&world.zoo, seed, "EAFAFAFH").await;
+        (chain.blocks.clone(), world.name_chain(name, chain).await)
+    };
+    let ((blocks, known), (mut others, unknown)) = (named("public/known", 1).await, named("public/unknown", 11).await);
+    // Of the other one a block is missing, and one is no profile.
+    others.pop();
+    for (block, micros) in std::iter::zip([blocks, others.clone()].concat(), [1, 1, 1, 9, 1, 1, 1, 20].into_iter().cycle()) {
+        let profile = json!({
+            "block": block, "device": "test-cpu", "kv_format": "f32", "version": "0.1.0", "created_ms": 1, "context_tokens": 256,
+            "sequences_max": 32, "points": [{"rows": 1, "micros": micros, "runs": 7}, {"rows": 64, "micros": micros, "runs": 7}],
+        });
+        world.zoo.put_profile(&serde_json::from_value(profile).unwrap()).await.unwrap();
+    }
+    std::fs::write(world._directory.path().join(format!("profiles/{}/test-cpu.json", others[2])), "no profile").unwrap();
+    world.catalog.refresh().await.unwrap();
+    for executor in ["exe_a", "exe_b"] {
+        world.join(executor, 100_000).await;
+    }
+    world.cluster.subscribe().wait_for(|state| state.executors.len() == 2).await.unwrap();
+    let planner = world.planner_of("rtr_1", PlanPolicy { spans_per_chain: 2, replicas: 1 });
+    let plan = world.plan_where(|plan| holder_names(plan, known).len() == 2 && holder_names(plan, unknown).len() == 2).await;
+    let cut = |chain| plan.assignments.values().flatten().filter(|span| span.chain == chain).map(|span| span.from).max();
+    assert_eq!((cut(known), cut(unknown)), (Some(5), Some(3)), "by time, and by bytes");
+    planner.resign().await.unwrap();
 }

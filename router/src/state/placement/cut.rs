@@ -1,9 +1,9 @@
-//! Where a chain is cut: into spans of about equal size where the policy asks for several, else as far as each executor reaches.
+//! Where a chain is cut: into spans of about equal time or bytes where the policy asks for several, else as far as each executor reaches.
 
 use ashlar_wire::id::ExecutorId;
 
+use super::SizedChain;
 use super::ledger::Ledger;
-use super::{SizedBlock, SizedChain};
 
 /// A chain's spans in order: `[from, to)` each, without gaps.
 pub(super) type Pattern = Vec<(u32, u32)>;
@@ -13,10 +13,11 @@ pub(super) fn spans_max(chain: &SizedChain) -> u32 {
     u32::try_from(chain.borders.len()).expect("chains are short") + 1
 }
 
-/// `count` spans whose sizes are as equal as the borders allow.
-pub(super) fn evenly(chain: &SizedChain, count: u32) -> Pattern {
+/// `count` spans that are as equal as the borders allow, by the weight of each block: its time or its bytes.
+pub(super) fn evenly(chain: &SizedChain, count: u32, weights: &[u128]) -> Pattern {
+    assert_eq!(weights.len(), chain.blocks.len(), "a weight for each block");
     assert!(count >= 1 && count <= spans_max(chain), "the caller bounds the count");
-    let sum = |from: u32, to: u32| chain.span(from, to).iter().map(SizedBlock::all_bytes).sum::<u128>();
+    let sum = |from: u32, to: u32| weights[from as usize..to as usize].iter().sum::<u128>();
     let whole = sum(0, chain.len());
     let mut cuts = vec![0];
     for index in 1..count {

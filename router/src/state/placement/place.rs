@@ -2,7 +2,7 @@
 //! changes nothing. That fixed point is what makes planning idempotent.
 
 use std::cmp::Reverse;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use ashlar_registry::ChainDigest;
 use ashlar_registry::record::{PlanPolicy, SpanAssignment};
@@ -128,14 +128,29 @@ impl Placing<'_> {
         })
     }
 
-    /// In `count` spans of about equal size, in the first class that has room.
+    /// In `count` spans of about equal time or bytes, in the first class that has room.
     fn in_spans(&self, ledger: &Ledger, count: u32) -> Option<Ledger> {
-        let spans = cut::evenly(self.chain, count);
         classes(ledger).into_iter().find_map(|class| {
+            let spans = cut::evenly(self.chain, count, &self.weights(&class));
             let mut trial = ledger.clone();
             let placed = spans.iter().all(|span| self.put_best_of(&mut trial, *span, Some(&class)));
             placed.then_some(trial)
         })
+    }
+
+    /// What the blocks count where the chain is cut evenly: their times, if all executors of the class are of one kind of device and all blocks were
+    /// profiled on it, for then spans that take equally long keep all executors busy; else their bytes.
+    fn weights(&self, class: &str) -> Vec<u128> {
+        let of_class = self.inventory.executors.values().filter(|offer| offer.numeric_class == class);
+        let devices: BTreeSet<&String> = of_class.map(|offer| &offer.profiled_on).collect();
+        let times = match devices.first() {
+            Some(device) if devices.len() == 1 => self.inventory.times.get(&self.digest).and_then(|times| times.get(*device)),
+            _ => None,
+        };
+        match times.filter(|times| times.len() == self.chain.blocks.len()) {
+            Some(times) => times.iter().map(|nanos| u128::from(*nanos)).collect(),
+            None => self.chain.blocks.iter().map(SizedBlock::all_bytes).collect(),
+        }
     }
 
     /// In as few spans as the executors' sizes allow, in the class that needs the fewest.

@@ -19,6 +19,11 @@ fn chain(blocks: &[(String, u64)]) -> SizedChain {
     SizedChain { blocks: blocks.iter().map(sized).collect(), borders }
 }
 
+/// An executor whose device is known by its class.
+fn offer(memory_bytes: u64, class: &str) -> ExecutorOffer {
+    ExecutorOffer { memory_bytes, numeric_class: class.to_owned(), profiled_on: format!("{class}-device") }
+}
+
 fn digest(name: &str) -> ChainDigest {
     ChainDigest(Digest::of(name.as_bytes()).0)
 }
@@ -35,7 +40,7 @@ fn play(story: &str) -> String {
         let words: Vec<&str> = line.split_whitespace().collect();
         match words.as_slice() {
             ["executor", name, bytes, class] => {
-                let offer = ExecutorOffer { memory_bytes: bytes.parse().unwrap(), numeric_class: (*class).to_owned() };
+                let offer = offer(bytes.parse().unwrap(), class);
                 inventory.executors.insert(ExecutorId((*name).to_owned()), offer);
             }
             ["lose", name] => drop(inventory.executors.remove(&ExecutorId((*name).to_owned())).expect("it is there")),
@@ -149,10 +154,12 @@ fn inventories() -> impl Strategy<Value = Inventory> {
     let executor = (1u64..400, 0u8..2);
     let block = (0u8..4, 1u64..12);
     let chains = prop::collection::vec(prop::collection::vec(block, 1..9), 0..6);
-    (prop::collection::vec(executor, 0..6), chains).prop_map(|(executors, chains)| {
+    // Of some chains times on the devices of some classes, as long as the longest chain.
+    let times = prop::collection::vec((0usize..6, 0u8..2, prop::collection::vec(0u64..1000, 18)), 0..8);
+    (prop::collection::vec(executor, 0..6), chains, times).prop_map(|(executors, chains, times)| {
         let mut inventory = Inventory::default();
         for (index, (memory_bytes, class)) in executors.into_iter().enumerate() {
-            let offer = ExecutorOffer { memory_bytes, numeric_class: format!("class-{class}") };
+            let offer = offer(memory_bytes, &format!("class-{class}"));
             inventory.executors.insert(ExecutorId(format!("exe_{index}")), offer);
         }
         for (index, layers) in chains.into_iter().enumerate() {
@@ -164,6 +171,11 @@ fn inventories() -> impl Strategy<Value = Inventory> {
             }
             blocks.push(("head".to_owned(), 10));
             inventory.chains.insert(digest(&index.to_string()), chain(&blocks));
+        }
+        for (index, class, mut times) in times {
+            let chain = digest(&index.to_string());
+            times.truncate(inventory.chains.get(&chain).map_or(0, |chain| chain.blocks.len()));
+            inventory.times.entry(chain).or_default().insert(format!("class-{class}-device"), times);
         }
         inventory
     })
@@ -193,12 +205,43 @@ proptest! {
         check(&policies.1, &two, &plan(&policies.1, &two, &first).plan);
     }
 
+    /// Cut by time, the longest span takes no longer than where the same chain is cut by bytes, but for what one layer takes: a cut falls on the border
+    /// that is nearest to an equal share.
+    #[test]
+    fn spans_take_equally_long_where_all_blocks_were_profiled(layers in prop::collection::vec((1u64..100, 1u64..1000), 2..20), count in 2u32..5) {
+        let mut blocks = vec![("embed".to_owned(), 10)];
+        blocks.extend(layers.iter().enumerate().flat_map(|(layer, (bytes, _))| ["a", "f"].map(|kind| (format!("{kind}{layer}"), *bytes))));
+        blocks.push(("head".to_owned(), 10));
+        let mut inventory = Inventory::default();
+        inventory.executors.extend((0..count).map(|i| (ExecutorId(format!("exe_{i}")), offer(100_000, "cpu"))));
+        inventory.chains.insert(digest("one"), chain(&blocks));
+        let policy = PlanPolicy { spans_per_chain: count, replicas: 1 };
+        let times: Vec<u64> = [5].into_iter().chain(layers.iter().flat_map(|(_, nanos)| [*nanos; 2])).chain([5]).collect();
+        let longest = |inventory: &Inventory| {
+            let planned = plan(&policy, inventory, &Plan::default()).plan;
+            check(&policy, inventory, &planned);
+            let spans = planned.assignments.values().flatten();
+            spans.map(|span| times[span.from as usize..span.to as usize].iter().sum::<u64>()).max().unwrap()
+        };
+        let by_bytes = longest(&inventory);
+        // Times on another kind of device say nothing.
+        inventory.times.entry(digest("one")).or_default().insert("elsewhere".to_owned(), times.clone());
+        prop_assert_eq!(longest(&inventory), by_bytes);
+        inventory.times.entry(digest("one")).or_default().insert("cpu-device".to_owned(), times.clone());
+        let by_time = longest(&inventory);
+        let layer = 2 * layers.iter().map(|(_, nanos)| *nanos).max().unwrap() + 5;
+        prop_assert!(by_time <= by_bytes + layer, "{} by time, {} by bytes", by_time, by_bytes);
+        let whole: u64 = times.iter().sum();
+        let spans = u64::from(count).min(layers.len() as u64);
+        prop_assert!(spans < u64::from(count) || by_time <= whole / spans + 2 * layer, "{} of {} in {}", by_time, whole, spans);
+    }
+
     #[test]
     fn executor_that_joins_moves_nothing(inventory in inventories(), memory_bytes in 1u64..400, replicas in 1u32..4) {
         let policy = PlanPolicy { spans_per_chain: 1, replicas };
         let before = plan(&policy, &inventory, &Plan::default()).plan;
         let mut more = inventory.clone();
-        more.executors.insert(ExecutorId("exe_new".to_owned()), ExecutorOffer { memory_bytes, numeric_class: "class-0".to_owned() });
+        more.executors.insert(ExecutorId("exe_new".to_owned()), offer(memory_bytes, "class-0"));
         let after = plan(&policy, &more, &before).plan;
         check(&policy, &more, &after);
         if before.unplaced.is_empty() {
@@ -226,7 +269,7 @@ proptest! {
     fn chains_of_one_family_share_an_executor(count in 1usize..6) {
         let mut inventory = Inventory::default();
         for executor in 0..3 {
-            let offer = ExecutorOffer { memory_bytes: 1000, numeric_class: "cpu".to_owned() };
+            let offer = offer(1000, "cpu");
             inventory.executors.insert(ExecutorId(format!("exe_{executor}")), offer);
         }
         for tune in 0..count {
@@ -239,4 +282,28 @@ proptest! {
         let spans = planned.assignments.values().next().unwrap();
         prop_assert_eq!(used_bytes(&inventory, spans), 140 + 20 * count as u64);
     }
+}
+
+/// Four layers of equal bytes, of which the first takes as long as the others together.
+#[test]
+fn a_chain_is_cut_in_the_middle_of_its_time_and_stays_so() {
+    let mut inventory = Inventory::default();
+    inventory.executors.extend(["exe_a", "exe_b"].map(|name| (ExecutorId(name.to_owned()), offer(1000, "cpu"))));
+    let blocks: Vec<(String, u64)> = (0..10).map(|block| (format!("block-{block}"), 10)).collect();
+    inventory.chains.insert(digest("one"), chain(&blocks));
+    let policy = PlanPolicy { spans_per_chain: 2, replicas: 1 };
+    let spans = |plan: &Plan| {
+        let mut spans: Vec<_> = plan.assignments.values().flatten().map(|span| (span.from, span.to)).collect();
+        spans.sort_unstable();
+        spans
+    };
+    let by_bytes = plan(&policy, &inventory, &Plan::default()).plan;
+    assert_eq!(spans(&by_bytes), [(0, 5), (5, 10)]);
+    inventory.times.insert(digest("one"), [("cpu-device".to_owned(), vec![1, 30, 30, 10, 10, 10, 10, 10, 10, 1])].into());
+    assert_eq!(spans(&plan(&policy, &inventory, &Plan::default()).plan), [(0, 3), (3, 10)]);
+    // What stands is not moved by a profile that comes later.
+    assert_eq!(plan(&policy, &inventory, &by_bytes).plan, by_bytes);
+    // Two kinds of devices in one class: no time is that of both.
+    inventory.executors.get_mut(&ExecutorId("exe_b".to_owned())).unwrap().profiled_on = "other".to_owned();
+    assert_eq!(spans(&plan(&policy, &inventory, &Plan::default()).plan), [(0, 5), (5, 10)]);
 }

@@ -49,6 +49,7 @@ async fn world() -> World {
         id: ExecutorId("exe_a".to_owned()),
         address: "127.0.0.1:1".to_owned(),
         device: "obedient".to_owned(),
+        profiled_on: String::new(),
         numeric_class: "cpu-v1".to_owned(),
         memory_bytes: 1 << 30,
         kv_bytes: 0,
