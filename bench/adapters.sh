@@ -42,10 +42,8 @@ find_ashlar
 rm -rf "$results"
 mkdir -p "$results/$model" "$weights"
 : >"$results/peers.tsv"
-# llama.cpp's tools read the file that shapes come from.
-install_peers "$results" llama
-[ -n "${version_of[llama]:-}" ] || die "needs llama.cpp's tools to make the adapters"
-: >"$results/peers.tsv"
+# Reads the file that shapes come from.
+python=$(bench/peers/gguf.sh)
 if [[ " $variants " == *" vllm "* ]]; then install_peers "$results" vllm; fi
 
 # make_adapters SET: their folders, and the zoo of the base with them; sets `adapters`, `zoo` and `adapters_hash`.
@@ -56,7 +54,7 @@ make_adapters() {
   if [ "$(cat "$adapters/recipe.txt" 2>/dev/null)" != "$recipe" ]; then
     say "making adapters ($1)"
     rm -rf "$adapters" "$adapters.partial" "$zoo"
-    "${PEERS:-$ROOT/target/peers}/llama/bin/python" bench/peers/make_adapters.py "$source" "$adapters.partial" "${1#*x}" "${1%x*}" >"$weights/adapters-$1.txt"
+    "$python" bench/peers/make_adapters.py "$source" "$adapters.partial" "${1#*x}" "${1%x*}" >"$weights/adapters-$1.txt"
     echo "$recipe" >"$adapters.partial/recipe.txt"
     mv "$adapters.partial" "$adapters"
   fi

@@ -80,7 +80,7 @@ fn sketch(model: u64, base: u64, by: f32) -> Sketch {
     let samples = |_: usize, _: &str| {
         let values: [u16; SAMPLE_COUNT] = std::array::from_fn(|_| {
             at += 1;
-            let value = normal(base * 1_000_003 + at) + by * normal((BASES + model) * 1_000_003 + at);
+            let value = normal(base * 1_000_003 + at) + by * normal((BASES + model).wrapping_mul(1_000_003).wrapping_add(at));
             bf16::from_f32(0.05 * value).to_bits()
         });
         Ok::<_, Infallible>(Samples(values))
