@@ -117,6 +117,10 @@ async fn quantising_leaves_the_map_and_neither_export_nor_adapters_take_it() {
     let options = AddOptions { parent: Some("demo/both".parse().unwrap()), ..AddOptions::new("demo/lora".parse().unwrap()) };
     let refused = format!("{:?}", add(&fixture.zoo, &lora, &options, &Silent).await.unwrap_err());
     assert!(refused.contains("llama+llama"), "{refused}");
+    // Nor is it taken for what an adapter asks for by half a name, though its source ends in that.
+    Peft::over("org/wide").lora("model.layers.0.self_attn.q_proj", (WIDE, WIDE), 4, 1).write(&lora);
+    let added = add(&fixture.zoo, &lora, &AddOptions::new("demo/lora".parse().unwrap()), &Silent).await.unwrap();
+    assert_eq!(added.base, Some("demo/wide".parse().unwrap()));
 }
 
 #[tokio::test]

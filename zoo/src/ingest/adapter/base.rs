@@ -61,7 +61,8 @@ async fn seek(zoo: &Zoo, viewer: &Viewer, wanted: Option<&str>) -> Result<(Model
         // What cannot be read cannot be the base; `verify` tells of it.
         // One that servers were asked to load is nobody's base unless given: it may go at any time.
         let chain = if name.loaded { None } else { zoo.read_chain(name.chain).await.ok() };
-        let Some(chain) = chain.filter(|chain| chain.adapters.is_empty()) else { continue };
+        // Nothing lies over a chain of two models' layers, whose architecture is both of theirs.
+        let Some(chain) = chain.filter(|chain| chain.adapters.is_empty() && !chain.architecture.contains('+')) else { continue };
         match matches(wanted, &id, &chain.source) {
             Some(Match::Full) => full.push(id),
             Some(Match::Last) => last.push(id),
