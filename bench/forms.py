@@ -267,6 +267,13 @@ class Bench:
         return json.loads(kept.read_text())["models"]
 
 
+def without_lists(said):
+    """What a command said but for what it lists by matrix and block."""
+    if isinstance(said, dict):
+        return {key: without_lists(value) for key, value in said.items() if key not in ("matrices", "blocks", "given_up", "own", "kept")}
+    return [without_lists(one) for one in said] if isinstance(said, list) else said
+
+
 def row_of(one: dict) -> str:
     mean, error = (one["ln_perplexity_ratio"][key] * 100 for key in ("mean", "standard_error"))
     kl = one["kl"]["mean"] if isinstance(one["kl"], dict) else one["kl"]
@@ -341,7 +348,7 @@ def main() -> None:
     if arguments.results:
         digest = lambda path: hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None  # noqa: E731
         kept = {"text_sha256": digest(bench.text), "calibration_sha256": digest(bench.calibration), "binary_sha256": digest(Path(BINARY))}
-        kept["rows"] = {path.stem: json.loads(path.read_text()) for path in sorted(bench.rows.glob("*.json"))}
+        kept["rows"] = {path.stem: without_lists(json.loads(path.read_text())) for path in sorted(bench.rows.glob("*.json"))}
         arguments.results.parent.mkdir(parents=True, exist_ok=True)
         arguments.results.write_text(json.dumps(kept, indent=1) + "\n")
 
