@@ -21,6 +21,8 @@ pub use convert::Recipe;
 pub use load::{LoadOptions, UnloadError, load, unload};
 pub use report::{AddReport, Progress, Shared, Silent, Stage, human_bytes};
 
+use ashlar_kernels::format::Dtype;
+
 use crate::family::ConfigError;
 use crate::formats::FormatError;
 use crate::quantised::QuantisedError;
@@ -183,6 +185,16 @@ pub enum IngestError {
         index: usize,
         /// Which.
         value: &'static str,
+    },
+    /// A finite value that is none in the format to store.
+    #[error("tensor `{name}` holds a value that {dtype} is too narrow for (element {index}): add it with another --dtype")]
+    Overflows {
+        /// Name in the checkpoint.
+        name: String,
+        /// Index of the element.
+        index: usize,
+        /// What it was to be stored as.
+        dtype: Dtype,
     },
     /// The output projection contradicts the configuration.
     #[error("the configuration ties the output projection to the embedding, but `{name}` differs from it")]

@@ -15,7 +15,7 @@ use crate::tensor_file;
 /// The payload to store for a planned tensor.
 ///
 /// # Errors
-/// When it holds a value that is not finite.
+/// When it holds a value that is not finite, or that the type to store is too narrow for.
 pub(super) fn payload(files: &TensorFiles, plan: &TensorPlan) -> Result<Bytes, IngestError> {
     let gathered = taken(files, plan);
     // What is found to be finite is what is converted.
@@ -48,7 +48,14 @@ fn finished(gathered: Bytes, plan: &TensorPlan) -> Result<Bytes, IngestError> {
     if let Some(index) = first_non_finite(&view) {
         return Err(IngestError::NotFinite { name: plan.piece.name.clone(), index, value: kind_of(&view, index) });
     }
-    Ok(if plan.source == plan.target { gathered } else { Bytes::from(convert(&view, plan.target)) })
+    if plan.source == plan.target {
+        return Ok(gathered);
+    }
+    let converted = convert(&view, plan.target);
+    match first_non_finite(&TensorView { dtype: plan.target, rows, cols, bytes: &converted }) {
+        Some(index) => Err(IngestError::Overflows { name: plan.piece.name.clone(), index, dtype: plan.target }),
+        None => Ok(Bytes::from(converted)),
+    }
 }
 
 /// The rows of a quantised matrix that the plan wants.

@@ -287,9 +287,13 @@ impl Zoo {
             }
             chain.push(base.digest);
         }
-        // The bases first: a `gc` that finds the delta young and its base old would leave a delta that cannot be read.
-        for digest in chain.into_iter().rev() {
-            self.renew_alone(&Object::Tensor(digest)).await?;
+        // The bases first, and marks before their deltas: a `gc` that finds the delta young and its base or mark old would leave a delta that cannot be read,
+        // or one that does not say what it needs.
+        for (at, digest) in chain.iter().enumerate().rev() {
+            if let Some(base) = chain.get(at + 1) {
+                self.put_base(*digest, *base).await?;
+            }
+            self.renew_alone(&Object::Tensor(*digest)).await?;
         }
         Ok(())
     }
@@ -345,6 +349,12 @@ impl Zoo {
     pub(super) async fn write(&self, object: &Object, parts: Vec<Bytes>) -> Result<(), StoreError> {
         let len: usize = parts.iter().map(Bytes::len).sum();
         let key = key(object);
+        // In a local directory a `gc` that has just found an old object here would take what comes in its place.
+        if self.inner.root.is_some()
+            && let Some(meta) = self.head(object).await?
+        {
+            self.touch(object, &meta).await?;
+        }
         let written = self.retried(|| async {
             if len > ONE_PUT_BYTES_MAX && self.inner.root.is_none() {
                 let mut writer = WriteMultipart::new_with_chunk_size(self.inner.store.put_multipart(&key).await?, UPLOAD_PART_BYTES);

@@ -187,3 +187,17 @@ async fn paths_without_a_checkpoint_are_told_apart() {
         assert!(error.contains(message), "{path}: {error}");
     }
 }
+
+#[tokio::test]
+async fn a_weight_that_the_wanted_dtype_is_too_narrow_for_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let zoo = Zoo::create_dir(&dir.path().join("zoo")).await.unwrap();
+    let mut checkpoint = Checkpoint::llama(1);
+    checkpoint.tensors.get_mut("model.layers.0.self_attn.q_proj.weight").unwrap().1[70] = f32::MAX;
+    checkpoint.write(&dir.path().join("a"));
+    let error = add_dir(&zoo, &dir.path().join("a"), "demo/a", Recipe::Bf16).await.unwrap_err();
+    let sentence = "tensor `model.layers.0.self_attn.q_proj.weight` holds a value that bf16 is too narrow for (element 70)";
+    assert!(chain(&error).contains(sentence), "{}", chain(&error));
+    assert!(zoo.list_models().await.unwrap().is_empty());
+    add_dir(&zoo, &dir.path().join("a"), "demo/a", Recipe::Keep).await.unwrap();
+}

@@ -233,6 +233,32 @@ async fn the_remains_of_killed_writes_are_swept() {
     assert!(!dir.path().join("tensors/ab/abc#1").exists());
 }
 
+/// What nobody names any more is added again as if it were not there: a `gc` that found all of it old must not take a part of it then.
+#[tokio::test]
+async fn what_is_added_again_is_young_with_the_marks_of_its_deltas() {
+    let dir = tempfile::tempdir().unwrap();
+    let (root, demo) = (dir.path().join("zoo"), std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../demo"));
+    let zoo = Zoo::create_dir(&root).await.unwrap();
+    add_dir(&zoo, &demo.join("base"), "demo/base", Recipe::Keep).await.unwrap();
+    add_dir(&zoo, &demo.join("shakespeare-top"), "demo/verse", Recipe::Keep).await.unwrap();
+    zoo.remove_model(&"demo/verse".parse().unwrap()).await.unwrap();
+    let before: Vec<_> = walk(&root.join("bases"));
+    assert!(!before.is_empty(), "some of it is stored over the base");
+    let old = std::time::SystemTime::now() - Duration::from_secs(3 * 3600);
+    for entry in walk(&root) {
+        std::fs::File::options().append(true).open(entry).unwrap().set_modified(old).unwrap();
+    }
+    add_dir(&zoo, &demo.join("shakespeare-top"), "demo/again", Recipe::Keep).await.unwrap();
+    let model = zoo.resolve(&"demo/again".parse().unwrap()).await.unwrap();
+    let tensors = model.blocks.iter().flat_map(|block| block.tensors.values()).map(|tensor| tensor.digest.to_string());
+    let files = tensors.map(|digest| root.join("tensors").join(&digest[..2]).join(digest));
+    let blocks = model.chain.blocks.iter().map(|digest| root.join("blocks").join(format!("{digest}.json")));
+    for file in files.chain(blocks).chain(before) {
+        let modified = file.metadata().unwrap_or_else(|error| panic!("{}: {error}", file.display())).modified().unwrap();
+        assert!(modified > old + Duration::from_secs(3600), "{} is as old as it was", file.display());
+    }
+}
+
 fn walk(dir: &std::path::Path) -> Vec<std::path::PathBuf> {
     let mut files = Vec::new();
     for entry in std::fs::read_dir(dir).unwrap() {
