@@ -14,4 +14,4 @@ scripts/fetch-models.sh "$model"
 
 filter=${model//[^a-z0-9]/_}
 [[ $filter == all ]] && filter=
-exec "${CARGO:-cargo}" test --package ashlar-executor --test it -- --include-ignored --nocapture --test-threads 1 "real_models::$filter"
+exec "${CARGO:-cargo}" test --package ashlar-executor-tests --lib -- --include-ignored --nocapture --test-threads 1 "real_models::$filter"

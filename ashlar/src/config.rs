@@ -508,7 +508,9 @@ fn set(table: &mut toml::Table, key: &str, value: &str) -> anyhow::Result<()> {
             let mut textual = table.clone();
             insert(&mut textual, key, plain)?;
             if Config::deserialize(textual.clone()).is_err() {
-                return Err(error.into());
+                // There is no file whose lines it could show: what is wrong and where, on one line.
+                let lines: Vec<&str> = error.message().lines().map(str::trim).collect();
+                bail!("{} in `{key}`", lines.join(" "));
             }
             *table = textual;
         }

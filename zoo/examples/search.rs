@@ -12,7 +12,7 @@ use ashlar_kernels::ops::Activation;
 use ashlar_zoo::canonical;
 use ashlar_zoo::digest::Digest;
 use ashlar_zoo::manifest::{Assets, Block, BlockKind, ModelName, Norm, TensorRef};
-use ashlar_zoo::relatives::{SAMPLE_COUNT, Samples, Search, Sketch, Viewer, survey};
+use ashlar_zoo::relatives::{Candidates, SAMPLE_COUNT, Samples, Search, Sketch, Viewer, survey};
 use ashlar_zoo::store::{Domains, Zoo};
 use half::bf16;
 
@@ -120,7 +120,7 @@ async fn main() {
     let viewer = Viewer::new("t", Domains::default());
     for round in ["from files, just written", "again"] {
         let start = Instant::now();
-        let found = survey(&zoo, &viewer, &wanted, None).await.expect("a sound zoo");
+        let found = survey(&zoo, &viewer, &wanted, None, Candidates::All).await.expect("a sound zoo");
         let (id, _, rank) = found.nearest.expect("a relative");
         println!("{round}: {:.3} s, {} models seen, nearest {id} at {}", start.elapsed().as_secs_f64(), found.visible_count, rank.distance);
         assert_eq!(id.name(), format!("m{}", count / 3));

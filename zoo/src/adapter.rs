@@ -11,6 +11,10 @@ use crate::tensor_file;
 /// matrices of a 2048-wide model, so that a full fine-tune is the better form. It bounds what an executor keeps for each row.
 pub const RANK_MAX: u64 = 1024;
 
+/// Largest magnitude of a scale that is believed. PEFT's are alpha / rank, mostly 1 or 2; beyond this a model says nothing but infinities, which
+/// would show at each request and not when the adapter is added.
+pub const SCALE_MAX: f32 = 65_536.0;
+
 /// Matrices that an adapter can change: the linear ones of attention and feed-forward blocks.
 pub const ADAPTED_ROLES: [&str; 7] = ["q.weight", "k.weight", "v.weight", "o.weight", "gate.weight", "up.weight", "down.weight"];
 
@@ -24,7 +28,7 @@ pub enum AdapterError {
     #[error("`{0}` is no matrix that an adapter can change")]
     Role(String),
     /// A scale that makes everything infinite.
-    #[error("`{role}` has the scale {scale}")]
+    #[error("`{role}` has the scale {scale:e}, which is not within {SCALE_MAX}")]
     Scale {
         /// Role.
         role: String,
@@ -128,12 +132,17 @@ impl Adapter {
     }
 }
 
+/// Whether the scale of a low-rank change is one.
+pub(crate) fn is_believed(scale: f32) -> bool {
+    scale.abs() <= SCALE_MAX
+}
+
 fn check_change(role: &str, change: &Change) -> Result<(), AdapterError> {
     if !ADAPTED_ROLES.contains(&role) {
         return Err(AdapterError::Role(role.to_owned()));
     }
     if let Change::LowRank { scale, .. } = change
-        && !scale.is_finite()
+        && !is_believed(*scale)
     {
         return Err(AdapterError::Scale { role: role.to_owned(), scale: *scale });
     }

@@ -186,15 +186,19 @@ pub enum IngestError {
         /// Which.
         value: &'static str,
     },
-    /// A finite value that is none in the format to store.
-    #[error("tensor `{name}` holds a value that {dtype} is too narrow for (element {index}): add it with another --dtype")]
-    Overflows {
+    /// A value that would be another one altogether in the format to store: an infinity, the largest that it has, or zero.
+    #[error("tensor `{name}` holds {value:e} (element {index}), which would be {stored:e} in {dtype}: add it with another --dtype")]
+    OutOfRange {
         /// Name in the checkpoint.
         name: String,
-        /// Index of the element.
+        /// Index of the element, which is the largest.
         index: usize,
+        /// The element.
+        value: f32,
         /// What it was to be stored as.
         dtype: Dtype,
+        /// What would be read back.
+        stored: f32,
     },
     /// The output projection contradicts the configuration.
     #[error("the configuration ties the output projection to the embedding, but `{name}` differs from it")]

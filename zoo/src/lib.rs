@@ -4,6 +4,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "tests may unwrap, also in their helper functions"))]
 
 pub mod adapter;
+mod aligned;
 mod apart;
 pub mod blocking;
 pub mod canonical;

@@ -195,7 +195,7 @@ pub struct Tokens {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Defaults {
-    /// Softmax temperature.
+    /// Softmax temperature; 0 takes the likeliest token, which the checkpoint calls `do_sample: false`.
     pub temperature: Option<f32>,
     /// Nucleus mass.
     pub top_p: Option<f32>,

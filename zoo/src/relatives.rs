@@ -22,6 +22,6 @@ pub use low_rank::{LowRank, Proof, REPRODUCED_MIN, low_rank};
 pub use nearest::{Known, RELATED_MAX, Rank, Search};
 pub use samples::{SAMPLE_COUNT, Samples, places};
 pub use sketch::{Prefix, SAMPLED_LAYERS_MAX, SKETCH_BYTES_MAX, Sketch, SketchError, sampled_roles};
-pub use survey::{Relative, Survey, relative_for, survey};
+pub use survey::{Candidates, Relative, Survey, relative_for, survey};
 pub use unmerge::{Proposal, propose};
 pub use viewer::Viewer;

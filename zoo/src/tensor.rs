@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use ashlar_kernels::format::{Dtype, TensorView};
 
+use crate::aligned::AlignedBytes;
 use crate::manifest::TensorRef;
 use crate::mapping::Mapping;
 use crate::tensor_file::{self, HEADER_BYTES};
@@ -44,7 +45,7 @@ impl MappedTensor {
     /// Takes a copy of a payload that is of this tensor.
     pub fn owned(tensor: &TensorRef, payload: &[u8]) -> Self {
         debug_assert_eq!(tensor.digest, tensor_file::digest(tensor.dtype, &tensor.shape, payload));
-        let mut bytes = AlignedBytes::zeroed(HEADER_BYTES + payload.len());
+        let mut bytes = AlignedBytes::to_fill(HEADER_BYTES + payload.len());
         bytes.as_mut()[..HEADER_BYTES].copy_from_slice(&tensor_file::header(tensor_file::ENCODING_RAW, tensor.dtype, &tensor.shape));
         bytes.as_mut()[HEADER_BYTES..].copy_from_slice(payload);
         let shape = tensor_file::rows_cols(&tensor.shape).expect("refs have shapes that can be stored");
@@ -82,34 +83,5 @@ impl MappedTensor {
 impl AsRef<[u8]> for MappedTensor {
     fn as_ref(&self) -> &[u8] {
         &(*self.bytes).as_ref()[HEADER_BYTES..]
-    }
-}
-
-/// Bytes that begin at a multiple of 64.
-#[derive(Debug)]
-pub(crate) struct AlignedBytes {
-    lines: Vec<Line>,
-    len: usize,
-}
-
-#[derive(Debug, Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
-#[repr(C, align(64))]
-struct Line([u8; 64]);
-
-impl AlignedBytes {
-    /// Room for `len` bytes, all zero.
-    pub(crate) fn zeroed(len: usize) -> Self {
-        Self { lines: vec![Line([0; 64]); len.div_ceil(64)], len }
-    }
-
-    /// The bytes, to fill.
-    pub(crate) fn as_mut(&mut self) -> &mut [u8] {
-        &mut bytemuck::cast_slice_mut(&mut self.lines)[..self.len]
-    }
-}
-
-impl AsRef<[u8]> for AlignedBytes {
-    fn as_ref(&self) -> &[u8] {
-        &bytemuck::cast_slice(&self.lines)[..self.len]
     }
 }

@@ -78,7 +78,7 @@ pub(super) async fn run(zoo: &Zoo, args: CompressArgs) -> anyhow::Result<()> {
     let saved = compressed.adapted.bytes_before.saturating_sub(compressed.adapted.bytes_after);
     let (base, model) = (&compressed.adapted.base, &args.model);
     Ok(output::line(format_args!(
-        "{name} is chain {} over {base}; `zoo rm {model}` and `zoo gc` free {}, and the exact model",
+        "{name} is chain {} over {base}; `zoo rm {model}` and `zoo gc` free at most {}, and the exact model",
         chain.short(),
         human_bytes(saved)
     ))?)

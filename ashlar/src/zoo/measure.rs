@@ -1,6 +1,8 @@
 //! What another form of a model says otherwise than the model that it stands for: the divergence of each next-token distribution, on a text. The
 //! arithmetic is `ashlar_executor::model::quality`. Nothing is written: what is not stored yet is loaded from memory.
 
+use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -104,9 +106,11 @@ pub(super) fn now_ms() -> u64 {
 pub(super) fn text(path: Option<&Path>) -> anyhow::Result<String> {
     let Some(path) = path else { return Ok(TEXT.to_owned()) };
     let read = || -> anyhow::Result<String> {
-        let bytes = std::fs::metadata(path)?.len();
-        ensure!(bytes <= TEXT_BYTES_MAX, "{bytes} bytes, at most {TEXT_BYTES_MAX}");
-        Ok(std::fs::read_to_string(path)?)
+        // A pipe is welcome, and has no length that could be asked for.
+        let mut bytes = Vec::new();
+        File::open(path)?.take(TEXT_BYTES_MAX + 1).read_to_end(&mut bytes)?;
+        ensure!(bytes.len() as u64 <= TEXT_BYTES_MAX, "more than {TEXT_BYTES_MAX} bytes");
+        Ok(String::from_utf8(bytes)?)
     };
     read().with_context(|| format!("read {}", path.display()))
 }

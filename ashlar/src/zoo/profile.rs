@@ -19,7 +19,7 @@ use ashlar_zoo::profiles::{DeviceKey, POINTS_MAX, Profile, ROWS_MAX};
 use ashlar_zoo::store::{StoreError, Zoo};
 use ashlar_zoo::tensor::MappedTensor;
 use ashlar_zoo::tensor_file::payload_bytes;
-use clap::Args;
+use clap::{ArgGroup, Args};
 use serde_json::{Value, json};
 
 use super::{measure, progress, table};
@@ -32,12 +32,13 @@ const PROBE_BYTES: usize = 256 << 20;
 
 /// Arguments of `ashlar zoo profile`.
 #[derive(Debug, Args)]
+#[command(group = ArgGroup::new("which").required(true))]
 pub(crate) struct ProfileArgs {
     /// TENANT/MODEL, any number
-    #[arg(required_unless_present = "all", conflicts_with = "all")]
+    #[arg(group = "which")]
     models: Vec<ModelId>,
     /// All models of the zoo
-    #[arg(long)]
+    #[arg(long, group = "which")]
     all: bool,
     /// Rows to measure at, comma-separated: 1 to 32, or multiples of 32 up to 4096 [default: 1,2,4,8,16,32,64,128,256]
     #[arg(long, value_name = "ROWS", value_delimiter = ',', allow_negative_numbers = true, value_parser = rows)]

@@ -21,6 +21,8 @@ use super::calibration::{self, Calibration, Cut};
 use super::{measure, progress, table};
 use crate::output;
 
+/// Far more than makes the map a constant.
+const LAMBDA_MAX: f64 = 1e6;
 /// Least tokens of a calibration text: five windows of 128.
 const CALIBRATION_TOKENS_MIN: u32 = 640;
 /// With fewer rows for each unknown of an output than this, the fit follows chance.
@@ -99,7 +101,7 @@ struct Outcome {
 }
 
 async fn stitch(zoo: &Zoo, args: StitchArgs) -> anyhow::Result<()> {
-    ensure!(args.lambda.is_finite() && args.lambda >= 0.0, "use --lambda {}: it must be 0 or more", args.lambda);
+    ensure!((0.0..=LAMBDA_MAX).contains(&args.lambda), "use --lambda {:e}: it must be from 0 to {LAMBDA_MAX:e}", args.lambda);
     let text = measure::text(args.text.as_deref())?;
     let (a, b) = (zoo.resolve(&args.a).await?, zoo.resolve(&args.b).await?);
     let seam = Seam::new(a, b, args.from as usize, args.to as usize)?;
@@ -213,7 +215,7 @@ impl Outcome {
         if let Some(quality) = &measured.a_alone {
             add(format!("{a} against {b}"), quality);
         }
-        if let Some(quality) = &measured.against_a {
+        if let Some(quality) = measured.against_a.as_ref().filter(|_| a != b) {
             add(format!("stitched against {a}"), quality);
         }
         let quality = &measured.against_b;

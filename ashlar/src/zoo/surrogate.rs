@@ -15,7 +15,7 @@ use ashlar_zoo::ingest::human_bytes;
 use ashlar_zoo::model_id::ModelId;
 use ashlar_zoo::store::Zoo;
 use ashlar_zoo::surrogate::{BlockRange, Plan, Share, multiply_adds};
-use clap::Args;
+use clap::{ArgGroup, Args};
 use serde_json::{Value, json};
 
 use super::calibration::{self, Calibration};
@@ -24,14 +24,15 @@ use crate::output;
 
 /// Arguments of `ashlar zoo surrogate`.
 #[derive(Debug, Args)]
+#[command(group = ArgGroup::new("shares").required(true).multiple(true))]
 pub(crate) struct SurrogateArgs {
     /// TENANT/MODEL
     model: ModelId,
     /// Share of each feed-forward block's inner columns that stays, to the nearest multiple of 32
-    #[arg(long, value_name = "SHARE", required_unless_present = "heads_keep")]
+    #[arg(long, value_name = "SHARE", group = "shares")]
     ffn_keep: Option<Share>,
     /// Share of each attention block's key-value heads that stays, each with its query heads
-    #[arg(long, value_name = "SHARE")]
+    #[arg(long, value_name = "SHARE", group = "shares")]
     heads_keep: Option<Share>,
     /// Cut only these blocks, as `zoo show` counts them, the last one not included
     #[arg(long, value_name = "FROM..TO")]
@@ -164,11 +165,11 @@ async fn surrogate(zoo: &Zoo, args: SurrogateArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-const HEADER: &str = "surrogate                     method            MB  beside it   work   perplexity  ln of ratio to the model      mean KL     99% KL  same top";
+const HEADER: &str = "surrogate                             method            MB  beside it   work   perplexity  ln of ratio to the model      mean KL     99% KL  same top";
 
 fn line(plan: Plan, way: Way, draft: &ChainDraft, quality: &Quality) -> String {
     format!(
-        "{:<28}  {:<10}  {:>8.1}  {:>9.1}  {:>4.0}%  {:>11.4}  {:>24}  {:>11.6}  {:>9.6}  {:>7.2}%",
+        "{:<36}  {:<10}  {:>8.1}  {:>9.1}  {:>4.0}%  {:>11.4}  {:>24}  {:>11.6}  {:>9.6}  {:>7.2}%",
         plan.to_string(),
         way.name(),
         draft.bytes() as f64 / 1e6,

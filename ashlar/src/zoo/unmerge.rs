@@ -61,7 +61,7 @@ pub(super) async fn run(zoo: &Zoo, args: UnmergeArgs) -> anyhow::Result<()> {
         return Ok(());
     }
     Ok(output::line(format_args!(
-        "{name} is chain {} over {}; `zoo rm {}` and `zoo gc` free {}",
+        "{name} is chain {} over {}; `zoo rm {}` and `zoo gc` free at most {}",
         chain.short(),
         proposal.adapted.base,
         args.model,

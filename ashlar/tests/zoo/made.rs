@@ -113,7 +113,8 @@ fn models_are_stitched_measured_in_plain_words_and_stored_under_another_name() {
             "failed to stitch demo/base to demo/japanese-full: demo/base has 8 layers: --from 9 is not within 1 and 8",
         ),
         (vec!["--from", "4", "--to", "8"], "--to 8 is not within 0 and 7"),
-        ([from.as_slice(), &["--lambda=-1"]].concat(), "use --lambda -1: it must be 0 or more"),
+        ([from.as_slice(), &["--lambda=-1"]].concat(), "use --lambda -1e0: it must be from 0 to 1e6"),
+        ([from.as_slice(), &["--lambda", "1e308"]].concat(), "use --lambda 1e308: it must be from 0 to 1e6"),
         ([from.as_slice(), &["--text", short.to_str().unwrap()]].concat(), "less than a window of 128"),
         ([from.as_slice(), &["--name", "demo/base"]].concat(), "demo/base exists: give another name with --name"),
         ([from.as_slice(), &["--name", "rival/x"]].concat(), "demo/base is not rival's to see"),
@@ -200,7 +201,8 @@ fn a_surrogate_is_measured_against_its_model_and_shares_the_blocks_that_were_not
     let stored =
         ok(&root, &["surrogate", "demo/base", "--ffn-keep", "0.5", "--blocks", "9..17", "--calibrate", text, "--name", "demo/thin"]);
     assert!(
-        stored.contains("\nffn=0.5,blocks=9..17          calibrated ") && stored.contains("\nffn=0.5,blocks=9..17          refitted "),
+        stored.contains("\nffn=0.5,blocks=9..17                  calibrated ")
+            && stored.contains("\nffn=0.5,blocks=9..17                  refitted "),
         "{stored}"
     );
     assert!(

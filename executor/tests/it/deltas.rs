@@ -18,7 +18,7 @@ const PROMPTS: [&[u32]; 3] = [&[5, 300, 17, 1204, 9], &[1, 2, 3, 4, 5, 6, 7, 8, 
 async fn tokens_are_those_of_base_plus_difference_in_f32() {
     let folder = tempfile::tempdir().unwrap();
     let zoo = Zoo::create_dir(folder.path()).await.unwrap();
-    let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../demo");
+    let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../demo");
     for name in ["base", "shakespeare-top"] {
         add(&zoo, &demo.join(name), &AddOptions::new(format!("demo/{name}").parse().unwrap()), &Silent).await.unwrap();
     }

@@ -1,5 +1,6 @@
-//! The executor from outside, one module a subject, in one binary: each further one would compile the same generic code and link it once more.
+//! The executor from outside, one module a subject.
 
+#![cfg(test)]
 #![allow(clippy::unwrap_used, reason = "tests may unwrap, also in their helper functions")]
 
 #[path = "support/adapters.rs"]

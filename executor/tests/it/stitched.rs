@@ -28,7 +28,7 @@ const STITCHES: [Option<usize>; 5] = [None, None, Some(5), Some(7), Some(7)];
 
 /// Two models of other widths, and stitches from the one to the other and back. The last two part behind the stitch.
 async fn family() -> Family {
-    let mut family = family_of("../demo", &[]).await;
+    let mut family = family_of("../../demo", &[]).await;
     let [base, other] = stitches::models(&family.zoo).await;
     let narrowing = stitches::stitched(&family.zoo, ("demo/base", 3), ("demo/other", 1), 1).await;
     let widening = stitches::stitched(&family.zoo, ("demo/other", 2), ("demo/base", 5), 2).await;
@@ -133,7 +133,7 @@ async fn serve(executor: ExecutorHandle) -> String {
 /// The best map from a model to itself at one cut is none at all, and so the chain says what the model says; at another cut it does not.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_model_stitched_to_itself_at_one_cut_says_the_same() {
-    let family = family_of("../demo", &["base"]).await;
+    let family = family_of("../../demo", &["base"]).await;
     let model = family.zoo.resolve(&"demo/base".parse().unwrap()).await.unwrap();
     let ops = Arc::new(Cpu::new(CpuOptions { threads: 2, ..CpuOptions::default() }));
     let window = |seed: u32, length: u32| -> Vec<u32> { (0..length).map(|t| (t * t * 31 + t * seed * 7 + seed) % 2000).collect() };

@@ -95,7 +95,7 @@ fn apart(a: &[Vec<f32>], of: &[Vec<f32>]) -> f64 {
 
 #[tokio::test]
 async fn a_cut_block_says_what_the_whole_one_says_with_zeros_in_the_columns_that_went() {
-    let tiny = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/tiny");
+    let tiny = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("data/tiny");
     for (family, heads) in
         [("llama", Some("0.5")), ("qwen3", Some("0.5")), ("gemma2", Some("0.5")), ("gpt2", Some("0.5")), ("llama-bias", None)]
     {
@@ -151,7 +151,7 @@ async fn columns_and_heads_that_are_planted_dead_are_the_ones_that_go_and_nothin
 
 #[tokio::test]
 async fn a_refit_brings_a_model_nearer_to_what_it_was_than_either_choice() {
-    let demo = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../demo/base");
+    let demo = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../demo/base");
     let dir = tempfile::tempdir().unwrap();
     let zoo = Zoo::create_dir(dir.path()).await.unwrap();
     let source = add(&zoo, &demo, &AddOptions::new("demo/a".parse().unwrap()), &Silent).await.unwrap().chain;

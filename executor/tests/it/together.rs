@@ -41,7 +41,7 @@ pub(crate) struct Family {
 }
 
 async fn family() -> Family {
-    family_of("../demo", &MODELS).await
+    family_of("../../demo", &MODELS).await
 }
 
 pub(crate) async fn family_of(models: &str, names: &[&str]) -> Family {
@@ -68,7 +68,7 @@ impl Family {
 
 /// One base, and models that differ in adapters alone: on two matrices, on all, and on some of the upper layers.
 async fn adapted_family() -> Family {
-    let mut family = family_of("../demo", &["base"]).await;
+    let mut family = family_of("../../demo", &["base"]).await;
     let all = ["q.weight", "k.weight", "v.weight", "o.weight"].as_slice();
     let feed = ["gate.weight", "up.weight", "down.weight"].as_slice();
     let recipe = |attention, feed_forward, rank, scale, dtype, from_layer, salt| adapters::Recipe {
@@ -95,7 +95,7 @@ async fn adapted_family() -> Family {
 async fn compressed_family() -> Family {
     let mut family = adapted_family().await;
     family.chains.truncate(2);
-    let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("../demo");
+    let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../demo");
     let viewer = family.zoo.viewer("demo").await.unwrap();
     for (tuned, method) in [("japanese-full", "bitdelta"), ("math-lora", "svd:4"), ("shakespeare-top", "bitdelta")] {
         let model = ModelId::new("demo", tuned).unwrap();
@@ -116,7 +116,7 @@ async fn compressed_family() -> Family {
 /// One base, and forms of it: fewer columns and heads in the upper half, half of the heads everywhere (so that pages are of two shapes), and
 /// eight-bit floats.
 async fn cheaper_family() -> Family {
-    let mut family = family_of("../demo", &["base"]).await;
+    let mut family = family_of("../../demo", &["base"]).await;
     let (ops, source) = (Arc::new(Cpu::new(CpuOptions::default())), family.zoo.resolve(&"demo/base".parse().unwrap()).await.unwrap());
     for (name, feed_forward, heads, blocks) in [("upper", Some("0.5"), "0.5", Some("9..17")), ("heads", None, "0.5", None)] {
         let name = ModelId::new("demo", name).unwrap();
@@ -388,7 +388,7 @@ async fn operators_are_told_that_books_agree_and_where_pages_are() {
 async fn what_lies_behind_a_window_is_given_back_and_changes_no_token() {
     // Heads of keys and values, and their width; layers that see 16 tokens, and layers that see all.
     for (model, kv_heads, head_dim, windowed, full) in [("mistral", 2, 16, 2, 0), ("gemma3", 2, 24, 3, 1), ("qwen3-window", 1, 16, 2, 1)] {
-        let family = family_of("tests/data/tiny", &[model]).await;
+        let family = family_of("data/tiny", &[model]).await;
         let request = |number: u64| {
             // The first 60 tokens are common; the rest is one of two.
             let prompt = (0..150).map(|t| if t < 60 { t + 3 } else { (t * 37 + number as u32 % 2 * 11) % 280 }).collect();

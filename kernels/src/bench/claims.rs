@@ -300,7 +300,6 @@ impl Block {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cpu::Isa;
 
     #[test]
     fn the_list_has_at_most_sixty_cells_and_no_claim_twice() {
@@ -318,26 +317,5 @@ mod tests {
         assert!(Bound::AtMost(0.95).holds(&seen) && !Bound::AtMost(0.94).holds(&seen));
         let none = Estimate { median: f64::NAN, low: f64::NAN, high: f64::NAN };
         assert!(!Bound::AtLeast(0.0).holds(&none) && !Bound::AtMost(9.0).holds(&none));
-    }
-
-    #[test]
-    fn a_claim_of_each_kind_is_measured() {
-        let cpu = |isa| Cpu::new(CpuOptions { threads: 1, isa, ..CpuOptions::default() });
-        let (here, lower) = (cpu(None), cpu(Some(Isa::Scalar)));
-        let options = ClaimOptions { rounds: 1, budget: Duration::from_micros(1), rotate_bytes: 1 << 20 };
-        let dtype = Dtype::Int4 { group: 32 };
-        let claims = [
-            Claim::Decode { shapes: SMOLLM2, dtype },
-            Claim::Runs { dtype },
-            Claim::Attend(Decode { heads: 2, kv_heads: 1, head_dim: 8, format: KvFormat::Int8, rows: 2, tokens: 17 }),
-            Claim::Rows { shapes: SMOLLM2, dtype, row_count: 2 },
-            Claim::Rows { shapes: SMOLLM2, dtype: Dtype::Bf16, row_count: 2 },
-            Claim::OneMoreRow { dtype, row_count: 1 },
-            Claim::Dispatch { dtype, row_count: 1 },
-        ];
-        for claim in claims {
-            let seen = claim.measure(&here, &lower, &options).unwrap();
-            assert!(seen.median.is_finite() && seen.median > 0.0, "{claim}: {seen:?}");
-        }
     }
 }

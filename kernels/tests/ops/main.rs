@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "tests may unwrap, also in their helper functions")]
 
 mod attention;
+mod claims;
 mod linear;
 mod linear_runs;
 mod machine;

@@ -123,6 +123,9 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("ashlar", &["wire", "registry", "zoo", "kernels", "executor", "router", "sim"]),
     ("fuzz", &["wire", "registry", "zoo", "kernels", "executor", "router"]),
     ("xtask", &[]),
+    // Tests alone.
+    ("zoo/tests", &["zoo", "kernels"]),
+    ("executor/tests", &["wire", "registry", "zoo", "kernels", "executor"]),
 ];
 
 const HTTP_CLIENTS: &[&str] = &["reqwest", "ureq", "isahc", "curl", "attohttpc"];

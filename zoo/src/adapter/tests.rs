@@ -45,10 +45,10 @@ fn what_no_block_could_take_is_refused() {
     assert_eq!(adapter(&[("norm.weight", change(2, 8, 8))]).check(), Err(AdapterError::Role("norm.weight".to_owned())));
     assert_eq!(adapter(&[("q.weight", change(1024, 8, 8))]).check(), Ok(()));
     assert_eq!(adapter(&[("q.weight", change(1025, 8, 8))]).check(), Err(AdapterError::Rank { role: "q.weight".to_owned(), rank: 1025 }));
-    for scale in [f32::NAN, f32::INFINITY] {
+    for scale in [f32::NAN, f32::INFINITY, -65_537.0] {
         let Change::LowRank { a, b, .. } = change(2, 8, 8) else { unreachable!() };
         let error = adapter(&[("q.weight", Change::LowRank { scale, a, b })]).check().unwrap_err();
-        assert_eq!(error.to_string(), format!("`q.weight` has the scale {scale}"));
+        assert_eq!(error.to_string(), format!("`q.weight` has the scale {scale:e}, which is not within 65536"));
     }
     let shapes: [[&[u64]; 2]; 5] = [[&[2, 8], &[8, 3]], [&[2, 8], &[8]], [&[0, 8], &[8, 0]], [&[2, 0], &[8, 2]], [&[], &[8, 2]]];
     for [a, b] in shapes {

@@ -33,11 +33,17 @@ pub(super) async fn files(zoo: &Zoo, model: &Resolved, config: Value) -> Result<
     if !tokens.eos.is_empty() {
         generation.insert("eos_token_id".to_owned(), json!(tokens.eos));
     }
-    let sampling = [("temperature", defaults.temperature), ("top_p", defaults.top_p), ("repetition_penalty", defaults.repetition_penalty)];
+    // transformers has no temperature of 0: it does not sample.
+    let greedy = defaults.temperature == Some(0.0);
+    let sampling = [
+        ("temperature", defaults.temperature.filter(|_| !greedy)),
+        ("top_p", defaults.top_p),
+        ("repetition_penalty", defaults.repetition_penalty),
+    ];
     generation.extend(sampling.into_iter().filter_map(|(key, value)| Some((key.to_owned(), number(value?)))));
     generation.extend(defaults.top_k.map(|value| ("top_k".to_owned(), json!(value))));
     if *defaults != Defaults::default() {
-        generation.insert("do_sample".to_owned(), json!(true));
+        generation.insert("do_sample".to_owned(), json!(!greedy));
     }
     files.push(("generation_config.json", written(&Value::Object(generation))));
     Ok(files)

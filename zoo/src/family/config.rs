@@ -102,7 +102,7 @@ impl Config {
         let Some(value) = self.get(key) else { return Ok(None) };
         match value.as_u64().and_then(|v| u32::try_from(v).ok()).filter(|v| *v > 0) {
             Some(count) => Ok(Some(count)),
-            None => Err(wrong(key, value, "a positive integer")),
+            None => Err(wrong(key, value, "an integer from 1 to 4294967295")),
         }
     }
 

@@ -62,7 +62,7 @@ impl Keys<'_> {
         let Some(value) = self.metadata.get(&self.key(name)) else { return Ok(None) };
         match value.as_u64().and_then(|v| u32::try_from(v).ok()).filter(|v| *v > 0) {
             Some(count) => Ok(Some(count)),
-            None => Err(self.wrong(name, value, "a positive integer")),
+            None => Err(self.wrong(name, value, "an integer from 1 to 4294967295")),
         }
     }
 

@@ -62,12 +62,17 @@ impl Checkpoint {
 }
 
 fn open_directory(path: &Path, source: String) -> Result<Checkpoint, IngestError> {
-    if !path.join("config.json").exists() {
+    // What may not be looked at is not called absent.
+    let has = |name: &str| {
+        let file = path.join(name);
+        file.try_exists().map_err(|source| IngestError::Io { path: file, source })
+    };
+    if !has("config.json")? {
         return Err(IngestError::NoCheckpoint { path: path.to_owned(), reason: "it has no config.json" });
     }
     let config = read_config(path, "config.json")?.expect("just seen");
     let weights = ["model.safetensors", "model.safetensors.index.json"];
-    if !weights.iter().any(|name| path.join(name).exists()) {
+    if !has(weights[0])? && !has(weights[1])? {
         return Err(IngestError::NoCheckpoint {
             path: path.to_owned(),
             reason: "it has no model.safetensors (pickled weights are never read)",

@@ -1,7 +1,7 @@
 //! Takes the planned rows out of a mapped source tensor: a slice of the map where nothing moves, a copy else. Somebody may write to the
 //! mapped file meanwhile, so what is converted or stored is a copy that nobody else can change.
 
-use ashlar_kernels::format::{Dtype, TensorView, first_non_finite};
+use ashlar_kernels::format::{CodeRow, Dtype, TensorView, dequantise_row, first_non_finite};
 use bytes::Bytes;
 
 use super::IngestError;
@@ -15,7 +15,7 @@ use crate::tensor_file;
 /// The payload to store for a planned tensor.
 ///
 /// # Errors
-/// When it holds a value that is not finite, or that the type to store is too narrow for.
+/// When it holds a value that is not finite, or that lies outside the range of the type to store.
 pub(super) fn payload(files: &TensorFiles, plan: &TensorPlan) -> Result<Bytes, IngestError> {
     let gathered = taken(files, plan);
     // What is found to be finite is what is converted.
@@ -52,10 +52,33 @@ fn finished(gathered: Bytes, plan: &TensorPlan) -> Result<Bytes, IngestError> {
         return Ok(gathered);
     }
     let converted = convert(&view, plan.target);
-    match first_non_finite(&TensorView { dtype: plan.target, rows, cols, bytes: &converted }) {
-        Some(index) => Err(IngestError::Overflows { name: plan.piece.name.clone(), index, dtype: plan.target }),
-        None => Ok(Bytes::from(converted)),
+    let (index, value) = largest(&view);
+    let stored = element(&TensorView { dtype: plan.target, rows, cols, bytes: &converted }, index);
+    // Rounding takes a part of it; only a range that it lies outside of takes more than half.
+    if (value - stored).abs() > 0.5 * value.abs() {
+        return Err(IngestError::OutOfRange { name: plan.piece.name.clone(), index, value, dtype: plan.target, stored });
     }
+    Ok(Bytes::from(converted))
+}
+
+/// Index and value of the element of the largest magnitude: the first that a format's range is too narrow for.
+fn largest(view: &TensorView<'_>) -> (usize, f32) {
+    let (mut codes, mut row, mut best) = (CodeRow::default(), vec![0.0f32; view.cols], (0, 0.0f32));
+    for index in 0..view.rows {
+        dequantise_row(view, index, &mut codes, &mut row);
+        let most = row.iter().fold(0.0f32, |most, value| most.max(value.abs()));
+        if most > best.1.abs() {
+            let col = row.iter().position(|value| value.abs() == most).expect("the most is one of them");
+            best = (index * view.cols + col, row[col]);
+        }
+    }
+    best
+}
+
+fn element(view: &TensorView<'_>, index: usize) -> f32 {
+    let mut row = vec![0.0; view.cols];
+    dequantise_row(view, index / view.cols, &mut CodeRow::default(), &mut row);
+    row[index % view.cols]
 }
 
 /// The rows of a quantised matrix that the plan wants.
@@ -127,9 +150,7 @@ fn kind_of(view: &TensorView<'_>, index: usize) -> &'static str {
     if view.dtype.group().is_some() {
         return "a scale that is not finite";
     }
-    let mut row = vec![0.0; view.cols];
-    ashlar_kernels::format::dequantise_row(view, index / view.cols, &mut Default::default(), &mut row);
-    if row[index % view.cols].is_nan() { "NaN" } else { "an infinity" }
+    if element(view, index).is_nan() { "NaN" } else { "an infinity" }
 }
 
 #[cfg(test)]

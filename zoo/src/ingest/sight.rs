@@ -7,7 +7,7 @@ use super::AddOptions;
 use super::plan::Plan;
 use crate::digest::Digest;
 use crate::manifest::{Block, TensorRef};
-use crate::relatives::{Kinship, RANK_SOUGHT_MAX, Relative, Sketch, Survey, Viewer, compare, survey};
+use crate::relatives::{Candidates, Kinship, RANK_SOUGHT_MAX, Relative, Sketch, Survey, Viewer, compare, survey};
 use crate::store::{StoreError, Zoo};
 
 /// Blocks that are compared at a time: each may hold a few copies of a matrix in f32.
@@ -24,7 +24,7 @@ pub(super) struct Sight {
 impl Sight {
     /// Looks for what of a chain is there, and for its nearest relative.
     pub(super) async fn of(zoo: &Zoo, viewer: &Viewer, sketch: &Sketch, options: &AddOptions, chain: Digest) -> Result<Self, StoreError> {
-        let survey = survey(zoo, viewer, sketch, Some((&options.model, chain))).await?;
+        let survey = survey(zoo, viewer, sketch, Some((&options.model, chain)), Candidates::All).await?;
         Ok(Self { zoo: zoo.clone(), blind: zoo.blind(), viewer: viewer.clone(), survey })
     }
 

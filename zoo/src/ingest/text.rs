@@ -127,8 +127,10 @@ fn defaults(generation: &Config) -> Result<Defaults, ConfigError> {
     let top_p = generation.number_in("top_p", 0.0..=1.0, "a number from 0 to 1")?;
     let top_k = generation.number_in("top_k", -1.0..=f64::from(u32::MAX), "a number from -1")?;
     let repetition_penalty = generation.number_in("repetition_penalty", 0.01..=10.0, "a number from 0.01 to 10")?;
+    // What transformers calls not sampling is a temperature of 0 here. Where the key is absent, clients expect OpenAI's default.
+    let greedy = generation.flag("do_sample")? == Some(false);
     Ok(Defaults {
-        temperature: temperature.map(|value| value as f32),
+        temperature: if greedy { Some(0.0) } else { temperature.map(|value| value as f32) },
         top_p: top_p.map(|value| value as f32),
         top_k: top_k.filter(|k| *k >= 1.0).map(|k| k as u32),
         repetition_penalty: repetition_penalty.map(|value| value as f32),

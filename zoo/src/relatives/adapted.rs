@@ -7,7 +7,7 @@ use bytes::Bytes;
 
 use super::samples::Samples;
 use super::sketch::{Sketch, sampled_roles};
-use super::survey::{Relative, survey};
+use super::survey::{Candidates, Relative, survey};
 use super::viewer::Viewer;
 use crate::canonical;
 use crate::digest::Digest;
@@ -33,7 +33,9 @@ pub enum AdaptError {
     #[error("{0} has adapters: it is base and adapter already")]
     Adapted(ModelId),
     /// Nothing near enough is there.
-    #[error("none of the {visible_count} models that {tenant} may see is a relative of {model}: give its base with --base TENANT/MODEL")]
+    #[error(
+        "none of the {visible_count} models that {tenant} may see is a relative of {model} without adapters: give its base with --base TENANT/MODEL"
+    )]
     NoRelative {
         /// The model.
         model: ModelId,
@@ -111,7 +113,7 @@ impl Related {
         let (base, base_chain) = match base {
             Some(base) => (base.clone(), zoo.read_model(base).await?.chain),
             None => {
-                let found = survey(zoo, viewer, &sketch, Some((model, tuned.name.chain))).await?;
+                let found = survey(zoo, viewer, &sketch, Some((model, tuned.name.chain)), Candidates::Plain).await?;
                 let none =
                     || AdaptError::NoRelative { model: model.clone(), tenant: tenant.to_owned(), visible_count: found.visible_count };
                 found.nearest.as_ref().map(|(id, chain, _)| (id.clone(), *chain)).ok_or_else(none)?

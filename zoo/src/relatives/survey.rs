@@ -33,6 +33,15 @@ pub struct Survey {
     pub unsketched_count: usize,
 }
 
+/// Which models may be the nearest relative.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Candidates {
+    /// All that can be seen.
+    All,
+    /// Those without adapters: what adapters can lie over.
+    Plain,
+}
+
 /// A relative with its manifests.
 #[derive(Debug, Clone)]
 pub struct Relative {
@@ -51,7 +60,13 @@ pub struct Relative {
 ///
 /// # Errors
 /// When the store fails. A model that cannot be read is passed over; `verify` tells of it.
-pub async fn survey(zoo: &Zoo, viewer: &Viewer, of: &Sketch, own: Option<(&ModelId, Digest)>) -> Result<Survey, StoreError> {
+pub async fn survey(
+    zoo: &Zoo,
+    viewer: &Viewer,
+    of: &Sketch,
+    own: Option<(&ModelId, Digest)>,
+    candidates: Candidates,
+) -> Result<Survey, StoreError> {
     let names: Vec<_> = zoo.list_visible(viewer).await?.into_iter().map(|(id, name)| (id, name.chain)).collect();
     let visible_count = names.len();
     let mut chains: BTreeMap<Digest, ModelId> = BTreeMap::new();
@@ -67,19 +82,23 @@ pub async fn survey(zoo: &Zoo, viewer: &Viewer, of: &Sketch, own: Option<(&Model
     let mut missing = Vec::new();
     let reads = stream::iter(chains).map(|(chain, id)| async move { Ok::<_, StoreError>((zoo.read_sketch(chain).await?, chain, id)) });
     let mut reads = pin!(reads.buffered(READS_AT_ONCE));
-    let is_own = |id: &ModelId, chain: Digest| own.is_some_and(|(name, own_chain)| id == name && chain == own_chain);
+    let mut look = |id: ModelId, chain: Digest, sketch: &Sketch| {
+        let is_own = own.is_some_and(|(name, own_chain)| id == *name && chain == own_chain);
+        match is_own || candidates == Candidates::Plain && sketch.is_adapted() {
+            true => search.know(sketch),
+            false => search.see((id, chain), sketch),
+        }
+    };
     while let Some((sketch, chain, id)) = reads.try_next().await? {
         match sketch {
-            Some(sketch) if is_own(&id, chain) => search.know(&sketch),
-            Some(sketch) => search.see((id, chain), &sketch),
+            Some(sketch) => look(id, chain, &sketch),
             None => missing.push((id, chain)),
         }
     }
     let mut unsketched_count = missing.len();
     for (id, chain) in missing.into_iter().take(SKETCHES_MADE_MAX) {
         match zoo.make_sketch(chain).await {
-            Ok(sketch) if is_own(&id, chain) => search.know(&sketch),
-            Ok(sketch) => search.see((id, chain), &sketch),
+            Ok(sketch) => look(id, chain, &sketch),
             Err(StoreError::Missing { .. } | StoreError::Damaged { .. }) => continue,
             Err(other) => return Err(other),
         }
@@ -95,7 +114,7 @@ pub async fn survey(zoo: &Zoo, viewer: &Viewer, of: &Sketch, own: Option<(&Model
 /// # Errors
 /// When the store fails, or a manifest of the relative is missing or damaged.
 pub async fn relative_for(zoo: &Zoo, viewer: &Viewer, sketch: &Sketch) -> Result<Option<Relative>, StoreError> {
-    match survey(zoo, viewer, sketch, None).await?.nearest {
+    match survey(zoo, viewer, sketch, None, Candidates::All).await?.nearest {
         Some((id, digest, _)) => Relative::read(zoo, id, digest).await.map(Some),
         None => Ok(None),
     }

@@ -9,7 +9,7 @@ use object_store::path::Path;
 use object_store::{Error, GetOptions, GetRange, ObjectStore};
 
 use super::{Object, StoreError, Zoo, key};
-use crate::tensor::AlignedBytes;
+use crate::aligned::AlignedBytes;
 
 /// Bytes of one request. A part that fails is asked for again, and not what came before it.
 const PART_BYTES: u64 = 8 << 20;
@@ -52,7 +52,7 @@ impl Zoo {
         if expected_bytes <= PART_BYTES {
             let all = self.retried(|| async { self.inner.store.get_opts(&key, GetOptions::default()).await?.bytes().await }).await;
             let all = all.map_err(|source| self.failed_read(object, source))?;
-            let mut bytes = AlignedBytes::zeroed(all.len());
+            let mut bytes = AlignedBytes::to_fill(all.len());
             bytes.as_mut().copy_from_slice(&all);
             return Ok(bytes);
         }
@@ -61,7 +61,7 @@ impl Zoo {
         if meta.size > expected_bytes.saturating_mul(2) {
             return Err(damaged(format!("it has {} bytes, {expected_bytes} belong there", meta.size)));
         }
-        let mut bytes = AlignedBytes::zeroed(len);
+        let mut bytes = AlignedBytes::to_fill(len);
         let starts = (0..meta.size).step_by(usize::try_from(PART_BYTES).expect("a small number"));
         let parts = stream::iter(starts).map(|start| {
             let key = &key;

@@ -10,12 +10,13 @@ use futures::FutureExt;
 use futures::future::BoxFuture;
 
 use super::{Object, StoreError, Zoo, key};
+use crate::aligned::AlignedBytes;
 use crate::blocking::blocking;
 use crate::digest::Digest;
 use crate::encoding::{self, BaseName, DEPTH_MAX, Prelude};
 use crate::manifest::TensorRef;
 use crate::mapping::Mapping;
-use crate::tensor::{AlignedBytes, MappedTensor, TensorBytes};
+use crate::tensor::{MappedTensor, TensorBytes};
 use crate::tensor_file::{self, ENCODING_RAW, HEADER_BYTES, Header};
 
 /// Bytes at the start of a tensor file that tell how it is encoded and over what.
@@ -197,7 +198,7 @@ impl Zoo {
         let decoded = blocking(move || {
             let base = base.as_ref().map(|(_, bytes)| &(**bytes).as_ref()[HEADER_BYTES..]);
             let payload = tensor_file::payload_bytes(header.dtype, &header.shape).expect("the prelude was read with this shape");
-            let mut bytes = AlignedBytes::zeroed(HEADER_BYTES + payload);
+            let mut bytes = AlignedBytes::to_fill(HEADER_BYTES + payload);
             let (head, out) = bytes.as_mut().split_at_mut(HEADER_BYTES);
             head.copy_from_slice(&tensor_file::header(ENCODING_RAW, header.dtype, &header.shape));
             encoding::decode(&prelude, &stored.as_ref()[HEADER_BYTES..], base, out).map(|()| bytes)

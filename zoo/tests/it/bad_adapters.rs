@@ -79,7 +79,8 @@ async fn each_is_refused_by_name_before_anything_is_written() {
             }),
             "has rank 1025, more than 1024",
         ),
-        ("huge alpha", config("lora_alpha", json!(1e300)), "would be scaled by inf, for its lora_alpha is too large"),
+        ("infinite alpha", config("lora_alpha", json!(1e300)), "would be scaled by inf, more than 65536: its lora_alpha is too large"),
+        ("huge alpha", config("lora_alpha", json!(-1e39)), ", more than 65536: its lora_alpha is too large"),
         ("NaN", edit(|p| p.tensors.get_mut(Q_A).unwrap().1[5] = f32::NAN), "lora_A.weight` holds NaN (element 5)"),
         ("infinity", edit(|p| p.tensors.get_mut(Q_B).unwrap().1[7] = f32::INFINITY), "lora_B.weight` holds an infinity (element 7)"),
         (

@@ -26,7 +26,7 @@ async fn each_is_refused_by_name_before_anything_is_written() {
     let cases: Vec<(&str, Break, &str)> = vec![
         ("unknown architecture", config("architectures", json!(["MambaForCausalLM"])), "architecture `MambaForCausalLM` is not supported"),
         ("missing key", Box::new(|c| drop(c.config.as_object_mut().unwrap().remove("hidden_size"))), "`hidden_size` is missing"),
-        ("wrong type", config("hidden_size", json!("64")), "`hidden_size` is \"64\", expected a positive integer"),
+        ("wrong type", config("hidden_size", json!("64")), "`hidden_size` is \"64\", expected an integer from 1 to 4294967295"),
         ("negative", config("num_hidden_layers", json!(-1)), "`num_hidden_layers` is -1"),
         ("absurd layers", config("num_hidden_layers", json!(1_000_000)), "at most 2047 layers"),
         ("absurd width", config("hidden_size", json!(4_000_000_000u32)), "makes no sense for the embed block: `width` is out of range"),
@@ -189,15 +189,28 @@ async fn paths_without_a_checkpoint_are_told_apart() {
 }
 
 #[tokio::test]
-async fn a_weight_that_the_wanted_dtype_is_too_narrow_for_is_named() {
+async fn a_weight_outside_the_range_of_the_wanted_dtype_is_named() {
     let dir = tempfile::tempdir().unwrap();
     let zoo = Zoo::create_dir(&dir.path().join("zoo")).await.unwrap();
+    // Scales are f16: 127 or 8 times the largest is the most that a group of codes reaches.
+    let cases = [
+        (f32::MAX, Recipe::Bf16, "holds 3.4028235e38 (element 70), which would be inf in bf16: add it with another --dtype"),
+        (1e9, Recipe::Int8, "holds 1e9 (element 70), which would be 8.319008e6 in int8g32"),
+        (-4e6, Recipe::Int4, "holds -4e6 (element 70), which would be -5.24032e5 in int4g32"),
+    ];
+    for (value, recipe, sentence) in cases {
+        let mut checkpoint = Checkpoint::llama(1);
+        checkpoint.tensors.get_mut("model.layers.0.self_attn.q_proj.weight").unwrap().1[70] = value;
+        checkpoint.write(&dir.path().join("a"));
+        let error = add_dir(&zoo, &dir.path().join("a"), "demo/a", recipe).await.unwrap_err();
+        let sentence = format!("tensor `model.layers.0.self_attn.q_proj.weight` {sentence}");
+        assert!(chain(&error).contains(&sentence), "{}", chain(&error));
+        assert!(zoo.list_models().await.unwrap().is_empty());
+    }
     let mut checkpoint = Checkpoint::llama(1);
-    checkpoint.tensors.get_mut("model.layers.0.self_attn.q_proj.weight").unwrap().1[70] = f32::MAX;
+    checkpoint.tensors.get_mut("model.layers.1.mlp.up_proj.weight").unwrap().1.iter_mut().for_each(|weight| *weight *= 1e-9);
     checkpoint.write(&dir.path().join("a"));
-    let error = add_dir(&zoo, &dir.path().join("a"), "demo/a", Recipe::Bf16).await.unwrap_err();
-    let sentence = "tensor `model.layers.0.self_attn.q_proj.weight` holds a value that bf16 is too narrow for (element 70)";
-    assert!(chain(&error).contains(sentence), "{}", chain(&error));
-    assert!(zoo.list_models().await.unwrap().is_empty());
+    let error = add_dir(&zoo, &dir.path().join("a"), "demo/a", Recipe::Int8).await.unwrap_err();
+    assert!(chain(&error).contains("which would be 0e0 in int8g32"), "{}", chain(&error));
     add_dir(&zoo, &dir.path().join("a"), "demo/a", Recipe::Keep).await.unwrap();
 }

@@ -14,7 +14,7 @@ type Tensors = BTreeMap<String, (String, Vec<u64>, Vec<u8>)>;
 type Break = Box<dyn Fn(&mut Value, &mut Tensors)>;
 
 fn golden(case: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../executor/tests/data/quantised").join(case)
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../executor/tests/data/quantised").join(case)
 }
 
 fn read(path: &Path) -> Tensors {
@@ -84,7 +84,7 @@ async fn each_is_refused_by_name_before_anything_is_written() {
         ("method", gptq, key("quant_method", json!("quip")), "`quantization_config.quant_method` = quip is not supported: only gptq, awq"),
         ("no method", gptq, key("quant_method", Value::Null), "`quantization_config.quant_method` is missing"),
         ("3 bits", gptq, key("bits", json!(3)), "`quantization_config.bits` = 3 is not supported: only 4 and 8 bits are"),
-        ("bits of text", gptq, key("bits", json!("4")), "`quantization_config.bits` is \"4\", expected a positive integer"),
+        ("bits of text", gptq, key("bits", json!("4")), "`quantization_config.bits` is \"4\", expected an integer from 1 to 4294967295"),
         ("no group size", gptq, key("group_size", Value::Null), "`quantization_config.group_size` is missing"),
         ("group size 0", gptq, key("group_size", json!(0)), "`quantization_config.group_size` is 0"),
         ("layout", gptq, key("checkpoint_format", json!("marlin")), "`quantization_config.checkpoint_format` = marlin is not supported"),

@@ -237,7 +237,7 @@ async fn the_remains_of_killed_writes_are_swept() {
 #[tokio::test]
 async fn what_is_added_again_is_young_with_the_marks_of_its_deltas() {
     let dir = tempfile::tempdir().unwrap();
-    let (root, demo) = (dir.path().join("zoo"), std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../demo"));
+    let (root, demo) = (dir.path().join("zoo"), std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../demo"));
     let zoo = Zoo::create_dir(&root).await.unwrap();
     add_dir(&zoo, &demo.join("base"), "demo/base", Recipe::Keep).await.unwrap();
     add_dir(&zoo, &demo.join("shakespeare-top"), "demo/verse", Recipe::Keep).await.unwrap();

@@ -9,7 +9,7 @@ use ashlar_zoo::store::Zoo;
 
 #[tokio::test]
 async fn each_descendant_shares_what_its_training_left_alone() {
-    let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../demo");
+    let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../demo");
     let counted: serde_json::Value = serde_json::from_slice(&std::fs::read(demo.join("sharing.json")).unwrap()).unwrap();
     let mut seen = Vec::new();
     for (name, expected) in counted["descendants"].as_object().unwrap() {

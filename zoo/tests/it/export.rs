@@ -9,6 +9,7 @@ use ashlar_zoo::formats::{TensorFiles, shards};
 use ashlar_zoo::ingest::{AddOptions, AddReport, Recipe, Silent, add};
 use ashlar_zoo::manifest::Chain;
 use ashlar_zoo::store::Zoo;
+use serde_json::{Value, json};
 
 async fn zoo() -> (tempfile::TempDir, Zoo) {
     let dir = tempfile::tempdir().unwrap();
@@ -64,6 +65,24 @@ async fn every_family_comes_back_as_it_was() {
     assert!(count >= 12, "only {count}");
     let all = ["gemma2", "gemma3", "gpt2", "llama", "mistral", "phi3", "qwen2", "qwen3"];
     assert_eq!(families.into_iter().collect::<Vec<_>>(), all);
+}
+
+/// What transformers calls not sampling is a temperature of 0, and comes back as what it was.
+#[tokio::test]
+async fn a_greedy_model_stays_greedy() {
+    let (dir, zoo) = zoo().await;
+    let mut checkpoint = Checkpoint::llama(1);
+    let written = json!({"do_sample": false, "temperature": 0.6, "top_p": 0.9}).to_string();
+    checkpoint.files.insert("generation_config.json".to_owned(), written.into_bytes());
+    checkpoint.write(&dir.path().join("a"));
+    let before = chain_of(&zoo, &add_dir(&zoo, &dir.path().join("a"), "demo/a", Recipe::Keep).await.unwrap()).await;
+    assert_eq!((before.defaults.temperature, before.defaults.top_p), (Some(0.0), Some(0.9)));
+    let out = dir.path().join("out");
+    export(&zoo, &"demo/a".parse().unwrap(), &out).await.unwrap();
+    let exported: Value = serde_json::from_slice(&std::fs::read(out.join("generation_config.json")).unwrap()).unwrap();
+    assert_eq!(exported, json!({"bos_token_id": before.tokens.bos, "eos_token_id": before.tokens.eos, "top_p": 0.9, "do_sample": false}));
+    let again = add_again(&zoo, &out, &before.source).await;
+    assert_eq!(chain_of(&zoo, &again).await, before);
 }
 
 #[tokio::test]
@@ -152,7 +171,7 @@ async fn what_has_no_such_form_is_told_and_nothing_is_written() {
 #[tokio::test]
 async fn an_adapter_comes_back_as_one_over_its_base() {
     let (dir, zoo) = zoo().await;
-    let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../demo");
+    let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../demo");
     add_dir(&zoo, &demo.join("base"), "demo/base", Recipe::Keep).await.unwrap();
     let options = AddOptions { parent: Some("demo/base".parse().unwrap()), ..AddOptions::new("demo/names".parse().unwrap()) };
     let added = add(&zoo, &demo.join("names-lora"), &options, &Silent).await.unwrap();
@@ -179,7 +198,7 @@ async fn uneven_adapters_come_back() {
     let mut first = Peft::over("demo/base");
     first.lora("model.layers.0.self_attn.q_proj", (D, HEADS * HEAD_DIM), 4, 1);
     first.lora("model.layers.0.mlp.down_proj", (INNER, D), 8, 2);
-    first.config["rank_pattern"] = serde_json::json!({"down_proj": 8});
+    first.config["rank_pattern"] = json!({"down_proj": 8});
     let mut partly = Peft::over("demo/gpt2");
     partly.lora("transformer.h.0.attn.c_attn", (width, 3 * width), 4, 3);
     // The rows of k.

@@ -168,7 +168,7 @@ async fn of_many_who_declare_tenants_public_at_once_none_is_lost() {
 /// The demo family and its ways of training, as `demo/train.py` has them.
 #[tokio::test]
 async fn the_demo_familys_ways_of_training_are_recognised() {
-    let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../demo");
+    let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../demo");
     let (_dir, zoo) = zoo().await;
     assert_eq!(add(&zoo, &demo.join("base"), "demo/base").await.nearest, None);
     let mut seen = Vec::new();
@@ -223,7 +223,7 @@ async fn a_longer_table_of_tokens_and_another_model_are_told_apart() {
 
 #[tokio::test]
 async fn a_merged_lora_is_unmerged_stored_and_read_back() {
-    let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../demo");
+    let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../demo");
     let (dir, zoo) = zoo().await;
     add(&zoo, &demo.join("base"), "demo/base").await;
     let merged = add(&zoo, &demo.join("math-lora"), "demo/math").await;
@@ -267,5 +267,8 @@ async fn a_merged_lora_is_unmerged_stored_and_read_back() {
     add(&zoo, &dir.path().join("other"), "demo/other").await;
     assert!(refused("demo", "demo/other", None, 64).await.contains("none of the 4 models that demo may see is a relative of demo/other"));
     assert_eq!(refused("demo", "demo/math", Some("demo/other"), 64).await, "demo/math and demo/other have 18 and 6 blocks");
+    // What lies over the base's blocks is as near as the base, and no base itself.
+    zoo.remove_model(&"demo/base".parse().unwrap()).await.unwrap();
+    assert!(refused("demo", "demo/math", None, 64).await.contains(" is a relative of demo/math without adapters: give its base"));
     assert_eq!(zoo.read_model(&model).await.unwrap().chain, merged.chain);
 }

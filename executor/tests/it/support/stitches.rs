@@ -13,7 +13,7 @@ use crate::checkpoints::Checkpoint;
 
 /// Adds the demo family's base (128 wide, 8 layers) as `demo/base`, and a model of three layers with its tokenizer, 96 wide, as `demo/other`.
 pub(crate) async fn models(zoo: &Zoo) -> [Digest; 2] {
-    let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("../demo/base");
+    let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../demo/base");
     let mut other = Checkpoint::sized(5, [96, 3, 2048]);
     other.files.insert("tokenizer.json".to_owned(), std::fs::read(base.join("tokenizer.json")).unwrap());
     // As small as weights of trained models are.

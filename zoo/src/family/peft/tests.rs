@@ -76,7 +76,7 @@ fn what_is_no_plain_lora_is_refused_by_its_key() {
         (json!({"init_lora_weights": "pissa_niter_4"}), "`init_lora_weights` = \"pissa_niter_4\" is not supported"),
         (json!({"use_newlora": true}), "`use_newlora` = true is not supported: this version does not know it"),
         (json!({"ensure_weight_tying": true, "modules_to_save": ["embed_tokens"]}), "`ensure_weight_tying`"),
-        (json!({"r": 0}), "`r` is 0, expected a positive integer"),
+        (json!({"r": 0}), "`r` is 0, expected an integer from 1 to 4294967295"),
         (json!({"r": "8"}), "`r` is \"8\""),
         (json!({"lora_alpha": [1]}), "`lora_alpha` is [1]"),
         (json!({"bias": "some"}), "`bias` is \"some\", expected none, all or lora_only"),

@@ -1,6 +1,6 @@
 //! What can be wrong with the tensors of an adapter. Each names the tensor.
 
-use crate::adapter::RANK_MAX;
+use crate::adapter::{RANK_MAX, SCALE_MAX};
 
 /// Why a tensor of adapter_model.safetensors cannot be taken.
 #[derive(Debug, thiserror::Error, PartialEq)]
@@ -92,7 +92,7 @@ pub enum PeftError {
         expected: Vec<u64>,
     },
     /// An alpha that makes everything infinite.
-    #[error("tensor `{name}` would be scaled by {scale}, for its lora_alpha is too large")]
+    #[error("tensor `{name}` would be scaled by {scale:e}, more than {SCALE_MAX}: its lora_alpha is too large")]
     Scale {
         /// Tensor.
         name: String,

@@ -10,7 +10,7 @@ use super::base::Base;
 use super::complete::{self, Contents};
 use super::error::PeftError;
 use super::keys::{self, Factor, Key, Site, Sites};
-use crate::adapter::{ADAPTED_ROLES, RANK_MAX};
+use crate::adapter::{ADAPTED_ROLES, RANK_MAX, is_believed};
 use crate::family::ConfigError;
 use crate::family::names::{Piece, Rows};
 use crate::family::peft::LoraConfig;
@@ -119,7 +119,7 @@ impl Planner<'_> {
             Some(_) => {}
         }
         let (rank, scale) = (self.config.rank(module), self.config.scale(module));
-        if !scale.is_finite() {
+        if !is_believed(scale) {
             return Err(PeftError::Scale { name: a.to_owned(), scale }.into());
         }
         let (cols, rows) = inputs_outputs(&sites[0]);

@@ -166,5 +166,5 @@ pub async fn make_public(zoo: &Zoo, tenants: &[&str]) {
 
 /// Where the tiny models of every family are, with their goldens.
 pub fn tiny() -> PathBuf {
-    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../executor/tests/data/tiny"))
+    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../executor/tests/data/tiny"))
 }
