@@ -22,6 +22,7 @@ pub const ALL: &[Check] = &[
     ("keys are not logged", purity::keys_are_not_logged),
     ("crates import only along the arrows", crates::arrows),
     ("crates inherit the workspace's lints", crates::lints_are_inherited),
+    ("the image is built of all crates", crates::image_has_all_crates),
     ("no pickle is read", crates::no_pickle),
     ("no client's URL is fetched", crates::router_fetches_nothing),
     ("files stay readable in one sitting", size::files_stay_short),

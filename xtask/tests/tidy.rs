@@ -117,6 +117,16 @@ fn wrong_arrows_are_caught() {
 }
 
 #[test]
+fn a_crate_that_the_image_lacks_is_caught() {
+    let tree = Tree::of(&[(".containerignore", "*\n!zoo\n"), ("zoo/Cargo.toml", ""), ("zoo/tests/Cargo.toml", ""), ("sim/Cargo.toml", "")]);
+    let violations = crates::image_has_all_crates(&tree);
+    assert_eq!(
+        violations.iter().map(|violation| violation.message.as_str()).collect::<Vec<_>>(),
+        ["add `!sim`: without it no image can be built"]
+    );
+}
+
+#[test]
 fn lints_not_inherited_are_caught() {
     caught(crates::lints_are_inherited, "zoo/Cargo.toml", "[package]\nname = \"a\"\n", 0, "workspace = true");
     passes(crates::lints_are_inherited, "zoo/Cargo.toml", "[lints]\nworkspace = true\n");

@@ -1,5 +1,7 @@
 //! Rules on the crates' manifests: who may import whom, which lints hold, which dependencies are absent by intent.
 
+use std::collections::BTreeSet;
+
 use crate::Violation;
 use crate::tree::Tree;
 
@@ -44,6 +46,15 @@ pub fn lints_are_inherited(tree: &Tree) -> Vec<Violation> {
         }
     }
     violations
+}
+
+/// The image is built of all crates: cargo wants every member of the workspace, also those that the binary has nothing of.
+pub fn image_has_all_crates(tree: &Tree) -> Vec<Violation> {
+    let path = ".containerignore";
+    let Some(text) = tree.files.get(path).and_then(|file| file.text.as_deref()) else { return Vec::new() };
+    let folders: BTreeSet<&str> = tree.texts("/Cargo.toml").filter_map(|(path, _)| path.split('/').next()).collect();
+    let left_out = folders.into_iter().filter(|folder| !text.lines().any(|line| line.strip_prefix('!') == Some(folder)));
+    left_out.map(|folder| Violation::new(path, 0, format!("add `!{folder}`: without it no image can be built"))).collect()
 }
 
 /// No crate in the whole build reads pickles.
