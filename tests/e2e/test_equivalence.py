@@ -102,7 +102,8 @@ def ask_when_ready(client) -> str | None:
         (["demo/base", "demo/names-lora"], "demo/names-lora is base and adapters"),
         (["demo/base", "demo/none"], "demo/none"),
         (["demo/base", "demo/math-lora", "--text", "/nonexistent"], "read /nonexistent"),
-        (["--revoke", "zz"], "0 records have a digest that begins so"),
+        (["--revoke", "zzzz"], "0 records have a digest that begins so"),
+        (["--revoke", ""], "give at least 4 digits of the record's digest"),
     ],
 )
 def test_what_cannot_be_measured_is_named(zoo, words, said):

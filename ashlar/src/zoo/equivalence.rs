@@ -63,6 +63,8 @@ pub(super) async fn run(zoo: &Zoo, args: EquivalenceArgs) -> anyhow::Result<()> 
 }
 
 async fn revoke(zoo: &Zoo, prefix: &str) -> anyhow::Result<()> {
+    // An empty one, as of a variable that is not set, would be any record's.
+    ensure!(prefix.len() >= 4, "revoke `{prefix}`: give at least 4 digits of the record's digest");
     let listed = zoo.list_equivalences().await.context("list the records")?;
     let matching: Vec<&Digest> = listed.iter().filter(|digest| digest.to_string().starts_with(prefix)).collect();
     let [digest] = matching.as_slice() else {

@@ -54,11 +54,19 @@ fn finished(gathered: Bytes, plan: &TensorPlan) -> Result<Bytes, IngestError> {
     let converted = convert(&view, plan.target);
     let (index, value) = largest(&view);
     let stored = element(&TensorView { dtype: plan.target, rows, cols, bytes: &converted }, index);
-    // Rounding takes a part of it; only a range that it lies outside of takes more than half.
-    if (value - stored).abs() > 0.5 * value.abs() {
+    if value.abs() > reach(plan.target) || !stored.is_finite() || (stored == 0.0 && value != 0.0) {
         return Err(IngestError::OutOfRange { name: plan.piece.name.clone(), index, value, dtype: plan.target, stored });
     }
     Ok(Bytes::from(converted))
+}
+
+/// The largest magnitude that the codes of a format reach with the largest f16 as their scale.
+fn reach(target: Dtype) -> f32 {
+    match target {
+        Dtype::Int8 { .. } => 127.0 * half::f16::MAX.to_f32(),
+        Dtype::Int4 { .. } => 8.0 * half::f16::MAX.to_f32(),
+        _ => f32::MAX,
+    }
 }
 
 /// Index and value of the element of the largest magnitude: the first that a format's range is too narrow for.

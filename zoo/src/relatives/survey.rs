@@ -1,7 +1,7 @@
 //! One look at all that a viewer may see: the nearest relative of a chain, and what of the chain is there already. It reads the visible
 //! names and one sketch for each of their chains; it touches nothing of others, so neither its answer nor its time tells of them.
 
-use std::collections::BTreeMap;
+use std::collections::HashSet;
 use std::pin::pin;
 
 use futures::{StreamExt, TryStreamExt, stream};
@@ -38,7 +38,7 @@ pub struct Survey {
 pub enum Candidates {
     /// All that can be seen.
     All,
-    /// Those without adapters: what adapters can lie over.
+    /// Those without adapters and of another chain: what adapters can lie over.
     Plain,
 }
 
@@ -67,16 +67,21 @@ pub async fn survey(
     own: Option<(&ModelId, Digest)>,
     candidates: Candidates,
 ) -> Result<Survey, StoreError> {
-    let names: Vec<_> = zoo.list_visible(viewer).await?.into_iter().map(|(id, name)| (id, name.chain)).collect();
+    let mut names = zoo.list_visible(viewer).await?;
+    // Of models that are equally near, what was there first is what the others were made of.
+    names.sort_by_key(|(_, name)| name.created_ms);
+    let names: Vec<_> = names.into_iter().map(|(id, name)| (id, name.chain)).collect();
     let visible_count = names.len();
-    let mut chains: BTreeMap<Digest, ModelId> = BTreeMap::new();
+    let (mut chains, mut seen) = (Vec::new(), HashSet::new());
     let others = names.iter().filter(|(id, chain)| own.is_none_or(|(name, own_chain)| *id != *name || *chain != own_chain));
     // The own name is last, so that its chain counts as there, under another's name where it has one.
     for (id, chain) in others.chain(names.iter()) {
-        chains.entry(*chain).or_insert_with(|| id.clone());
+        if seen.insert(*chain) {
+            chains.push((*chain, id.clone()));
+        }
     }
     let mut search = Search::new(of);
-    if let Some((_, chain)) = own.filter(|(_, chain)| chains.contains_key(chain)) {
+    if let Some((_, chain)) = own.filter(|(_, chain)| seen.contains(chain)) {
         search.know_object(chain);
     }
     let mut missing = Vec::new();
@@ -84,7 +89,9 @@ pub async fn survey(
     let mut reads = pin!(reads.buffered(READS_AT_ONCE));
     let mut look = |id: ModelId, chain: Digest, sketch: &Sketch| {
         let is_own = own.is_some_and(|(name, own_chain)| id == *name && chain == own_chain);
-        match is_own || candidates == Candidates::Plain && sketch.is_adapted() {
+        // Nothing differs from a base that it equals.
+        let no_base = sketch.is_adapted() || own.is_some_and(|(_, own_chain)| chain == own_chain);
+        match is_own || candidates == Candidates::Plain && no_base {
             true => search.know(sketch),
             false => search.see((id, chain), sketch),
         }

@@ -216,6 +216,8 @@ impl Zoo {
         match Mapping::open(&path) {
             Ok(map) => Ok(TensorBytes::Mapped(map)),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Err(StoreError::Missing { object: object.clone() }),
+            // A folder or a link to a device, say: damage like any other, and no reason to look at nothing else.
+            Err(e) if e.kind() == std::io::ErrorKind::InvalidInput => Err(damaged(object, e)),
             Err(source) => Err(StoreError::File { action: "map", path: path.display().to_string(), source }),
         }
     }

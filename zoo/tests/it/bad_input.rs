@@ -197,6 +197,7 @@ async fn a_weight_outside_the_range_of_the_wanted_dtype_is_named() {
         (f32::MAX, Recipe::Bf16, "holds 3.4028235e38 (element 70), which would be inf in bf16: add it with another --dtype"),
         (1e9, Recipe::Int8, "holds 1e9 (element 70), which would be 8.319008e6 in int8g32"),
         (-4e6, Recipe::Int4, "holds -4e6 (element 70), which would be -5.24032e5 in int4g32"),
+        (6e5, Recipe::Int4, "holds 6e5 (element 70), which would be "),
     ];
     for (value, recipe, sentence) in cases {
         let mut checkpoint = Checkpoint::llama(1);

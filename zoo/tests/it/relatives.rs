@@ -267,6 +267,16 @@ async fn a_merged_lora_is_unmerged_stored_and_read_back() {
     add(&zoo, &dir.path().join("other"), "demo/other").await;
     assert!(refused("demo", "demo/other", None, 64).await.contains("none of the 4 models that demo may see is a relative of demo/other"));
     assert_eq!(refused("demo", "demo/math", Some("demo/other"), 64).await, "demo/math and demo/other have 18 and 6 blocks");
+    // A copy of the model itself is no base of it, and what was there first is taken of those that are equally near.
+    add(&zoo, &demo.join("math-lora"), "demo/copy").await;
+    add(&zoo, &demo.join("banking-bias"), "demo/a").await;
+    let again = propose(&zoo, ("demo", &viewer), &model, None, 64).await.unwrap();
+    assert_eq!(again.adapted.base.to_string(), "demo/base");
+    let japanese = add(&zoo, &demo.join("japanese-full"), "demo/japanese").await.nearest.unwrap();
+    assert_eq!(japanese.model, "demo/base");
+    for added in ["demo/copy", "demo/a", "demo/japanese"] {
+        zoo.remove_model(&added.parse().unwrap()).await.unwrap();
+    }
     // What lies over the base's blocks is as near as the base, and no base itself.
     zoo.remove_model(&"demo/base".parse().unwrap()).await.unwrap();
     assert!(refused("demo", "demo/math", None, 64).await.contains(" is a relative of demo/math without adapters: give its base"));

@@ -145,8 +145,9 @@ fn refused(error: &IngestError) -> ApiError {
     match error {
         IngestError::Outside { .. } => ApiError::of_param(Code::InvalidValue, "lora_path", format!("{error} (router.adapters_dir)")),
         IngestError::Exists(model) => {
-            let message =
-                format!("the model `{model}` is there already: unload it first, or send `\"load_inplace\": true` where it was loaded");
+            let message = format!(
+                "the model `{model}` is there already: unload it first, or send `\"load_inplace\": true`, where it was loaded; where it was added, `ashlar zoo rm` takes it away"
+            );
             ApiError::of_param(Code::ModelExists, "lora_name", message)
         }
         IngestError::Contended(_) => ApiError::of_param(Code::Unavailable, "lora_name", error.to_string()),
