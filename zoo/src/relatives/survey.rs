@@ -57,6 +57,7 @@ pub struct Relative {
 
 /// Looks at all visible models. `own` is the name that is being set and the chain that it will have: where it has that already, it is not
 /// its own relative.
+/// `candidates` says which of them may be the nearest; all count for what is there already.
 ///
 /// # Errors
 /// When the store fails. A model that cannot be read is passed over; `verify` tells of it.
