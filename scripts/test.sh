@@ -70,8 +70,18 @@ deny() {
 # Binaries and tests in one call and with one set of features, so that no dependency is built twice.
 build() { cargo build --workspace --bins --tests --bench plan --locked; }
 
+# NVRTC, with which the tests of the CUDA device compile every kernel; ASHLAR_NVRTC says that it must be there.
+with_nvrtc() {
+  local folder
+  for folder in "$ROOT"/.venv/lib/python3*/site-packages/nvidia/cu13/lib; do
+    [ -d "$folder" ] || { echo "NVRTC is not in .venv: its tests are left out"; return; }
+    export ASHLAR_NVRTC=1 LD_LIBRARY_PATH=$folder${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+  done
+}
+
 # The fuzz targets are ordinary tests; they get more seconds here than a plain `cargo test` gives them.
 tests() {
+  with_nvrtc
   export ASHLAR_FUZZ_SECONDS=${ASHLAR_FUZZ_SECONDS:-10}
   if command -v cargo-nextest >/dev/null; then
     cargo nextest run --workspace --locked --no-fail-fast

@@ -14,9 +14,21 @@ use ashlar_zoo::store::Place;
 use clap::Args;
 use serde::{Deserialize, Serialize};
 
+use crate::device::Wanted;
+use crate::status::Misused;
+
 /// Variables with our prefix that are not configuration keys: flags of single commands, and knobs of scripts and tests.
-const OTHER_VARIABLES: &[&str] =
-    &[ZOO_VARIABLE, "ASHLAR_API_KEY", "ASHLAR_URL", "ASHLAR_MODELS", "ASHLAR_DOWNLOADS", "ASHLAR_FUZZ_SECONDS", "ASHLAR_BIN"];
+const OTHER_VARIABLES: &[&str] = &[
+    ZOO_VARIABLE,
+    "ASHLAR_API_KEY",
+    "ASHLAR_URL",
+    "ASHLAR_MODELS",
+    "ASHLAR_DOWNLOADS",
+    "ASHLAR_FUZZ_SECONDS",
+    "ASHLAR_BIN",
+    "ASHLAR_NVRTC",
+    "ASHLAR_CARD",
+];
 
 /// Short for `ASHLAR_ZOO_ROOT`.
 const ZOO_VARIABLE: &str = "ASHLAR_ZOO";
@@ -91,7 +103,7 @@ pub struct ExecutorConfig {
     pub advertise: String,
     /// Address of `/health`, `/ready` and `/metrics`.
     pub metrics_listen: String,
-    /// `auto` or `cpu`.
+    /// `auto`, `cpu` or `cuda:N`.
     pub device: String,
     /// Threads of the CPU pool; 0: all.
     pub threads: usize,
@@ -99,7 +111,7 @@ pub struct ExecutorConfig {
     pub isa: String,
     /// Bytes for weights; 0: 70% of the memory that is available at start.
     pub memory_bytes: u64,
-    /// Bytes for KV pages; 0: a quarter of the memory that is available at start, at most 4 GiB.
+    /// Bytes for KV pages; 0: a quarter of the memory that is available at start, of a machine's at most 4 GiB.
     pub kv_bytes: u64,
     /// Bytes of KV pages for which memory is taken while the device is idle, not when they are first used; `None`: a sixteenth of all.
     pub kv_touch_bytes: Option<u64>,
@@ -189,12 +201,12 @@ impl ExecutorConfig {
         Ok(isa)
     }
 
-    /// The engine's limits on a device of so many threads, checked.
+    /// The engine's limits on a device of so many threads, checked. Pages take at most `kv_bytes_max` unless they are told to take more.
     ///
     /// # Errors
     /// The relation of limits that does not hold.
-    pub fn limits(&self, available_bytes: u64, threads: usize) -> anyhow::Result<Limits> {
-        let kv_bytes = if self.kv_bytes > 0 { self.kv_bytes } else { (available_bytes / 4).min(4 << 30) };
+    pub fn limits(&self, available_bytes: u64, kv_bytes_max: u64, threads: usize) -> anyhow::Result<Limits> {
+        let kv_bytes = if self.kv_bytes > 0 { self.kv_bytes } else { (available_bytes / 4).min(kv_bytes_max) };
         // A step of so many rows is bound by arithmetic, not by reading weights; more rows only make whoever decodes wait longer.
         let rows_of_threads = u32::try_from(threads).unwrap_or(u32::MAX).saturating_mul(48).clamp(96, 1024);
         let step_tokens_max = if self.step_tokens_max > 0 { self.step_tokens_max } else { rows_of_threads.max(self.sequences_max) };
@@ -265,11 +277,11 @@ impl Config {
             ensure!(parts.is_some(), "use {key} = `{listen}`: expected HOST:PORT, as 0.0.0.0:8090");
         }
         let (device, format) = (&self.executor.device, &self.log.format);
-        ensure!(["auto", "cpu"].contains(&device.as_str()), "use executor.device = `{device}`: expected auto or cpu");
+        ensure!(device.parse::<Wanted>().is_ok(), "use executor.device = `{device}`: expected auto, cpu or cuda:N");
         self.executor.isa()?;
         ensure!(["text", "json"].contains(&format.as_str()), "use log.format = `{format}`: expected text or json");
         // Memory decides no relation, so that any amount of it serves.
-        self.executor.limits(1 << 30, self.executor.threads).map(drop)
+        self.executor.limits(1 << 30, 1 << 30, self.executor.threads).map(drop)
     }
 }
 
@@ -278,7 +290,7 @@ impl Config {
 /// # Errors
 /// When two variables name two zoos, or one names no place.
 pub fn zoo_of_environment() -> anyhow::Result<Option<Place>> {
-    zoo_of(&our_variables())
+    zoo_of(&our_variables()).map_err(misused)
 }
 
 fn zoo_of(variables: &[(String, String)]) -> anyhow::Result<Option<Place>> {
@@ -438,7 +450,7 @@ impl ConfigArgs {
     /// # Errors
     /// Which file, variable or flag is wrong, and how.
     pub fn load_for(&self, listener: &str) -> anyhow::Result<Config> {
-        self.places.load_with(self.listen.as_deref().map(|address| (listener, address)), &our_variables())
+        self.places.load_with(self.listen.as_deref().map(|address| (listener, address)), &our_variables()).map_err(misused)
     }
 }
 
@@ -448,7 +460,7 @@ impl PlaceArgs {
     /// # Errors
     /// Which file, variable or flag is wrong, and how.
     pub fn load(&self) -> anyhow::Result<Config> {
-        self.load_with(None, &our_variables())
+        self.load_with(None, &our_variables()).map_err(misused)
     }
 
     /// `listen` is the section that listens, and where.
@@ -490,6 +502,10 @@ impl PlaceArgs {
         config.check()?;
         Ok(config)
     }
+}
+
+fn misused(error: anyhow::Error) -> anyhow::Error {
+    Misused(error).into()
 }
 
 /// Sets `section.key[.key]` and checks at once that the whole still makes sense.

@@ -61,8 +61,11 @@ pub async fn run(command: DeployCommand, registry: Arc<dyn Registry>, zoo: &Plac
         }
         DeployCommand::List => list(&*registry).await?,
         DeployCommand::Clear { model } => {
-            registry.delete(&key::deployment(&model.to_string())).await.with_context(|| format!("drop the settings of {model}"))?;
-            format!("{model} has the executors' targets and its own blocks\n")
+            let key = key::deployment(&model.to_string());
+            let had = registry.get(&key).await.with_context(|| format!("read the settings of {model}"))?.is_some();
+            registry.delete(&key).await.with_context(|| format!("drop the settings of {model}"))?;
+            let note = if had { "" } else { ": it had no settings" };
+            format!("{model} has the executors' targets and its own blocks{note}\n")
         }
     };
     Ok(output::text(text)?)

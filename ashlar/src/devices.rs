@@ -2,8 +2,10 @@
 //! device are kept.
 
 use anyhow::bail;
+use ashlar_cuda::{Found, compiler_version, find};
 use ashlar_kernels::cpu::{Cpu, CpuOptions, Isa};
 use ashlar_kernels::ops::Ops;
+use ashlar_zoo::ingest::human_bytes;
 use ashlar_zoo::profiles::DeviceKey;
 
 use crate::output::{self, OutputError};
@@ -20,7 +22,29 @@ pub fn print() -> Result<(), OutputError> {
         let state = if isa.available() { "available" } else { "not on this processor" };
         output::line(format_args!("       {}: {state}", isa.name()))?;
     }
-    output::line("cuda   this build has no CUDA device")
+    for line in cards() {
+        output::line(format_args!("cuda   {line}"))?;
+    }
+    Ok(())
+}
+
+/// A line for each card, or one that says why there is none; then whence their kernels come.
+fn cards() -> Vec<String> {
+    let (driver, cards) = match find() {
+        Ok(found) => found,
+        Err(error) => return vec![format!("not used: {error}")],
+    };
+    let line = |card: &Found| {
+        let Found { ordinal, name, capability: (major, minor), memory_bytes } = card;
+        format!("cuda:{ordinal}  {name}, compute capability {major}.{minor}, {}", human_bytes(*memory_bytes))
+    };
+    let mut lines: Vec<String> = cards.iter().map(line).collect();
+    if lines.is_empty() {
+        lines.push("not used: the driver shows no card".to_owned());
+    }
+    let compiler = compiler_version().map_or_else(|error| error.to_string(), |version| format!("NVRTC {version}"));
+    lines.push(format!("driver {driver}; kernels are compiled by {compiler}"));
+    lines
 }
 
 /// The key of a device that this process uses: those who serve find what `zoo profile` measured, where processor, instruction set, threads and

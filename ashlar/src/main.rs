@@ -11,6 +11,7 @@ mod check;
 mod client;
 mod config;
 mod deploy;
+mod device;
 mod devices;
 mod health;
 mod logging;
@@ -29,7 +30,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 ///
 /// Begin with `ashlar zoo add PATH --name TENANT/MODEL`, then `ashlar serve`, then `ashlar chat TENANT/MODEL`.
 ///
-/// Status 0: done. 1: failed, and the last line of standard error says at what. 2: the command line was not understood. 3: done, and found what
+/// Status 0: done. 1: failed, and the last line of standard error says at what. 2: the command line or the configuration cannot be used. 3: done, and found what
 /// must not be: damage (`zoo verify`), a fault (`check`), a seed that does not pass (`sim`). 141: nobody reads what is printed.
 #[derive(Debug, Parser)]
 #[command(name = "ashlar", version, propagate_version = true)]

@@ -10,7 +10,7 @@ use ashlar_executor::io::executor::{self, ExecutorHandle, Identity};
 use ashlar_executor::io::hosting::Hosting;
 use ashlar_executor::io::metrics::ExecutorMetrics;
 use ashlar_executor::io::service::{Operator, Service};
-use ashlar_kernels::cpu::{Cpu, CpuOptions};
+use ashlar_executor::state::limits::Limits;
 use ashlar_kernels::ops::Ops;
 use ashlar_registry::record::{ExecutorRecord, PlanPolicy, RouterRecord};
 use ashlar_registry::{Registry, Session, key};
@@ -31,9 +31,10 @@ use ashlar_zoo::store::{Cache, Zoo};
 use tokio::net::TcpListener;
 use tokio_stream::StreamExt;
 
-use crate::config::{Config, ConfigArgs};
-use crate::devices::{check_isa, device_key, isa_warning};
-use crate::process::{available_bytes, random_bits, stop_signal};
+use crate::config::{Config, ConfigArgs, ExecutorConfig};
+use crate::device::{self, Opened};
+use crate::devices::device_key;
+use crate::process::{random_bits, stop_signal};
 use crate::serving::Serving;
 use crate::{health, logging, output};
 
@@ -147,21 +148,43 @@ struct Started {
     metrics: prometheus::Registry,
 }
 
+/// Pages of a machine's memory unless more is asked for; a card's memory is for nothing else.
+const KV_BYTES_MAX: u64 = 4 << 30;
+/// A card is as wide as a CPU of so many threads, as far as rows of a batch are concerned.
+const CARD_THREADS: usize = 64;
+
 async fn start_executor(config: &Config, zoo: Zoo, registry: Arc<dyn Registry>, address: String) -> anyhow::Result<Started> {
     let settings = &config.executor;
-    match settings.device.as_str() {
-        "auto" | "cpu" => {}
-        other => bail!("use executor.device `{other}`: this build has cpu only"),
-    }
     let all = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let threads = if settings.threads > 0 { settings.threads } else { all };
-    let isa = settings.isa()?;
-    check_isa("executor.isa =", isa)?;
-    let ops = Arc::new(Cpu::new(CpuOptions { threads, isa, bf16_compute: settings.bf16_compute }));
-    let (device, profiled_on) = (ops.describe(), device_key(&*ops));
-    let available = available_bytes();
+    // A card's kernels may have to be compiled, which takes a while.
+    let opening = settings.clone();
+    let opened = tokio::task::spawn_blocking(move || device::open(&opening, threads)).await??;
+    let available = opened.free_bytes();
     settings.check_memory(available)?;
-    let limits = settings.limits(available, threads)?;
+    match opened {
+        Opened::Cpu(ops) => {
+            let limits = settings.limits(available, KV_BYTES_MAX, threads)?;
+            start_on(settings, ops, threads, available, limits, zoo, registry, address).await
+        }
+        Opened::Cuda(ops, _) => {
+            let limits = settings.limits(available, u64::MAX, CARD_THREADS)?;
+            start_on(settings, ops, threads, available, limits, zoo, registry, address).await
+        }
+    }
+}
+
+async fn start_on<B: Ops>(
+    settings: &ExecutorConfig,
+    ops: Arc<B>,
+    threads: usize,
+    available: u64,
+    limits: Limits,
+    zoo: Zoo,
+    registry: Arc<dyn Registry>,
+    address: String,
+) -> anyhow::Result<Started> {
+    let (device, profiled_on) = (ops.describe(), device_key(&*ops));
     let memory_bytes = if settings.memory_bytes > 0 { settings.memory_bytes } else { available / 10 * 7 };
     let id = ExecutorId(if settings.id.is_empty() { ExecutorId::from_bits(random_bits()).0 } else { settings.id.clone() });
     let identity = Identity {
@@ -178,9 +201,6 @@ async fn start_executor(config: &Config, zoo: Zoo, registry: Arc<dyn Registry>, 
         page_tokens = limits.page_tokens, kv_format = limits.kv_format.name(), bf16_compute = settings.bf16_compute.name(),
         "executor starts"
     );
-    if let Some(warning) = isa_warning(ops.isa()) {
-        tracing::warn!(executor = %id, "{warning}");
-    }
     let record = ExecutorRecord {
         id: id.clone(),
         address,

@@ -337,6 +337,13 @@ async fn add(zoo: &Zoo, path: &std::path::Path, naming: &Naming, source: Option<
     let given = [("--parent", &naming.parent), ("--base", &naming.base)];
     let given = given.into_iter().find_map(|(flag, model)| Some((flag, model.as_ref()?)));
     if let Some((flag, model)) = given {
+        let tenant = naming.name.tenant();
+        if flag == "--parent" && !zoo.viewer(tenant).await?.sees(model) {
+            let owner = model.tenant();
+            bail!(
+                "use {flag} {model}: it is not {tenant}'s to see: `ashlar zoo public {owner}` lets every tenant see and share what {owner} has"
+            );
+        }
         zoo.resolve(model).await.with_context(|| format!("use {flag} {model}"))?;
     }
     let parent = given.map(|(_, model)| model.clone());
@@ -369,7 +376,11 @@ fn print_added(report: &AddReport) -> Result<(), OutputError> {
     }
     let verb = if report.replaced.is_some() { "now points to" } else { "is" };
     let over = report.base.as_ref().map(|base| format!(" over {base}")).unwrap_or_default();
-    output::line(format_args!("{} {verb} chain {} ({}{over})", report.model, report.chain.short(), report.architecture))
+    output::line(format_args!("{} {verb} chain {} ({}{over})", report.model, report.chain.short(), report.architecture))?;
+    if let Some(replaced) = report.replaced {
+        output::line(format_args!("it was chain {}, which stays among its earlier chains", replaced.short()))?;
+    }
+    Ok(())
 }
 
 fn print<T: serde::Serialize>(json: bool, value: &T, table: impl FnOnce() -> String) -> anyhow::Result<()> {

@@ -44,8 +44,9 @@ struct Fiber { void* stack; Index3 thread; State state; std::vector<std::vector<
 struct Warp { u32 a[32][8]; float f[32][4]; int i[32][4]; uint64_t x[32]; };
 inline Fiber* current;
 inline void* scheduler_stack;
-inline std::vector<Fiber> fibers;
-inline std::vector<Warp> warps;
+// Never destroyed: another thread may still compute when the process ends.
+inline std::vector<Fiber>& fibers = *new std::vector<Fiber>;
+inline std::vector<Warp>& warps = *new std::vector<Warp>;
 inline void (*entry)(void*);
 inline void* entry_argument;
 inline Index3 block_index;
@@ -165,6 +166,7 @@ inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fsqrt_rn(float a) { return sqrtf(a); }
 inline int __float2int_rn(float f) { return int(rintf(f)); }
 
 inline u32 bits_of(float f) { u32 b; memcpy(&b, &f, 4); return b; }
@@ -177,6 +179,7 @@ inline u32 bf16x2_fma(u32 a, u32 b, u32 c) {
     auto one = [](u32 a, u32 b, u32 c) { return u32(bf16_nearest(fmaf(bf16_value(a & 0xffff), bf16_value(b & 0xffff), bf16_value(c & 0xffff)))); };
     return one(a, b, c) | one(a >> 16, b >> 16, c >> 16) << 16;
 }
+inline int dot4(u32 a, u32 b, int sum) { for (int i = 0; i < 4; i++) sum += int(i8(a >> (8 * i))) * int(i8(b >> (8 * i))); return sum; }
 inline u32 and_xor(u32 a, u32 b, u32 c) { return (a & b) ^ c; }
 inline void wait_for_previous_kernel() {}
 inline void let_next_kernel_start() {}

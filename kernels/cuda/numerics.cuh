@@ -43,6 +43,34 @@ DEVICE float tanh_exact(float x) {
 }
 DEVICE float softcap_exact(float x, float cap) { return cap * tanh_exact(__fdiv_rn(x, cap)); }
 
+DEVICE float erf_exact(float x) {
+    float t = fabsf(x), s = x * x;
+    if (t > 0.9277344f) {
+        float r = fmaf(-1.7285347e-5f, t, 3.8319713e-4f), u = fmaf(-3.8839644e-3f, t, 2.4254622e-2f);
+        r = fmaf(r, s, u);
+        r = fmaf(r, t, -1.0677788e-1f);
+        r = fmaf(r, t, -6.348467e-1f);
+        r = fmaf(r, t, -1.2871751e-1f);
+        r = fmaf(r, t, -t);
+        return copysignf(1.0f - exp_exact(r), x);
+    }
+    float p = -5.967617e-4f;
+    p = fmaf(p, s, 4.9911942e-3f);
+    p = fmaf(p, s, -2.6768135e-2f);
+    p = fmaf(p, s, 1.1281993e-1f);
+    p = fmaf(p, s, -3.7612534e-1f);
+    p = fmaf(p, s, 1.2837917e-1f);
+    return fmaf(p, x, x);
+}
+
+enum ActivationKind { SILU, GELU_TANH, GELU, RELU };
+DEVICE float activate_exact(float x, int kind) {
+    if (kind == SILU) return __fdiv_rn(x, 1.0f + exp_exact(-x));
+    if (kind == GELU_TANH) return (0.5f * x) * (1.0f + tanh_exact(fmaf(x * x * 0.044715f, x, x) * 0.7978846f));
+    if (kind == GELU) return (0.5f * x) * (1.0f + erf_exact(x * 0.70710678118654752440f));
+    return x > 0.0f ? x : 0.0f;
+}
+
 /// The two bf16 of a word as floats, exactly.
 DEVICE float bf16_low(u32 pair) { return float_of(pair << 16); }
 DEVICE float bf16_high(u32 pair) { return float_of(pair & 0xffff0000u); }

@@ -28,6 +28,9 @@ DEVICE u32 and_xor(u32 a, u32 b, u32 c) { u32 d; asm("lop3.b32 %0, %1, %2, %3, 0
 /// a * b + c on two bf16, each rounded once.
 DEVICE u32 bf16x2_fma(u32 a, u32 b, u32 c) { u32 d; asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c)); return d; }
 
+/// sum + the products of four signed bytes each.
+DEVICE int dot4(u32 a, u32 b, int sum) { int d; asm("dp4a.s32.s32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(sum)); return d; }
+
 /// Policy for weights: read once, first to leave the second cache.
 DEVICE u64 evict_first() { u64 p; asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(p)); return p; }
 /// 16 bytes that are read once: not kept in the first cache.

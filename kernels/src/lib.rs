@@ -8,7 +8,7 @@ pub mod cpu;
 pub mod format;
 pub mod ops;
 pub mod reference;
-mod table;
+pub mod table;
 pub mod timed;
 
 pub use cpu::probe;

@@ -46,6 +46,9 @@ pub enum PackError {
     /// The device has no memory left for it.
     #[error("no device memory for {0} bytes")]
     Memory(usize),
+    /// The device cannot take it for another reason, or fails.
+    #[error("{0}")]
+    Device(String),
 }
 
 /// Columns of a buffer that an op reads or writes: row r covers elements `r * stride + offset ..+ width`.

@@ -22,8 +22,7 @@ pub use attention::Kv;
 pub use differences::{BOUNDS_MAX, add_differences, exponent_classes, of_ordinal, of_zigzag, ordinal, zigzag};
 #[cfg(test)]
 pub(crate) use linear::round_to_bf16;
-pub use linear::{Activations, Linear, quantise_activations};
-pub(crate) use linear::{check_parts, check_placed};
+pub use linear::{Activations, Linear, check_parts, check_placed, quantise_activations};
 pub use symbols::{SYMBOL_STATES, SymbolCode, decode_symbols};
 
 /// The scalar backend.
@@ -267,7 +266,10 @@ impl Ops for Reference {
 }
 
 /// Parts as one f32 vector.
-pub(crate) fn concatenate(parts: &[TensorView<'_>]) -> Result<Vec<f32>, PackError> {
+///
+/// # Errors
+/// The part whose bytes do not have the length that dtype and shape imply.
+pub fn concatenate(parts: &[TensorView<'_>]) -> Result<Vec<f32>, PackError> {
     let mut values = Vec::new();
     for part in parts {
         part.check()?;

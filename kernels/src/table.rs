@@ -18,7 +18,11 @@ pub struct Table {
 }
 
 impl Table {
-    pub(crate) fn new(view: TensorView<'_>, keep: Arc<dyn AsRef<[u8]> + Send + Sync>) -> Result<Self, PackError> {
+    /// The rows of a tensor whose bytes lie in `keep`.
+    ///
+    /// # Errors
+    /// When its bytes are not as its shape says.
+    pub fn new(view: TensorView<'_>, keep: Arc<dyn AsRef<[u8]> + Send + Sync>) -> Result<Self, PackError> {
         view.check()?;
         let all = (*keep).as_ref();
         let start = (view.bytes.as_ptr() as usize).wrapping_sub(all.as_ptr() as usize);
@@ -28,12 +32,13 @@ impl Table {
         Ok(Self { dtype: view.dtype, rows: view.rows, width: view.cols, start, length: view.bytes.len(), keep })
     }
 
-    pub(crate) fn width(&self) -> usize {
+    /// Elements of a row.
+    pub fn width(&self) -> usize {
         self.width
     }
 
     /// Writes row `row` as f32.
-    pub(crate) fn read(&self, row: u32, scratch: &mut CodeRow, out: &mut [f32]) {
+    pub fn read(&self, row: u32, scratch: &mut CodeRow, out: &mut [f32]) {
         let row = row as usize;
         assert!(row < self.rows, "row {row} of a table of {}", self.rows);
         let bytes = &(*self.keep).as_ref()[self.start..][..self.length];

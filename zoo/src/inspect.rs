@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::Serialize;
 
 use crate::adapter::AdapterError;
+use crate::diff::{Diff, diff};
 use crate::digest::{Digest, lineages};
 use crate::joint::{self, Joint};
 use crate::manifest::{Adapter, AdapterRef, Block, BlockKind, Chain, Change, ModelName, TensorRef};
@@ -108,42 +109,6 @@ pub struct ShownAdapter {
     pub bytes: u64,
     /// Other models that have it.
     pub shared_with: Vec<String>,
-}
-
-/// `zoo diff`.
-#[derive(Debug, Clone, Serialize)]
-pub struct Diff {
-    /// The two names.
-    pub models: [String; 2],
-    /// Blocks from the start with equal lineage: where KV could be shared.
-    pub common_prefix: usize,
-    /// Blocks of each.
-    pub block_counts: [usize; 2],
-    /// Distinct blocks in both.
-    pub shared_blocks: usize,
-    /// Bytes of distinct tensors in both.
-    pub shared_bytes: u64,
-    /// Bytes of distinct tensors of each.
-    pub bytes: [u64; 2],
-    /// Whether tokenizer, template and special tokens are the same.
-    pub same_text: bool,
-    /// Places where the blocks differ.
-    pub differences: Vec<Difference>,
-}
-
-/// Blocks that differ at one place.
-#[derive(Debug, Clone, Serialize)]
-pub struct Difference {
-    /// Place in the chain.
-    pub index: usize,
-    /// Kind, of each.
-    pub kinds: [Option<&'static str>; 2],
-    /// Whether hyper-parameters differ.
-    pub params: bool,
-    /// Roles whose tensors differ, or that only one has.
-    pub roles: Vec<String>,
-    /// Roles that their adapters change in different ways.
-    pub adapted_roles: Vec<String>,
 }
 
 impl Zoo {
@@ -319,40 +284,6 @@ fn listed(id: &ModelId, model: Result<&Resolved, &StoreError>, owners: &BTreeMap
         created_ms: model.name.created_ms,
         chain: Some(model.name.chain),
         error: None,
-    }
-}
-
-fn diff(a: &Resolved, b: &Resolved) -> Diff {
-    let (tensors_a, tensors_b) = (distinct_tensors(a), distinct_tensors(b));
-    let (blocks_a, blocks_b): (BTreeSet<&Digest>, BTreeSet<&Digest>) = (a.chain.blocks.iter().collect(), b.chain.blocks.iter().collect());
-    let adapter = |model: &Resolved, index: usize| model.adapters.get(&index).cloned().unwrap_or(Adapter { changes: BTreeMap::new() });
-    let differs = |index: usize| a.chain.blocks.get(index) != b.chain.blocks.get(index) || adapter(a, index) != adapter(b, index);
-    let longest = a.blocks.len().max(b.blocks.len());
-    let common_prefix = (0..longest).find(|index| differs(*index)).unwrap_or(longest);
-    let differences = (common_prefix..longest).filter(|index| differs(*index)).map(|index| {
-        let pair = [a.blocks.get(index), b.blocks.get(index)];
-        let roles: BTreeSet<&String> = pair.iter().flatten().flat_map(|block| block.tensors.keys()).collect();
-        let tensor = |block: Option<&Block>, role: &str| block.and_then(|block| block.tensors.get(role).cloned());
-        let changes = [adapter(a, index).changes, adapter(b, index).changes];
-        let adapted: BTreeSet<&String> = changes.iter().flat_map(BTreeMap::keys).collect();
-        Difference {
-            index,
-            kinds: pair.map(|block| block.map(|block| kind(&block.params))),
-            params: pair[0].map(|block| &block.params) != pair[1].map(|block| &block.params),
-            roles: roles.into_iter().filter(|role| tensor(pair[0], role) != tensor(pair[1], role)).cloned().collect(),
-            adapted_roles: adapted.into_iter().filter(|role| changes[0].get(*role) != changes[1].get(*role)).cloned().collect(),
-        }
-    });
-    Diff {
-        models: [a.id.to_string(), b.id.to_string()],
-        common_prefix,
-        block_counts: [a.blocks.len(), b.blocks.len()],
-        shared_blocks: blocks_a.intersection(&blocks_b).count(),
-        shared_bytes: tensors_a.iter().filter(|(digest, _)| tensors_b.contains_key(digest)).map(|(_, bytes)| bytes).sum(),
-        bytes: [tensors_a.values().sum(), tensors_b.values().sum()],
-        same_text: (&a.chain.assets.tokenizer, &a.chain.assets.chat_template, &a.chain.tokens)
-            == (&b.chain.assets.tokenizer, &b.chain.assets.chat_template, &b.chain.tokens),
-        differences: differences.collect(),
     }
 }
 

@@ -8,6 +8,7 @@ mod aligned;
 mod apart;
 pub mod blocking;
 pub mod canonical;
+pub mod diff;
 pub mod digest;
 pub mod draft;
 pub mod encoding;

@@ -166,15 +166,22 @@ impl Seam {
     /// # Errors
     /// Why not.
     pub async fn check_name(&self, zoo: &Zoo, name: &ModelId) -> Result<(), StitchError> {
-        let viewer = zoo.viewer(name.tenant()).await?;
-        for model in [&self.a.id, &self.b.id] {
-            if !viewer.sees(model) {
-                return Err(StitchError::Hidden { model: model.clone(), tenant: name.tenant().to_owned() });
-            }
-        }
+        self.check_sight(zoo, name.tenant()).await?;
         match zoo.is_free(name).await? {
             true => Ok(()),
             false => Err(StitchError::Exists(name.clone())),
+        }
+    }
+
+    /// Whether a tenant may see both models, and so learn how near they are.
+    ///
+    /// # Errors
+    /// The one that it may not see.
+    pub async fn check_sight(&self, zoo: &Zoo, tenant: &str) -> Result<(), StitchError> {
+        let viewer = zoo.viewer(tenant).await?;
+        match [&self.a.id, &self.b.id].into_iter().find(|model| !viewer.sees(model)) {
+            Some(model) => Err(StitchError::Hidden { model: model.clone(), tenant: tenant.to_owned() }),
+            None => Ok(()),
         }
     }
 

@@ -1,6 +1,7 @@
 //! Tokenizers as Hugging Face's tokenizer.json: taken as they are, or built from GGUF metadata (`tokenizer/gguf.rs`), and
 //! checked against the embedding by loading them.
 
+mod bounds;
 mod gguf;
 mod pre;
 mod spm;
@@ -9,6 +10,7 @@ use bytes::Bytes;
 use serde_json::Value;
 use tokenizers::Tokenizer;
 
+pub use bounds::check as check_bounds;
 pub use gguf::{end_tokens, from_gguf};
 
 /// Why a tokenizer cannot be used.
@@ -20,6 +22,14 @@ pub enum TokenizerError {
     /// The tokenizers library cannot load it.
     #[error("tokenizer.json cannot be loaded: {0}")]
     Load(String),
+    /// A step that may make a text too long, or panics.
+    #[error("its {part} is not taken: {reason}")]
+    Step {
+        /// Key of tokenizer.json.
+        part: String,
+        /// Why.
+        reason: String,
+    },
     /// Ids that the embedding has no row for.
     #[error("its token `{token}` has id {id}, but the embedding has {rows} rows")]
     Rows {
@@ -84,9 +94,22 @@ pub fn fit(json: Vec<u8>, rows: u32) -> Result<Fitted, TokenizerError> {
     Ok(Fitted { json: json.into(), tokenizer, notes })
 }
 
+/// Loads it where its steps are bounded, and tries it: a step that panics is told now and not when somebody asks.
 fn load(json: &[u8]) -> Result<Tokenizer, TokenizerError> {
-    Tokenizer::from_bytes(json).map_err(|e| TokenizerError::Load(e.to_string()))
+    check_bounds(json)?;
+    let tokenizer = Tokenizer::from_bytes(json).map_err(|e| TokenizerError::Load(e.to_string()))?;
+    let tried = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        // What it says of the text is its own affair.
+        let _ = tokenizer.encode_fast(TRIED, true).map(|encoding| tokenizer.decode(encoding.get_ids(), false));
+    }));
+    match tried {
+        Ok(()) => Ok(tokenizer),
+        Err(_) => Err(TokenizerError::Load(format!("it panics at {TRIED:?}"))),
+    }
 }
+
+/// Letters, a digit, blanks, another script and what normalisers widen.
+const TRIED: &str = "Ab a\n 1é ﷺ";
 
 /// The token with the largest id, if that has no row.
 fn excess(tokenizer: &Tokenizer, rows: u32) -> Option<(String, u32)> {

@@ -78,7 +78,7 @@ fn values_that_make_no_sense_are_told_with_key_value_and_range() {
         ("executor.batches_in_flight_max=1000000000", "batches_in_flight_max must be 1 to 16"),
         ("executor.strands_max=0", "strands_max must be 1 to 1024"),
         ("executor.waiting_max=0", "waiting_max must be at least 1"),
-        ("executor.device=gpu", "executor.device = `gpu`: expected auto or cpu"),
+        ("executor.device=gpu", "executor.device = `gpu`: expected auto, cpu or cuda:N"),
         ("executor.listen=here", "executor.listen = `here`: expected HOST:PORT"),
         ("router.listen=here", "router.listen = `here`: expected IP:PORT"),
         ("log.format=xml", "log.format = `xml`: expected text or json"),
@@ -134,16 +134,16 @@ fn what_is_printed_reads_back() {
 #[test]
 fn rows_of_a_batch_go_with_the_threads() {
     let executor = ExecutorConfig::default();
-    let rows = [1, 2, 8, 64].map(|threads| executor.limits(1 << 30, threads).unwrap().step_tokens_max);
+    let rows = [1, 2, 8, 64].map(|threads| executor.limits(1 << 30, 4 << 30, threads).unwrap().step_tokens_max);
     assert_eq!(rows, [96, 96, 384, 1024]);
     let many = ExecutorConfig { sequences_max: 200, ..executor };
-    assert_eq!(many.limits(1 << 30, 2).unwrap().step_tokens_max, 200);
+    assert_eq!(many.limits(1 << 30, 4 << 30, 2).unwrap().step_tokens_max, 200);
 }
 
 #[test]
 fn broken_relation_of_limits_is_a_sentence() {
     let executor = ExecutorConfig { sequences_max: 1000, step_tokens_max: 999, ..ExecutorConfig::default() };
-    assert!(executor.limits(1 << 30, 2).unwrap_err().to_string().contains("sequences_max must not exceed step_tokens_max"));
+    assert!(executor.limits(1 << 30, 4 << 30, 2).unwrap_err().to_string().contains("sequences_max must not exceed step_tokens_max"));
     let executor = ExecutorConfig { kv_bytes: 1 << 20, kv_touch_bytes: Some((1 << 20) + 1), ..ExecutorConfig::default() };
-    assert!(executor.limits(1 << 30, 2).unwrap_err().to_string().contains("kv_touch_bytes must not exceed kv_bytes"));
+    assert!(executor.limits(1 << 30, 4 << 30, 2).unwrap_err().to_string().contains("kv_touch_bytes must not exceed kv_bytes"));
 }

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, anyhow};
 use ashlar_executor::model::alone::Alone;
 use ashlar_executor::model::calibrate::calibrate;
 use ashlar_executor::model::quality::Quality;
@@ -18,6 +18,7 @@ use serde_json::{Value, json};
 use super::calibration::{self, Calibration};
 use super::{measure, progress};
 use crate::output;
+use crate::status::Misused;
 
 /// Arguments of `ashlar zoo quantize`.
 #[derive(Debug, Args)]
@@ -49,7 +50,9 @@ pub(crate) struct QuantizeArgs {
 
 /// Runs `ashlar zoo quantize`.
 pub(super) async fn run(zoo: &Zoo, args: QuantizeArgs) -> anyhow::Result<()> {
-    ensure!(args.name.is_none() || args.recipes.len() == 1, "quantize {}: --name takes one --recipe", args.model);
+    if args.name.is_some() && args.recipes.len() != 1 {
+        return Err(Misused(anyhow!("quantize {}: --name takes one --recipe", args.model)).into());
+    }
     let (zoo, runtime) = (zoo.clone(), tokio::runtime::Handle::current());
     // It keeps all cores busy for minutes.
     let work = move || {

@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use anyhow::{Context, ensure};
+use anyhow::Context;
 use ashlar_executor::model::alone::Alone;
 use ashlar_executor::model::quality::Quality;
 use ashlar_executor::model::stitch::{Fitted, HELD_OUT_EACH, fit};
@@ -39,7 +39,7 @@ pub(crate) struct StitchArgs {
     /// TENANT/MODEL whose last layers and head are kept
     b: ModelId,
     /// Layers of A that are kept, at least 1
-    #[arg(long, value_name = "LAYERS")]
+    #[arg(long, value_name = "LAYERS", value_parser = clap::value_parser!(u32).range(1..))]
     from: u32,
     /// Layers of B that are left out, all but one at most
     #[arg(long, value_name = "LAYERS")]
@@ -51,7 +51,7 @@ pub(crate) struct StitchArgs {
     #[arg(long, default_value_t = 32_768, value_parser = clap::value_parser!(u32).range(i64::from(CALIBRATION_TOKENS_MIN)..=i64::from(calibration::TOKENS_MAX)))]
     calibration_tokens: u32,
     /// Ridge, over the mean variance of an input
-    #[arg(long, default_value_t = 1e-4)]
+    #[arg(long, default_value_t = 1e-4, value_parser = lambda)]
     lambda: f64,
     /// Text to measure on, UTF-8, at most 1 MiB; another one than --calibrate [default: half a page of English]
     #[arg(long, value_name = "FILE")]
@@ -65,6 +65,11 @@ pub(crate) struct StitchArgs {
     /// As JSON
     #[arg(long)]
     json: bool,
+}
+
+fn lambda(text: &str) -> Result<f64, String> {
+    let lambda = text.parse().ok().filter(|lambda| (0.0..=LAMBDA_MAX).contains(lambda));
+    lambda.ok_or_else(|| format!("it must be a number from 0 to {LAMBDA_MAX:e}"))
 }
 
 /// Runs `ashlar zoo stitch`.
@@ -101,12 +106,12 @@ struct Outcome {
 }
 
 async fn stitch(zoo: &Zoo, args: StitchArgs) -> anyhow::Result<()> {
-    ensure!((0.0..=LAMBDA_MAX).contains(&args.lambda), "use --lambda {:e}: it must be from 0 to {LAMBDA_MAX:e}", args.lambda);
     let text = measure::text(args.text.as_deref())?;
     let (a, b) = (zoo.resolve(&args.a).await?, zoo.resolve(&args.b).await?);
     let seam = Seam::new(a, b, args.from as usize, args.to as usize)?;
-    if let Some(name) = &args.name {
-        seam.check_name(zoo, name).await?;
+    match &args.name {
+        Some(name) => seam.check_name(zoo, name).await?,
+        None => seam.check_sight(zoo, args.a.tenant()).await?,
     }
     let cut = Cut {
         tokens_min: CALIBRATION_TOKENS_MIN as usize,

@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 
 use ashlar_executor::model::quality::Quality;
+use ashlar_zoo::diff::Diff;
 use ashlar_zoo::gc::GcReport;
 use ashlar_zoo::ingest::human_bytes;
-use ashlar_zoo::inspect::{Diff, Listed, Shown, kind};
+use ashlar_zoo::inspect::{Listed, Shown, kind};
 use ashlar_zoo::measures::Measure;
 use ashlar_zoo::model_id::ModelId;
 use ashlar_zoo::relatives::{Compressed, CompressedMatrix, Proof, Proposal};
@@ -16,6 +17,9 @@ use ashlar_zoo::report::{Cost, Report};
 use ashlar_zoo::verify::VerifyReport;
 
 use super::measure::Measured;
+
+/// Other models that a line of `zoo show` names.
+const ALSO_IN_MAX: usize = 3;
 
 /// Columns as wide as their widest cell; the columns in `right` are aligned to the right.
 pub(super) fn columns(rows: &[Vec<String>], right: &[usize]) -> String {
@@ -91,7 +95,7 @@ pub(super) fn show(model: &Shown) -> String {
             block.lineage.short(),
             human_bytes(block.bytes),
             block.dtypes.join(","),
-            block.shared_with.join(","),
+            also_in(&block.shared_with),
         ]);
         if let Some(adapter) = &block.adapter {
             let short = |role: &str| role.trim_end_matches(".weight").to_owned();
@@ -104,11 +108,19 @@ pub(super) fn show(model: &Shown) -> String {
                 String::new(),
                 human_bytes(adapter.bytes),
                 changes.join(","),
-                adapter.shared_with.join(","),
+                also_in(&adapter.shared_with),
             ]);
         }
     }
     format!("{}\n{}", columns(&facts, &[]), columns(&rows, &[0, 4]))
+}
+
+/// Names of others, so many as are read at a glance; `--json` has all.
+fn also_in(names: &[String]) -> String {
+    match names.len() {
+        0..=ALSO_IN_MAX => names.join(","),
+        count => format!("{} and {} more", names[..ALSO_IN_MAX].join(","), count - ALSO_IN_MAX),
+    }
 }
 
 fn measured(measure: &Measure) -> String {
@@ -160,7 +172,11 @@ pub(super) fn diff(diff: &Diff) -> String {
             what.insert(0, "hyper-parameters".to_owned());
         }
         what.extend(difference.adapted_roles.iter().map(|role| format!("{role} (adapter)")));
-        rows.push(vec![difference.index.to_string(), kind, what.join(" ")]);
+        let place = match difference.places.map(|place| place.map_or_else(|| "-".to_owned(), |place| place.to_string())) {
+            [a, b] if a == b => a,
+            [a, b] => format!("{a} / {b}"),
+        };
+        rows.push(vec![place, kind, what.join(" ")]);
     }
     out.push('\n');
     out + &columns(&rows, &[0])

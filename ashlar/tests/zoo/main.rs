@@ -110,6 +110,11 @@ fn a_merged_lora_is_proposed_as_base_and_adapter_and_stored_when_told_to() {
     assert!(failed(&["unmerge", "acme/math"]).contains("none of the 1 models that acme may see is a relative of acme/math"));
     assert!(failed(&["unmerge", "acme/math", "--base", "hub/base"]).contains("hub/base is not acme's to see: `ashlar zoo public hub`"));
     assert_eq!(ok(&root, &["public"]), "no tenant is public: each sees its own models only\n");
+    let parent = failed(&["add", &folder("math-lora"), "--name", "acme/child", "--parent", "hub/base"]);
+    assert!(parent.contains("use --parent hub/base: it is not acme's to see"), "{parent}");
+    let text = folder("README.md");
+    let near = failed(&["stitch", "acme/math", "hub/base", "--from", "1", "--to", "1", "--calibrate", &text]);
+    assert!(near.contains("hub/base is not acme's to see"), "{near}");
     assert!(failed(&["public", "a/b"]).contains("declare `a/b` public: a tenant has"));
     assert_eq!(ok(&root, &["public", "hub", "shop"]), "public: hub, shop\n");
     assert_eq!(ok(&root, &["public", "shop", "--remove"]), "public: hub\n");
@@ -222,6 +227,65 @@ fn errors_are_one_sentence_and_fail() {
         let args: Vec<&str> = args.into_iter().filter(|arg| !arg.is_empty()).collect();
         assert_eq!(zoo(&root, &args).status.code(), Some(2), "{args:?}");
     }
+}
+
+#[test]
+fn what_a_command_line_cannot_ask_has_status_2_and_one_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let (root, a) = (dir.path().join("zoo"), dir.path().join("a"));
+    Checkpoint::llama(1).write(&a);
+    ok(&root, &["add", a.to_str().unwrap(), "--name", "demo/a"]);
+    let two = ["zoo", "quantize", "demo/a", "--recipe", "int8-g32", "--recipe", "int4-g32", "--name", "demo/b"];
+    let stitch = |rest: [&'static str; 4]| [&["zoo", "stitch", "demo/a", "demo/a", "--calibrate", "x"][..], &rest].concat();
+    for (args, expected) in [
+        (two.to_vec(), "quantize demo/a: --name takes one --recipe"),
+        (stitch(["--from", "0", "--to", "1"]), "--from <LAYERS>"),
+        ([&stitch(["--from", "1", "--to", "1"])[..], &["--lambda", "1e308"]].concat(), "it must be a number from 0 to 1e6"),
+        (vec!["serve", "--listen", "127.0.0.1"], "use router.listen = `127.0.0.1`: expected IP:PORT"),
+        (
+            vec!["serve", "--set", "executor.threads=two"],
+            "use --set executor.threads=two: invalid type: string \"two\", expected usize in `executor.threads`",
+        ),
+        (vec!["serve", "--set", "executor.thread=2"], "use --set executor.thread=2: unknown field `thread`"),
+        (vec!["tenant", "list", "--set", "here"], "use --set here: expected SECTION.KEY=VALUE"),
+    ] {
+        let output = Command::new(env!("CARGO_BIN_EXE_ashlar")).args(&args).env("ASHLAR_ZOO", &root).output().unwrap();
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!((output.status.code(), error.contains(expected)), (Some(2), true), "{args:?}: {error}");
+        // What clap tells has a hint below it.
+        assert!(error.contains("try '--help'") || error.lines().count() == 1, "{args:?}: {error}");
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn what_cannot_be_read_is_not_told_as_absent_and_what_does_not_end_is_not_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let (root, a, around) = (dir.path().join("zoo"), dir.path().join("a"), dir.path().join("around"));
+    let failed = |args: &[&str]| {
+        let output = zoo(&root, args);
+        assert_eq!(output.status.code(), Some(1), "{args:?}");
+        String::from_utf8(output.stderr).unwrap()
+    };
+    // Root may read everything; nobody can follow a link to itself.
+    std::os::unix::fs::symlink(&around, &around).unwrap();
+    let unreadable = failed(&["add", around.to_str().unwrap(), "--name", "demo/a"]);
+    assert!(unreadable.contains("os error") && !unreadable.contains("does not exist"), "{unreadable}");
+    Checkpoint::llama(1).write(&a);
+    for file in ["config.json", "tokenizer.json", "generation_config.json"] {
+        let _ = std::fs::remove_file(a.join(file));
+        std::os::unix::fs::symlink(file, a.join(file)).unwrap();
+        let unreadable = failed(&["add", a.to_str().unwrap(), "--name", "demo/a"]);
+        assert!(unreadable.contains(file) && unreadable.contains("os error"), "{unreadable}");
+        Checkpoint::llama(1).write(&around.with_file_name("whole"));
+        std::fs::remove_dir_all(&a).unwrap();
+        std::fs::rename(around.with_file_name("whole"), &a).unwrap();
+    }
+    ok(&root, &["add", a.to_str().unwrap(), "--name", "demo/a"]);
+    let endless = failed(&["quantize", "demo/a", "--recipe", "int8-g32", "--text", "/dev/zero"]);
+    assert!(endless.contains("read /dev/zero: more than 1048576 bytes"), "{endless}");
+    let endless = failed(&["quantize", "demo/a", "--recipe", "int8-g32", "--calibrate", "/dev/zero"]);
+    assert!(endless.contains("/dev/zero: more than 1048576 bytes"), "{endless}");
 }
 
 #[test]

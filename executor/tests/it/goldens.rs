@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use crate::support::{Home, argmax, cpu, data, read_json};
+use crate::support::{Home, argmax, cpu, cuda, data, read_json};
 use ashlar_executor::model::alone::{Alone, AloneLimits};
 use ashlar_kernels::cpu::{Cpu, CpuOptions, Isa};
 use ashlar_kernels::ops::{Bf16Compute, KvFormat, Ops};
@@ -106,6 +106,9 @@ fn check_home(family: &str, golden: &Golden, home: &Home, tolerance: f32) {
         same(golden.compute_at_once(&mut fast, chunk), &format!("cpu, at once in chunks of {chunk}"));
     }
     same(golden.compute(&mut reference, 7), "reference, chunks of 7");
+    if let Some(cuda) = cuda() {
+        same(golden.compute(&mut home.load(cuda, limits(32)), 7), "cuda emulated, chunks of 7");
+    }
     // Behind each kind of block once.
     for at in [1, count / 2, count / 2 + 1, count - 1] {
         fast.cut_at(at);

@@ -13,6 +13,7 @@ mod stitches;
 mod summed;
 mod support;
 
+mod cards;
 mod deltas;
 mod goldens;
 mod real_models;

@@ -1,7 +1,6 @@
 //! A real executor over the demo family: eight sequences of several models at once, in chunks of any size, with and without
 //! a prefix cache, give the tokens that each gives alone. Level 1 of docs/numerics.md, on the real device thread.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,7 +14,7 @@ use ashlar_executor::model::surrogate::make;
 use ashlar_executor::state::limits::Limits;
 use ashlar_kernels::cpu::{Cpu, CpuOptions, Isa};
 use ashlar_kernels::format::Dtype;
-use ashlar_kernels::ops::{Bf16Compute, KvFormat, KvShape};
+use ashlar_kernels::ops::{Bf16Compute, KvFormat, KvShape, Ops};
 use ashlar_registry::record::{ExecutorRecord, Plan, SpanAssignment, to_value};
 use ashlar_registry::{ChainDigest, Registry, Session, key};
 use ashlar_wire::id::ExecutorId;
@@ -32,6 +31,8 @@ use ashlar_zoo::surrogate;
 use tokio_stream::StreamExt;
 use tonic::Request;
 
+use crate::support::crate_folder;
+
 const MODELS: [&str; 4] = ["base", "shakespeare-top", "math-lora", "japanese-full"];
 
 pub(crate) struct Family {
@@ -40,14 +41,14 @@ pub(crate) struct Family {
     pub(crate) chains: Vec<(Digest, usize, Vec<u8>)>,
 }
 
-async fn family() -> Family {
+pub(crate) async fn family() -> Family {
     family_of("../../demo", &MODELS).await
 }
 
 pub(crate) async fn family_of(models: &str, names: &[&str]) -> Family {
     let folder = tempfile::tempdir().unwrap();
     let zoo = Zoo::create_dir(folder.path()).await.unwrap();
-    let models = Path::new(env!("CARGO_MANIFEST_DIR")).join(models);
+    let models = crate_folder().join(models);
     let mut family = Family { _folder: folder, zoo, chains: Vec::new() };
     for name in names {
         let options = AddOptions::new(ModelId::new("demo", name).unwrap());
@@ -67,7 +68,7 @@ impl Family {
 }
 
 /// One base, and models that differ in adapters alone: on two matrices, on all, and on some of the upper layers.
-async fn adapted_family() -> Family {
+pub(crate) async fn adapted_family() -> Family {
     let mut family = family_of("../../demo", &["base"]).await;
     let all = ["q.weight", "k.weight", "v.weight", "o.weight"].as_slice();
     let feed = ["gate.weight", "up.weight", "down.weight"].as_slice();
@@ -92,10 +93,10 @@ async fn adapted_family() -> Family {
 }
 
 /// One base, and over it random factors, fine-tunes as one-bit differences and as singular values, and a fine-tune as it is.
-async fn compressed_family() -> Family {
+pub(crate) async fn compressed_family() -> Family {
     let mut family = adapted_family().await;
     family.chains.truncate(2);
-    let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../demo");
+    let models = crate_folder().join("../../demo");
     let viewer = family.zoo.viewer("demo").await.unwrap();
     for (tuned, method) in [("japanese-full", "bitdelta"), ("math-lora", "svd:4"), ("shakespeare-top", "bitdelta")] {
         let model = ModelId::new("demo", tuned).unwrap();
@@ -115,7 +116,7 @@ async fn compressed_family() -> Family {
 
 /// One base, and forms of it: fewer columns and heads in the upper half, half of the heads everywhere (so that pages are of two shapes), and
 /// eight-bit floats.
-async fn cheaper_family() -> Family {
+pub(crate) async fn cheaper_family() -> Family {
     let mut family = family_of("../../demo", &["base"]).await;
     let (ops, source) = (Arc::new(Cpu::new(CpuOptions::default())), family.zoo.resolve(&"demo/base".parse().unwrap()).await.unwrap());
     for (name, feed_forward, heads, blocks) in [("upper", Some("0.5"), "0.5", Some("9..17")), ("heads", None, "0.5", None)] {
@@ -143,12 +144,29 @@ async fn cheaper_family() -> Family {
 
 /// An executor that hosts all chains of a family, whole.
 pub(crate) async fn start(family: &Family, limits: Limits, options: CpuOptions) -> ExecutorHandle {
+    start_with(&family.zoo, "exe_test", whole(family), limits, options).await
+}
+
+/// All chains of a family, each as one span.
+pub(crate) fn whole(family: &Family) -> Vec<SpanAssignment> {
     let whole = |(chain, count, _): &(Digest, usize, Vec<u8>)| SpanAssignment { chain: ChainDigest(chain.0), from: 0, to: *count as u32 };
-    start_with(&family.zoo, "exe_test", family.chains.iter().map(whole).collect(), limits, options).await
+    family.chains.iter().map(whole).collect()
 }
 
 /// An executor that hosts these spans.
 pub(crate) async fn start_with(zoo: &Zoo, id: &str, spans: Vec<SpanAssignment>, limits: Limits, options: CpuOptions) -> ExecutorHandle {
+    start_on(zoo, id, spans, limits, options.bf16_compute, Cpu::new(options)).await
+}
+
+/// The same on any device, which computes bf16 weights so.
+pub(crate) async fn start_on<B: Ops>(
+    zoo: &Zoo,
+    id: &str,
+    spans: Vec<SpanAssignment>,
+    limits: Limits,
+    bf16_compute: Bf16Compute,
+    ops: B,
+) -> ExecutorHandle {
     let registry: Arc<dyn Registry> = ashlar_registry::open("memory:").await.unwrap();
     let (id, span_count) = (ExecutorId(id.to_owned()), spans.len());
     let plan = Plan { generation: 1, assignments: [(id.clone(), spans)].into(), ..Plan::default() };
@@ -158,7 +176,7 @@ pub(crate) async fn start_with(zoo: &Zoo, id: &str, spans: Vec<SpanAssignment>, 
         address: String::new(),
         device: String::new(),
         profiled_on: String::new(),
-        numeric_class: limits.numeric_class(options.bf16_compute.cpu_class()),
+        numeric_class: limits.numeric_class(bf16_compute.cpu_class()),
         memory_bytes: 1 << 30,
         kv_bytes: limits.kv_bytes,
         threads: 1,
@@ -168,10 +186,9 @@ pub(crate) async fn start_with(zoo: &Zoo, id: &str, spans: Vec<SpanAssignment>, 
         incarnation: 1,
     };
     let session = Arc::new(Session::start(Arc::clone(&registry), key::executor(&id), record, Duration::from_secs(5)));
-    let ops = Arc::new(Cpu::new(options));
+    let ops = Arc::new(ops);
     let metrics = ExecutorMetrics::new(&prometheus::Registry::new()).unwrap();
-    let identity =
-        Identity { executor_id: id.0, device: "cpu".to_owned(), numeric_class: limits.numeric_class(options.bf16_compute.cpu_class()) };
+    let identity = Identity { executor_id: id.0, device: "cpu".to_owned(), numeric_class: limits.numeric_class(bf16_compute.cpu_class()) };
     let pages = limits.pages();
     let (handle, commands) = executor::start(Arc::clone(&ops), limits, &identity, metrics.clone()).unwrap();
     let mut hosting = Hosting::new(ops, zoo.clone(), commands, handle.events(), metrics, 1 << 30, pages);
@@ -212,7 +229,7 @@ pub(crate) async fn tokens(handle: &ExecutorHandle, admission: v1::Admission) ->
     tokens
 }
 
-fn requests(family: &Family) -> Vec<v1::Admission> {
+pub(crate) fn requests(family: &Family) -> Vec<v1::Admission> {
     (0..8u64)
         .map(|i| {
             // The first tokens are common, so that the cache has something to find; lengths cross page borders.

@@ -121,7 +121,10 @@ impl Part {
 }
 
 /// Checks each part and that all have the same columns, which it returns.
-pub(crate) fn check_parts(parts: &[TensorView<'_>]) -> Result<usize, PackError> {
+///
+/// # Errors
+/// The part that is not as its shape says, or that others differ from.
+pub fn check_parts(parts: &[TensorView<'_>]) -> Result<usize, PackError> {
     let first = parts.first().ok_or_else(|| PackError::Parts("there is none".to_owned()))?;
     for part in parts {
         part.check()?;
@@ -136,7 +139,10 @@ pub(crate) fn check_parts(parts: &[TensorView<'_>]) -> Result<usize, PackError> 
 }
 
 /// Checks parts with their places; how many inputs and outputs they span.
-pub(crate) fn check_placed(parts: &[PlacedPart<'_>]) -> Result<(usize, usize), PackError> {
+///
+/// # Errors
+/// The part that is not as its shape says, or whose outputs lie within others'.
+pub fn check_placed(parts: &[PlacedPart<'_>]) -> Result<(usize, usize), PackError> {
     let (mut inputs, mut outputs) = (0, 0);
     for PlacedPart { weights, first_input, first_output } in parts {
         check_parts(&[*weights])?;

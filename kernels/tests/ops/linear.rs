@@ -319,26 +319,3 @@ fn layers_that_cannot_be_are_refused() {
     assert!(matches!(refuse(&backends()[0], &[short]), PackError::Length { .. }));
     assert!(matches!(refuse(&backends()[0], &[odd.view()]), PackError::Shape { .. }));
 }
-
-#[test]
-fn packed_layers_keep_their_size() {
-    let mut random = Random(9);
-    let cpu = &backends()[0];
-    for (dtype, bits) in [
-        (Dtype::F32, 32.0),
-        (Dtype::Bf16, 16.0),
-        (Dtype::Q8_0, 8.5),
-        (Dtype::Int4 { group: 128 }, 4.125),
-        (Dtype::Q4_1, 5.0),
-        (Dtype::Int8Minimum { group: 32 }, 9.0),
-        (Dtype::Int4Minimum { group: 64 }, 4.5),
-        (Dtype::Int1 { group: 128 }, 1.125),
-        (Dtype::Q4K, 4.625),
-        (Dtype::Q5K, 8.625),
-        (Dtype::Q6K, 8.5625),
-    ] {
-        let tensor = random.tensor(dtype, 64, 512);
-        let linear = cpu.linear(&[tensor.view()]).unwrap();
-        assert_eq!(cpu.linear_bytes(&linear) as f64 * 8.0 / (64.0 * 512.0), bits, "{dtype}");
-    }
-}

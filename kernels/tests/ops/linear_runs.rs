@@ -139,7 +139,8 @@ impl Case for RunsCase {
 /// Each part of a run alone, dense, gives the bits that it has among the others; what belongs to no run stays.
 fn check_alone(case: &RunsCase, got: &[f32]) {
     let mut expected = case.out.clone();
-    let cpu = &backends_of(case.bf16_compute)[0];
+    // A device that does not compute so has nothing to show.
+    let Some(cpu) = backends_of(case.bf16_compute).first() else { return };
     for (run, rows) in case.runs.iter().zip(case.rows()) {
         for (part, first_input, first_output) in run.places() {
             let (linear, outputs) = (cpu.linear(&[part.view()]).unwrap(), part.rows);
@@ -195,7 +196,7 @@ proptest! {
         case.out = random.wild(rows, case.outputs.stride);
 
         let (got, mut expected) = (check(&case), case.out.clone());
-        let cpu = &backends_of(case.bf16_compute)[0];
+        let Some(cpu) = backends_of(case.bf16_compute).first() else { return Ok(()) };
         for (run, rows) in case.runs.iter().zip(case.rows()) {
             let ((linear, bias), width) = (run.load(cpu), run.parts[0].rows);
             for row in rows {

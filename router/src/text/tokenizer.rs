@@ -30,6 +30,8 @@ pub enum TokenizerError {
 impl Tokenizer {
     /// Loads the bytes of a `tokenizer.json`. Truncation and padding that it may ask for are turned off.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, TokenizerError> {
+        // Before anything runs: a zoo may have been written by a version that did not look.
+        ashlar_zoo::tokenizer::check_bounds(bytes).map_err(|e| TokenizerError::Parse(e.to_string()))?;
         let mut inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| TokenizerError::Parse(e.to_string()))?;
         inner.with_truncation(None).map_err(|e| TokenizerError::Parse(e.to_string()))?;
         inner.with_padding(None);

@@ -84,6 +84,7 @@ async fn error_bodies_are_those_of_the_golden() {
         ("repetition penalty", json!({"repetition_penalty": 0})),
         ("bias too large", json!({"logit_bias": {"1": 101}})),
         ("bias of no token", json!({"logit_bias": {"269": 1}})),
+        ("bias of an id in another spelling", json!({"logit_bias": {"+5": 1}})),
         ("bias of a wrong type", json!({"logit_bias": [1]})),
         ("logprobs of a wrong type", json!({"logprobs": 3})),
         ("top_logprobs alone", json!({"top_logprobs": 3})),

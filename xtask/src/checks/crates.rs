@@ -126,17 +126,20 @@ fn line_of(text: &str, word: &str) -> usize {
 const ARROWS: &[(&str, &[&str])] = &[
     ("wire", &[]),
     ("kernels", &[]),
+    // Its tests run on the emulated card, which speaks the device's language.
+    ("kernels/cuda", &["kernels", "cuda-emulated"]),
+    ("kernels/cuda/emulated", &["cuda"]),
     ("registry", &["wire"]),
     ("zoo", &["wire", "kernels"]),
     ("executor", &["wire", "registry", "zoo", "kernels"]),
     ("router", &["wire", "registry", "zoo"]),
     ("sim", &["wire", "registry", "zoo", "kernels", "executor", "router"]),
-    ("ashlar", &["wire", "registry", "zoo", "kernels", "executor", "router", "sim"]),
+    ("ashlar", &["wire", "registry", "zoo", "kernels", "cuda", "executor", "router", "sim"]),
     ("fuzz", &["wire", "registry", "zoo", "kernels", "executor", "router"]),
     ("xtask", &[]),
     // Tests alone.
     ("zoo/tests", &["zoo", "kernels"]),
-    ("executor/tests", &["wire", "registry", "zoo", "kernels", "executor"]),
+    ("executor/tests", &["wire", "registry", "zoo", "kernels", "cuda", "cuda-emulated", "executor"]),
 ];
 
 const HTTP_CLIENTS: &[&str] = &["reqwest", "ureq", "isahc", "curl", "attohttpc"];

@@ -6,6 +6,7 @@ use super::config::number;
 use super::{ExportError, Files, json as written};
 use crate::inspect::Resolved;
 use crate::manifest::Defaults;
+use crate::measures::Measure;
 use crate::store::Zoo;
 
 /// All files but the weights.
@@ -16,6 +17,23 @@ pub(super) async fn files(zoo: &Zoo, model: &Resolved, config: Value) -> Result<
     for (digest, name) in kept {
         if let Some(digest) = digest {
             files.push((name, zoo.read_asset(digest).await?.to_vec()));
+        }
+    }
+    // What is no longer the model of the card says so.
+    let measures = zoo.read_measures(model.name.chain).await?;
+    if !measures.is_empty() {
+        let lines = measures.iter().map(|measure| {
+            let Measure { method, against, kl, rows, .. } = measure;
+            format!(
+                "- {method}, of chain {}: its next-token distributions differ by a mean KL of {:.2e} over {rows} tokens\n",
+                against.short(),
+                kl.mean
+            )
+        });
+        let note = format!("\n## This is an approximation\n\nMade from the model of this card:\n\n{}", lines.collect::<String>());
+        match files.iter_mut().find(|(name, _)| *name == "README.md") {
+            Some((_, card)) => card.extend(note.into_bytes()),
+            None => files.push(("README.md", note.into_bytes())),
         }
     }
     let mut tokenizer = Map::from_iter([

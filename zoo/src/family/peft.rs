@@ -65,8 +65,8 @@ pub struct LoraConfig {
     pub biases: bool,
     /// Whether they are those of the whole model, not only of modules with factors.
     pub all_biases: bool,
-    /// Whether it names modules that have no factors though `target_modules` names them too.
-    pub excludes: bool,
+    /// Names of modules without factors though `target_modules` names them too; `None` where a pattern says it.
+    excluded: Option<Vec<String>>,
     rank: u32,
     alpha: f64,
     rank_stabilised: bool,
@@ -108,7 +108,11 @@ impl LoraConfig {
                 Some(_) => return Err(wrong("bias", &config.get("bias").cloned().unwrap_or_default(), "none, all or lora_only")),
             },
             all_biases: config.text("bias")? == Some("all"),
-            excludes: config.get("exclude_modules").is_some_and(|value| *value != json!([]) && *value != json!("")),
+            excluded: match config.get("exclude_modules") {
+                Some(Value::String(pattern)) if !pattern.is_empty() => None,
+                Some(Value::String(_)) | None => Some(Vec::new()),
+                Some(_) => Some(names(config, "exclude_modules")?),
+            },
             // As peft's own defaults.
             rank: config.count("r")?.unwrap_or(8),
             alpha: config.number("lora_alpha")?.unwrap_or(8.0),
@@ -146,6 +150,16 @@ impl LoraConfig {
         let layer = module.split('.').find_map(|part| part.parse::<u64>().ok());
         let listed = self.layers.as_ref().is_none_or(|layers| layer.is_some_and(|layer| layers.contains(&layer)));
         targets.iter().any(|target| Self::is_named(target, module)) && listed
+    }
+
+    /// Whether modules without factors may be meant so.
+    pub fn excludes(&self) -> bool {
+        self.excluded.as_ref().is_none_or(|excluded| !excluded.is_empty())
+    }
+
+    /// Whether peft would leave a module's factors unread. Where the file gives a pattern, it is taken at its factors' word.
+    pub fn is_excluded(&self, module: &str) -> bool {
+        self.excluded.iter().flatten().any(|entry| Self::is_named(entry, module))
     }
 
     /// Whether an entry of `target_modules` means a module: it is its path, or the end of it.

@@ -163,6 +163,7 @@ fn by_rows(
             }
             Zeros::Bytes { name, groups: count, all }
         }
+        _ if scheme.zeros => return Err(Part::need(files, base, "weight_zero_point", of).err().expect("it was sought above")),
         _ => Zeros::Middle,
     };
     let index = Part::seek(files, base, "weight_g_idx").map(|index| index.of_type("I32")).transpose()?;

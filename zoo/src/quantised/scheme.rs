@@ -19,6 +19,8 @@ pub struct Scheme {
     pub(super) blocks: Vec<[u64; 2]>,
     /// Whether activations or the cache are to be quantised, too. They are not.
     pub(super) activations: bool,
+    /// Whether all integers have zero points, so that tensors without are incomplete.
+    pub(super) zeros: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -97,6 +99,7 @@ fn fp8(section: &Config) -> Result<Scheme, ConfigError> {
 }
 
 fn compressed(section: &Config) -> Result<Scheme, ConfigError> {
+    let mut symmetric = Vec::new();
     let (mut bits_known, mut sizes, mut blocks, mut activations) =
         (Vec::new(), Vec::new(), Vec::new(), section.get("kv_cache_scheme").is_some());
     check_format(section)?;
@@ -132,15 +135,18 @@ fn compressed(section: &Config) -> Result<Scheme, ConfigError> {
             }
             other => return Err(unsupported("strategy", other, "only tensor, channel, group and block are")),
         }
+        weights.refuse_unless("dynamic", &[json!(false)], "weights have their scales in the file")?;
         if kind == "int" {
             bits_known.push(bits);
+            symmetric.push(weights.flag("symmetric")?.unwrap_or(true));
         }
     }
     // Integers that no group speaks of are taken for what is most common, which their shapes then fit or not.
     let Scheme { bits, group_sizes, .. } = empty();
     let bits = if bits_known.is_empty() { bits } else { bits_known };
     let group_sizes = if sizes.is_empty() { group_sizes } else { sizes };
-    Ok(Scheme { method: Method::Compressed, bits, group_sizes, blocks, activations })
+    let zeros = !symmetric.is_empty() && !symmetric.contains(&true);
+    Ok(Scheme { method: Method::Compressed, bits, group_sizes, blocks, activations, zeros })
 }
 
 fn check_format(section: &Config) -> Result<(), ConfigError> {
@@ -157,7 +163,7 @@ fn check_format(section: &Config) -> Result<(), ConfigError> {
 
 /// A scheme that says nothing.
 fn empty() -> Scheme {
-    Scheme { method: Method::Compressed, bits: vec![4], group_sizes: vec![None], blocks: Vec::new(), activations: false }
+    Scheme { method: Method::Compressed, bits: vec![4], group_sizes: vec![None], blocks: Vec::new(), activations: false, zeros: false }
 }
 
 fn width(section: &Config, key: &str, known: &[u32]) -> Result<u32, ConfigError> {

@@ -146,6 +146,15 @@ fn zero_points_may_be_bytes() {
 }
 
 #[test]
+fn weights_that_are_said_to_have_zero_points_have_them() {
+    let tensors = files(&[("a.weight", "I8", &[1, 4], vec![1, 2, 3, 4]), ("a.weight_scale", "BF16", &[1, 1], [0, 0x3f].to_vec())]);
+    let section = |symmetric: bool| compressed(json!({"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": symmetric}));
+    assert_eq!(weights(&matrix(section(true), &tensors), &tensors), [0.5, 1.0, 1.5, 2.0]);
+    let error = Quantised::find(&tensors, &scheme(section(false))).unwrap_err().to_string();
+    assert!(error.contains("a.weight_zero_point"), "{error}");
+}
+
+#[test]
 fn groups_of_two_sizes_that_fit_alike_are_refused() {
     let shape = [1u64, 20].iter().flat_map(|dim| dim.to_le_bytes()).collect();
     let tensors = files(&[

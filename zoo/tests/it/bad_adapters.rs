@@ -107,6 +107,11 @@ async fn each_is_refused_by_name_before_anything_is_written() {
             lora("model.layers.2.self_attn.q_proj", D, 64, 4),
             "`model.layers.2.self_attn.q_proj`, which demo/base does not have",
         ),
+        (
+            "factors that peft does not read",
+            config("exclude_modules", json!(["q_proj"])),
+            "exclude_modules in adapter_config.json names `model.layers.0.self_attn.q_proj`, of which adapter_model.safetensors has factors",
+        ),
         ("no such module", lora("model.layers.0.self_attn.c_attn", D, 192, 4), "which demo/base does not have"),
         (
             "another base",

@@ -83,6 +83,24 @@ async fn what_is_gone_is_missed() {
     assert!(verify(&fixture.zoo, &Silent).await.unwrap().damage.is_empty());
 }
 
+#[cfg(unix)]
+#[tokio::test]
+async fn a_tensor_that_is_no_plain_file_is_damage_and_verify_goes_on() {
+    let make_link: fn(&Path) = |path| std::os::unix::fs::symlink("/dev/zero", path).unwrap();
+    for (what, make) in [("folder", (|path| std::fs::create_dir(path).unwrap()) as fn(&Path)), ("link", make_link)] {
+        let fixture = fixture().await;
+        std::fs::remove_file(&fixture.tensor).unwrap();
+        make(&fixture.tensor);
+        // Another one, which is read after it or before it.
+        let asset = std::fs::read_dir(fixture.dir.path().join("zoo/assets")).unwrap().next().unwrap().unwrap().path();
+        flip(&asset, 3);
+        let report = verify(&fixture.zoo, &Silent).await.unwrap();
+        let of_tensor = report.damage.iter().find(|damage| damage.object.starts_with("tensor"));
+        assert_eq!((report.damage.len(), of_tensor.unwrap().models.len()), (2, 2), "{what}: {:?}", report.damage);
+        assert!(fixture.zoo.map_block(fixture.block).await.is_err(), "{what}");
+    }
+}
+
 #[tokio::test]
 async fn a_truncated_tensor_is_refused_and_healed_by_adding_again() {
     let fixture = fixture().await;

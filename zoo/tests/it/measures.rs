@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use crate::support::Checkpoint;
 use ashlar_zoo::digest::Digest;
+use ashlar_zoo::export::export;
 use ashlar_zoo::gc;
 use ashlar_zoo::ingest::{Recipe, Silent};
 use ashlar_zoo::measures::{Divergence, Measure};
@@ -30,6 +31,23 @@ async fn zoo_with_a_model(folder: &std::path::Path) -> (Zoo, Digest) {
     Checkpoint::llama(1).write(&folder.join("model"));
     let report = crate::support::add_dir(&zoo, &folder.join("model"), "acme/one", Recipe::Keep).await.unwrap();
     (zoo, report.chain)
+}
+
+#[tokio::test]
+async fn an_approximate_model_that_is_exported_says_so() {
+    let folder = tempfile::tempdir().unwrap();
+    let (zoo, chain) = zoo_with_a_model(folder.path()).await;
+    let name = "acme/one".parse().unwrap();
+    export(&zoo, &name, &folder.path().join("exact")).await.unwrap();
+    let card = |out: &str| std::fs::read_to_string(folder.path().join(out).join("README.md")).unwrap_or_default();
+    assert!(!card("exact").contains("approximation"));
+    zoo.put_measure(chain, &measure("ffn 0.75", 1)).await.unwrap();
+    export(&zoo, &name, &folder.path().join("cut")).await.unwrap();
+    let expected = format!(
+        "- ffn 0.75, of chain {}: its next-token distributions differ by a mean KL of 1.00e-2 over 63 tokens\n",
+        Digest::of(b"source").short()
+    );
+    assert_eq!(card("cut"), card("exact") + "\n## This is an approximation\n\nMade from the model of this card:\n\n" + &expected);
 }
 
 #[tokio::test]

@@ -1,5 +1,6 @@
 //! A chain of two models of other widths and a map between: what it shares, who may make it where, and what does not fit.
 
+use ashlar_zoo::diff::Diff;
 use ashlar_zoo::digest::Digest;
 use ashlar_zoo::export::export;
 use ashlar_zoo::ingest::{AddOptions, Recipe as Ingest, Silent, add};
@@ -90,6 +91,25 @@ async fn all_but_the_map_is_the_two_models_own() {
     assert_eq!(kinds.iter().filter(|kind| **kind == "stitch").count(), 2);
     let refused = fixture.stored("demo/both", "demo/both", (1, 3), "demo/x").await.unwrap_err();
     assert_eq!(refused.to_string(), "demo/both has 3 layers: --to 3 is not within 0 and 2");
+}
+
+#[tokio::test]
+async fn a_difference_is_told_around_the_map() {
+    let fixture = Fixture::new().await;
+    fixture.stored("demo/narrow", "demo/wide", (1, 2), "demo/both").await.unwrap();
+    let diff = async |a: &str, b: &str| fixture.zoo.diff(&a.parse().unwrap(), &b.parse().unwrap()).await.unwrap();
+    let places = |diff: &Diff| diff.differences.iter().map(|difference| difference.places).collect::<Vec<_>>();
+    // narrow: embed a f a f head; wide: embed a f a f a f head; both: embed a f (of narrow) map a f head (of wide).
+    let after = diff("demo/wide", "demo/both").await;
+    assert_eq!((after.common_prefix, after.shared_blocks), (0, 3));
+    let before_the_map = [Some(0), Some(1), Some(2)].map(|place| [place, place]);
+    assert_eq!(places(&after)[..3], before_the_map, "{after:?}");
+    assert_eq!(after.differences.len(), 6, "layer 1 of wide is left out, and the map is in: {after:?}");
+    assert!(after.differences.iter().any(|difference| difference.places[0].is_none() && difference.kinds == [None, Some("stitch")]));
+    let before = diff("demo/narrow", "demo/both").await;
+    assert_eq!((before.common_prefix, before.shared_blocks), (3, 3));
+    assert_eq!(places(&before), [[None, Some(3)], [Some(3), Some(4)], [Some(4), Some(5)], [Some(5), Some(6)]]);
+    assert!(diff("demo/both", "demo/both").await.differences.is_empty());
 }
 
 #[tokio::test]

@@ -49,7 +49,7 @@ impl Home {
 
 /// A file or folder under `executor/tests/data`.
 pub(crate) fn data(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("data").join(name)
+    crate_folder().join("data").join(name)
 }
 
 /// Parses a JSON file.
@@ -61,6 +61,22 @@ pub(crate) fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> T {
 /// The lowest index of the largest logit.
 pub(crate) fn argmax(row: &[f32]) -> u32 {
     (0..row.len()).reduce(|best, index| if row[index] > row[best] { index } else { best }).unwrap() as u32
+}
+
+/// This crate's folder: where cargo says now, or where it was built, as a test binary may have been carried to a machine with a card.
+pub(crate) fn crate_folder() -> PathBuf {
+    std::env::var_os("CARGO_MANIFEST_DIR").map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from)
+}
+
+/// The CUDA device: on the card whose number ASHLAR_CARD is, else on the emulated one where this machine can run that.
+pub(crate) fn cuda() -> Option<ashlar_cuda::Cuda> {
+    use ashlar_cuda_emulated::{Emulated, Order};
+    if let Ok(ordinal) = std::env::var("ASHLAR_CARD") {
+        let card = ashlar_cuda::Card::open(ordinal.parse().unwrap(), &ashlar_cuda::Cache::of_user().unwrap()).unwrap();
+        return Some(ashlar_cuda::Cuda::new(std::sync::Arc::new(card)).unwrap());
+    }
+    let order = [Order::Ascending, Order::Descending, Order::Shuffled(7)][std::process::id() as usize % 3];
+    Some(ashlar_cuda::Cuda::new(std::sync::Arc::new(Emulated::new(order, 1 << 32)?)).unwrap())
 }
 
 /// The CPU backend with two threads.

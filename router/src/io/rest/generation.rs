@@ -155,7 +155,8 @@ fn take_logit_bias(fields: &mut Fields<'_>, limits: &RestLimits, vocab: u32) -> 
     }
     let mut biases = Vec::with_capacity(given.len());
     for (token, bias) in given {
-        let id = token.parse::<u32>().ok().filter(|id| *id < vocab);
+        // One spelling for each id, or two biases could be for one.
+        let id = token.parse::<u32>().ok().filter(|id| *id < vocab && id.to_string() == token);
         let id = id.ok_or_else(|| wrong("logit_bias", &format!("keyed by token ids from 0 to {}", vocab - 1)))?;
         biases.push(v1::LogitBias { token: id, bias: bias as f32 });
     }

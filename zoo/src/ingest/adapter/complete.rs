@@ -24,6 +24,9 @@ pub(super) fn check(contents: &Contents, config: &LoraConfig, sites: &Sites) -> 
     if contents.factors.is_empty() && contents.whole.is_empty() {
         return Err(PeftError::Empty);
     }
+    if let Some(module) = contents.factors.iter().find(|module| config.is_excluded(module)) {
+        return Err(PeftError::Excluded { module: module.clone() });
+    }
     for entry in config.modules_to_save() {
         if !contents.whole.iter().any(|path| LoraConfig::is_saved(entry, module_of(path))) {
             return Err(PeftError::NoTensors { key: "modules_to_save", entry: entry.clone() });
@@ -60,7 +63,7 @@ fn targets(contents: &Contents, config: &LoraConfig, sites: &Sites) -> Result<Ve
             continue;
         }
         let in_base = |name: &str| name.ends_with(".weight") && LoraConfig::is_named(keys::bare(entry), module_of(name));
-        if !config.excludes && sites.names().any(in_base) {
+        if !config.excludes() && sites.names().any(in_base) {
             return Err(PeftError::NoTensors { key: "target_modules", entry: entry.clone() });
         }
         notes.push(format!("target_modules names `{entry}`, of which the adapter has no tensors"));
@@ -83,7 +86,7 @@ fn layers(contents: &Contents, config: &LoraConfig, sites: &Sites) -> Result<Vec
     let missing: Vec<&str> = sites.linear_modules().filter(is_missing).collect();
     match missing.first() {
         None => Ok(Vec::new()),
-        Some(module) if listed && !config.has_layers() && !config.excludes => {
+        Some(module) if listed && !config.has_layers() && !config.excludes() => {
             Err(PeftError::MissingModule { module: format!("{prefix}{module}") })
         }
         Some(module) => {

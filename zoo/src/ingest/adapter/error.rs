@@ -126,6 +126,12 @@ pub enum PeftError {
         /// Module as the file would have it.
         module: String,
     },
+    /// Factors that peft would not read.
+    #[error("exclude_modules in adapter_config.json names `{module}`, of which adapter_model.safetensors has factors")]
+    Excluded {
+        /// Module as the file has it.
+        module: String,
+    },
     /// A norm over a base that holds its norms otherwise.
     #[error(
         "tensor `{name}` is a norm, and {base} comes from a GGUF file, which holds this family's norms otherwise; merge it into its base"

@@ -45,3 +45,10 @@ fn a_section_of_the_text_model_counts() {
     let error = Scheme::read(&Config::parse(config.to_string().as_bytes(), "config.json").unwrap()).unwrap_err();
     assert_eq!(error.to_string(), "`quantization_config.bits` = 5 is not supported: only 4 and 8 bits are");
 }
+
+#[test]
+fn weights_whose_scales_are_found_as_they_are_used_are_refused() {
+    let weights = json!({"num_bits": 8, "type": "int", "strategy": "channel", "dynamic": true});
+    let error = scheme(json!({"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": weights}}})).unwrap_err();
+    assert!(error.to_string().contains("dynamic` = true is not supported: weights have their scales in the file"), "{error}");
+}

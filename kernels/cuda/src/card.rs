@@ -1,0 +1,263 @@
+//! A card of NVIDIA's, through its driver, which is found at run time: the same binary runs where there is none.
+
+use std::collections::BTreeMap;
+use std::ffi::{CString, c_void};
+
+use cudarc::driver::result::{self, DriverError as CudaError};
+use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
+
+use crate::compile::{Cache, CompileError, architecture};
+use crate::driver::{Address, Argument, Driver, DriverError, Launch};
+use crate::sources::{SOURCES, entries};
+
+/// Cards before these have no bf16 and no asynchronous copies.
+const CAPABILITY_MIN: (i32, i32) = (8, 0);
+/// Dynamic shared memory that a kernel has without asking.
+const SHARED_BYTES_FREE: u32 = 48 << 10;
+
+/// Why a card is not used.
+#[derive(Debug, thiserror::Error)]
+pub enum CardError {
+    /// No driver is installed.
+    #[error("no driver of NVIDIA's is installed (libcuda.so.1)")]
+    NoDriver,
+    /// The driver says no.
+    #[error("the driver of NVIDIA's fails at {call}: {reason}")]
+    Driver {
+        /// What was asked.
+        call: &'static str,
+        /// What it says.
+        reason: String,
+    },
+    /// There is no such card.
+    #[error("there is no card {ordinal}: the driver shows {count}")]
+    NoCard {
+        /// Number asked for.
+        ordinal: usize,
+        /// Cards that there are.
+        count: usize,
+    },
+    /// The card is too old.
+    #[error("card {ordinal}, {name}, has compute capability {}.{}: 8.0 is the least that the kernels take", capability.0, capability.1)]
+    Capability {
+        /// Which.
+        ordinal: usize,
+        /// Its name.
+        name: String,
+        /// Of the card.
+        capability: (i32, i32),
+    },
+    /// Its kernels cannot be had.
+    #[error(transparent)]
+    Kernels(#[from] CompileError),
+}
+
+fn failed(call: &'static str) -> impl Fn(CudaError) -> CardError {
+    move |error| CardError::Driver { call, reason: reason(error) }
+}
+
+fn reason(error: CudaError) -> String {
+    let text = |text: Result<&std::ffi::CStr, CudaError>| text.map(|text| text.to_string_lossy().into_owned()).unwrap_or_default();
+    format!("{} ({})", text(error.error_string()), text(error.error_name()))
+}
+
+/// A card as the driver shows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Found {
+    /// Number, as in `cuda:0`.
+    pub ordinal: usize,
+    /// As `NVIDIA H100 80GB HBM3`.
+    pub name: String,
+    /// Major and minor.
+    pub capability: (i32, i32),
+    /// Bytes of all its memory.
+    pub memory_bytes: u64,
+}
+
+/// The driver's version, as `13.0`, and all cards.
+///
+/// # Errors
+/// When there is no driver, or it fails.
+pub fn find() -> Result<(String, Vec<Found>), CardError> {
+    // SAFETY: loads a library by name, which runs its initialisers; the driver's have no other effect.
+    if !unsafe { sys::is_culib_present() } {
+        return Err(CardError::NoDriver);
+    }
+    result::init().map_err(failed("cuInit"))?;
+    let mut version = 0;
+    // SAFETY: the target is ours.
+    unsafe { sys::cuDriverGetVersion(&mut version) }.result().map_err(failed("cuDriverGetVersion"))?;
+    let count = result::device::get_count().map_err(failed("cuDeviceGetCount"))?;
+    let cards: Result<Vec<Found>, CardError> = (0..count).map(found).collect();
+    Ok((format!("{}.{}", version / 1000, version % 1000 / 10), cards?))
+}
+
+fn found(ordinal: i32) -> Result<Found, CardError> {
+    let device = result::device::get(ordinal).map_err(failed("cuDeviceGet"))?;
+    // SAFETY: the device was given by the driver just now.
+    let attribute = |attribute| unsafe { result::device::get_attribute(device, attribute) }.map_err(failed("cuDeviceGetAttribute"));
+    let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+    let minor = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+    Ok(Found {
+        ordinal: ordinal.cast_unsigned() as usize,
+        name: result::device::get_name(device).map_err(failed("cuDeviceGetName"))?,
+        capability: (major, minor),
+        // SAFETY: likewise.
+        memory_bytes: unsafe { result::device::total_mem(device) }.map_err(failed("cuDeviceTotalMem"))? as u64,
+    })
+}
+
+/// An open card: a context, a stream in whose order all is done, one for loads beside it, and the kernels.
+pub struct Card {
+    name: String,
+    architecture: String,
+    context: sys::CUcontext,
+    in_order: sys::CUstream,
+    loads: sys::CUstream,
+    kernels: BTreeMap<&'static str, sys::CUfunction>,
+}
+
+// SAFETY: the driver's handles may be used from any thread whose current context is the card's, which every call sees to.
+unsafe impl Send for Card {}
+// SAFETY: likewise, and the driver itself locks what threads share.
+unsafe impl Sync for Card {}
+
+impl Card {
+    /// Opens a card and loads its kernels, which are compiled first where the cache has them not.
+    ///
+    /// # Errors
+    /// Why it cannot be used.
+    pub fn open(ordinal: usize, cache: &Cache) -> Result<Self, CardError> {
+        let (driver, cards) = find()?;
+        let count = cards.len();
+        let Some(found) = cards.into_iter().nth(ordinal) else { return Err(CardError::NoCard { ordinal, count }) };
+        let Found { name, capability, .. } = found;
+        if capability < CAPABILITY_MIN {
+            return Err(CardError::Capability { ordinal, name, capability });
+        }
+        let architecture = architecture(capability.0, capability.1);
+        let device = result::device::get(ordinal as i32).map_err(failed("cuDeviceGet"))?;
+        // SAFETY: the device is the driver's; its context is kept as long as the process.
+        let context = unsafe { result::primary_ctx::retain(device) }.map_err(failed("cuDevicePrimaryCtxRetain"))?;
+        // SAFETY: the context was retained just now.
+        unsafe { result::ctx::set_current(context) }.map_err(failed("cuCtxSetCurrent"))?;
+        let stream = || result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed("cuStreamCreate"));
+        let (in_order, loads) = (stream()?, stream()?);
+        let mut kernels = BTreeMap::new();
+        for source in SOURCES {
+            let code = cache.code(source, &architecture, &driver)?;
+            // SAFETY: the code is a whole cubin, by the compiler or by its digest; the driver refuses one that the card does not run.
+            let module = unsafe { result::module::load_data(code.as_ptr().cast()) }.map_err(failed("cuModuleLoadData"))?;
+            for (_, entry) in entries().filter(|(unit, _)| *unit == source.name) {
+                let name = CString::new(entry).expect("names have no zero byte");
+                // SAFETY: the module was loaded, and stays.
+                let kernel = unsafe { result::module::get_function(module, name) }.map_err(failed("cuModuleGetFunction"))?;
+                kernels.insert(entry, kernel);
+            }
+        }
+        Ok(Self { name, architecture, context, in_order, loads, kernels })
+    }
+
+    /// Makes the card's context this thread's.
+    fn enter(&self) -> Result<(), DriverError> {
+        // SAFETY: the context stays as long as the process.
+        unsafe { result::ctx::set_current(self.context) }.map_err(lost("cuCtxSetCurrent"))
+    }
+
+    fn wait(&self, stream: sys::CUstream) -> Result<(), DriverError> {
+        // SAFETY: the stream stays as long as the card.
+        unsafe { result::stream::synchronize(stream) }.map_err(lost("cuStreamSynchronize"))
+    }
+}
+
+fn lost(call: &'static str) -> impl Fn(CudaError) -> DriverError {
+    move |error| DriverError::Failed { call, reason: reason(error) }
+}
+
+impl Driver for Card {
+    fn describe(&self) -> String {
+        format!("cuda {} {}", self.architecture, self.name)
+    }
+
+    fn memory_bytes(&self) -> Result<(u64, u64), DriverError> {
+        self.enter()?;
+        let (free, total) = result::mem_get_info().map_err(lost("cuMemGetInfo"))?;
+        Ok((free as u64, total as u64))
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<Address, DriverError> {
+        self.enter()?;
+        // SAFETY: what it holds is written before it is read (`Memory`, `Buffer`).
+        match unsafe { result::malloc_sync(bytes) } {
+            Ok(address) => Ok(Address(address)),
+            Err(CudaError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => Err(DriverError::Memory { bytes }),
+            Err(error) => Err(lost("cuMemAlloc")(error)),
+        }
+    }
+
+    fn free(&self, memory: Address) {
+        // Launches that use it may be under way still.
+        let outcome = self.enter().and_then(|()| self.wait(self.in_order)).and_then(|()| {
+            // SAFETY: `Memory` frees what it took, once, and nothing uses it any more.
+            unsafe { result::free_sync(memory.0) }.map_err(lost("cuMemFree"))
+        });
+        if let Err(error) = outcome {
+            // A card that failed fails every call; whoever computes says so.
+            tracing::error!(%error, "memory of the card was not given back");
+        }
+    }
+
+    fn fill(&self, to: Address, bytes: &[u8]) -> Result<(), DriverError> {
+        self.enter()?;
+        // SAFETY: `Memory` has as many bytes there, and the source stays until the stream was waited for.
+        unsafe { result::memcpy_htod_async(to.0, bytes, self.loads) }.map_err(lost("cuMemcpyHtoDAsync"))?;
+        self.wait(self.loads)
+    }
+
+    fn send(&self, to: Address, bytes: &[u8]) -> Result<(), DriverError> {
+        self.enter()?;
+        // SAFETY: `Memory` has as many bytes there. The source is pageable: the driver has taken it when the call returns.
+        unsafe { result::memcpy_htod_async(to.0, bytes, self.in_order) }.map_err(lost("cuMemcpyHtoDAsync"))
+    }
+
+    fn zero(&self, to: Address, bytes: usize) -> Result<(), DriverError> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.enter()?;
+        // SAFETY: `Memory` has as many bytes there.
+        unsafe { result::memset_d8_async(to.0, 0, bytes, self.in_order) }.map_err(lost("cuMemsetD8Async"))
+    }
+
+    fn fetch(&self, from: Address, bytes: &mut [u8]) -> Result<(), DriverError> {
+        self.enter()?;
+        // SAFETY: `Memory` has as many bytes there, and the target is ours until the stream was waited for.
+        unsafe { result::memcpy_dtoh_async(bytes, from.0, self.in_order) }.map_err(lost("cuMemcpyDtoHAsync"))?;
+        self.wait(self.in_order)
+    }
+
+    fn launch(&self, launch: &Launch<'_>) -> Result<(), DriverError> {
+        self.enter()?;
+        let kernel = *self.kernels.get(launch.kernel).expect("the device launches entries of its own sources");
+        if launch.shared_bytes > SHARED_BYTES_FREE {
+            let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // SAFETY: the kernel is of a module that stays.
+            unsafe { result::function::set_function_attribute(kernel, attribute, launch.shared_bytes.cast_signed()) }
+                .map_err(lost("cuFuncSetAttribute"))?;
+        }
+        let mut arguments: Vec<*mut c_void> = launch
+            .arguments
+            .iter()
+            .map(|argument| match argument {
+                Argument::Address(Address(value)) | Argument::Long(value) => std::ptr::from_ref(value).cast_mut().cast(),
+                Argument::Int(value) => std::ptr::from_ref(value).cast_mut().cast(),
+                Argument::Float(value) => std::ptr::from_ref(value).cast_mut().cast(),
+            })
+            .collect();
+        let [x, y, z] = launch.grid;
+        // SAFETY: number and sizes of the arguments are the kernel's (the emulated card checks that for every launch of the tests), they are copied
+        // before the call returns, and addresses are of memory that is given back in order.
+        unsafe { result::launch_kernel(kernel, (x, y, z), (launch.threads, 1, 1), launch.shared_bytes, self.in_order, &mut arguments) }
+            .map_err(lost("cuLaunchKernel"))
+    }
+}

@@ -1,0 +1,105 @@
+//! What a device needs of a card: memory, copies and launches in one order. Implementors: `Card` (the driver of NVIDIA, found at run time), and
+//! the emulated card of the tests.
+
+/// A place in the card's memory, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub struct Address(pub u64);
+
+impl Address {
+    /// So many bytes further on.
+    #[must_use]
+    pub fn plus(self, bytes: usize) -> Self {
+        Self(self.0 + bytes as u64)
+    }
+}
+
+/// What a card could not do.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum DriverError {
+    /// It has not so much memory left.
+    #[error("the card has no memory for {bytes} bytes more")]
+    Memory {
+        /// Bytes asked for.
+        bytes: usize,
+    },
+    /// It, or its driver, failed: nothing that it holds can be trusted any more.
+    #[error("the card failed at {call}: {reason}")]
+    Failed {
+        /// What was asked of it.
+        call: &'static str,
+        /// What the driver says.
+        reason: String,
+    },
+}
+
+/// A value that a kernel takes.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Argument {
+    /// A pointer; 0 is null.
+    Address(Address),
+    /// `int`, also of what is unsigned there.
+    Int(i32),
+    /// `float`.
+    Float(f32),
+    /// `u64`.
+    Long(u64),
+}
+
+/// One launch of a kernel.
+#[derive(Debug, Clone, Copy)]
+pub struct Launch<'a> {
+    /// Name of the entry, one of [`super::entries`].
+    pub kernel: &'static str,
+    /// Ctas along x, y and z.
+    pub grid: [u32; 3],
+    /// Threads of a cta.
+    pub threads: u32,
+    /// Bytes of dynamic shared memory.
+    pub shared_bytes: u32,
+    /// In the order of the kernel's parameters.
+    pub arguments: &'a [Argument],
+}
+
+/// A card. Calls may come from any thread. What is *in order* happens after all that was asked in order before, and calls may return
+/// before it has happened; [`Driver::fetch`] waits.
+pub trait Driver: Send + Sync + 'static {
+    /// Name of the card and what it is compiled for, for logs.
+    fn describe(&self) -> String;
+    /// Bytes of memory that are free now, and of all.
+    ///
+    /// # Errors
+    /// When the card fails.
+    fn memory_bytes(&self) -> Result<(u64, u64), DriverError>;
+    /// Takes memory, aligned to 256 bytes; what it holds is not known.
+    ///
+    /// # Errors
+    /// When there is not so much left, or the card fails.
+    fn allocate(&self, bytes: usize) -> Result<Address, DriverError>;
+    /// Gives back what [`Driver::allocate`] gave, once what was asked in order before has happened.
+    fn free(&self, memory: Address);
+    /// Copies to the card before it returns, whatever else is under way: for what no launch uses yet.
+    ///
+    /// # Errors
+    /// When the card fails.
+    fn fill(&self, to: Address, bytes: &[u8]) -> Result<(), DriverError>;
+    /// Copies to the card in order; the bytes are taken before it returns.
+    ///
+    /// # Errors
+    /// When the card fails.
+    fn send(&self, to: Address, bytes: &[u8]) -> Result<(), DriverError>;
+    /// Zeroes in order.
+    ///
+    /// # Errors
+    /// When the card fails.
+    fn zero(&self, to: Address, bytes: usize) -> Result<(), DriverError>;
+    /// Copies from the card in order and waits for it.
+    ///
+    /// # Errors
+    /// When the card fails, now or in anything that was asked in order before.
+    fn fetch(&self, from: Address, bytes: &mut [u8]) -> Result<(), DriverError>;
+    /// Launches in order.
+    ///
+    /// # Errors
+    /// When the card fails; not all faults of a kernel are known before the next [`Driver::fetch`].
+    fn launch(&self, launch: &Launch<'_>) -> Result<(), DriverError>;
+}
