@@ -4,6 +4,7 @@
 
 struct IntegerLayer {
     const U4* weights; const u16* scales; const u16* minima; const float* bias; // bias may be null
+    int stride; // of rows of outputs; 0: they are dense
 };
 struct QuantisedRows {
     const U4* xq; const float* xs; const float* xa;

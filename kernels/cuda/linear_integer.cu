@@ -15,7 +15,7 @@
 
 /// One warp for a row and a group. Grid: (ceil(groups / 8), padded rows), 256 threads; rows from `rows` on become zeros. BLOCK 0: the layouts
 /// above. Else those of linear_integer_wgmma.cu for ctas of BLOCK rows.
-template <int G, int BLOCK> DEVICE void quantise(const float* x, u8* xq, float* xs, float* xa, int rows, int k) {
+template <int G, int BLOCK> DEVICE void quantise(const float* x, u8* xq, float* xs, float* xa, int rows, int k, int stride) {
     int lane = threadIdx.x & 31, group = blockIdx.x * 8 + (threadIdx.x >> 5), row = blockIdx.y;
     int padded = (k + 63) / 64 * 64, groups = (k + G - 1) / G;
     if (group * G >= padded) return;
@@ -23,7 +23,7 @@ template <int G, int BLOCK> DEVICE void quantise(const float* x, u8* xq, float* 
 #pragma unroll
     for (int i = 0; i < G / 32; i++) {
         int at = group * G + i * 32 + lane;
-        v[i] = row < rows && at < k ? x[(size_t)row * k + at] : 0.0f;
+        v[i] = row < rows && at < k ? x[(size_t)row * stride + at] : 0.0f;
         amax = fmaxf(amax, fabsf(v[i]));
     }
     for (int o = 16; o; o /= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, o));
@@ -178,7 +178,7 @@ DEVICE void integer_few_rows(const IntegerLayer layer, const QuantisedRows x, fl
         if (output >= n) continue;
         float total = sums[i];
         for (int s = 1; s < slices; s++) total = total + sums[s * RT * TILES * 128 + i];
-        out[(size_t)row * n + output] = layer.bias ? total + layer.bias[output] : total;
+        out[(size_t)row * (layer.stride ? layer.stride : n) + output] = layer.bias ? total + layer.bias[output] : total;
     }
 }
 
@@ -290,23 +290,29 @@ DEVICE void integer_many_rows(const IntegerLayer layer, const QuantisedRows x, f
     for (int j = 0; j < TILES * RT * 4; j++) {
         int i = j / (RT * 4), rt = j / 4 % RT, q = j % 4, row = (row_tile0 + my_rows + rt) * 8 + t * 2 + (q & 1), output = (blockIdx.x * 8 + my_tiles + i) * 16 + g + q / 2 * 8;
         float total = slices > 1 ? totals[j * 256] + acc[i][rt][q] : acc[i][rt][q];
-        if (row < rows && output < n) out[(size_t)row * n + output] = layer.bias ? total + layer.bias[output] : total;
+        if (row < rows && output < n) out[(size_t)row * (layer.stride ? layer.stride : n) + output] = layer.bias ? total + layer.bias[output] : total;
     }
 }
 
 // ---- entries: linear_<bits><s symmetric, m with minimum>_g<G>_rows<8 RT>_t<TILES> where K is a multiple of 512, _any for any K ----
 #define QUANTISE(G) \
-    extern "C" __global__ void __launch_bounds__(256) quantise_g##G(const float* x, u8* xq, float* xs, float* xa, int rows, int k) { quantise<G, 0>(x, xq, xs, xa, rows, k); }                          \
-    extern "C" __global__ void __launch_bounds__(256) quantise_g##G##_wgmma128(const float* x, u8* xq, float* xs, float* xa, int rows, int k) { quantise<G, 128>(x, xq, xs, xa, rows, k); }
+    extern "C" __global__ void __launch_bounds__(256) quantise_g##G(const float* x, u8* xq, float* xs, float* xa, int rows, int k) { quantise<G, 0>(x, xq, xs, xa, rows, k, k); }                       \
+    extern "C" __global__ void __launch_bounds__(256) quantise_g##G##_strided(const float* x, u8* xq, float* xs, float* xa, int rows, int k, int stride) { quantise<G, 0>(x, xq, xs, xa, rows, k, stride); } \
+    extern "C" __global__ void __launch_bounds__(256) quantise_g##G##_wgmma128(const float* x, u8* xq, float* xs, float* xa, int rows, int k) { quantise<G, 128>(x, xq, xs, xa, rows, k, k); }
 #define FEW_ROWS(KIND, BITS, MINIMUM, G, NAME, RT, TILES, FULL)                                                                            \
     extern "C" __global__ void __launch_bounds__(256, 2) KIND##_g##G##_rows##RT##_##NAME(IntegerLayer layer, QuantisedRows x, float* out, int rows, int n, int k) { \
         integer_few_rows<BITS, MINIMUM, G, RT, TILES, FULL>(layer, x, out, rows, n, k);                                                     \
     }
+#ifdef GROUP
+// One unit for each group, as devices compile them: nothing is grouped there yet.
+#define GROUPED(KIND, BITS, MINIMUM, G, NAME, TILES, FULL)
+#else
 #define GROUPED(KIND, BITS, MINIMUM, G, NAME, TILES, FULL)                                                                                 \
     /* Several layers of one shape, each with rows of its own: blockIdx.y names the problem. */                                            \
     extern "C" __global__ void __launch_bounds__(256, 2) KIND##_g##G##_rows1_##NAME##_grouped(const IntegerLayer* layers, const QuantisedRows* x, float* const* out, int rows, int n, int k) { \
         integer_few_rows<BITS, MINIMUM, G, 1, TILES, FULL>(layers[blockIdx.y], x[blockIdx.y], out[blockIdx.y], rows, n, k);                 \
     }
+#endif
 #define MANY_ROWS(KIND, BITS, MINIMUM, G)                                                                                                  \
     extern "C" __global__ void __launch_bounds__(256, 1) KIND##_g##G##_many(IntegerLayer layer, QuantisedRows x, float* out, int rows, int n, int k) { \
         integer_many_rows<BITS, MINIMUM, G, MANY_ROW_TILES, 4>(layer, x, out, rows, n, k);                                                  \
@@ -318,9 +324,13 @@ DEVICE void integer_many_rows(const IntegerLayer layer, const QuantisedRows x, f
     FEW_ROWS(KIND, BITS, MINIMUM, G, t2, 1, 2, true) FEW_ROWS(KIND, BITS, MINIMUM, G, t2, 2, 2, true)                                       \
     GROUPED(KIND, BITS, MINIMUM, G, any, 1, false) GROUPED(KIND, BITS, MINIMUM, G, t1, 1, true) MANY_ROWS(KIND, BITS, MINIMUM, G)
 #define ENTRIES(G) QUANTISE(G) KIND_ENTRIES(linear_4s, 4, false, G) KIND_ENTRIES(linear_4m, 4, true, G) KIND_ENTRIES(linear_8s, 8, false, G)
+#ifdef GROUP
+ENTRIES(GROUP)
+#else
 ENTRIES(32)
 ENTRIES(64)
 ENTRIES(128)
+#endif
 #undef ENTRIES
 #undef FEW_ROWS
 #undef GROUPED

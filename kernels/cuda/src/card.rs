@@ -2,13 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::ffi::{CString, c_void};
+use std::sync::{Mutex, PoisonError, RwLock};
 
 use cudarc::driver::result::{self, DriverError as CudaError};
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
 
 use crate::compile::{Cache, CompileError, architecture};
-use crate::driver::{Address, Argument, Driver, DriverError, Launch};
-use crate::sources::{SOURCES, entries};
+use crate::driver::{Address, Driver, DriverError, Launch};
+use crate::sources::{SOURCES, Source};
 
 /// Cards before these have no bf16 and no asynchronous copies.
 const CAPABILITY_MIN: (i32, i32) = (8, 0);
@@ -114,7 +115,12 @@ pub struct Card {
     context: sys::CUcontext,
     in_order: sys::CUstream,
     loads: sys::CUstream,
-    kernels: BTreeMap<&'static str, sys::CUfunction>,
+    kernels: RwLock<BTreeMap<&'static str, sys::CUfunction>>,
+    /// One compiles at a time.
+    compiling: Mutex<()>,
+    cache: Cache,
+    /// The driver's version.
+    driver: String,
 }
 
 // SAFETY: the driver's handles may be used from any thread whose current context is the card's, which every call sees to.
@@ -143,19 +149,32 @@ impl Card {
         unsafe { result::ctx::set_current(context) }.map_err(failed("cuCtxSetCurrent"))?;
         let stream = || result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed("cuStreamCreate"));
         let (in_order, loads) = (stream()?, stream()?);
-        let mut kernels = BTreeMap::new();
-        for source in SOURCES {
-            let code = cache.code(source, &architecture, &driver)?;
-            // SAFETY: the code is a whole cubin, by the compiler or by its digest; the driver refuses one that the card does not run.
-            let module = unsafe { result::module::load_data(code.as_ptr().cast()) }.map_err(failed("cuModuleLoadData"))?;
-            for (_, entry) in entries().filter(|(unit, _)| *unit == source.name) {
-                let name = CString::new(entry).expect("names have no zero byte");
-                // SAFETY: the module was loaded, and stays.
-                let kernel = unsafe { result::module::get_function(module, name) }.map_err(failed("cuModuleGetFunction"))?;
-                kernels.insert(entry, kernel);
-            }
+        let (kernels, compiling, cache) = (RwLock::default(), Mutex::default(), cache.clone());
+        let card = Self { name, architecture, context, in_order, loads, kernels, compiling, cache, driver };
+        for source in SOURCES.iter().filter(|source| source.always) {
+            card.load(source)?;
         }
-        Ok(Self { name, architecture, context, in_order, loads, kernels })
+        Ok(card)
+    }
+
+    /// Loads the kernels of a source.
+    fn load(&self, source: &Source) -> Result<(), CardError> {
+        let code = self.cache.code(source, &self.architecture, &self.driver)?;
+        // SAFETY: the code is a whole cubin, by the compiler or by its digest; the driver refuses one that the card does not run.
+        let module = unsafe { result::module::load_data(code.as_ptr().cast()) }.map_err(failed("cuModuleLoadData"))?;
+        let mut loaded = Vec::new();
+        for entry in source.entries() {
+            let name = CString::new(entry).expect("names have no zero byte");
+            // SAFETY: the module was loaded, and stays.
+            let kernel = unsafe { result::module::get_function(module, name) }.map_err(failed("cuModuleGetFunction"))?;
+            loaded.push((entry, kernel));
+        }
+        self.kernels.write().unwrap_or_else(PoisonError::into_inner).extend(loaded);
+        Ok(())
+    }
+
+    fn kernel(&self, name: &str) -> Option<sys::CUfunction> {
+        self.kernels.read().unwrap_or_else(PoisonError::into_inner).get(name).copied()
     }
 
     /// Makes the card's context this thread's.
@@ -236,24 +255,26 @@ impl Driver for Card {
         self.wait(self.in_order)
     }
 
+    fn prepare(&self, kernel: &'static str) -> Result<(), DriverError> {
+        let _one = self.compiling.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.kernel(kernel).is_some() {
+            return Ok(());
+        }
+        self.enter()?;
+        let source = SOURCES.iter().find(|source| source.entries().any(|entry| entry == kernel)).expect("the device knows its own kernels");
+        self.load(source).map_err(|error| DriverError::Failed { call: "prepare", reason: error.to_string() })
+    }
+
     fn launch(&self, launch: &Launch<'_>) -> Result<(), DriverError> {
         self.enter()?;
-        let kernel = *self.kernels.get(launch.kernel).expect("the device launches entries of its own sources");
+        let kernel = self.kernel(launch.kernel).expect("kernels are prepared by whoever loads what needs them");
         if launch.shared_bytes > SHARED_BYTES_FREE {
             let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             // SAFETY: the kernel is of a module that stays.
             unsafe { result::function::set_function_attribute(kernel, attribute, launch.shared_bytes.cast_signed()) }
                 .map_err(lost("cuFuncSetAttribute"))?;
         }
-        let mut arguments: Vec<*mut c_void> = launch
-            .arguments
-            .iter()
-            .map(|argument| match argument {
-                Argument::Address(Address(value)) | Argument::Long(value) => std::ptr::from_ref(value).cast_mut().cast(),
-                Argument::Int(value) => std::ptr::from_ref(value).cast_mut().cast(),
-                Argument::Float(value) => std::ptr::from_ref(value).cast_mut().cast(),
-            })
-            .collect();
+        let mut arguments: Vec<*mut c_void> = launch.arguments.iter().map(|argument| argument.place().0.cast_mut()).collect();
         let [x, y, z] = launch.grid;
         // SAFETY: number and sizes of the arguments are the kernel's (the emulated card checks that for every launch of the tests), they are copied
         // before the call returns, and addresses are of memory that is given back in order.

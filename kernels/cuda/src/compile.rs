@@ -100,6 +100,7 @@ pub fn compile(source: &Source, architecture: &str) -> Result<Compiled, CompileE
     let program = Program(program);
     let mut options: Vec<String> = OPTIONS.iter().map(|option| (*option).to_owned()).collect();
     options.extend([format!("--gpu-architecture={architecture}"), "--ptxas-options=-v".to_owned()]);
+    options.extend((!source.define.is_empty()).then(|| format!("--define-macro={}", source.define)));
     // SAFETY: the program was created above.
     let outcome = unsafe { nvrtc::compile_program(program.0, &options) };
     // SAFETY: likewise, and it was compiled.
@@ -159,7 +160,7 @@ impl Cache {
         if let Some(code) = kept {
             return Ok(code);
         }
-        tracing::info!(source = source.name, architecture, "compiling kernels; this is done once");
+        tracing::info!(source = source.name, define = source.define, architecture, "compiling kernels; this is done once");
         let Compiled { code, .. } = compile(source, architecture)?;
         for compiler in [compiler.as_str(), "any"] {
             if let Err(error) = self.keep(&path(compiler), &code) {
@@ -196,7 +197,7 @@ fn read(path: &Path) -> Option<Vec<u8>> {
 /// By all that code depends on.
 fn key(source: &Source, architecture: &str, driver: &str, compiler: &str) -> String {
     let mut hasher = blake3::Hasher::new();
-    let texts = std::iter::once(source).chain(HEADERS).flat_map(|source| [source.name, source.text]);
+    let texts = std::iter::once(source).chain(HEADERS).flat_map(|source| [source.name, source.text, source.define]);
     for part in texts.chain(OPTIONS.iter().copied()).chain([architecture, driver, compiler]) {
         hasher.update(&(part.len() as u64).to_le_bytes());
         hasher.update(part.as_bytes());

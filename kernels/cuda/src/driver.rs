@@ -43,6 +43,23 @@ pub enum Argument {
     Float(f32),
     /// `u64`.
     Long(u64),
+    /// A struct of 24 bytes.
+    ThreeWords([u64; 3]),
+    /// A struct of 40 bytes.
+    Words([u64; 5]),
+}
+
+impl Argument {
+    /// Where the value lies, and how many bytes it has: what launches pass on.
+    pub fn place(&self) -> (*const std::ffi::c_void, usize) {
+        match self {
+            Self::Address(Address(value)) | Self::Long(value) => (std::ptr::from_ref(value).cast(), size_of_val(value)),
+            Self::Int(value) => (std::ptr::from_ref(value).cast(), size_of_val(value)),
+            Self::Float(value) => (std::ptr::from_ref(value).cast(), size_of_val(value)),
+            Self::ThreeWords(values) => (values.as_ptr().cast(), size_of_val(values)),
+            Self::Words(values) => (values.as_ptr().cast(), size_of_val(values)),
+        }
+    }
 }
 
 /// One launch of a kernel.
@@ -97,6 +114,14 @@ pub trait Driver: Send + Sync + 'static {
     /// # Errors
     /// When the card fails, now or in anything that was asked in order before.
     fn fetch(&self, from: Address, bytes: &mut [u8]) -> Result<(), DriverError>;
+    /// Has a kernel, and those of its unit, ready to be launched: they may have to be compiled, which takes seconds, so whoever loads asks for it.
+    ///
+    /// # Errors
+    /// Why it cannot be had.
+    fn prepare(&self, kernel: &'static str) -> Result<(), DriverError> {
+        let _ = kernel;
+        Ok(())
+    }
     /// Launches in order.
     ///
     /// # Errors

@@ -2,6 +2,8 @@
 //! the card that is found when a device is opened. [`Cuda`] speaks to the card through a [`Driver`]: the tests give it one that runs the same
 //! sources on the CPU (`emulated/`), so that no index is believed for want of a card.
 
+#![cfg_attr(test, allow(clippy::unwrap_used, reason = "tests may unwrap, also in their helper functions"))]
+
 mod arguments;
 mod card;
 mod compile;
@@ -12,6 +14,7 @@ mod memory;
 mod ops;
 mod scratch;
 mod sources;
+mod tiles;
 
 use std::sync::{Arc, Mutex};
 

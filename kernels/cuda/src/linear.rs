@@ -7,6 +7,7 @@ use crate::arguments::{NULL, or_null};
 use crate::driver::{Address, Argument, Driver, DriverError};
 use crate::memory::Memory;
 use crate::scratch::Scratch;
+use crate::tiles::Tiles;
 use ashlar_kernels::SLICE;
 use ashlar_kernels::format::{CodeRow, Dtype, TensorView};
 use ashlar_kernels::ops::{Activation, Finish, PackError, PlacedPart};
@@ -57,6 +58,7 @@ enum Weights {
         minima: Option<Memory>,
         group: usize,
     },
+    Tiles(Tiles),
 }
 
 /// Rows that a layer reads or writes: dense but for a stride, from a first element on.
@@ -112,6 +114,7 @@ impl Weights {
         match self {
             Self::Float { codes, scales, .. } => codes.bytes() + of(scales),
             Self::Integer { codes, scales, minima, .. } => codes.bytes() + scales.bytes() + of(minima),
+            Self::Tiles(tiles) => tiles.bytes(),
         }
     }
 }
@@ -123,9 +126,10 @@ fn padded(outputs: usize) -> usize {
 
 impl Part {
     fn new(driver: &Arc<dyn Driver>, view: &TensorView<'_>, first_input: usize, first_output: usize) -> Result<Self, PackError> {
-        let weights = match view.dtype.group() {
-            Some(group) => integer(driver, view, group)?,
-            None => float(driver, view)?,
+        let weights = match (view.dtype.group(), Tiles::new(driver, view)?) {
+            (_, Some(tiles)) => Weights::Tiles(tiles),
+            (Some(group), None) => integer(driver, view, group)?,
+            (None, None) => float(driver, view)?,
         };
         Ok(Self { first_input, inputs: view.cols, first_output, outputs: view.rows, weights })
     }
@@ -134,12 +138,21 @@ impl Part {
         self.inputs.div_ceil(SLICE)
     }
 
-    /// Bytes of a row's codes, and of its scales and sums, where weights are integers.
-    fn quantised_bytes(&self) -> [usize; 2] {
+    /// Bytes of so many rows' codes, scales and sums, where weights are integers.
+    fn quantised_bytes(&self, rows: usize) -> [usize; 3] {
         match &self.weights {
-            Weights::Float { .. } => [0; 2],
-            Weights::Integer { group, .. } => [self.inputs.next_multiple_of(4), self.inputs.div_ceil(*group) * size_of::<f32>()],
+            Weights::Float { .. } => [0; 3],
+            Weights::Integer { group, .. } => {
+                let of_groups = rows * self.inputs.div_ceil(*group) * size_of::<f32>();
+                [rows * self.inputs.next_multiple_of(4), of_groups, of_groups]
+            }
+            Weights::Tiles(tiles) => tiles.quantised_bytes(self.inputs, rows),
         }
+    }
+
+    /// Slices' sums are left for `linear_finish` to add: what kernels on tensor cores do themselves.
+    fn splits(&self) -> bool {
+        !matches!(self.weights, Weights::Tiles(_))
     }
 }
 
@@ -269,12 +282,12 @@ impl Cuda {
     fn rows_at_once(&self, scratch: &mut Scratch, linear: &Linear, rows: usize) -> Result<usize, DriverError> {
         scratch.begin(&self.driver, 0)?;
         let slices = linear.parts.iter().map(Part::slices).max().unwrap_or(1);
-        let quantised: usize = linear.parts.iter().map(|part| part.quantised_bytes()[0] + 2 * part.quantised_bytes()[1]).sum();
         // Each of the places that are taken may waste what aligns it.
         let spare = 1024 * (linear.parts.len() + 1);
         let need = |rows: usize| {
             let sums = if rows <= SPLIT_ROWS_MAX { slices } else { 1 };
-            rows * (sums * linear.outputs * size_of::<f32>() + quantised) + spare
+            let quantised: usize = linear.parts.iter().flat_map(|part| part.quantised_bytes(rows)).sum();
+            rows * sums * linear.outputs * size_of::<f32>() + quantised + spare
         };
         let mut count = rows.min(GRID_Y_MAX);
         while count > 1 && need(count) > scratch.left() {
@@ -298,9 +311,9 @@ impl Cuda {
         finish: Finish,
     ) -> Result<(), DriverError> {
         scratch.begin(&self.driver, 0)?;
-        let slices = if rows <= SPLIT_ROWS_MAX { parts[0].slices() } else { 1 };
+        let slices = if rows <= SPLIT_ROWS_MAX && parts.iter().all(Part::splits) { parts[0].slices() } else { 1 };
         let partial = scratch.take(slices * rows * outputs * size_of::<f32>());
-        let mut latest: Option<((usize, usize), [Address; 3])> = None;
+        let mut latest: Option<((usize, usize, bool), [Address; 3])> = None;
         let (entry, tile) = if rows == 1 { (0, 1) } else { (1, ROWS) };
         for part in parts {
             let stacked = padded(part.outputs);
@@ -324,19 +337,13 @@ impl Cuda {
                     ];
                     self.launch(name[entry], grid(2 * THREADS), THREADS, tile * SLICE * size_of::<f32>(), &arguments)?;
                 }
+                Weights::Tiles(tiles) => {
+                    let places = self.quantised(scratch, &mut latest, part, tiles.group(), from, rows)?;
+                    tiles.run(self, [part.outputs, part.inputs], rows, places, to, outputs)?;
+                }
                 Weights::Integer { codes, scales, minima, group } => {
-                    let key = (part.first_input, *group);
-                    let row_codes = match latest {
-                        Some((of, places)) if of == key => places,
-                        _ => {
-                            let [code_bytes, group_bytes] = part.quantised_bytes();
-                            let places = [code_bytes, group_bytes, group_bytes].map(|bytes| scratch.take(rows * bytes));
-                            self.quantise(part, *group, from, places, rows)?;
-                            latest = Some((key, places));
-                            places
-                        }
-                    };
-                    let [row_codes, row_scales, row_sums] = row_codes.map(Argument::Address);
+                    let places = self.quantised(scratch, &mut latest, part, *group, from, rows)?;
+                    let [row_codes, row_scales, row_sums] = places.map(Argument::Address);
                     let arguments = [
                         codes.address().into(),
                         scales.address().into(),
@@ -374,10 +381,30 @@ impl Cuda {
         self.launch("linear_finish", [columns.div_ceil(FINISH_THREADS) as u32, rows as u32, 1], FINISH_THREADS, 0, &arguments)
     }
 
-    fn quantise(&self, part: &Part, group: usize, from: RowsAt, places: [Address; 3], rows: usize) -> Result<(), DriverError> {
-        let [codes, scales, sums] = places.map(Argument::Address);
-        let (k, padded_k) = (part.inputs, part.inputs.next_multiple_of(4));
-        let arguments = [from.first.into(), codes, scales, sums, k.into(), padded_k.into(), from.stride.into(), group.into()];
-        self.launch("quantise_exact", [k.div_ceil(group) as u32, rows as u32, 1], 32, 0, &arguments)
+    /// Rows quantised as a part takes them, or as the part before it did.
+    fn quantised(
+        &self,
+        scratch: &mut Scratch,
+        latest: &mut Option<((usize, usize, bool), [Address; 3])>,
+        part: &Part,
+        group: usize,
+        from: RowsAt,
+        rows: usize,
+    ) -> Result<[Address; 3], DriverError> {
+        let key = (part.first_input, group, part.splits());
+        if let Some((_, places)) = latest.filter(|(of, _)| *of == key) {
+            return Ok(places);
+        }
+        let places = part.quantised_bytes(rows).map(|bytes| scratch.take(bytes));
+        if let Weights::Tiles(tiles) = &part.weights {
+            tiles.quantise(self, from, part.inputs, rows, places)?;
+        } else {
+            let [codes, scales, sums] = places.map(Argument::Address);
+            let (k, padded_k) = (part.inputs, part.inputs.next_multiple_of(4));
+            let arguments = [from.first.into(), codes, scales, sums, k.into(), padded_k.into(), from.stride.into(), group.into()];
+            self.launch("quantise_exact", [k.div_ceil(group) as u32, rows as u32, 1], 32, 0, &arguments)?;
+        }
+        *latest = Some((key, places));
+        Ok(places)
     }
 }

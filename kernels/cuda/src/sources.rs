@@ -7,24 +7,47 @@ pub struct Source {
     pub name: &'static str,
     /// What it holds.
     pub text: &'static str,
+    /// A macro that is defined for it, as `GROUP=32`; empty: none. A file may be several units so.
+    pub define: &'static str,
+    /// Compiled when a card is opened, and not when something is loaded that needs it.
+    pub always: bool,
 }
 
-macro_rules! sources {
-    ($($name:literal)*) => {
-        &[$(Source { name: $name, text: include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/", $name)) }),*]
+macro_rules! source {
+    ($name:literal) => {
+        source!($name, "", true)
+    };
+    ($name:literal, $define:literal, $always:literal) => {
+        Source { name: $name, text: include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/", $name)), define: $define, always: $always }
     };
 }
 
 /// Units that are compiled each by itself.
-pub const SOURCES: &[Source] = sources!["rows.cu" "linear_exact.cu" "attend.cu"];
+pub const SOURCES: &[Source] = &[
+    source!("rows.cu"),
+    source!("linear_exact.cu"),
+    source!("attend.cu"),
+    source!("linear_integer.cu", "GROUP=32", false),
+    source!("linear_integer.cu", "GROUP=64", false),
+    source!("linear_integer.cu", "GROUP=128", false),
+];
 /// What they include.
-pub(crate) const HEADERS: &[Source] = sources!["numerics.cuh" "ptx.cuh"];
+pub(crate) const HEADERS: &[Source] = &[source!("integer.cuh"), source!("numerics.cuh"), source!("ptx.cuh")];
 /// How all are compiled, whatever the card: a product and a sum are never made one, and nothing is flushed to zero.
 pub const OPTIONS: &[&str] = &["--std=c++17", "-default-device", "--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true"];
 
-/// Names of the kernels that the device launches, by unit.
-pub fn entries() -> impl Iterator<Item = (&'static str, &'static str)> {
-    ENTRIES.iter().flat_map(|(unit, names)| names.iter().map(|name| (*unit, *name)))
+/// The kernels that the device launches, each with the unit that has it: the file's name and what is defined for it.
+pub fn entries() -> impl Iterator<Item = ((&'static str, &'static str), &'static str)> {
+    let plain = ENTRIES.iter().flat_map(|(file, names)| names.iter().map(|name| ((*file, ""), *name)));
+    plain.chain(crate::tiles::entries().map(|(define, name)| (("linear_integer.cu", define), name)))
+}
+
+impl Source {
+    /// Names of its kernels that the device launches.
+    pub fn entries(&self) -> impl Iterator<Item = &'static str> {
+        let unit = (self.name, self.define);
+        entries().filter(move |(of, _)| *of == unit).map(|(_, name)| name)
+    }
 }
 
 const ENTRIES: &[(&str, &[&str])] = &[

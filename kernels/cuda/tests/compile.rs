@@ -8,8 +8,47 @@ use std::collections::BTreeSet;
 use ashlar_cuda::{Cache, SOURCES, Source, architecture, compile, compiler_version, entries, has_compiler};
 
 const ARCHITECTURES: [&str; 2] = ["sm_80", "sm_90a"];
-/// Bytes of stack and spills that kernels may have: (architecture, kernel, bytes).
-const ALLOWED: &[(&str, &str, u64)] = &[("sm_80", "linear_f32_rows8", 16)];
+/// Bytes of stack and spills that kernels may have: (architecture, kernel, bytes). Those for few rows hold two tiles of weights a warp ahead of their use.
+const ALLOWED: &[(&str, &str, u64)] = &[
+    ("sm_80", "linear_f32_rows8", 16),
+    ("sm_80", "linear_8s_g128_rows2_t2", 32),
+    ("sm_80", "linear_8s_g128_rows2_t1", 64),
+    ("sm_80", "linear_4m_g128_rows2_t2", 68),
+    ("sm_80", "linear_4s_g128_rows2_t2", 68),
+    ("sm_80", "linear_8s_g64_rows2_t2", 52),
+    ("sm_80", "linear_4m_g64_rows2_t2", 156),
+    ("sm_80", "linear_4m_g64_rows1_t2", 20),
+    ("sm_80", "linear_4s_g64_rows2_t2", 76),
+    ("sm_80", "linear_4s_g64_rows1_t2", 20),
+    ("sm_80", "linear_4m_g32_rows2_t2", 252),
+    ("sm_80", "linear_4m_g32_rows2_any", 240),
+    ("sm_80", "linear_4s_g32_rows2_t2", 20),
+    ("sm_90a", "linear_8s_g128_rows2_t2", 144),
+    ("sm_90a", "linear_8s_g128_rows1_t2", 52),
+    ("sm_90a", "linear_8s_g128_rows2_t1", 32),
+    ("sm_90a", "linear_8s_g128_rows2_any", 20),
+    ("sm_90a", "linear_4m_g128_rows2_t2", 180),
+    ("sm_90a", "linear_4m_g128_rows1_t2", 44),
+    ("sm_90a", "linear_4m_g128_rows2_t1", 48),
+    ("sm_90a", "linear_4m_g128_rows2_any", 32),
+    ("sm_90a", "linear_4s_g128_rows2_t2", 168),
+    ("sm_90a", "linear_4s_g128_rows1_t2", 88),
+    ("sm_90a", "linear_4s_g128_rows2_t1", 16),
+    ("sm_90a", "linear_8s_g64_rows2_t2", 80),
+    ("sm_90a", "linear_8s_g64_rows1_t2", 44),
+    ("sm_90a", "linear_4m_g64_rows2_t2", 176),
+    ("sm_90a", "linear_4m_g64_rows1_t2", 48),
+    ("sm_90a", "linear_4m_g64_rows2_any", 40),
+    ("sm_90a", "linear_4s_g64_rows2_t2", 128),
+    ("sm_90a", "linear_4s_g64_rows2_t1", 16),
+    ("sm_90a", "linear_8s_g32_rows2_t2", 92),
+    ("sm_90a", "linear_8s_g32_rows1_t2", 16),
+    ("sm_90a", "linear_4m_g32_rows2_t2", 188),
+    ("sm_90a", "linear_4m_g32_rows1_t2", 68),
+    ("sm_90a", "linear_4m_g32_rows2_t1", 52),
+    ("sm_90a", "linear_4m_g32_rows2_any", 276),
+    ("sm_90a", "linear_4s_g32_rows2_t2", 68),
+];
 
 /// Whether there is a compiler; that there is none where one was promised is a failure.
 fn can_compile() -> bool {
@@ -42,23 +81,37 @@ fn kernels_compile_for_each_architecture_and_spill_what_is_listed() {
         return;
     }
     let (mut compiled, mut beyond) = (BTreeSet::new(), Vec::new());
-    for architecture in ARCHITECTURES {
-        for source in SOURCES {
-            let outcome = compile(source, architecture).unwrap();
-            assert!(outcome.code.starts_with(b"\x7fELF"), "{}: a cubin", source.name);
-            for (kernel, bytes) in usage(&outcome.log) {
-                let allowed = ALLOWED.iter().find(|(on, of, _)| *on == architecture && *of == kernel).map_or(0, |(_, _, bytes)| *bytes);
-                if bytes > allowed {
-                    beyond.push(format!("({architecture:?}, {kernel:?}, {bytes})"));
-                }
-                compiled.insert((source.name, kernel, architecture));
+    let units: Vec<_> = ARCHITECTURES.iter().flat_map(|architecture| SOURCES.iter().map(move |source| (*architecture, source))).collect();
+    // Two at a time: each takes a while.
+    let compile_each = |first: usize| {
+        let each = units
+            .iter()
+            .skip(first)
+            .step_by(2)
+            .map(|(architecture, source)| (*architecture, *source, compile(source, architecture).unwrap()));
+        each.collect::<Vec<_>>()
+    };
+    let outcomes = std::thread::scope(|scope| {
+        let threads = [scope.spawn(|| compile_each(0)), scope.spawn(|| compile_each(1))];
+        threads.into_iter().flat_map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
+    });
+    for (architecture, source, outcome) in outcomes {
+        assert!(outcome.code.starts_with(b"\x7fELF"), "{}: a cubin", source.name);
+        for (kernel, bytes) in usage(&outcome.log) {
+            let allowed = ALLOWED.iter().find(|(on, of, _)| *on == architecture && *of == kernel).map_or(0, |(_, _, bytes)| *bytes);
+            if bytes > allowed {
+                beyond.push(format!("({architecture:?}, {kernel:?}, {bytes})"));
             }
+            compiled.insert((source.define, kernel, architecture));
         }
     }
     assert!(beyond.is_empty(), "more bytes of stack and spills than are listed: {}", beyond.join(", "));
-    for (source, entry) in entries() {
+    for ((source, define), entry) in entries() {
         for architecture in ARCHITECTURES {
-            assert!(compiled.contains(&(source, entry.to_owned(), architecture)), "{source} has no kernel {entry} for {architecture}");
+            assert!(
+                compiled.contains(&(define, entry.to_owned(), architecture)),
+                "{source} {define} has no kernel {entry} for {architecture}"
+            );
         }
     }
 }
@@ -68,7 +121,12 @@ fn what_the_compiler_says_is_told_with_source_and_architecture() {
     if !can_compile() {
         return;
     }
-    let wrong = Source { name: "wrong.cu", text: "#include \"numerics.cuh\"\nextern \"C\" __global__ void k() { nothing(); }" };
+    let wrong = Source {
+        define: "",
+        always: true,
+        name: "wrong.cu",
+        text: "#include \"numerics.cuh\"\nextern \"C\" __global__ void k() { nothing(); }",
+    };
     let error = compile(&wrong, "sm_80").unwrap_err().to_string();
     assert!(
         error.starts_with("NVRTC does not compile wrong.cu for sm_80: ") && error.contains("nothing") && error.lines().count() == 1,

@@ -129,7 +129,7 @@ impl Driver for Emulated {
 
     fn launch(&self, launch: &Launch<'_>) -> Result<(), DriverError> {
         let name = CString::new(launch.kernel).expect("names have no zero byte");
-        let passed: Vec<Passed> = launch.arguments.iter().map(pass).collect();
+        let passed: Vec<Passed> = launch.arguments.iter().map(Argument::place).map(|(at, bytes)| Passed { at, bytes }).collect();
         let _turn = turn();
         // SAFETY: name, grid and arguments outlive the call, and each argument points to a value of so many bytes; a kernel that leaves its memory
         // stops the process. The turn is ours.
@@ -138,14 +138,4 @@ impl Driver for Emulated {
         };
         if status == 0 { Ok(()) } else { Err(DriverError::Failed { call: "launch", reason: format!("no kernel `{}`", launch.kernel) }) }
     }
-}
-
-/// Where a value lies, and its size there.
-fn pass(argument: &Argument) -> Passed {
-    let (at, bytes): (*const c_void, usize) = match argument {
-        Argument::Address(Address(value)) | Argument::Long(value) => (std::ptr::from_ref(value).cast(), 8),
-        Argument::Int(value) => (std::ptr::from_ref(value).cast(), 4),
-        Argument::Float(value) => (std::ptr::from_ref(value).cast(), 4),
-    };
-    Passed { at, bytes }
 }
