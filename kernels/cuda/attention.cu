@@ -1,7 +1,8 @@
 // Decode attention over pages, grouped-query, bf16 keys and values: docs/numerics.md rule 6, the bits of `cpu-v1+kv-bf16`.
 // A warp takes a segment of 64 tokens for all heads of a kv head; the cta merges its warps' segments in order.
 //
-// Layouts: keys, values [slot][kv head][16 tokens][D] bf16; q, out [sequence][heads][D] f32; tables [sequence][pages_max] of slots.
+// Layouts: keys, values [slot][kv head][page][D] bf16, a page being `pieces` times 16 tokens; q, out [sequence][heads][D] f32, q with a stride of its own
+// where it is given; tables of slots: [sequence][pages_max], or where `queries` { first entry, position } says. A page below is a piece of 16 tokens.
 // Bytes: 4 D for each token and kv head. Operations: 4 D H. Limited by bytes up to H = 4 or so, then by f32 arithmetic.
 #include "numerics.cuh"
 
@@ -9,7 +10,10 @@ struct DecodeShape {
     int kv_heads, pages_max, window; // window 0: none
     float scale, softcap;            // softcap 0: none
     int segments_each;               // of a split (blockIdx.z); whole rows where there is one split
+    int pieces, q_stride;            // of a page; elements from row to row of q. 0: one; dense
+    const u32* queries;              // null: positions, and tables by pages_max
 };
+DEVICE int position_of(const DecodeShape& shape, const int* positions, int sequence) { return shape.queries ? (int)shape.queries[2 * sequence + 1] : positions[sequence]; }
 
 /// Bytes of shared memory: for each warp K [64][2 D + 16], V [64][2 D], p [64][H], o [H][D], then q [H][D] and m, l [W][H].
 template <int D, int H, int W> constexpr int decode_shared_bytes() { return W * (64 * (2 * D + 16) + 64 * 2 * D + 64 * H * 4 + H * D * 4) + H * D * 4 + 2 * W * H * 4; }
@@ -28,14 +32,15 @@ DEVICE void decode(const float* q, const u16* keys, const u16* values, const u32
     float* q_at = (float*)(memory + W * WARP_BYTES);
     float* m_at = q_at + H * D;
     float* l_at = m_at + W * H;
-    int position = positions[sequence], first = shape.window ? (position + 1 > shape.window ? position + 1 - shape.window : 0) : 0;
+    int position = position_of(shape, positions, sequence), first = shape.window ? (position + 1 > shape.window ? position + 1 - shape.window : 0) : 0;
     int begin = first / SEGMENT_TOKENS, end = position / SEGMENT_TOKENS + 1;
     if (SPLIT) {
         begin = begin + blockIdx.z * shape.segments_each;
         end = end < begin + shape.segments_each ? end : begin + shape.segments_each;
         if (begin >= end) return;
     }
-    const u32* table = tables + (size_t)sequence * shape.pages_max;
+    const u32* table = tables + (shape.queries ? shape.queries[2 * sequence] : (size_t)sequence * shape.pages_max);
+    int pieces = shape.pieces ? shape.pieces : 1;
     // Pages are copied whole where they hold a token that is seen: what lies beyond the position in them is never used.
     constexpr int PAGES = SEGMENT_TOKENS / PAGE_TOKENS;
     auto holds = [&](int page) { return page * PAGE_TOKENS <= position && page * PAGE_TOKENS + PAGE_TOKENS > first; };
@@ -43,17 +48,17 @@ DEVICE void decode(const float* q, const u16* keys, const u16* values, const u32
     u32 slots[PAGES];
     auto look_up = [&](int segment) {
 #pragma unroll
-        for (int p = 0; p < PAGES; p++) slots[p] = segment < end && holds(segment * PAGES + p) ? table[segment * PAGES + p] : 0;
+        for (int p = 0; p < PAGES; p++) slots[p] = segment < end && holds(segment * PAGES + p) ? table[(segment * PAGES + p) / pieces] : 0;
     };
     auto load = [&](int segment, const u16* from, u8* to, int row_bytes) {
         if (segment < end) {
             constexpr int ROWS = 32 / PIECES, COPIES = PAGE_TOKENS / ROWS; // rows that a warp copies at once
-            const u16* lane_from = from + (size_t)kv_head * PAGE_TOKENS * D + lane * 8;
+            const u16* lane_from = from + (size_t)kv_head * pieces * PAGE_TOKENS * D + lane * 8;
             u8* lane_to = to + lane / PIECES * row_bytes + lane % PIECES * 16;
 #pragma unroll
             for (int p = 0; p < PAGES; p++) {
                 if (holds(segment * PAGES + p)) {
-                    const u16* at = lane_from + (size_t)slots[p] * (shape.kv_heads * PAGE_TOKENS * D);
+                    const u16* at = lane_from + ((size_t)slots[p] * shape.kv_heads * pieces + (segment * PAGES + p) % pieces) * (PAGE_TOKENS * D);
 #pragma unroll
                     for (int i = 0; i < COPIES; i++) cp_async16(lane_to + (p * PAGE_TOKENS + i * ROWS) * row_bytes, at + i * 256);
                 }
@@ -65,7 +70,7 @@ DEVICE void decode(const float* q, const u16* keys, const u16* values, const u32
     load(begin + warp, keys, k_at, KROW);
     load(begin + warp, values, v_at, VROW);
     look_up(begin + warp + W);
-    for (int i = threadIdx.x; i < H * D; i += 32 * W) q_at[i] = q[((size_t)sequence * shape.kv_heads + kv_head) * H * D + i];
+    for (int i = threadIdx.x; i < H * D; i += 32 * W) q_at[i] = q[(size_t)sequence * (shape.q_stride ? shape.q_stride : shape.kv_heads * H * D) + kv_head * H * D + i];
     __syncthreads();
     constexpr int ELEMENTS = (H * D + 32 * W - 1) / (32 * W);
     float m[ELEMENTS], l[ELEMENTS], o[ELEMENTS];
@@ -196,7 +201,7 @@ DEVICE void decode(const float* q, const u16* keys, const u16* values, const u32
 /// Merges what splits left, in order. Grid (heads, sequences), D threads. Eight segments' loads are under way before their sums.
 template <int D, int H> DEVICE void merge(const float* partial, const int* positions, float* out, DecodeShape shape) {
     constexpr int AHEAD = 8, STRIDE = H * (D + 2);
-    int head = blockIdx.x, sequence = blockIdx.y, position = positions[sequence];
+    int head = blockIdx.x, sequence = blockIdx.y, position = position_of(shape, positions, sequence);
     int first = shape.window ? (position + 1 > shape.window ? position + 1 - shape.window : 0) : 0, end = position / SEGMENT_TOKENS + 1;
     const float* from = partial + (size_t)(sequence * shape.kv_heads + head / H) * ((shape.pages_max + 3) / 4) * STRIDE + head % H * (D + 2);
     float m = float_of(0xff800000), l = 0.0f, o = 0.0f;
@@ -220,17 +225,28 @@ template <int D, int H> DEVICE void merge(const float* partial, const int* posit
     out[((size_t)sequence * gridDim.x + head) * D + threadIdx.x] = __fdiv_rn(o, l);
 }
 
-#define ENTRIES(D, H, W)                                                                                                                     \
+#define ENTRIES(D, H, W) NAMED_ENTRIES(D, H, W)
+#define SPLIT_ENTRIES(D, H, W) NAMED_SPLIT_ENTRIES(D, H, W)
+#define NAMED_ENTRIES(D, H, W)                                                                                                                     \
     extern "C" __global__ void __launch_bounds__(32 * W, 1) decode_d##D##_h##H##_w##W(const float* q, const u16* keys, const u16* values, const u32* tables, const int* positions, float* out, DecodeShape shape) { \
         decode<D, H, W, false>(q, keys, values, tables, positions, out, nullptr, shape);                                                      \
     }
-#define SPLIT_ENTRIES(D, H, W)                                                                                                               \
+#define NAMED_SPLIT_ENTRIES(D, H, W)                                                                                                         \
     extern "C" __global__ void __launch_bounds__(32 * W, 1) decode_split_d##D##_h##H##_w##W(const float* q, const u16* keys, const u16* values, const u32* tables, const int* positions, float* partial, DecodeShape shape) { \
         decode<D, H, W, true>(q, keys, values, tables, positions, nullptr, partial, shape);                                                   \
     }                                                                                                                                        \
     extern "C" __global__ void __launch_bounds__(D) decode_merge_d##D##_h##H(const float* partial, const int* positions, float* out, DecodeShape shape) { \
         merge<D, H>(partial, positions, out, shape);                                                                                          \
     }
+// As devices launch them: four warps, and the commonest numbers of heads on a kv head.
+#define OF_HEADS(D, H) ENTRIES(D, H, 4) SPLIT_ENTRIES(D, H, 4)
+#if HEAD == 64 || defined(EVERY_HEAD) // the emulated card has all in one unit
+OF_HEADS(64, 1) OF_HEADS(64, 3) OF_HEADS(64, 4) OF_HEADS(64, 7)
+#endif
+#if HEAD == 128 || defined(EVERY_HEAD)
+OF_HEADS(128, 2) OF_HEADS(128, 4) OF_HEADS(128, 8)
+#endif
+#if !defined(HEAD) && !defined(EVERY_HEAD) // the lab
 ENTRIES(128, 4, 4)
 ENTRIES(128, 4, 5)
 ENTRIES(128, 4, 6)
@@ -238,4 +254,6 @@ ENTRIES(128, 8, 4)
 ENTRIES(64, 3, 4)
 SPLIT_ENTRIES(128, 4, 4)
 SPLIT_ENTRIES(64, 3, 4)
+#endif
 #undef ENTRIES
+#undef SPLIT_ENTRIES

@@ -116,6 +116,7 @@ pub struct Card {
     in_order: sys::CUstream,
     loads: sys::CUstream,
     kernels: RwLock<BTreeMap<&'static str, sys::CUfunction>>,
+    shared_bytes_max: usize,
     /// One compiles at a time.
     compiling: Mutex<()>,
     cache: Cache,
@@ -147,10 +148,13 @@ impl Card {
         let context = unsafe { result::primary_ctx::retain(device) }.map_err(failed("cuDevicePrimaryCtxRetain"))?;
         // SAFETY: the context was retained just now.
         unsafe { result::ctx::set_current(context) }.map_err(failed("cuCtxSetCurrent"))?;
+        // SAFETY: the device is the driver's.
+        let shared = unsafe { result::device::get_attribute(device, Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN) };
+        let shared_bytes_max = shared.map_err(failed("cuDeviceGetAttribute"))?.cast_unsigned() as usize;
         let stream = || result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed("cuStreamCreate"));
         let (in_order, loads) = (stream()?, stream()?);
         let (kernels, compiling, cache) = (RwLock::default(), Mutex::default(), cache.clone());
-        let card = Self { name, architecture, context, in_order, loads, kernels, compiling, cache, driver };
+        let card = Self { name, architecture, context, in_order, loads, kernels, shared_bytes_max, compiling, cache, driver };
         for source in SOURCES.iter().filter(|source| source.always) {
             card.load(source)?;
         }
@@ -196,6 +200,10 @@ fn lost(call: &'static str) -> impl Fn(CudaError) -> DriverError {
 impl Driver for Card {
     fn describe(&self) -> String {
         format!("cuda {} {}", self.architecture, self.name)
+    }
+
+    fn shared_bytes_max(&self) -> usize {
+        self.shared_bytes_max
     }
 
     fn memory_bytes(&self) -> Result<(u64, u64), DriverError> {

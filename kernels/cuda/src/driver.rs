@@ -82,6 +82,8 @@ pub struct Launch<'a> {
 pub trait Driver: Send + Sync + 'static {
     /// Name of the card and what it is compiled for, for logs.
     fn describe(&self) -> String;
+    /// Bytes of shared memory that a cta may have.
+    fn shared_bytes_max(&self) -> usize;
     /// Bytes of memory that are free now, and of all.
     ///
     /// # Errors

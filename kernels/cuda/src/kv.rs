@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use crate::decode;
 use crate::driver::{Address, Driver};
 use crate::memory::Memory;
 use ashlar_kernels::ops::{KvFormat, KvShape, PackError};
@@ -22,6 +23,9 @@ impl Kv {
     pub(crate) fn new(driver: &Arc<dyn Driver>, shape: KvShape, slot_count: usize) -> Result<Self, PackError> {
         if shape.head_dim > HEAD_MAX {
             return Err(PackError::Device(format!("a head of {} elements: the card's kernels take up to {HEAD_MAX}", shape.head_dim)));
+        }
+        if let Some(kernel) = decode::any_of(shape.head_dim, shape.format) {
+            driver.prepare(kernel)?;
         }
         let memory = Memory::new(driver, shape.page_bytes() * slot_count)?;
         driver.zero(memory.address(), memory.bytes())?;

@@ -7,6 +7,7 @@
 mod arguments;
 mod card;
 mod compile;
+mod decode;
 mod driver;
 mod kv;
 mod linear;

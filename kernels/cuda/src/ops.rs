@@ -6,6 +6,7 @@ use std::sync::{Arc, MutexGuard, PoisonError};
 
 use crate::Cuda;
 use crate::arguments::or_null;
+use crate::decode;
 use crate::driver::{Address, Argument, DriverError, Launch};
 use crate::kv::Kv;
 use crate::linear::{Linear, RowsAt, activation_number};
@@ -72,11 +73,11 @@ impl Cuda {
         self.driver.launch(&Launch { kernel, grid, threads: threads as u32, shared_bytes: shared_bytes as u32, arguments })
     }
 
-    /// Lists of indices on the card, until the next op: the guard is held until all launches that read them were asked for.
-    fn stage<const N: usize>(&self, lists: [&[u32]; N]) -> Result<([Address; N], MutexGuard<'_, Scratch>), DriverError> {
+    /// Lists of indices on the card, until the next op, and room for `more` bytes: the guard is held until all launches that use them were asked for.
+    fn stage<const N: usize>(&self, lists: [&[u32]; N], more: usize) -> Result<([Address; N], MutexGuard<'_, Scratch>), DriverError> {
         let mut scratch = self.scratch();
         let bytes: usize = lists.iter().map(|list| size_of_val(*list) + 256).sum();
-        scratch.begin(&self.driver, bytes)?;
+        scratch.begin(&self.driver, bytes + more)?;
         let mut places = [Address::default(); N];
         for (place, list) in std::iter::zip(&mut places, lists) {
             *place = scratch.take(size_of_val(list));
@@ -164,7 +165,7 @@ impl Ops for Cuda {
     fn gather_rows(&self, dst: &mut Buffer, src: &Buffer, index: &[u32], width: usize) {
         assert!(index.iter().all(|row| (*row as usize + 1) * width <= src.elements()), "rows that are there");
         let to = dst.at(0, index.len() * width);
-        let ([rows], _scratch) = sound(self.stage([index]));
+        let ([rows], _scratch) = sound(self.stage([index], 0));
         let arguments = [to.into(), src.at(0, 0).into(), rows.into(), width.into()];
         sound(self.launch("gather_rows", [index.len() as u32, 1, 1], THREADS, 0, &arguments));
     }
@@ -172,7 +173,7 @@ impl Ops for Cuda {
     fn scatter_rows(&self, dst: &mut Buffer, index: &[u32], src: &Buffer, width: usize) {
         assert!(index.iter().all(|row| (*row as usize + 1) * width <= dst.elements()), "rows that are there");
         let from = src.at(0, index.len() * width);
-        let ([rows], _scratch) = sound(self.stage([index]));
+        let ([rows], _scratch) = sound(self.stage([index], 0));
         let arguments = [dst.at(0, 0).into(), rows.into(), from.into(), width.into()];
         sound(self.launch("scatter_rows", [index.len() as u32, 1, 1], THREADS, 0, &arguments));
     }
@@ -316,7 +317,7 @@ impl Ops for Cuda {
         qkv.at(0, shape.qkv_width() * places.len());
         let first_key = qkv.at(shape.heads * head_dim, 0);
         let flat: Vec<u32> = places.iter().flat_map(|place| [place.slot, place.offset]).collect();
-        let ([places_at], _scratch) = sound(self.stage([&flat]));
+        let ([places_at], _scratch) = sound(self.stage([&flat], 0));
         let [keys, values, key_scales, value_scales] = kv.sections().map(Argument::Address);
         let arguments = [
             keys,
@@ -346,7 +347,12 @@ impl Ops for Cuda {
         let to = out.at(0, queries.len() * shape.heads * head_dim);
         let rows = qkv.at(0, queries.len() * shape.qkv_width());
         let flat: Vec<u32> = queries.iter().flat_map(|query| [query.table_start, query.position]).collect();
-        let ([queries_at, tables_at], _scratch) = sound(self.stage([&flat, tables]));
+        let decode = decode::of(shape, self.driver.shared_bytes_max());
+        let more = decode.map_or(0, |kernels| kernels.scratch_bytes(shape, queries));
+        let ([queries_at, tables_at], mut scratch) = sound(self.stage([&flat, tables], more));
+        if let Some(kernels) = decode {
+            return sound(kernels.run(self, &mut scratch, (to, rows, kv), shape, queries, [queries_at, tables_at]));
+        }
         let [keys, values, key_scales, value_scales] = kv.sections().map(Argument::Address);
         let arguments = [
             to.into(),

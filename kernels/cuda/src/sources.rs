@@ -30,6 +30,8 @@ pub const SOURCES: &[Source] = &[
     source!("linear_integer.cu", "GROUP=32", false),
     source!("linear_integer.cu", "GROUP=64", false),
     source!("linear_integer.cu", "GROUP=128", false),
+    source!("attention.cu", "HEAD=64", false),
+    source!("attention.cu", "HEAD=128", false),
 ];
 /// What they include.
 pub(crate) const HEADERS: &[Source] = &[source!("integer.cuh"), source!("numerics.cuh"), source!("ptx.cuh")];
@@ -39,7 +41,8 @@ pub const OPTIONS: &[&str] = &["--std=c++17", "-default-device", "--fmad=false",
 /// The kernels that the device launches, each with the unit that has it: the file's name and what is defined for it.
 pub fn entries() -> impl Iterator<Item = ((&'static str, &'static str), &'static str)> {
     let plain = ENTRIES.iter().flat_map(|(file, names)| names.iter().map(|name| ((*file, ""), *name)));
-    plain.chain(crate::tiles::entries().map(|(define, name)| (("linear_integer.cu", define), name)))
+    let tiles = crate::tiles::entries().map(|(define, name)| (("linear_integer.cu", define), name));
+    plain.chain(tiles).chain(crate::decode::entries().map(|(define, name)| (("attention.cu", define), name)))
 }
 
 impl Source {

@@ -308,6 +308,27 @@ fn a_long_row_has_the_reference_bits() {
     }
 }
 
+/// The heads of common models over bf16 pages, for which devices have forms of their own: rows long and short together, at the ends of segments and pages.
+#[test]
+fn long_rows_of_common_heads_have_the_reference_bits() {
+    for (heads, kv_heads, head_dim) in [(2, 2, 64), (3, 1, 64), (8, 2, 64), (7, 1, 64), (4, 2, 128), (4, 1, 128), (8, 1, 128)] {
+        let mut random = Random(heads as u64);
+        let kv = KvShape { kv_heads, head_dim, page_tokens: 32, format: KvFormat::Bf16 };
+        let shape = AttentionShape { heads, kv, scale: 0.125, softcap: None, window: None };
+        let slot_count = 16;
+        let rows = |random: &mut Random, count: usize| random.tame(count * shape.qkv_width());
+        let (stored, qkv) = (rows(&mut random, slot_count * kv.page_tokens), rows(&mut random, 5));
+        let tables: Vec<u32> = (0..slot_count as u32).chain((0..slot_count as u32).rev()).collect();
+        let at = |table_start: usize, position: u32| Query { table_start: table_start as u32, position };
+        let queries = vec![at(0, 511), at(slot_count, 320), at(0, 0), at(slot_count, 63), at(0, 64)];
+        let sharing = Sharing { shape, slot_count, stored, qkv, queries, tables };
+        let together = check(&sharing);
+        for device in backends() {
+            assert_same(&device.describe(), &together, &sharing.row_by_row(device));
+        }
+    }
+}
+
 #[test]
 fn formats_keep_their_precision() {
     let mut chunk = Chunk::random(&mut Random(5));

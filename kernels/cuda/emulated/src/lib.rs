@@ -83,6 +83,11 @@ impl Driver for Emulated {
         "cuda emulated on the CPU".to_owned()
     }
 
+    /// As Hopper has.
+    fn shared_bytes_max(&self) -> usize {
+        227 << 10
+    }
+
     fn memory_bytes(&self) -> Result<(u64, u64), DriverError> {
         Ok((self.bytes, self.bytes))
     }

@@ -1,0 +1,124 @@
+//! Attention over bf16 pages by `kernels/cuda/attention.cu`: a cta for each row and kv head, with the bits of docs/numerics.md's rule 6. It is made for decodes, few
+//! rows and long contexts; other formats and heads take `attend.cu`'s plain form.
+
+use ashlar_kernels::ops::{AttentionShape, KvFormat, Query, SEGMENT_TOKENS};
+
+use crate::Cuda;
+use crate::arguments::NULL;
+use crate::driver::{Address, Argument, DriverError};
+use crate::kv::Kv;
+use crate::scratch::Scratch;
+
+/// Warps of a cta, each with a segment of its own.
+const WARPS: usize = 4;
+/// Tokens of a piece, of which a page has several.
+const PIECE: usize = 16;
+/// With fewer ctas than this a card is not busy: rows are cut into splits, which a second kernel merges in order.
+const CTAS_MIN: usize = 132;
+/// Segments of a split.
+const SPLIT_SEGMENTS: usize = 4;
+
+/// What the kernels for heads of one size and number on a kv head are called.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Kernels {
+    head_dim: usize,
+    group: usize,
+    /// What is defined for the unit that has them.
+    define: &'static str,
+    whole: &'static str,
+    split: &'static str,
+    merge: &'static str,
+}
+
+macro_rules! kernels {
+    ($head_dim:literal, $group:literal) => {
+        Kernels {
+            head_dim: $head_dim,
+            group: $group,
+            define: concat!("HEAD=", $head_dim),
+            whole: concat!("decode_d", $head_dim, "_h", $group, "_w4"),
+            split: concat!("decode_split_d", $head_dim, "_h", $group, "_w4"),
+            merge: concat!("decode_merge_d", $head_dim, "_h", $group),
+        }
+    };
+}
+
+const KERNELS: [Kernels; 7] =
+    [kernels!(64, 1), kernels!(64, 3), kernels!(64, 4), kernels!(64, 7), kernels!(128, 2), kernels!(128, 4), kernels!(128, 8)];
+
+/// All entries that may be launched, each with what is defined for its unit.
+pub(crate) fn entries() -> impl Iterator<Item = (&'static str, &'static str)> {
+    KERNELS.iter().flat_map(|of| [of.whole, of.split, of.merge].map(|name| (of.define, name)))
+}
+
+/// A kernel of the unit for heads of a size, if there is one.
+pub(crate) fn any_of(head_dim: usize, format: KvFormat) -> Option<&'static str> {
+    KERNELS.iter().find(|of| of.head_dim == head_dim && format == KvFormat::Bf16).map(|of| of.whole)
+}
+
+/// Those for a shape, if there are any and a card with so much shared memory runs them.
+pub(crate) fn of(shape: &AttentionShape, shared_bytes_max: usize) -> Option<&'static Kernels> {
+    let fits = |of: &&Kernels| of.head_dim == shape.kv.head_dim && of.group * shape.kv.kv_heads == shape.heads;
+    KERNELS.iter().find(fits).filter(|of| shape.kv.format == KvFormat::Bf16 && of.shared_bytes() <= shared_bytes_max)
+}
+
+impl Kernels {
+    /// `decode_shared_bytes` of attention.cu.
+    fn shared_bytes(&self) -> usize {
+        let (d, h) = (self.head_dim, self.group);
+        WARPS * (SEGMENT_TOKENS * (2 * d + 16) + SEGMENT_TOKENS * 2 * d + SEGMENT_TOKENS * h * 4 + h * d * 4)
+            + h * d * 4
+            + 2 * WARPS * h * 4
+    }
+
+    /// Bytes of scratch that rows want: what splits leave.
+    pub(crate) fn scratch_bytes(&self, shape: &AttentionShape, queries: &[Query]) -> usize {
+        let segments = segments(queries);
+        if !is_split(shape, queries.len(), segments) {
+            return 0;
+        }
+        queries.len() * shape.kv.kv_heads * segments * self.group * (self.head_dim + 2) * size_of::<f32>()
+    }
+
+    /// Attends; `queries_at` and `tables_at` are what `queries` are on the card.
+    pub(crate) fn run(
+        &self,
+        cuda: &Cuda,
+        scratch: &mut Scratch,
+        (out, rows, kv): (Address, Address, &Kv),
+        shape: &AttentionShape,
+        queries: &[Query],
+        [queries_at, tables_at]: [Address; 2],
+    ) -> Result<(), DriverError> {
+        let (segments, kv_heads) = (segments(queries), shape.kv.kv_heads);
+        let words = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
+        let window = shape.window.map_or(0, |window| window.min(i32::MAX.cast_unsigned()));
+        let of_shape = Argument::Words([
+            words(kv_heads as u32, (segments * SEGMENT_TOKENS / PIECE) as u32),
+            words(window, shape.scale.to_bits()),
+            words(shape.softcap.unwrap_or(0.0).to_bits(), SPLIT_SEGMENTS as u32),
+            words((shape.kv.page_tokens / PIECE) as u32, shape.qkv_width() as u32),
+            queries_at.0,
+        ]);
+        let [keys, values, ..] = kv.sections().map(Argument::Address);
+        let attend = |to: Address| [rows.into(), keys, values, tables_at.into(), NULL, to.into(), of_shape];
+        let (row_count, threads, shared) = (queries.len() as u32, 32 * WARPS, self.shared_bytes());
+        if !is_split(shape, queries.len(), segments) {
+            return cuda.launch(self.whole, [kv_heads as u32, row_count, 1], threads, shared, &attend(out));
+        }
+        let partial = scratch.take(self.scratch_bytes(shape, queries));
+        let splits = segments.div_ceil(SPLIT_SEGMENTS) as u32;
+        cuda.launch(self.split, [kv_heads as u32, row_count, splits], threads, shared, &attend(partial))?;
+        let merged = [partial.into(), NULL, out.into(), of_shape];
+        cuda.launch(self.merge, [shape.heads as u32, row_count, 1], self.head_dim, 0, &merged)
+    }
+}
+
+/// Segments of the longest row.
+fn segments(queries: &[Query]) -> usize {
+    queries.iter().map(|query| query.position as usize / SEGMENT_TOKENS + 1).max().unwrap_or(1)
+}
+
+fn is_split(shape: &AttentionShape, rows: usize, segments: usize) -> bool {
+    rows * shape.kv.kv_heads < CTAS_MIN && segments > SPLIT_SEGMENTS
+}
