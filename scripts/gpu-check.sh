@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Checks and measures the CUDA device on a machine with a card: scripts/gpu-check.sh BINARIES OUT. BINARIES is a folder that scripts/gpu-check-build.sh
-# made elsewhere: nothing is built here. Run it in the repository, whose tiny models the tests read. OUT gets JSON and logs. What must be right comes first, timings last; one step's failure does not stop the next.
+# made elsewhere: nothing is built here. Run it in the repository, whose tiny models the tests read. OUT gets JSON and logs. What must be right comes first, timings last (of the model in the folder
+# GPU_CHECK_MODEL, which scripts/random-model.py makes); one step's failure does not stop the next.
 set -uo pipefail
 binaries=$1 out=$2
 mkdir -p "$out"
@@ -32,5 +33,13 @@ step devices 60 "$binaries/ashlar" devices
 ASHLAR_CARD=0 step ops 240 "$binaries/ops" --test-threads=1
 # Models of every family and format, adapters, and the engine in any chunks: the bits of the CPU.
 CARGO_MANIFEST_DIR=$PWD/executor/tests ASHLAR_CARD=0 step models 240 "$binaries/executor-tests" --test-threads=1 cards:: goldens::
+# How fast whole steps are, against what the card reads in the same run: the shapes of Llama-3-8B with random weights.
+if [ -n "${GPU_CHECK_MODEL:-}" ]; then
+  zoo=$out/zoo
+  for form in int4 int8 keep; do
+    step "add $form" 300 "$binaries/ashlar" zoo add "$GPU_CHECK_MODEL" --name "check/$form" --dtype "$form" --raw --zoo "$zoo"
+    TAIL=12 step "step $form" 200 "$binaries/ashlar" bench step --device cuda:0 --zoo "$zoo" --model "check/$form" --kv-format bf16 --context 1024 --decode 1,4,16 --prefill 512 --json "$out/step-$form.json"
+  done
+fi
 rm -f "$out/step.txt"
 exit $failed

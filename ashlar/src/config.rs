@@ -439,6 +439,9 @@ pub struct ConfigArgs {
     /// Address to listen on: REST for serve and router, gRPC for executor
     #[arg(long)]
     listen: Option<String>,
+    /// What an executor computes on: auto, cpu or cuda:N (`ashlar devices` lists what there is)
+    #[arg(long)]
+    device: Option<String>,
     /// Print the configuration in force and exit
     #[arg(long)]
     pub print_config: bool,
@@ -450,7 +453,10 @@ impl ConfigArgs {
     /// # Errors
     /// Which file, variable or flag is wrong, and how.
     pub fn load_for(&self, listener: &str) -> anyhow::Result<Config> {
-        self.places.load_with(self.listen.as_deref().map(|address| (listener, address)), &our_variables()).map_err(misused)
+        let listen = self.listen.as_deref().map(|address| (format!("{listener}.listen"), address));
+        let device = self.device.as_deref().map(|device| ("executor.device".to_owned(), device));
+        let given: Vec<(String, &str)> = listen.into_iter().chain(device).collect();
+        self.places.load_with(&given, &our_variables()).map_err(misused)
     }
 }
 
@@ -460,11 +466,11 @@ impl PlaceArgs {
     /// # Errors
     /// Which file, variable or flag is wrong, and how.
     pub fn load(&self) -> anyhow::Result<Config> {
-        self.load_with(None, &our_variables()).map_err(misused)
+        self.load_with(&[], &our_variables()).map_err(misused)
     }
 
-    /// `listen` is the section that listens, and where.
-    fn load_with(&self, listen: Option<(&str, &str)>, variables: &[(String, String)]) -> anyhow::Result<Config> {
+    /// `given` are keys and values of other flags.
+    fn load_with(&self, given: &[(String, &str)], variables: &[(String, String)]) -> anyhow::Result<Config> {
         let mut table = match &self.config {
             None => toml::Table::new(),
             Some(path) => {
@@ -491,8 +497,8 @@ impl PlaceArgs {
         if let Some(registry) = &self.registry {
             set(&mut table, "registry.url", registry)?;
         }
-        if let Some((listener, address)) = listen {
-            set(&mut table, &format!("{listener}.listen"), address)?;
+        for (key, value) in given {
+            set(&mut table, key, value)?;
         }
         for pair in &self.set {
             let (key, value) = pair.split_once('=').with_context(|| format!("use --set {pair}: expected SECTION.KEY=VALUE"))?;

@@ -77,7 +77,11 @@ pub fn open(settings: &ExecutorConfig, threads: usize) -> anyhow::Result<Opened>
     Ok(Opened::Cpu(Arc::new(cpu)))
 }
 
-fn open_card(ordinal: usize) -> anyhow::Result<(Arc<Cuda>, u64)> {
+/// Opens a card; bytes of its memory that are free.
+///
+/// # Errors
+/// Why it cannot be used.
+pub fn open_card(ordinal: usize) -> anyhow::Result<(Arc<Cuda>, u64)> {
     find()?;
     let cache = Cache::of_user().context("find a place for compiled kernels: neither HOME nor XDG_CACHE_HOME is set")?;
     let card = Card::open(ordinal, &cache)?;

@@ -111,3 +111,20 @@ extern "C" __global__ void __launch_bounds__(256) largest_of_rows(const float* x
     }
     if (threadIdx.x == 0) out[blockIdx.x] = indices[0];
 }
+
+// ---- what the card reads at best ----
+
+/// Any grid. Reads all units; `out` is written where their bits are what they hardly ever are.
+extern "C" __global__ void __launch_bounds__(256) read_all(const U4* from, u64 units, u32* out) {
+    u64 policy = evict_first(), stride = (u64)gridDim.x * 256;
+    u32 sum = 0;
+    for (u64 i = (u64)blockIdx.x * 256 + threadIdx.x; i < units; i += stride * 4) {
+        U4 v[4] = {};
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            if (i + j * stride < units) v[j] = load_stream(from + i + j * stride, policy);
+#pragma unroll
+        for (int j = 0; j < 4; j++) sum ^= v[j].x ^ v[j].y ^ v[j].z ^ v[j].w;
+    }
+    if (sum == 0x12345678) out[0] = sum;
+}

@@ -10,12 +10,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
+use ashlar_cuda::Cuda;
 use ashlar_executor::model::alone::{AloneLimits, load_chain};
 use ashlar_executor::model::block::LoadedBlock;
 use ashlar_executor::model::steps::Steps;
 use ashlar_kernels::cpu::{Cpu, CpuOptions, Isa, probe};
 use ashlar_kernels::ops::{Bf16Compute, KvFormat, Ops};
 use ashlar_kernels::timed::{OpTime, Timed};
+use ashlar_zoo::digest::Digest;
 use ashlar_zoo::manifest::Block;
 use ashlar_zoo::model_id::ModelId;
 use ashlar_zoo::store::{Place, Zoo};
@@ -23,6 +25,7 @@ use serde_json::json;
 
 use super::args::{report_file, threads, whole};
 use crate::config::{ZooConfig, zoo_of_environment};
+use crate::device::{Wanted, open_card};
 use crate::devices::check_isa;
 use crate::output;
 
@@ -44,6 +47,9 @@ pub(crate) struct StepArgs {
     /// TENANT/MODEL
     #[arg(long)]
     model: ModelId,
+    /// Measure on this device: cpu or cuda:N
+    #[arg(long, default_value = "cpu", value_parser = device)]
+    device: Wanted,
     /// Threads [default: all cores]
     #[arg(long, default_value = "0", hide_default_value = true, allow_negative_numbers = true, value_parser = threads)]
     threads: usize,
@@ -104,16 +110,75 @@ pub(crate) async fn run(args: StepArgs) -> anyhow::Result<()> {
     };
     let zoo = Zoo::open_place(&root).await?;
     let name = zoo.read_model(&args.model).await?;
-    let ops = Arc::new(Timed::new(Cpu::new(CpuOptions { threads: args.threads, isa: args.isa, bf16_compute: args.bf16_compute })));
-    let blocks = load_chain(&*ops, &zoo, name.chain).await?;
+    match args.device {
+        Wanted::Cuda(ordinal) => {
+            let (card, _) = open_card(ordinal).with_context(|| format!("use --device cuda:{ordinal}"))?;
+            measure_on(args, card, &zoo, name.chain).await
+        }
+        Wanted::Auto | Wanted::Cpu => {
+            let cpu = Cpu::new(CpuOptions { threads: args.threads, isa: args.isa, bf16_compute: args.bf16_compute });
+            measure_on(args, Arc::new(Timed::new(cpu)), &zoo, name.chain).await
+        }
+    }
+}
+
+/// A name of one device: which is best is not asked here.
+fn device(text: &str) -> Result<Wanted, String> {
+    let wanted = text.parse().ok().filter(|wanted| *wanted != Wanted::Auto);
+    wanted.ok_or_else(|| "it must be cpu or cuda:N".to_owned())
+}
+
+/// What is asked of a device beside its ops.
+trait Measured: Ops {
+    /// Bytes a second that it reads at best.
+    fn read_bandwidth(&self) -> anyhow::Result<f64>;
+    /// Barriers that its threads met at so far.
+    fn barriers(&self) -> u64 {
+        0
+    }
+    /// Waits until all is done that was asked of it.
+    fn wait(&self) {}
+    /// Times of ops since the last call, where it takes them.
+    fn take(&self) -> BTreeMap<&'static str, OpTime> {
+        BTreeMap::new()
+    }
+}
+
+impl Measured for Timed<Cpu> {
+    fn read_bandwidth(&self) -> anyhow::Result<f64> {
+        Ok(probe::read_bandwidth(self.inner(), PROBE_BYTES)?)
+    }
+
+    fn barriers(&self) -> u64 {
+        self.inner().barriers()
+    }
+
+    fn take(&self) -> BTreeMap<&'static str, OpTime> {
+        Timed::take(self)
+    }
+}
+
+/// A card's ops return before they are done, so that their times are not known one by one.
+impl Measured for Cuda {
+    fn read_bandwidth(&self) -> anyhow::Result<f64> {
+        Ok(Cuda::read_bandwidth(self, PROBE_BYTES, Duration::from_millis(200))?)
+    }
+
+    fn wait(&self) {
+        Cuda::wait(self).expect("a card that fails measures nothing");
+    }
+}
+
+async fn measure_on<B: Measured>(args: StepArgs, ops: Arc<B>, zoo: &Zoo, chain: Digest) -> anyhow::Result<()> {
+    let blocks = load_chain(&*ops, zoo, chain).await?;
     let mut descriptors = Vec::new();
-    for block in zoo.read_chain(name.chain).await?.blocks {
+    for block in zoo.read_chain(chain).await?.blocks {
         descriptors.push(zoo.read_block(block).await?);
     }
     tokio::task::spawn_blocking(move || measure(&args, ops, blocks, &descriptors)).await?
 }
 
-fn measure(args: &StepArgs, ops: Arc<Timed<Cpu>>, blocks: Vec<LoadedBlock<Timed<Cpu>>>, descriptors: &[Block]) -> anyhow::Result<()> {
+fn measure<B: Measured>(args: &StepArgs, ops: Arc<B>, blocks: Vec<LoadedBlock<B>>, descriptors: &[Block]) -> anyhow::Result<()> {
     output::line(format_args!("{}, {}", args.model, ops.describe()))?;
     let cells: Vec<Cell> = args.decode.iter().map(|n| Cell::Decode(*n)).chain(args.prefill.iter().map(|n| Cell::Prefill(*n))).collect();
     let rows_max = args.decode.iter().chain(&args.prefill).max().copied().unwrap_or(1);
@@ -126,7 +191,7 @@ fn measure(args: &StepArgs, ops: Arc<Timed<Cpu>>, blocks: Vec<LoadedBlock<Timed<
             .take_adapters(adapters::noise(&*ops, descriptors, &args.adapter_matrices, rank, sequences)?)
             .context("make room for adapters")?;
     }
-    let bandwidth = probe::read_bandwidth(ops.inner(), PROBE_BYTES).context("probe the machine")?;
+    let bandwidth = ops.read_bandwidth().context("probe the device")?;
     output::line(format_args!(
         "read bandwidth {:.1} GB/s; a decode step reads {:.1} MB of weights, so {:.0} steps/s at most",
         bandwidth / 1e9,
@@ -137,7 +202,7 @@ fn measure(args: &StepArgs, ops: Arc<Timed<Cpu>>, blocks: Vec<LoadedBlock<Timed<
     output::line(format_args!("{step:>18}  {best:>9}  {median:>9}  {rate:>9}  {share:>12}  {barriers:>8}"))?;
     let mut reported = Vec::new();
     for cell in cells {
-        reported.extend(measure_cell(args, &ops, &mut steps, bandwidth, cell)?);
+        reported.extend(measure_cell(args, &*ops, &mut steps, bandwidth, cell)?);
     }
     let Some(path) = &args.json else { return Ok(()) };
     let report = json!({
@@ -166,10 +231,10 @@ struct Timing {
 }
 
 /// Measures one cell, and with adapters the same in turns with it.
-fn measure_cell(
+fn measure_cell<B: Measured>(
     args: &StepArgs,
-    ops: &Timed<Cpu>,
-    steps: &mut Steps<Timed<Cpu>>,
+    ops: &B,
+    steps: &mut Steps<B>,
     bandwidth: f64,
     cell: Cell,
 ) -> anyhow::Result<Vec<serde_json::Value>> {
@@ -189,13 +254,14 @@ fn measure_cell(
 
 /// Steps in turns: the first kind without adapters, the second with them.
 #[expect(clippy::disallowed_methods, reason = "a measurement reads the real clock")]
-fn take_turns(args: &StepArgs, ops: &Timed<Cpu>, steps: &mut Steps<Timed<Cpu>>, cell: Cell, kinds: usize) -> Vec<Timing> {
+fn take_turns<B: Measured>(args: &StepArgs, ops: &B, steps: &mut Steps<B>, cell: Cell, kinds: usize) -> Vec<Timing> {
     let mut step = |kind| {
         steps.adapt(kind == 1);
         match cell {
             Cell::Decode(sequences) => steps.step(sequences, args.context, 1),
             Cell::Prefill(rows) => steps.step(1, 0, rows),
         }
+        ops.wait();
     };
     (0..kinds).for_each(&mut step);
     ops.take();
@@ -203,10 +269,10 @@ fn take_turns(args: &StepArgs, ops: &Timed<Cpu>, steps: &mut Steps<Timed<Cpu>>, 
     let begin = Instant::now();
     while timings[0].times.len() < 3 || begin.elapsed() < Duration::from_secs_f64(args.seconds) {
         for (kind, timing) in timings.iter_mut().enumerate() {
-            let (barriers, start) = (ops.inner().barriers(), Instant::now());
+            let (barriers, start) = (ops.barriers(), Instant::now());
             step(kind);
             timing.times.push(start.elapsed());
-            timing.barriers += ops.inner().barriers() - barriers;
+            timing.barriers += ops.barriers() - barriers;
             for (name, op) in ops.take() {
                 let sum = timing.ops.entry(name).or_default();
                 (sum.calls, sum.time) = (sum.calls + op.calls, sum.time + op.time);

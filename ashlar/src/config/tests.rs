@@ -29,7 +29,7 @@ fn load(variables: &[(&str, &str)], sets: &[&str]) -> anyhow::Result<Config> {
     let set = sets.iter().map(|pair| (*pair).to_owned()).collect();
     let args = PlaceArgs { config: None, zoo: None, registry: None, set };
     let variables: Vec<(String, String)> = variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
-    args.load_with(None, &variables)
+    args.load_with(&[], &variables)
 }
 
 #[test]

@@ -32,7 +32,7 @@ try missing_warp_sync wrong attention.cu '/            __syncwarp();/{N;s/      
 # A chunk beyond the end of the weights.
 try read_beyond_weights stop linear_integer.cu 's/FULL ? next < slices : next \* SLICE + (c + DEPTH - CHUNKS) \* 64 < padded/true/'
 # The page after the last of a table.
-try read_beyond_table stop attention.cu 's/segment < end \&\& holds(segment \* PAGES + p) ? table\[segment \* PAGES + p\] : 0/table[segment * PAGES + p + 4000]/'
+try read_beyond_table stop attention.cu 's/segment < end \&\& holds(segment \* PAGES + p) ? table\[(segment \* PAGES + p) \/ pieces\] : 0/table[segment * PAGES + p + 4000]/'
 # Some lanes leave before a shuffle.
 try parted_warp stop attention.cu 's/float greatest = fmaxf(x0, x1);/float greatest = fmaxf(x0, x1); if (lane == 5) return;/'
 exit $failed

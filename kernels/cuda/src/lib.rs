@@ -13,6 +13,7 @@ mod kv;
 mod linear;
 mod memory;
 mod ops;
+mod probe;
 mod scratch;
 mod sources;
 mod tiles;
@@ -25,7 +26,7 @@ pub use driver::{Address, Argument, Driver, DriverError, Launch};
 pub use kv::Kv;
 pub use linear::Linear;
 pub use memory::Memory;
-pub use ops::Buffer;
+pub use ops::{Buffer, Vector};
 pub use sources::{OPTIONS, SOURCES, Source, entries};
 
 use scratch::Scratch;

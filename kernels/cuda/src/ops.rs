@@ -41,6 +41,19 @@ impl Buffer {
     }
 }
 
+/// Values that ops read: on the card, and here too, as some are what the host computes with.
+#[derive(Debug)]
+pub struct Vector {
+    buffer: Buffer,
+    values: Vec<f32>,
+}
+
+impl Vector {
+    fn at(&self, element: usize, count: usize) -> Address {
+        self.buffer.at(element, count)
+    }
+}
+
 /// A card that fails cannot be served from.
 #[track_caller]
 fn sound<T>(outcome: Result<T, DriverError>) -> T {
@@ -107,7 +120,7 @@ impl Cuda {
 impl Ops for Cuda {
     type Buffer = Buffer;
     type Linear = Linear;
-    type Vector = Buffer;
+    type Vector = Vector;
     type Table = Table;
     type Kv = Kv;
 
@@ -129,12 +142,13 @@ impl Ops for Cuda {
         Linear::placed(&self.driver, parts)
     }
 
-    fn vector(&self, parts: &[TensorView<'_>]) -> Result<Buffer, PackError> {
+    fn vector(&self, parts: &[TensorView<'_>]) -> Result<Vector, PackError> {
         self.vector_f32(&concatenate(parts)?)
     }
 
-    fn vector_f32(&self, values: &[f32]) -> Result<Buffer, PackError> {
-        Ok(Buffer { memory: Memory::holding(&self.driver, &bytes_of(values))? })
+    fn vector_f32(&self, values: &[f32]) -> Result<Vector, PackError> {
+        let buffer = Buffer { memory: Memory::holding(&self.driver, &bytes_of(values))? };
+        Ok(Vector { buffer, values: values.to_vec() })
     }
 
     /// Stays in the host's memory: a batch asks for few of its rows, which are sent as f32 whatever their format.
@@ -203,8 +217,8 @@ impl Ops for Cuda {
         width: usize,
         kind: NormKind,
         eps: f32,
-        weight: &Buffer,
-        bias: Option<&Buffer>,
+        weight: &Vector,
+        bias: Option<&Vector>,
     ) {
         let (to, from) = (dst.at(rows.start * width, rows.len() * width), src.at(rows.start * width, rows.len() * width));
         let (layer, weight_offset) = match kind {
@@ -233,7 +247,7 @@ impl Ops for Cuda {
         head_dim: usize,
         weight_offset: f32,
         eps: f32,
-        weight: &Buffer,
+        weight: &Vector,
     ) {
         let Some(first) = strided(buffer, rows.start, rows.len(), columns) else { return };
         let heads = columns.width / head_dim;
@@ -250,7 +264,7 @@ impl Ops for Cuda {
         sound(self.launch("norm_heads", [(rows.len() * heads).div_ceil(NORM_ROWS) as u32, 1, 1], 16 * NORM_ROWS, 0, &arguments));
     }
 
-    fn linear_apply(&self, out: &mut Buffer, x: &Buffer, row_count: usize, linear: &Linear, bias: Option<&Buffer>, finish: Finish) {
+    fn linear_apply(&self, out: &mut Buffer, x: &Buffer, row_count: usize, linear: &Linear, bias: Option<&Vector>, finish: Finish) {
         let outputs = if let Finish::Gate(_) = finish { linear.outputs() / 2 } else { linear.outputs() };
         let runs = [LinearRun { linear, bias, rows: 0..row_count }];
         self.linear_runs(out, Columns::dense(outputs), x, Columns::dense(linear.inputs()), &runs, finish);
@@ -262,7 +276,7 @@ impl Ops for Cuda {
         outputs: Columns,
         x: &Buffer,
         inputs: Columns,
-        runs: &[LinearRun<'_, Linear, Buffer>],
+        runs: &[LinearRun<'_, Linear, Vector>],
         finish: Finish,
     ) {
         let in_order = runs.windows(2).all(|pair| pair[0].rows.end <= pair[1].rows.start);
@@ -279,14 +293,12 @@ impl Ops for Cuda {
         }
     }
 
-    /// On the host, by the libm of the contract (docs/numerics.md, rule 5): two numbers for each position and frequency.
-    fn rope_rows(&self, out: &mut Buffer, positions: &[u32], inverse_frequencies: &Buffer, attention_factor: f32) {
-        let half = inverse_frequencies.elements();
-        let mut frequencies = vec![0.0; half];
-        self.download(inverse_frequencies, 0, &mut frequencies);
+    /// On the host, which keeps the frequencies, by the libm of the contract (docs/numerics.md, rule 5): two numbers for each position and frequency.
+    fn rope_rows(&self, out: &mut Buffer, positions: &[u32], inverse_frequencies: &Vector, attention_factor: f32) {
+        let half = inverse_frequencies.values.len();
         let mut rows = vec![0.0f32; positions.len() * 2 * half];
         for (row, &position) in std::iter::zip(rows.chunks_exact_mut((2 * half).max(1)), positions) {
-            for (i, &frequency) in frequencies.iter().enumerate() {
+            for (i, &frequency) in inverse_frequencies.values.iter().enumerate() {
                 let angle = f64::from(position as f32 * frequency);
                 row[i] = libm::cos(angle) as f32 * attention_factor;
                 row[half + i] = libm::sin(angle) as f32 * attention_factor;

@@ -40,6 +40,11 @@ impl Scratch {
         address
     }
 
+    /// A place that is always there.
+    pub(crate) fn memory_at_start(&self) -> Address {
+        self.memory.address()
+    }
+
     /// Bytes that are left.
     pub(crate) fn left(&self) -> usize {
         self.memory.bytes().saturating_sub(self.used)

@@ -67,6 +67,7 @@ const ENTRIES: &[(&str, &[&str])] = &[
             "add_elements",
             "softcap_elements",
             "largest_of_rows",
+            "read_all",
         ],
     ),
     (

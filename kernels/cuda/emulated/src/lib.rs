@@ -3,6 +3,7 @@
 
 #![cfg(emulation)]
 
+use std::collections::BTreeMap;
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -25,7 +26,10 @@ static CALLS: Mutex<()> = Mutex::new(());
 /// The emulated card.
 #[derive(Debug)]
 pub struct Emulated {
+    /// Of all its memory.
     bytes: u64,
+    /// What was taken of it.
+    taken: Mutex<BTreeMap<Address, u64>>,
 }
 
 #[repr(C)]
@@ -61,6 +65,10 @@ fn turn() -> MutexGuard<'static, ()> {
 }
 
 impl Emulated {
+    fn taken(&self) -> MutexGuard<'_, BTreeMap<Address, u64>> {
+        self.taken.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// A card that says it has so much memory; `None` where the processor cannot run it.
     pub fn new(order: Order, bytes: u64) -> Option<Self> {
         let seed = match order {
@@ -74,7 +82,7 @@ impl Emulated {
         let _turn = turn();
         // SAFETY: sets the order and installs a handler of faults; no call is under way, as the turn is ours.
         unsafe { emulated_start(seed) };
-        Some(Self { bytes })
+        Some(Self { bytes, taken: Mutex::default() })
     }
 }
 
@@ -89,19 +97,23 @@ impl Driver for Emulated {
     }
 
     fn memory_bytes(&self) -> Result<(u64, u64), DriverError> {
-        Ok((self.bytes, self.bytes))
+        let taken: u64 = self.taken().values().sum();
+        Ok((self.bytes - taken, self.bytes))
     }
 
     fn allocate(&self, bytes: usize) -> Result<Address, DriverError> {
-        if bytes as u64 > self.bytes {
+        if bytes as u64 > self.memory_bytes()?.0 {
             return Err(DriverError::Memory { bytes });
         }
         let _turn = turn();
         // SAFETY: any number of bytes may be asked for; the turn is ours.
-        Ok(Address(unsafe { emulated_allocate(bytes) }))
+        let address = Address(unsafe { emulated_allocate(bytes) });
+        self.taken().insert(address, bytes as u64);
+        Ok(address)
     }
 
     fn free(&self, memory: Address) {
+        self.taken().remove(&memory);
         let _turn = turn();
         // SAFETY: what was not taken is refused there; the turn is ours.
         unsafe { emulated_free(memory.0) };

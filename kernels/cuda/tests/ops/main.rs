@@ -5,6 +5,7 @@
 
 #[path = "../../../tests/ops/attention.rs"]
 mod attention;
+mod coverage;
 #[path = "../../../tests/ops/linear.rs"]
 #[expect(dead_code, reason = "cards have no paired products")]
 mod linear;
