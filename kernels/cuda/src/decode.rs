@@ -17,6 +17,8 @@ const PIECE: usize = 16;
 const CTAS_MIN: usize = 132;
 /// Segments of a split.
 const SPLIT_SEGMENTS: usize = 4;
+/// What splits may leave in scratch, which is larger from the start: nothing is taken of the card while it serves.
+const SPLIT_BYTES_MAX: usize = 32 << 20;
 
 /// What the kernels for heads of one size and number on a kv head are called.
 #[derive(Debug, Clone, Copy)]
@@ -71,13 +73,11 @@ impl Kernels {
             + 2 * WARPS * h * 4
     }
 
-    /// Bytes of scratch that rows want: what splits leave.
+    /// Bytes of scratch that rows want: what splits leave, 0 where there are none. Rows are cut where there are too few to keep a card busy.
     pub(crate) fn scratch_bytes(&self, shape: &AttentionShape, queries: &[Query]) -> usize {
-        let segments = segments(queries);
-        if !is_split(shape, queries.len(), segments) {
-            return 0;
-        }
-        queries.len() * shape.kv.kv_heads * segments * self.group * (self.head_dim + 2) * size_of::<f32>()
+        let (segments, ctas) = (segments(queries), queries.len() * shape.kv.kv_heads);
+        let bytes = ctas * segments * self.group * (self.head_dim + 2) * size_of::<f32>();
+        if ctas < CTAS_MIN && segments > SPLIT_SEGMENTS && bytes <= SPLIT_BYTES_MAX { bytes } else { 0 }
     }
 
     /// Attends; `queries_at` and `tables_at` are what `queries` are on the card.
@@ -103,10 +103,11 @@ impl Kernels {
         let [keys, values, ..] = kv.sections().map(Argument::Address);
         let attend = |to: Address| [rows.into(), keys, values, tables_at.into(), NULL, to.into(), of_shape];
         let (row_count, threads, shared) = (queries.len() as u32, 32 * WARPS, self.shared_bytes());
-        if !is_split(shape, queries.len(), segments) {
+        let split_bytes = self.scratch_bytes(shape, queries);
+        if split_bytes == 0 {
             return cuda.launch(self.whole, [kv_heads as u32, row_count, 1], threads, shared, &attend(out));
         }
-        let partial = scratch.take(self.scratch_bytes(shape, queries));
+        let partial = scratch.take(split_bytes);
         let splits = segments.div_ceil(SPLIT_SEGMENTS) as u32;
         cuda.launch(self.split, [kv_heads as u32, row_count, splits], threads, shared, &attend(partial))?;
         let merged = [partial.into(), NULL, out.into(), of_shape];
@@ -119,6 +120,21 @@ fn segments(queries: &[Query]) -> usize {
     queries.iter().map(|query| query.position as usize / SEGMENT_TOKENS + 1).max().unwrap_or(1)
 }
 
-fn is_split(shape: &AttentionShape, rows: usize, segments: usize) -> bool {
-    rows * shape.kv.kv_heads < CTAS_MIN && segments > SPLIT_SEGMENTS
+#[cfg(test)]
+mod tests {
+    use ashlar_kernels::ops::KvShape;
+
+    use super::*;
+
+    #[test]
+    fn few_long_rows_are_cut_and_never_beyond_scratch() {
+        let kv = KvShape { kv_heads: 8, head_dim: 128, page_tokens: 32, format: KvFormat::Bf16 };
+        let shape = AttentionShape { heads: 64, kv, scale: 1.0, softcap: None, window: None };
+        let kernels = of(&shape, 227 << 10).unwrap();
+        let bytes = |rows: usize, position: u32| kernels.scratch_bytes(&shape, &vec![Query { table_start: 0, position }; rows]);
+        assert_eq!((bytes(1, 255), bytes(17, 4095)), (0, 0), "four segments, and enough ctas");
+        assert_eq!(bytes(1, 320), 8 * 6 * 8 * 130 * 4);
+        assert_eq!(bytes(16, 131_071), 0, "two thousand segments of sixteen rows would be a gigabyte");
+        assert!(of(&shape, 99 << 10).is_none(), "a card with less shared memory takes the plain form");
+    }
 }

@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "tests may unwrap, also in their helper functions")]
 
 mod attention;
+mod case;
 mod claims;
 mod linear;
 mod linear_runs;
@@ -19,16 +20,7 @@ use std::sync::OnceLock;
 use ashlar_kernels::cpu::{Cpu, CpuOptions, Isa};
 use ashlar_kernels::ops::{Bf16Compute, Ops};
 use ashlar_kernels::reference::Reference;
-
-/// One input of one op, runnable on any device.
-trait Case {
-    fn run<O: Ops>(&self, ops: &O) -> Vec<f32>;
-
-    /// What the devices compute bf16 weights from.
-    fn bf16_compute(&self) -> Bf16Compute {
-        Bf16Compute::F32
-    }
-}
+use case::{Case, assert_same, download, upload};
 
 /// Runs the case on every backend, asserts equal bits, and gives the result back.
 #[track_caller]
@@ -38,15 +30,6 @@ fn check(case: &impl Case) -> Vec<f32> {
         assert_same(&cpu.describe(), &expected, &case.run(cpu));
     }
     expected
-}
-
-#[track_caller]
-fn assert_same(what: &str, expected: &[f32], got: &[f32]) {
-    assert_eq!(expected.len(), got.len(), "{what}: lengths");
-    for (index, (e, g)) in expected.iter().zip(got).enumerate() {
-        // What a NaN's bits are is nobody's contract; inputs that overflow make some.
-        assert!(e.to_bits() == g.to_bits() || (e.is_nan() && g.is_nan()), "{what}: element {index} is {g:e}, expected {e:e}");
-    }
 }
 
 fn backends() -> &'static [Cpu] {
@@ -61,19 +44,6 @@ fn backends_of(bf16_compute: Bf16Compute) -> &'static [Cpu] {
         // More threads than most machines have cores.
         one_and_two.chain([Cpu::new(CpuOptions { threads: 7, isa: None, bf16_compute })]).collect()
     })
-}
-
-/// A device buffer with these values.
-fn upload<O: Ops>(ops: &O, values: &[f32]) -> O::Buffer {
-    let mut buffer = ops.buffer(values.len()).unwrap();
-    ops.upload(&mut buffer, 0, values);
-    buffer
-}
-
-fn download<O: Ops>(ops: &O, buffer: &O::Buffer, len: usize) -> Vec<f32> {
-    let mut values = vec![0.0; len];
-    ops.download(buffer, 0, &mut values);
-    values
 }
 
 #[test]

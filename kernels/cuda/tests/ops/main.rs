@@ -5,6 +5,8 @@
 
 #[path = "../../../tests/ops/attention.rs"]
 mod attention;
+#[path = "../../../tests/ops/case.rs"]
+mod case;
 mod coverage;
 #[path = "../../../tests/ops/linear.rs"]
 #[expect(dead_code, reason = "cards have no paired products")]
@@ -22,16 +24,7 @@ use ashlar_cuda::{Cache, Card, Cuda, Driver};
 use ashlar_cuda_emulated::{Emulated, Order};
 use ashlar_kernels::ops::{Bf16Compute, Ops};
 use ashlar_kernels::reference::Reference;
-
-/// One input of one op, runnable on any device.
-trait Case {
-    fn run<O: Ops>(&self, ops: &O) -> Vec<f32>;
-
-    /// What the devices compute bf16 weights from.
-    fn bf16_compute(&self) -> Bf16Compute {
-        Bf16Compute::F32
-    }
-}
+use case::{Case, assert_same, download, upload};
 
 /// Runs the case on the device, asserts equal bits, and gives the result back.
 #[track_caller]
@@ -41,15 +34,6 @@ fn check(case: &impl Case) -> Vec<f32> {
         assert_same(&cuda.describe(), &expected, &case.run(cuda));
     }
     expected
-}
-
-#[track_caller]
-fn assert_same(what: &str, expected: &[f32], got: &[f32]) {
-    assert_eq!(expected.len(), got.len(), "{what}: lengths");
-    for (index, (e, g)) in expected.iter().zip(got).enumerate() {
-        // What a NaN's bits are is nobody's contract; inputs that overflow make some.
-        assert!(e.to_bits() == g.to_bits() || (e.is_nan() && g.is_nan()), "{what}: element {index} is {g:e}, expected {e:e}");
-    }
 }
 
 fn backends() -> &'static [Cuda] {
@@ -75,17 +59,4 @@ fn open() -> Option<Arc<dyn Driver>> {
     };
     println!("the emulated card runs in order {order:?}");
     Some(Arc::new(Emulated::new(order, 1 << 32)?))
-}
-
-/// A device buffer with these values.
-fn upload<O: Ops>(ops: &O, values: &[f32]) -> O::Buffer {
-    let mut buffer = ops.buffer(values.len()).unwrap();
-    ops.upload(&mut buffer, 0, values);
-    buffer
-}
-
-fn download<O: Ops>(ops: &O, buffer: &O::Buffer, len: usize) -> Vec<f32> {
-    let mut values = vec![0.0; len];
-    ops.download(buffer, 0, &mut values);
-    values
 }
