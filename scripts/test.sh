@@ -8,6 +8,7 @@ export PATH=$ROOT/.venv/bin:$PATH
 export ASHLAR_MODELS=${ASHLAR_MODELS:-$ROOT/target/models}
 export CARGO_TERM_COLOR=${CARGO_TERM_COLOR:-never}
 MINUTES_MAX=${ASHLAR_TEST_MINUTES_MAX:-45}
+unset ASHLAR_TEST_MINUTES_MAX # it is no key of the program's configuration
 target=${CARGO_TARGET_DIR:-$ROOT/target}
 logs=$target/test-logs
 wanted=("$@")
@@ -79,10 +80,9 @@ with_nvrtc() {
   done
 }
 
-# The fuzz targets are ordinary tests; they get more seconds here than a plain `cargo test` gives them.
+# The fuzz targets are ordinary tests of a few seconds; scripts/soak.sh gives them longer.
 tests() {
   with_nvrtc
-  export ASHLAR_FUZZ_SECONDS=${ASHLAR_FUZZ_SECONDS:-10}
   if command -v cargo-nextest >/dev/null; then
     cargo nextest run --workspace --locked --no-fail-fast
   else
@@ -93,7 +93,7 @@ tests() {
 doctests() { cargo test --doc --workspace --locked; }
 
 # Gated by retired instructions, which are the same however busy the machine is.
-planning() { scripts/planning-cost.sh; }
+planning() { SEQUENCES=2048 scripts/planning-cost.sh; }
 
 # The sources of the CUDA kernels, on the CPU and in one order of warps; scripts/emulate-cuda.sh alone takes three.
 cuda() {
@@ -103,7 +103,8 @@ cuda() {
 
 chart() { python -m pytest -q -p no:cacheprovider helm/tests; }
 
-end_to_end() { ASHLAR_BIN=$target/debug/ashlar python -m pytest -q -p no:cacheprovider tests/e2e; }
+# Two files at a time: most of a test is waiting for leases, starts and streams.
+end_to_end() { ASHLAR_BIN=$target/debug/ashlar python -m pytest -q -p no:cacheprovider -n 2 --dist loadfile tests/e2e; }
 
 rm -rf "$logs"
 mkdir -p "$logs"

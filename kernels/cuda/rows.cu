@@ -16,6 +16,16 @@ extern "C" __global__ void __launch_bounds__(256) scatter_rows(float* dst, const
     float* to = dst + (size_t)index[blockIdx.x] * width;
     for (int i = threadIdx.x; i < width; i += 256) to[i] = from[i];
 }
+/// Grid (rows). Row i of `out` becomes the `width` elements at sources[i], as f32 and times `scale`, or gains them. `format` 0: f32, 1: f16, 2: bf16.
+extern "C" __global__ void __launch_bounds__(256) rows_from(float* out, const u64* sources, int width, int format, float scale, int adds) {
+    u64 from = sources[blockIdx.x];
+    float* to = out + (size_t)blockIdx.x * width;
+    for (int i = threadIdx.x; i < width; i += 256) {
+        float value = format == 0 ? ((const float*)from)[i] : format == 1 ? half_to_float(((const u16*)from)[i]) : float_of((u32)((const u16*)from)[i] << 16);
+        value = value * scale;
+        to[i] = adds ? to[i] + value : value;
+    }
+}
 
 // ---- norms: sixteen lanes a row, two rows a warp ----
 

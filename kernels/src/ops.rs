@@ -323,6 +323,8 @@ pub trait Ops: Send + Sync + 'static {
 
     /// The caller has nothing to do for a while: memory that nobody uses may go back to the system.
     fn rest(&self) {}
+    /// The caller turns to something else: what was asked for begins, on a device that gathers what it is asked for.
+    fn submit(&self) {}
 
     /// A zeroed buffer of `element_count` f32.
     fn buffer(&self, element_count: usize) -> Result<Self::Buffer, PackError>;

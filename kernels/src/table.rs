@@ -37,6 +37,17 @@ impl Table {
         self.width
     }
 
+    /// The format, and the bytes of row `row`, of a float format without scales; `None` of others.
+    pub fn float_row(&self, row: u32) -> Option<(Dtype, &[u8])> {
+        let bytes = match self.dtype {
+            Dtype::F32 => 4 * self.width,
+            Dtype::F16 | Dtype::Bf16 => 2 * self.width,
+            _ => return None,
+        };
+        assert!((row as usize) < self.rows, "row {row} of a table of {}", self.rows);
+        Some((self.dtype, &(*self.keep).as_ref()[self.start + row as usize * bytes..][..bytes]))
+    }
+
     /// Writes row `row` as f32.
     pub fn read(&self, row: u32, scratch: &mut CodeRow, out: &mut [f32]) {
         let row = row as usize;

@@ -73,6 +73,10 @@ impl<B: Ops> Ops for Timed<B> {
     fn describe(&self) -> String {
         self.inner.describe()
     }
+    fn submit(&self) {
+        self.inner.submit();
+    }
+
     fn rest(&self) {
         self.inner.rest();
     }

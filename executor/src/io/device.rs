@@ -441,6 +441,7 @@ impl<B: Ops> Device<B> {
             let hidden = self.hidden.get_mut(&width_out).expect("made when the block was loaded");
             self.ops.scatter_rows(hidden, &self.index, self.forward.hidden(), width_out);
         }
+        self.ops.submit();
         (samples, link_out)
     }
 }

@@ -31,7 +31,7 @@ template <class... P> constexpr auto indices(void (*)(P...)) { return std::make_
 #define OF_HEADS_ENTRIES(D, H) ENTRY(decode_d##D##_h##H##_w4), ENTRY(decode_split_d##D##_h##H##_w4), ENTRY(decode_merge_d##D##_h##H)
 #define OF_GROUP(G) ENTRY(quantise_g##G##_strided), OF_KIND(linear_4s, G), OF_KIND(linear_4m, G), OF_KIND(linear_8s, G)
 const struct { const char* name; Run run; } entries[] = {
-    ENTRY(gather_rows), ENTRY(scatter_rows), ENTRY(norm_rows), ENTRY(norm_heads), ENTRY(rope_heads), ENTRY(gate_rows), ENTRY(activate_elements), ENTRY(add_elements), ENTRY(softcap_elements), ENTRY(largest_of_rows), ENTRY(read_all),
+    ENTRY(gather_rows), ENTRY(scatter_rows), ENTRY(rows_from), ENTRY(norm_rows), ENTRY(norm_heads), ENTRY(rope_heads), ENTRY(gate_rows), ENTRY(activate_elements), ENTRY(add_elements), ENTRY(softcap_elements), ENTRY(largest_of_rows), ENTRY(read_all),
     BOTH(linear_f32), BOTH(linear_f16), BOTH(linear_bf16), BOTH(linear_fp8), BOTH(linear_integer), ENTRY(quantise_exact), ENTRY(linear_finish),
     ENTRY(kv_write_f32), ENTRY(kv_write_bf16), ENTRY(kv_write_int8), ENTRY(attend_f32), ENTRY(attend_bf16), ENTRY(attend_int8),
     OF_GROUP(32), OF_GROUP(64), OF_GROUP(128),

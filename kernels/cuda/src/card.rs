@@ -2,13 +2,15 @@
 
 use std::collections::BTreeMap;
 use std::ffi::{CString, c_void};
-use std::sync::{Mutex, PoisonError, RwLock};
+use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
 
 use cudarc::driver::result::{self, DriverError as CudaError};
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
 
 use crate::compile::{Cache, CompileError, architecture};
-use crate::driver::{Address, Driver, DriverError, Launch};
+use crate::driver::{Address, Driver, DriverError, Launch, Recording};
+use crate::graph::{Graph, Graphs};
+use crate::pinned::Pinned;
 use crate::sources::{SOURCES, Source};
 
 /// Cards before these have no bf16 and no asynchronous copies.
@@ -117,6 +119,10 @@ pub struct Card {
     loads: sys::CUstream,
     kernels: RwLock<BTreeMap<&'static str, sys::CUfunction>>,
     shared_bytes_max: usize,
+    /// Dynamic shared memory that kernels were allowed, where that is more than all have.
+    allowed: Mutex<BTreeMap<&'static str, u32>>,
+    graphs: Mutex<Graphs>,
+    pinned: Mutex<Pinned>,
     /// One compiles at a time.
     compiling: Mutex<()>,
     cache: Cache,
@@ -153,8 +159,22 @@ impl Card {
         let shared_bytes_max = shared.map_err(failed("cuDeviceGetAttribute"))?.cast_unsigned() as usize;
         let stream = || result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed("cuStreamCreate"));
         let (in_order, loads) = (stream()?, stream()?);
-        let (kernels, compiling, cache) = (RwLock::default(), Mutex::default(), cache.clone());
-        let card = Self { name, architecture, context, in_order, loads, kernels, shared_bytes_max, compiling, cache, driver };
+        let pinned = Mutex::new(Pinned::new().map_err(failed("cuMemHostAlloc"))?);
+        let card = Self {
+            name,
+            architecture,
+            context,
+            in_order,
+            loads,
+            kernels: RwLock::default(),
+            shared_bytes_max,
+            allowed: Mutex::default(),
+            graphs: Mutex::default(),
+            pinned,
+            compiling: Mutex::default(),
+            cache: cache.clone(),
+            driver,
+        };
         for source in SOURCES.iter().filter(|source| source.always) {
             card.load(source)?;
         }
@@ -181,6 +201,27 @@ impl Card {
         self.kernels.read().unwrap_or_else(PoisonError::into_inner).get(name).copied()
     }
 
+    /// A launch's kernel, which may have as much shared memory as the launch asks for.
+    pub(crate) fn kernel_for(&self, launch: &Launch<'_>) -> Result<sys::CUfunction, DriverError> {
+        let kernel = self.kernel(launch.kernel).expect("kernels are prepared by whoever loads what needs them");
+        if launch.shared_bytes > SHARED_BYTES_FREE {
+            let mut allowed = self.allowed.lock().unwrap_or_else(PoisonError::into_inner);
+            let allowed = allowed.entry(launch.kernel).or_insert(SHARED_BYTES_FREE);
+            if launch.shared_bytes > *allowed {
+                let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+                // SAFETY: the kernel is of a module that stays.
+                unsafe { result::function::set_function_attribute(kernel, attribute, launch.shared_bytes.cast_signed()) }
+                    .map_err(lost("cuFuncSetAttribute"))?;
+                *allowed = launch.shared_bytes;
+            }
+        }
+        Ok(kernel)
+    }
+
+    fn graphs(&self) -> MutexGuard<'_, Graphs> {
+        self.graphs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Makes the card's context this thread's.
     fn enter(&self) -> Result<(), DriverError> {
         // SAFETY: the context stays as long as the process.
@@ -193,7 +234,12 @@ impl Card {
     }
 }
 
-fn lost(call: &'static str) -> impl Fn(CudaError) -> DriverError {
+/// Where a launch's arguments lie.
+pub(crate) fn places(launch: &Launch<'_>) -> Vec<*mut c_void> {
+    launch.arguments.iter().map(|argument| argument.place().0.cast_mut()).collect()
+}
+
+pub(crate) fn lost(call: &'static str) -> impl Fn(CudaError) -> DriverError {
     move |error| DriverError::Failed { call, reason: reason(error) }
 }
 
@@ -243,8 +289,8 @@ impl Driver for Card {
 
     fn send(&self, to: Address, bytes: &[u8]) -> Result<(), DriverError> {
         self.enter()?;
-        // SAFETY: `Memory` has as many bytes there. The source is pageable: the driver has taken it when the call returns.
-        unsafe { result::memcpy_htod_async(to.0, bytes, self.in_order) }.map_err(lost("cuMemcpyHtoDAsync"))
+        let mut pinned = self.pinned.lock().unwrap_or_else(PoisonError::into_inner);
+        pinned.send(to, bytes, self.in_order)
     }
 
     fn zero(&self, to: Address, bytes: usize) -> Result<(), DriverError> {
@@ -258,9 +304,8 @@ impl Driver for Card {
 
     fn fetch(&self, from: Address, bytes: &mut [u8]) -> Result<(), DriverError> {
         self.enter()?;
-        // SAFETY: `Memory` has as many bytes there, and the target is ours until the stream was waited for.
-        unsafe { result::memcpy_dtoh_async(bytes, from.0, self.in_order) }.map_err(lost("cuMemcpyDtoHAsync"))?;
-        self.wait(self.in_order)
+        let mut pinned = self.pinned.lock().unwrap_or_else(PoisonError::into_inner);
+        pinned.fetch(from, bytes, self.in_order)
     }
 
     fn prepare(&self, kernel: &'static str) -> Result<(), DriverError> {
@@ -275,18 +320,34 @@ impl Driver for Card {
 
     fn launch(&self, launch: &Launch<'_>) -> Result<(), DriverError> {
         self.enter()?;
-        let kernel = self.kernel(launch.kernel).expect("kernels are prepared by whoever loads what needs them");
-        if launch.shared_bytes > SHARED_BYTES_FREE {
-            let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            // SAFETY: the kernel is of a module that stays.
-            unsafe { result::function::set_function_attribute(kernel, attribute, launch.shared_bytes.cast_signed()) }
-                .map_err(lost("cuFuncSetAttribute"))?;
-        }
-        let mut arguments: Vec<*mut c_void> = launch.arguments.iter().map(|argument| argument.place().0.cast_mut()).collect();
+        let kernel = self.kernel_for(launch)?;
+        let mut arguments = places(launch);
         let [x, y, z] = launch.grid;
         // SAFETY: number and sizes of the arguments are the kernel's (the emulated card checks that for every launch of the tests), they are copied
         // before the call returns, and addresses are of memory that is given back in order.
         unsafe { result::launch_kernel(kernel, (x, y, z), (launch.threads, 1, 1), launch.shared_bytes, self.in_order, &mut arguments) }
             .map_err(lost("cuLaunchKernel"))
+    }
+
+    fn record(&self, launches: &[Launch<'_>]) -> Result<Option<Recording>, DriverError> {
+        self.enter()?;
+        Graph::new(self, launches).map(|graph| Some(self.graphs().add(graph)))
+    }
+
+    fn amend(&self, recording: Recording, place: usize, launch: &Launch<'_>) -> Result<(), DriverError> {
+        self.enter()?;
+        self.graphs().of(recording).amend(self, place, launch)
+    }
+
+    fn replay(&self, recording: Recording) -> Result<(), DriverError> {
+        self.enter()?;
+        self.graphs().of(recording).launch(self.in_order)
+    }
+
+    fn forget(&self, recording: Recording) {
+        // A graph that runs still is given back by the driver when it has run.
+        if let Err(error) = self.enter().and_then(|()| self.graphs().take(recording).destroy()) {
+            tracing::error!(%error, "a recording of the card was not given back");
+        }
     }
 }

@@ -77,6 +77,10 @@ pub struct Launch<'a> {
     pub arguments: &'a [Argument],
 }
 
+/// Launches that a driver recorded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Recording(pub u64);
+
 /// A card. Calls may come from any thread. What is *in order* happens after all that was asked in order before, and calls may return
 /// before it has happened; [`Driver::fetch`] waits.
 pub trait Driver: Send + Sync + 'static {
@@ -129,4 +133,30 @@ pub trait Driver: Send + Sync + 'static {
     /// # Errors
     /// When the card fails; not all faults of a kernel are known before the next [`Driver::fetch`].
     fn launch(&self, launch: &Launch<'_>) -> Result<(), DriverError>;
+    /// Records launches, each to run after the one before it, and runs none; `None` from a driver that cannot.
+    ///
+    /// # Errors
+    /// When the card fails.
+    fn record(&self, launches: &[Launch<'_>]) -> Result<Option<Recording>, DriverError> {
+        let _ = launches;
+        Ok(None)
+    }
+    /// Puts another launch of the same kernel at a place of a recording; what was replayed before keeps the old one.
+    ///
+    /// # Errors
+    /// When the card fails.
+    fn amend(&self, recording: Recording, place: usize, launch: &Launch<'_>) -> Result<(), DriverError> {
+        unreachable!("{recording:?} was given by nobody, who would amend {} at {place}", launch.kernel)
+    }
+    /// Runs a recording in order.
+    ///
+    /// # Errors
+    /// As [`Driver::launch`].
+    fn replay(&self, recording: Recording) -> Result<(), DriverError> {
+        unreachable!("{recording:?} was given by nobody")
+    }
+    /// Gives a recording back, which may still run.
+    fn forget(&self, recording: Recording) {
+        unreachable!("{recording:?} was given by nobody")
+    }
 }

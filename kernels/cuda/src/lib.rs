@@ -9,32 +9,45 @@ mod card;
 mod compile;
 mod decode;
 mod driver;
+mod graph;
 mod kv;
 mod linear;
 mod memory;
 mod ops;
+mod pinned;
 mod probe;
+mod queue;
+mod recordings;
+mod rope;
 mod scratch;
 mod sources;
+mod tape;
 mod tiles;
 
 use std::sync::{Arc, Mutex};
 
 pub use card::{Card, CardError, Found, find};
 pub use compile::{Cache, CompileError, Compiled, architecture, compile, compiler_version, has_compiler};
-pub use driver::{Address, Argument, Driver, DriverError, Launch};
+pub use driver::{Address, Argument, Driver, DriverError, Launch, Recording};
 pub use kv::Kv;
 pub use linear::Linear;
 pub use memory::Memory;
 pub use ops::{Buffer, Vector};
+pub use recordings::Counts;
 pub use sources::{OPTIONS, SOURCES, Source, entries};
 
+use queue::Queue;
+use rope::Ropes;
 use scratch::Scratch;
 
 /// A device that computes by kernels of CUDA.
 pub struct Cuda {
+    /// The queue, as whoever takes memory sees it.
     driver: Arc<dyn Driver>,
+    queue: Arc<Queue>,
+    /// Held by an op from its first list or byte of scratch to its last launch.
     scratch: Mutex<Scratch>,
+    ropes: Mutex<Ropes>,
 }
 
 impl std::fmt::Debug for Cuda {
@@ -44,12 +57,19 @@ impl std::fmt::Debug for Cuda {
 }
 
 impl Cuda {
-    /// A device over a driver; takes memory for what lives no longer than an op.
+    /// A device over a driver; takes memory for what lives no longer than an op, and for lists.
     ///
     /// # Errors
     /// When the card has no memory for that.
     pub fn new(driver: Arc<dyn Driver>) -> Result<Self, DriverError> {
+        let queue = Arc::new(Queue::new(driver)?);
+        let driver: Arc<dyn Driver> = Arc::clone(&queue) as _;
         let scratch = Mutex::new(Scratch::new(&driver)?);
-        Ok(Self { driver, scratch })
+        Ok(Self { driver, queue, scratch, ropes: Mutex::default() })
+    }
+
+    /// What was asked of the card so far.
+    pub fn counts(&self) -> Counts {
+        self.queue.counts()
     }
 }

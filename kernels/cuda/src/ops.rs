@@ -11,8 +11,9 @@ use crate::driver::{Address, Argument, DriverError, Launch};
 use crate::kv::Kv;
 use crate::linear::{Linear, RowsAt, activation_number};
 use crate::memory::Memory;
+use crate::rope::row_into;
 use crate::scratch::Scratch;
-use ashlar_kernels::format::{CodeRow, TensorView};
+use ashlar_kernels::format::{CodeRow, Dtype, TensorView};
 use ashlar_kernels::ops::{
     Activation, AttentionShape, Columns, Finish, KvPlace, KvShape, LinearRun, NormKind, Ops, PackError, PlacedPart, Query, SEGMENT_TOKENS,
 };
@@ -86,28 +87,53 @@ impl Cuda {
         self.driver.launch(&Launch { kernel, grid, threads: threads as u32, shared_bytes: shared_bytes as u32, arguments })
     }
 
-    /// Lists of indices on the card, until the next op, and room for `more` bytes: the guard is held until all launches that use them were asked for.
-    fn stage<const N: usize>(&self, lists: [&[u32]; N], more: usize) -> Result<([Address; N], MutexGuard<'_, Scratch>), DriverError> {
+    /// Lists of indices on the card, and room for `more` bytes: the guard is held until all launches that use them were asked for.
+    pub(crate) fn stage<const N: usize>(
+        &self,
+        lists: [&[u32]; N],
+        more: usize,
+    ) -> Result<([Address; N], MutexGuard<'_, Scratch>), DriverError> {
         let mut scratch = self.scratch();
-        let bytes: usize = lists.iter().map(|list| size_of_val(*list) + 256).sum();
-        scratch.begin(&self.driver, bytes + more)?;
-        let mut places = [Address::default(); N];
-        for (place, list) in std::iter::zip(&mut places, lists) {
-            *place = scratch.take(size_of_val(list));
-            let bytes: Vec<u8> = list.iter().flat_map(|index| index.to_le_bytes()).collect();
-            self.driver.send(*place, &bytes)?;
-        }
-        Ok((places, scratch))
+        scratch.begin(&self.driver, more)?;
+        Ok((self.queue.stage(lists.map(bytemuck::cast_slice))?, scratch))
     }
 
-    fn rows_of_table(&self, table: &Table, rows: &[u32], scale: f32) -> Vec<u8> {
+    /// Copies from the card, and all lists are free again, which no other op uses as the caller has the scratch.
+    fn fetch(&self, _scratch: &MutexGuard<'_, Scratch>, from: Address, bytes: &mut [u8]) -> Result<(), DriverError> {
+        self.driver.fetch(from, bytes)?;
+        self.queue.begin()
+    }
+
+    /// Rows of a table, times `scale`, into rows or onto them.
+    fn embed_rows(&self, out: Address, table: &Table, rows: &[u32], scale: f32, adds: bool) -> Result<(), DriverError> {
+        let Some(first) = rows.first() else { return Ok(()) };
+        let float = table.float_row(*first).map(|(dtype, bytes)| (dtype, bytes.len()));
+        let (format, row_bytes) = match float {
+            Some((Dtype::F16, bytes)) => (1, bytes),
+            Some((Dtype::Bf16, bytes)) => (2, bytes),
+            _ => (0, table.width() * size_of::<f32>()),
+        };
+        let mut bytes = Vec::with_capacity(row_bytes * rows.len());
         let (mut codes, mut values) = (CodeRow::default(), vec![0.0; table.width()]);
-        let mut bytes = Vec::with_capacity(size_of_val(values.as_slice()) * rows.len());
         for row in rows {
-            table.read(*row, &mut codes, &mut values);
-            bytes.extend(values.iter().flat_map(|value| (value * scale).to_le_bytes()));
+            if let Some((_, row)) = table.float_row(*row) {
+                bytes.extend_from_slice(row);
+            } else {
+                table.read(*row, &mut codes, &mut values);
+                bytes.extend_from_slice(bytemuck::cast_slice(&values));
+            }
         }
-        bytes
+        let _scratch = self.scratch();
+        let [first] = self.queue.stage([&bytes])?;
+        let sources: Vec<u64> = (0..rows.len()).map(|row| first.plus(row * row_bytes).0).collect();
+        self.rows_from(out, &sources, table.width(), format, scale, adds)
+    }
+
+    /// Rows from places of their own; the caller has the scratch.
+    fn rows_from(&self, out: Address, sources: &[u64], width: usize, format: i32, scale: f32, adds: bool) -> Result<(), DriverError> {
+        let [places] = self.queue.stage([bytemuck::cast_slice(sources)])?;
+        let arguments = [out.into(), places.into(), width.into(), Argument::Int(format), scale.into(), Argument::Int(adds.into())];
+        self.launch("rows_from", [sources.len() as u32, 1, 1], THREADS, 0, &arguments)
     }
 
     /// One thread for each element.
@@ -126,6 +152,11 @@ impl Ops for Cuda {
 
     fn describe(&self) -> String {
         self.driver.describe()
+    }
+
+    fn submit(&self) {
+        let _scratch = self.scratch();
+        sound(self.queue.begin());
     }
 
     fn buffer(&self, element_count: usize) -> Result<Buffer, PackError> {
@@ -170,7 +201,7 @@ impl Ops for Cuda {
 
     fn download(&self, buffer: &Buffer, at: usize, out: &mut [f32]) {
         let mut bytes = vec![0; size_of_val(out)];
-        sound(self.driver.fetch(buffer.at(at, out.len()), &mut bytes));
+        sound(self.fetch(&self.scratch(), buffer.at(at, out.len()), &mut bytes));
         for (out, bytes) in std::iter::zip(out, bytes.as_chunks::<4>().0) {
             *out = f32::from_le_bytes(*bytes);
         }
@@ -194,19 +225,12 @@ impl Ops for Cuda {
 
     fn embed(&self, out: &mut Buffer, first: usize, table: &Table, rows: &[u32], scale: f32) {
         let width = table.width();
-        let bytes = self.rows_of_table(table, rows, scale);
-        sound(self.driver.send(out.at(first * width, rows.len() * width), &bytes));
+        sound(self.embed_rows(out.at(first * width, rows.len() * width), table, rows, scale, false));
     }
 
     fn embed_add(&self, out: &mut Buffer, first: usize, table: &Table, rows: &[u32]) {
-        let count = rows.len() * table.width();
-        let to = out.at(first * table.width(), count);
-        let bytes = self.rows_of_table(table, rows, 1.0);
-        let mut scratch = self.scratch();
-        sound(scratch.begin(&self.driver, bytes.len()));
-        let from = scratch.take(bytes.len());
-        sound(self.driver.send(from, &bytes));
-        self.each_element("add_elements", count, &[to.into(), from.into(), Argument::Long(count as u64)]);
+        let width = table.width();
+        sound(self.embed_rows(out.at(first * width, rows.len() * width), table, rows, 1.0, true));
     }
 
     fn norm(
@@ -293,18 +317,26 @@ impl Ops for Cuda {
         }
     }
 
-    /// On the host, which keeps the frequencies, by the libm of the contract (docs/numerics.md, rule 5): two numbers for each position and frequency.
     fn rope_rows(&self, out: &mut Buffer, positions: &[u32], inverse_frequencies: &Vector, attention_factor: f32) {
-        let half = inverse_frequencies.values.len();
-        let mut rows = vec![0.0f32; positions.len() * 2 * half];
-        for (row, &position) in std::iter::zip(rows.chunks_exact_mut((2 * half).max(1)), positions) {
-            for (i, &frequency) in inverse_frequencies.values.iter().enumerate() {
-                let angle = f64::from(position as f32 * frequency);
-                row[i] = libm::cos(angle) as f32 * attention_factor;
-                row[half + i] = libm::sin(angle) as f32 * attention_factor;
+        let (frequencies, row_bytes) = (&inverse_frequencies.values, 2 * inverse_frequencies.values.len() * size_of::<f32>());
+        let to = out.at(0, positions.len() * 2 * frequencies.len());
+        let kept = {
+            let mut ropes = self.ropes.lock().unwrap_or_else(PoisonError::into_inner);
+            ropes.rows(&self.driver, positions, frequencies, attention_factor)
+        };
+        let _scratch = self.scratch();
+        let sources: Vec<u64> = match kept {
+            Ok(rows) => rows.into_iter().map(|row| row.0).collect(),
+            Err(DriverError::Memory { .. }) => {
+                // A card that is full is sent the rows with each step.
+                let mut rows = Vec::with_capacity(positions.len() * row_bytes);
+                positions.iter().for_each(|position| row_into(&mut rows, *position, frequencies, attention_factor));
+                let [first] = sound(self.queue.stage([&rows]));
+                (0..positions.len()).map(|row| first.plus(row * row_bytes).0).collect()
             }
-        }
-        self.upload(out, 0, &rows);
+            failed @ Err(DriverError::Failed { .. }) => sound(failed).into_iter().map(|row| row.0).collect(),
+        };
+        sound(self.rows_from(to, &sources, 2 * frequencies.len(), 0, 1.0, false));
     }
 
     fn rope(&self, buffer: &mut Buffer, row_count: usize, columns: Columns, head_dim: usize, half: usize, rope_rows: &Buffer) {
@@ -415,7 +447,7 @@ impl Ops for Cuda {
         let to = scratch.take(bytes.len());
         let arguments = [from.into(), to.into(), width.into()];
         sound(self.launch("largest_of_rows", [out.len() as u32, 1, 1], THREADS, 2 * THREADS * size_of::<f32>(), &arguments));
-        sound(self.driver.fetch(to, &mut bytes));
+        sound(self.fetch(&scratch, to, &mut bytes));
         for (out, bytes) in std::iter::zip(out, bytes.as_chunks::<4>().0) {
             *out = Some(u32::from_le_bytes(*bytes)).filter(|index| *index != u32::MAX);
         }

@@ -59,6 +59,7 @@ const ENTRIES: &[(&str, &[&str])] = &[
         &[
             "gather_rows",
             "scatter_rows",
+            "rows_from",
             "norm_rows",
             "norm_heads",
             "rope_heads",

@@ -229,6 +229,8 @@ const UNSAFE_ALLOWED: &[&str] = &[
     "kernels/src/cpu/",
     "kernels/cuda/src/card.rs",
     "kernels/cuda/src/compile.rs",
+    "kernels/cuda/src/graph.rs",
+    "kernels/cuda/src/pinned.rs",
     "kernels/cuda/emulated/src/lib.rs",
     "executor/src/io/device.rs",
     "zoo/src/mapping.rs",

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use ashlar_cuda::{Address, Argument, Driver, DriverError, Launch};
+use ashlar_cuda::{Address, Argument, Driver, DriverError, Launch, Recording};
 
 /// In which order warps and lanes run, each as far as it can.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,6 +30,29 @@ pub struct Emulated {
     bytes: u64,
     /// What was taken of it.
     taken: Mutex<BTreeMap<Address, u64>>,
+    recordings: Mutex<BTreeMap<Recording, Vec<Recorded>>>,
+}
+
+/// A launch of a recording.
+#[derive(Debug, Clone)]
+struct Recorded {
+    kernel: &'static str,
+    grid: [u32; 3],
+    threads: u32,
+    shared_bytes: u32,
+    arguments: Vec<Argument>,
+}
+
+impl Recorded {
+    fn of(launch: &Launch<'_>) -> Self {
+        let Launch { kernel, grid, threads, shared_bytes, arguments } = *launch;
+        Self { kernel, grid, threads, shared_bytes, arguments: arguments.to_vec() }
+    }
+
+    fn launch(&self) -> Launch<'_> {
+        let Self { kernel, grid, threads, shared_bytes, ref arguments } = *self;
+        Launch { kernel, grid, threads, shared_bytes, arguments }
+    }
 }
 
 #[repr(C)]
@@ -65,6 +88,10 @@ fn turn() -> MutexGuard<'static, ()> {
 }
 
 impl Emulated {
+    fn recordings(&self) -> MutexGuard<'_, BTreeMap<Recording, Vec<Recorded>>> {
+        self.recordings.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn taken(&self) -> MutexGuard<'_, BTreeMap<Address, u64>> {
         self.taken.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -82,7 +109,7 @@ impl Emulated {
         let _turn = turn();
         // SAFETY: sets the order and installs a handler of faults; no call is under way, as the turn is ours.
         unsafe { emulated_start(seed) };
-        Some(Self { bytes, taken: Mutex::default() })
+        Some(Self { bytes, taken: Mutex::default(), recordings: Mutex::default() })
     }
 }
 
@@ -154,5 +181,35 @@ impl Driver for Emulated {
             emulated_launch(name.as_ptr(), launch.grid.as_ptr(), launch.threads, launch.shared_bytes, passed.as_ptr(), passed.len())
         };
         if status == 0 { Ok(()) } else { Err(DriverError::Failed { call: "launch", reason: format!("no kernel `{}`", launch.kernel) }) }
+    }
+
+    fn record(&self, launches: &[Launch<'_>]) -> Result<Option<Recording>, DriverError> {
+        let mut recordings = self.recordings();
+        let next = recordings.last_key_value().map_or(0, |(Recording(last), _)| last + 1);
+        recordings.insert(Recording(next), launches.iter().map(Recorded::of).collect());
+        Ok(Some(Recording(next)))
+    }
+
+    /// Refuses, as drivers do, what is no change of a launch that was recorded.
+    fn amend(&self, recording: Recording, place: usize, launch: &Launch<'_>) -> Result<(), DriverError> {
+        let mut recordings = self.recordings();
+        let recorded = recordings.get_mut(&recording).and_then(|launches| launches.get_mut(place));
+        match recorded.filter(|recorded| recorded.kernel == launch.kernel) {
+            Some(recorded) => *recorded = Recorded::of(launch),
+            None => {
+                return Err(DriverError::Failed { call: "amend", reason: format!("{recording:?} has no {} at {place}", launch.kernel) });
+            }
+        }
+        Ok(())
+    }
+
+    fn replay(&self, recording: Recording) -> Result<(), DriverError> {
+        let launches = self.recordings().get(&recording).cloned();
+        let missing = || DriverError::Failed { call: "replay", reason: format!("there is no {recording:?}") };
+        launches.ok_or_else(missing)?.iter().try_for_each(|recorded| self.launch(&recorded.launch()))
+    }
+
+    fn forget(&self, recording: Recording) {
+        assert!(self.recordings().remove(&recording).is_some(), "{recording:?} was not recorded");
     }
 }

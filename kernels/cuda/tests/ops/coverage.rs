@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use ashlar_cuda::{Address, Cuda, Driver, DriverError, Launch, entries};
-use ashlar_kernels::format::Dtype;
+use ashlar_kernels::format::{Dtype, TensorView};
 use ashlar_kernels::ops::{Activation, AttentionShape, Columns, KvFormat, KvPlace, KvShape, NormKind, Ops, Query};
 use ashlar_kernels::reference::Reference;
 
@@ -109,6 +109,9 @@ fn rows(cuda: &Cuda) {
     cuda.activate(&mut a, 16, Activation::Gelu);
     cuda.add(&mut a, &b, 16);
     cuda.softcap(&mut a, 16, 2.0);
+    let table = Arc::new(vec![0u8; 64]);
+    let view = TensorView { dtype: Dtype::F16, rows: 2, cols: 16, bytes: &table };
+    cuda.embed(&mut a, 0, &cuda.table(view, Arc::clone(&table) as _).unwrap(), &[1, 0], 1.0);
     let mut largest = [None; 2];
     cuda.largest(&a, 16, &mut largest);
     assert!(largest.iter().all(Option::is_some), "{largest:?}");

@@ -15,6 +15,7 @@ mod linear;
 mod linear_runs;
 #[path = "../../../tests/ops/rows.rs"]
 mod rows;
+mod steps;
 #[path = "../../../tests/ops/values.rs"]
 mod values;
 
