@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 
-use anyhow::{Context, bail};
-use ashlar_cuda::{Cache, Card, Cuda, Driver, find};
+use anyhow::{Context, bail, ensure};
+use ashlar_cuda::{Cache, Card, Cuda, Driver, DriverError, find};
 use ashlar_kernels::cpu::{Cpu, CpuOptions};
 use ashlar_kernels::ops::Bf16Compute;
+use ashlar_zoo::ingest::human_bytes;
 
 use crate::config::ExecutorConfig;
 use crate::devices::{check_isa, isa_warning};
@@ -77,6 +78,9 @@ pub fn open(settings: &ExecutorConfig, threads: usize) -> anyhow::Result<Opened>
     Ok(Opened::Cpu(Arc::new(cpu)))
 }
 
+/// Memory of a card without which nothing could be served: the device's own 64 MiB, workspace, and some weights and pages.
+const FREE_BYTES_MIN: u64 = 256 << 20;
+
 /// Opens a card; bytes of its memory that are free.
 ///
 /// # Errors
@@ -84,9 +88,14 @@ pub fn open(settings: &ExecutorConfig, threads: usize) -> anyhow::Result<Opened>
 pub fn open_card(ordinal: usize) -> anyhow::Result<(Arc<Cuda>, u64)> {
     find()?;
     let cache = Cache::of_user().context("find a place for compiled kernels: neither HOME nor XDG_CACHE_HOME is set")?;
-    let card = Card::open(ordinal, &cache)?;
-    let (free, _) = card.memory_bytes()?;
-    Ok((Arc::new(Cuda::new(Arc::new(card))?), free))
+    let card: Arc<dyn Driver> = Arc::new(Card::open(ordinal, &cache)?);
+    let free = || Ok::<u64, DriverError>(card.memory_bytes()?.0);
+    let at_first = free()?;
+    let [there, least] = [at_first, FREE_BYTES_MIN].map(human_bytes);
+    ensure!(at_first >= FREE_BYTES_MIN, "card {ordinal} has {there} of its memory free: {least} is the least to begin with");
+    let cuda = Cuda::new(Arc::clone(&card))?;
+    // What the device took for itself is not for weights and pages.
+    Ok((Arc::new(cuda), free()?))
 }
 
 impl Opened {

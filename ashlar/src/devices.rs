@@ -36,14 +36,13 @@ fn cards() -> Vec<String> {
     };
     let line = |card: &Found| {
         let Found { ordinal, name, capability: (major, minor), memory_bytes } = card;
-        format!("cuda:{ordinal}  {name}, compute capability {major}.{minor}, {}", human_bytes(*memory_bytes))
+        let why_not = card.check().map_or_else(|error| format!("; not used: {error}"), |()| String::new());
+        format!("cuda:{ordinal}  {name}, compute capability {major}.{minor}, {}{why_not}", human_bytes(*memory_bytes))
     };
     let mut lines: Vec<String> = cards.iter().map(line).collect();
-    if lines.is_empty() {
-        lines.push("not used: the driver shows no card".to_owned());
-    }
-    let compiler = compiler_version().map_or_else(|error| error.to_string(), |version| format!("NVRTC {version}"));
-    lines.push(format!("driver {driver}; kernels are compiled by {compiler}"));
+    let compiler = compiler_version()
+        .map_or_else(|error| format!("new kernels cannot be compiled: {error}"), |v| format!("kernels are compiled by NVRTC {v}"));
+    lines.push(format!("driver of CUDA {driver}; {compiler}"));
     lines
 }
 

@@ -50,6 +50,18 @@ def wait_until(what: str, holds, seconds: float, failed=lambda: None):
         time.sleep(0.05)
 
 
+def emulated_card(folder: Path, fault: str = "") -> dict[str, str]:
+    """The environment of a process that finds a card which is none: a driver and NVRTC that the build made, and a folder for compiled kernels."""
+    built = [path.parent.parent for path in BINARY.parent.glob("build/ashlar-cuda-emulated-*/out/driver/libcuda.so.1")]
+    assert built, f"no emulated driver under {BINARY.parent}/build: cargo build --workspace --tests"
+    libraries = max(built, key=lambda out: (out / "driver/libcuda.so.1").stat().st_mtime)
+    return {
+        "LD_LIBRARY_PATH": f"{libraries}/driver:{libraries}/compiler",
+        "XDG_CACHE_HOME": str(folder / "cache"),
+        "EMULATED_CARD_FAULT": fault,
+    }
+
+
 def ashlar(*words) -> subprocess.CompletedProcess:
     """A command of the binary that ends by itself."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("ASHLAR_")}
@@ -59,10 +71,10 @@ def ashlar(*words) -> subprocess.CompletedProcess:
 class Program:
     """A running program with its log in a file."""
 
-    def __init__(self, command: list, log: Path):
-        self.command, self.log = command, log
+    def __init__(self, command: list, log: Path, environment: dict[str, str] | None = None):
+        self.command, self.log, self.environment = command, log, environment or {}
         self.log_file = log.open("w")
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("ASHLAR_")} | {"NO_COLOR": "1"}
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("ASHLAR_")} | {"NO_COLOR": "1"} | self.environment
         self.process = subprocess.Popen(
             list(map(str, command)), stdout=self.log_file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
         )
@@ -141,10 +153,10 @@ def demo_models() -> list[str]:
 class Serve(Program):
     """`ashlar serve`: everything in one process."""
 
-    def __init__(self, zoo: Path, log: Path, *flags: str, registry: str = "memory:"):
+    def __init__(self, zoo: Path, log: Path, *flags: str, registry: str = "memory:", environment: dict[str, str] | None = None):
         self.registry = registry
         address = f"127.0.0.1:{free_port()}"
-        super().__init__([BINARY, "serve", "--zoo", zoo, "--registry", registry, "--listen", address, *flags], log)
+        super().__init__([BINARY, "serve", "--zoo", zoo, "--registry", registry, "--listen", address, *flags], log, environment)
         self.api = Api(address, [address])
         self.wait_for(f"{self.api.url}/ready")
 
@@ -164,9 +176,9 @@ class Etcd(Program):
 
 
 class Cluster:
-    """etcd, one router and some executors as processes of their own."""
+    """etcd, one router and some executors as processes of their own. `cards` has the environment of each executor that computes on one, by index."""
 
-    def __init__(self, zoo: Path, folder: Path, executor_count: int, settings: str, router_settings: str = ""):
+    def __init__(self, zoo: Path, folder: Path, executor_count: int, settings: str, router_settings: str = "", cards: dict[int, dict[str, str]] | None = None):
         self.programs: list[Program] = []
         try:
             etcd = self._started(Etcd(folder))
@@ -175,8 +187,9 @@ class Cluster:
             metrics = []
             for index in range(executor_count):
                 rpc, health = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
-                own = f'[executor]\nlisten = "{rpc}"\nadvertise = "{rpc}"\nmetrics_listen = "{health}"\n'
-                self._started(self._ashlar("executor", f"executor-{index}", folder, common + own))
+                card = (cards or {}).get(index)
+                own = f'[executor]\nlisten = "{rpc}"\nadvertise = "{rpc}"\nmetrics_listen = "{health}"\ndevice = "{"cuda:0" if card else "cpu"}"\n'
+                self._started(self._ashlar("executor", f"executor-{index}", folder, common + own, card))
                 metrics.append(health)
             address = f"127.0.0.1:{free_port()}"
             router = self._started(self._ashlar("router", "router", folder, common + f'[router]\nlisten = "{address}"\n{router_settings}\n'))
@@ -189,10 +202,10 @@ class Cluster:
             self.stop()
             raise
 
-    def _ashlar(self, command: str, name: str, folder: Path, config: str) -> Program:
+    def _ashlar(self, command: str, name: str, folder: Path, config: str, environment: dict[str, str] | None = None) -> Program:
         file = folder / f"{name}.toml"
         file.write_text(config)
-        return Program([BINARY, command, "--config", file], folder / f"{name}.log")
+        return Program([BINARY, command, "--config", file], folder / f"{name}.log", environment)
 
     def _started(self, program):
         self.programs.append(program)
@@ -201,7 +214,7 @@ class Cluster:
     def restart(self, ended: Program) -> Program:
         """The same program again, in the place of one that ended."""
         ended.wait()
-        again = Program(ended.command, ended.log.with_suffix(".again.log"))
+        again = Program(ended.command, ended.log.with_suffix(".again.log"), ended.environment)
         self.programs[self.programs.index(ended)] = again
         return again
 

@@ -187,8 +187,10 @@ pub fn start<B: Ops>(
     };
     std::thread::Builder::new().name("device".to_owned()).spawn(move || {
         let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(move || device.serve(&receiver, &replies)));
-        if outcome.is_err() {
-            // A broken invariant: nothing here can be trusted any more. The panic's message was printed by the hook.
+        if let Err(panic) = outcome {
+            // A broken invariant, or a card that failed: nothing here can be trusted any more. Where it was, the panic's hook printed.
+            let what = panic.downcast_ref::<String>().map_or_else(|| panic.downcast_ref::<&str>().copied().unwrap_or("?"), String::as_str);
+            tracing::error!("the device thread failed, and ends the process: {what}");
             std::process::abort();
         }
     })?;

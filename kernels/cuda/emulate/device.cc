@@ -1,5 +1,5 @@
-// A card of nothing but the CPU: the kernels that the device launches (kernels/src/cuda/sources.rs lists them), by name. kernels/emulated
-// makes a `Driver` of it. One call at a time.
+// A card of nothing but the CPU: the kernels that the device launches (src/sources.rs lists them), by name. `emulated/` makes a `Driver` of it, driver.cc
+// a library that stands where NVIDIA's would. One call at a time.
 #define CUDA_SHIM
 #include "../rows.cu"
 #include "../linear_exact.cu"
@@ -7,6 +7,7 @@
 #include "../linear_integer.cu"
 #define EVERY_HEAD
 #include "../attention.cu"
+#include <algorithm>
 #include <map>
 #include <utility>
 
@@ -23,14 +24,16 @@ void call(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t 
     shim::launch(kernel, grid, block, shared_bytes, value<P>(arguments[I], name)...);
 }
 template <class... P> constexpr auto indices(void (*)(P...)) { return std::make_index_sequence<sizeof...(P)>(); }
-#define ENTRY(NAME) {#NAME, [](dim3 grid, dim3 block, size_t shared_bytes, const Argument* arguments, size_t count) { call(#NAME, NAME, grid, block, shared_bytes, arguments, count, indices(NAME)); }}
+typedef std::vector<size_t> (*Sizes)();
+template <class... P> std::vector<size_t> sizes(void (*)(P...)) { return {sizeof(P)...}; }
+#define ENTRY(NAME) {#NAME, [](dim3 grid, dim3 block, size_t shared_bytes, const Argument* arguments, size_t count) { call(#NAME, NAME, grid, block, shared_bytes, arguments, count, indices(NAME)); }, [] { return sizes(NAME); }}
 #define BOTH(NAME) ENTRY(NAME##_rows1), ENTRY(NAME##_rows8)
 #define OF_KIND(KIND, G) \
     ENTRY(KIND##_g##G##_rows1_any), ENTRY(KIND##_g##G##_rows2_any), ENTRY(KIND##_g##G##_rows1_t1), ENTRY(KIND##_g##G##_rows2_t1), \
     ENTRY(KIND##_g##G##_rows1_t2), ENTRY(KIND##_g##G##_rows2_t2), ENTRY(KIND##_g##G##_many)
 #define OF_HEADS_ENTRIES(D, H) ENTRY(decode_d##D##_h##H##_w4), ENTRY(decode_split_d##D##_h##H##_w4), ENTRY(decode_merge_d##D##_h##H)
 #define OF_GROUP(G) ENTRY(quantise_g##G##_strided), OF_KIND(linear_4s, G), OF_KIND(linear_4m, G), OF_KIND(linear_8s, G)
-const struct { const char* name; Run run; } entries[] = {
+const struct { const char* name; Run run; Sizes sizes; } entries[] = {
     ENTRY(gather_rows), ENTRY(scatter_rows), ENTRY(rows_from), ENTRY(norm_rows), ENTRY(norm_heads), ENTRY(rope_heads), ENTRY(gate_rows), ENTRY(activate_elements), ENTRY(add_elements), ENTRY(softcap_elements), ENTRY(largest_of_rows), ENTRY(read_all),
     BOTH(linear_f32), BOTH(linear_f16), BOTH(linear_bf16), BOTH(linear_fp8), BOTH(linear_integer), ENTRY(quantise_exact), ENTRY(linear_finish),
     ENTRY(kv_write_f32), ENTRY(kv_write_bf16), ENTRY(kv_write_int8), ENTRY(attend_f32), ENTRY(attend_bf16), ENTRY(attend_int8),
@@ -69,5 +72,11 @@ int emulated_launch(const char* name, const uint32_t* grid, uint32_t threads, ui
     for (auto& entry : entries)
         if (!strcmp(entry.name, name)) { entry.run(dim3(grid[0], grid[1], grid[2]), dim3(threads), shared_bytes, arguments, count); return 0; }
     return 1;
+}
+/// Bytes of each parameter of a kernel: how many there are, or -1 where no kernel has the name. `bytes` has room for 32.
+int emulated_parameters(const char* name, size_t* bytes) {
+    for (auto& entry : entries)
+        if (!strcmp(entry.name, name)) { auto all = entry.sizes(); if (all.size() > 32) return -1; std::copy(all.begin(), all.end(), bytes); return int(all.size()); }
+    return -1;
 }
 }

@@ -15,6 +15,9 @@ use crate::sources::{SOURCES, Source};
 
 /// Cards before these have no bf16 and no asynchronous copies.
 const CAPABILITY_MIN: (i32, i32) = (8, 0);
+/// Drivers run code that compilers of their own major version or an earlier one made: before this one they do not run that of NVRTC 13. As the driver
+/// counts: 1,000 for a major version, 10 for a minor one.
+const DRIVER_MIN: i32 = 13_000;
 /// Dynamic shared memory that a kernel has without asking.
 const SHARED_BYTES_FREE: u32 = 48 << 10;
 
@@ -32,8 +35,17 @@ pub enum CardError {
         /// What it says.
         reason: String,
     },
+    /// The driver is too old.
+    #[error("the driver of NVIDIA's is of CUDA {version}: 13.0 is the least that runs the kernels, and comes with driver 580")]
+    OldDriver {
+        /// Of CUDA, as `12.4`.
+        version: String,
+    },
+    /// The driver is there, and no card.
+    #[error("the driver of NVIDIA's shows no card")]
+    NoCards,
     /// There is no such card.
-    #[error("there is no card {ordinal}: the driver shows {count}")]
+    #[error("there is no card {ordinal}: the driver shows {count}, counted from 0")]
     NoCard {
         /// Number asked for.
         ordinal: usize,
@@ -41,7 +53,7 @@ pub enum CardError {
         count: usize,
     },
     /// The card is too old.
-    #[error("card {ordinal}, {name}, has compute capability {}.{}: 8.0 is the least that the kernels take", capability.0, capability.1)]
+    #[error("card {ordinal}, {name}, has compute capability {}.{}: 8.0 is the least that runs the kernels", capability.0, capability.1)]
     Capability {
         /// Which.
         ordinal: usize,
@@ -49,6 +61,16 @@ pub enum CardError {
         name: String,
         /// Of the card.
         capability: (i32, i32),
+    },
+    /// The driver does not take the code of kernels.
+    #[error("the driver of NVIDIA's does not load {source_name} for {architecture}: {reason}")]
+    Image {
+        /// File of `kernels/cuda`.
+        source_name: &'static str,
+        /// As `sm_90a`.
+        architecture: String,
+        /// What it says.
+        reason: String,
     },
     /// Its kernels cannot be had.
     #[error(transparent)]
@@ -60,8 +82,10 @@ fn failed(call: &'static str) -> impl Fn(CudaError) -> CardError {
 }
 
 fn reason(error: CudaError) -> String {
-    let text = |text: Result<&std::ffi::CStr, CudaError>| text.map(|text| text.to_string_lossy().into_owned()).unwrap_or_default();
-    format!("{} ({})", text(error.error_string()), text(error.error_name()))
+    let text = |text: Result<&std::ffi::CStr, CudaError>| text.ok().map(|text| text.to_string_lossy().into_owned());
+    // A stub of a driver knows no words.
+    let name = text(error.error_name()).unwrap_or_else(|| format!("{:?}", error.0));
+    text(error.error_string()).map_or_else(|| name.clone(), |text| format!("{text} ({name})"))
 }
 
 /// A card as the driver shows it.
@@ -77,22 +101,44 @@ pub struct Found {
     pub memory_bytes: u64,
 }
 
-/// The driver's version, as `13.0`, and all cards.
+impl Found {
+    /// Whether the kernels run on it.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn check(&self) -> Result<(), CardError> {
+        let Self { ordinal, ref name, capability, .. } = *self;
+        if capability < CAPABILITY_MIN { Err(CardError::Capability { ordinal, name: name.clone(), capability }) } else { Ok(()) }
+    }
+}
+
+/// The driver's version of CUDA, as `13.0`, and all cards, at least one.
 ///
 /// # Errors
-/// When there is no driver, or it fails.
+/// When there is no driver, it is too old, it fails, or it shows no card.
 pub fn find() -> Result<(String, Vec<Found>), CardError> {
     // SAFETY: loads a library by name, which runs its initialisers; the driver's have no other effect.
     if !unsafe { sys::is_culib_present() } {
         return Err(CardError::NoDriver);
     }
-    result::init().map_err(failed("cuInit"))?;
+    // Before anything else is called: an old driver may lack it.
     let mut version = 0;
     // SAFETY: the target is ours.
     unsafe { sys::cuDriverGetVersion(&mut version) }.result().map_err(failed("cuDriverGetVersion"))?;
+    let name = format!("{}.{}", version / 1000, version % 1000 / 10);
+    if version < DRIVER_MIN {
+        return Err(CardError::OldDriver { version: name });
+    }
+    result::init().map_err(|error| match error.0 {
+        sys::CUresult::CUDA_ERROR_NO_DEVICE => CardError::NoCards,
+        _ => failed("cuInit")(error),
+    })?;
     let count = result::device::get_count().map_err(failed("cuDeviceGetCount"))?;
+    if count == 0 {
+        return Err(CardError::NoCards);
+    }
     let cards: Result<Vec<Found>, CardError> = (0..count).map(found).collect();
-    Ok((format!("{}.{}", version / 1000, version % 1000 / 10), cards?))
+    Ok((name, cards?))
 }
 
 fn found(ordinal: i32) -> Result<Found, CardError> {
@@ -110,11 +156,23 @@ fn found(ordinal: i32) -> Result<Found, CardError> {
     })
 }
 
+/// A card's primary context, which is given back, with all that is in it, when it is dropped: a process that computes on the CPU after all holds no memory of a card.
+struct Context {
+    handle: sys::CUcontext,
+    device: sys::CUdevice,
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        // SAFETY: it was retained once, and whoever has it dropped what is in it before. A card that failed has nothing to give back.
+        let _ = unsafe { result::primary_ctx::release(self.device) };
+    }
+}
+
 /// An open card: a context, a stream in whose order all is done, one for loads beside it, and the kernels.
 pub struct Card {
     name: String,
     architecture: String,
-    context: sys::CUcontext,
     in_order: sys::CUstream,
     loads: sys::CUstream,
     kernels: RwLock<BTreeMap<&'static str, sys::CUfunction>>,
@@ -128,6 +186,8 @@ pub struct Card {
     cache: Cache,
     /// The driver's version.
     driver: String,
+    /// Dropped last.
+    context: Context,
 }
 
 // SAFETY: the driver's handles may be used from any thread whose current context is the card's, which every call sees to.
@@ -144,16 +204,15 @@ impl Card {
         let (driver, cards) = find()?;
         let count = cards.len();
         let Some(found) = cards.into_iter().nth(ordinal) else { return Err(CardError::NoCard { ordinal, count }) };
+        found.check()?;
         let Found { name, capability, .. } = found;
-        if capability < CAPABILITY_MIN {
-            return Err(CardError::Capability { ordinal, name, capability });
-        }
         let architecture = architecture(capability.0, capability.1);
         let device = result::device::get(ordinal as i32).map_err(failed("cuDeviceGet"))?;
-        // SAFETY: the device is the driver's; its context is kept as long as the process.
-        let context = unsafe { result::primary_ctx::retain(device) }.map_err(failed("cuDevicePrimaryCtxRetain"))?;
+        // SAFETY: the device is the driver's; its context is given back when the card is dropped.
+        let handle = unsafe { result::primary_ctx::retain(device) }.map_err(failed("cuDevicePrimaryCtxRetain"))?;
+        let context = Context { handle, device };
         // SAFETY: the context was retained just now.
-        unsafe { result::ctx::set_current(context) }.map_err(failed("cuCtxSetCurrent"))?;
+        unsafe { result::ctx::set_current(context.handle) }.map_err(failed("cuCtxSetCurrent"))?;
         // SAFETY: the device is the driver's.
         let shared = unsafe { result::device::get_attribute(device, Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN) };
         let shared_bytes_max = shared.map_err(failed("cuDeviceGetAttribute"))?.cast_unsigned() as usize;
@@ -163,7 +222,6 @@ impl Card {
         let card = Self {
             name,
             architecture,
-            context,
             in_order,
             loads,
             kernels: RwLock::default(),
@@ -174,6 +232,7 @@ impl Card {
             compiling: Mutex::default(),
             cache: cache.clone(),
             driver,
+            context,
         };
         for source in SOURCES.iter().filter(|source| source.always) {
             card.load(source)?;
@@ -183,9 +242,16 @@ impl Card {
 
     /// Loads the kernels of a source.
     fn load(&self, source: &Source) -> Result<(), CardError> {
-        let code = self.cache.code(source, &self.architecture, &self.driver)?;
-        // SAFETY: the code is a whole cubin, by the compiler or by its digest; the driver refuses one that the card does not run.
-        let module = unsafe { result::module::load_data(code.as_ptr().cast()) }.map_err(failed("cuModuleLoadData"))?;
+        let (architecture, driver) = (self.architecture.as_str(), self.driver.as_str());
+        let compiled = || self.module(source, &self.cache.compiled(source, architecture, driver)?);
+        let module = match self.cache.kept(source, architecture, driver).map(|code| self.module(source, &code)) {
+            None => compiled()?,
+            Some(Err(error @ CardError::Image { .. })) => {
+                tracing::warn!("kept kernels are compiled again: {error}");
+                compiled()?
+            }
+            Some(outcome) => outcome?,
+        };
         let mut loaded = Vec::new();
         for entry in source.entries() {
             let name = CString::new(entry).expect("names have no zero byte");
@@ -195,6 +261,16 @@ impl Card {
         }
         self.kernels.write().unwrap_or_else(PoisonError::into_inner).extend(loaded);
         Ok(())
+    }
+
+    fn module(&self, source: &Source, code: &[u8]) -> Result<sys::CUmodule, CardError> {
+        // SAFETY: the code is a whole cubin, by the compiler or by its digest; the driver refuses one that the card does not run.
+        unsafe { result::module::load_data(code.as_ptr().cast()) }.map_err(|error| match error.0 {
+            sys::CUresult::CUDA_ERROR_INVALID_IMAGE | sys::CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU => {
+                CardError::Image { source_name: source.name, architecture: self.architecture.clone(), reason: reason(error) }
+            }
+            _ => failed("cuModuleLoadData")(error),
+        })
     }
 
     fn kernel(&self, name: &str) -> Option<sys::CUfunction> {
@@ -224,8 +300,8 @@ impl Card {
 
     /// Makes the card's context this thread's.
     fn enter(&self) -> Result<(), DriverError> {
-        // SAFETY: the context stays as long as the process.
-        unsafe { result::ctx::set_current(self.context) }.map_err(lost("cuCtxSetCurrent"))
+        // SAFETY: the context stays as long as the card.
+        unsafe { result::ctx::set_current(self.context.handle) }.map_err(lost("cuCtxSetCurrent"))
     }
 
     fn wait(&self, stream: sys::CUstream) -> Result<(), DriverError> {
@@ -274,8 +350,10 @@ impl Driver for Card {
             // SAFETY: `Memory` frees what it took, once, and nothing uses it any more.
             unsafe { result::free_sync(memory.0) }.map_err(lost("cuMemFree"))
         });
-        if let Err(error) = outcome {
-            // A card that failed fails every call; whoever computes says so.
+        // A card that failed fails every call: whoever computes said so, and ends by it.
+        if let Err(error) = outcome
+            && !std::thread::panicking()
+        {
             tracing::error!(%error, "memory of the card was not given back");
         }
     }

@@ -8,14 +8,25 @@ use cudarc::nvrtc::{result as nvrtc, sys};
 
 use crate::sources::{HEADERS, OPTIONS, Source};
 
+/// Earlier compilers were never tried.
+const COMPILER_MIN: (c_int, c_int) = (13, 0);
+
 /// Why a source is not code.
 #[derive(Debug, thiserror::Error)]
 pub enum CompileError {
     /// The library that compiles is not on this machine, or not where libraries are looked for.
     #[error(
-        "NVRTC is not there (libnvrtc.so.13 or .12): it comes with the CUDA toolkit, or with the Python package nvidia-cuda-nvrtc, whose folder LD_LIBRARY_PATH must then name"
+        "NVRTC is not there (libnvrtc.so.13): it comes with the CUDA toolkit, or with the Python package nvidia-cuda-nvrtc, whose folder LD_LIBRARY_PATH must then name"
     )]
     NoCompiler,
+    /// The library is of an earlier CUDA.
+    #[error(
+        "NVRTC {version} is too old: 13.0 is the least that compiles the kernels; LD_LIBRARY_PATH must name the folder of such a libnvrtc.so.13 first"
+    )]
+    OldCompiler {
+        /// As `12.4`.
+        version: String,
+    },
     /// It does not take the source, or does not know the architecture.
     #[error("NVRTC does not compile {source_name} for {architecture}: {reason}")]
     Refused {
@@ -53,7 +64,7 @@ pub fn has_compiler() -> bool {
 /// NVRTC's version, as `13.0`.
 ///
 /// # Errors
-/// When it is not there.
+/// When it is not there, or too old.
 pub fn compiler_version() -> Result<String, CompileError> {
     if !has_compiler() {
         return Err(CompileError::NoCompiler);
@@ -61,7 +72,8 @@ pub fn compiler_version() -> Result<String, CompileError> {
     let (mut major, mut minor): (c_int, c_int) = (0, 0);
     // SAFETY: the library is there; both targets are ours.
     unsafe { sys::nvrtcVersion(&mut major, &mut minor) }.result().map_err(|_| CompileError::NoCompiler)?;
-    Ok(format!("{major}.{minor}"))
+    let version = format!("{major}.{minor}");
+    if (major, minor) < COMPILER_MIN { Err(CompileError::OldCompiler { version }) } else { Ok(version) }
 }
 
 /// A program of NVRTC, which is given back in the end.
@@ -81,11 +93,9 @@ fn text(source: &Source) -> [CString; 2] {
 /// Compiles one source.
 ///
 /// # Errors
-/// When there is no compiler, or it refuses.
+/// When there is no compiler that can be used, or it refuses.
 pub fn compile(source: &Source, architecture: &str) -> Result<Compiled, CompileError> {
-    if !has_compiler() {
-        return Err(CompileError::NoCompiler);
-    }
+    compiler_version()?;
     let refused = |reason: String| CompileError::Refused { source_name: source.name, architecture: architecture.to_owned(), reason };
     let failed = |call: &'static str| move |error: nvrtc::NvrtcError| refused(format!("{call}: {error:?}"));
     let [code, name] = text(source);
@@ -106,8 +116,9 @@ pub fn compile(source: &Source, architecture: &str) -> Result<Compiled, CompileE
     // SAFETY: likewise, and it was compiled.
     let log = unsafe { nvrtc::get_program_log(program.0) }.map_err(failed("nvrtcGetProgramLog"))?;
     let log = string(&log);
-    if outcome.is_err() {
-        return Err(refused(log.lines().take(12).collect::<Vec<_>>().join(" | ")));
+    if let Err(error) = outcome {
+        let said: Vec<&str> = log.lines().filter(|line| !line.trim().is_empty()).take(12).collect();
+        return Err(refused(if said.is_empty() { format!("nvrtcCompileProgram: {error:?}") } else { said.join(" | ") }));
     }
     let mut size = 0;
     // SAFETY: the program was compiled for a real architecture, so that there is code.
@@ -123,6 +134,9 @@ fn string(bytes: &[c_char]) -> String {
     CStr::from_bytes_until_nul(&bytes)
         .map_or_else(|_| String::from_utf8_lossy(&bytes).into_owned(), |text| text.to_string_lossy().into_owned())
 }
+
+/// In the place of a compiler's version: code of the last one, for when there is none.
+const ANY: &str = "any";
 
 /// Code that was compiled before: a folder of files, each named by all that it depends on and beginning with the digest of what follows.
 #[derive(Debug, Clone)]
@@ -153,22 +167,34 @@ impl Cache {
     /// # Errors
     /// When it is not kept and cannot be compiled. A cache that cannot be written is a warning.
     pub fn code(&self, source: &Source, architecture: &str, driver: &str) -> Result<Vec<u8>, CompileError> {
-        // Without a compiler any compiler's code will do.
-        let compiler = compiler_version().unwrap_or_else(|_| "any".to_owned());
-        let path = |compiler: &str| self.folder.join(format!("{}.cubin", key(source, architecture, driver, compiler)));
-        let kept = [compiler.as_str(), "any"].iter().find_map(|compiler| read(&path(compiler)));
-        if let Some(code) = kept {
-            return Ok(code);
-        }
+        self.kept(source, architecture, driver).map_or_else(|| self.compiled(source, architecture, driver), Ok)
+    }
+
+    /// Code of a source that this compiler made before, or any where there is none.
+    pub(crate) fn kept(&self, source: &Source, architecture: &str, driver: &str) -> Option<Vec<u8>> {
+        let compiler = compiler_version().unwrap_or_else(|_| ANY.to_owned());
+        read(&self.path(source, architecture, driver, &compiler))
+    }
+
+    /// Code of a source, compiled now and then kept.
+    ///
+    /// # Errors
+    /// As [`compile`].
+    pub(crate) fn compiled(&self, source: &Source, architecture: &str, driver: &str) -> Result<Vec<u8>, CompileError> {
+        let compiler = compiler_version()?;
         tracing::info!(source = source.name, define = source.define, architecture, "compiling kernels; this is done once");
         let Compiled { code, .. } = compile(source, architecture)?;
-        for compiler in [compiler.as_str(), "any"] {
-            if let Err(error) = self.keep(&path(compiler), &code) {
+        for compiler in [compiler.as_str(), ANY] {
+            if let Err(error) = self.keep(&self.path(source, architecture, driver, compiler), &code) {
                 tracing::warn!(folder = %self.folder.display(), %error, "compiled kernels cannot be kept, and are compiled again at the next start");
                 break;
             }
         }
         Ok(code)
+    }
+
+    fn path(&self, source: &Source, architecture: &str, driver: &str, compiler: &str) -> PathBuf {
+        self.folder.join(format!("{}.cubin", key(source, architecture, driver, compiler)))
     }
 
     /// Whole or not at all, whoever else writes the same.

@@ -134,7 +134,8 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("executor", &["wire", "registry", "zoo", "kernels"]),
     ("router", &["wire", "registry", "zoo"]),
     ("sim", &["wire", "registry", "zoo", "kernels", "executor", "router"]),
-    ("ashlar", &["wire", "registry", "zoo", "kernels", "cuda", "executor", "router", "sim"]),
+    // Its tests give the binary emulated libraries of NVIDIA's.
+    ("ashlar", &["wire", "registry", "zoo", "kernels", "cuda", "cuda-emulated", "executor", "router", "sim"]),
     ("fuzz", &["wire", "registry", "zoo", "kernels", "executor", "router"]),
     ("xtask", &[]),
     // Tests alone.

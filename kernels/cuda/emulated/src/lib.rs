@@ -78,6 +78,21 @@ unsafe extern "C" {
     ) -> c_int;
 }
 
+/// Folders of libraries that stand where NVIDIA's would, each alone in its own: LD_LIBRARY_PATH of a process that is to find them.
+#[derive(Debug, Clone, Copy)]
+pub struct Libraries {
+    /// Of the driver, `libcuda.so.1`: emulate/driver.cc says which faults it may have.
+    pub driver: &'static str,
+    /// Of NVRTC, `libnvrtc.so.13`: emulate/nvrtc.cc says the same.
+    pub compiler: &'static str,
+}
+
+/// The libraries; `None` where the processor cannot run them.
+pub fn libraries() -> Option<Libraries> {
+    let libraries = Libraries { driver: concat!(env!("OUT_DIR"), "/driver"), compiler: concat!(env!("OUT_DIR"), "/compiler") };
+    is_available().then_some(libraries)
+}
+
 /// Whether this processor runs the emulation.
 pub fn is_available() -> bool {
     std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") && std::arch::is_x86_feature_detected!("f16c")

@@ -8,6 +8,7 @@ mod attention;
 #[path = "../../../tests/ops/case.rs"]
 mod case;
 mod coverage;
+mod driven;
 #[path = "../../../tests/ops/linear.rs"]
 #[expect(dead_code, reason = "cards have no paired products")]
 mod linear;
