@@ -1,13 +1,9 @@
 // What the mma.sync and the wgmma form of the integer linear layers share. Layouts: linear_integer.cu.
 #pragma once
-#include "numerics.cuh"
+#include "linear.cuh"
 
 struct IntegerLayer {
     const U4* weights; const u16* scales; const u16* minima; const float* bias; // bias may be null
-    int stride; // of rows of outputs; 0: they are dense
-};
-struct QuantisedRows {
-    const U4* xq; const float* xs; const float* xa;
 };
 
 /// 1.5 * 2^23 as bits: an integer sum that starts here is, read as a float, 12582912 + sum (exact while |sum| < 2^22, so G <= 128).

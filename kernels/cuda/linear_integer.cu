@@ -8,6 +8,7 @@
 //   scales, minima  [N / 16][slices][16 outputs][SLICE / G] f16, padded with 0.
 //   xq              [rows / 8][K / 64][lane] U4: row g, bytes of k = 8 t + (0..7) of the first 32, then of the second 32.
 //   xs, xa          [rows / 8][groups][8 rows] f32: scale, and sum of codes.
+// A launch for few rows takes any number of layers, each with rows of its own (linear.cuh): the shapes may differ, the format may not.
 // k may be permuted inside a group because a group's sum is an integer.
 #include "integer.cuh"
 
@@ -52,22 +53,26 @@ template <int G, int BLOCK> DEVICE void quantise(const float* x, u8* xq, float* 
 
 // ---- few rows: a warp takes 16 outputs of one slice at a time, weights go straight from memory to registers ----
 
-/// Cta: TILES x 16 outputs, all of K; warps share the slices; shared memory: [slices][8 RT rows][TILES x 16] f32. RT: row tiles of 8.
+/// Cta: TILES x 16 outputs, with a gate as many of each side, all of K; warps of a side share the slices; shared memory:
+/// [sides][slices][8 RT rows][TILES x 16] f32. RT: row tiles of 8. Grid (ctas of the task with most outputs, tasks).
 /// FULL: K is a multiple of a slice. Lanes of rows that do not exist read the last one: a column of B reaches its own column of D only.
 template <int BITS, bool MINIMUM, int G, int RT, int TILES, bool FULL>
-DEVICE void integer_few_rows(const IntegerLayer layer, const QuantisedRows x, float* out, int rows, int n, int k) {
+DEVICE void integer_few_rows(const LinearTask& one, const LinearTask* tasks, const u8* base, int stride, int finish) {
     constexpr int LOADS = BITS == 4 ? 1 : 2, CHUNKS = SLICE / 64, WORDS = SLICE / G / 2, DEPTH = 8 / TILES / LOADS, STEPS = G / 32;
     DYNAMIC_SHARED(float, sums);
-    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5, g = lane / 4, t = lane % 4;
-    int padded = (k + 63) / 64 * 64, slices = (k + SLICE - 1) / SLICE, groups = (k + G - 1) / G, tiles = (n + 15) / 16;
+    const LinearTask task = task_of(one, tasks, blockIdx.y);
+    int sides = sides_of(finish), width = task.n / sides, tiles = (width + 15) / 16;
+    if (blockIdx.x * TILES >= tiles) return;
+    int lane = threadIdx.x & 31, warps = blockDim.x / sides >> 5, side = threadIdx.x >> 5 >= warps, warp = (threadIdx.x >> 5) - side * warps, g = lane / 4, t = lane % 4;
+    int k = task.k, padded = (k + 63) / 64 * 64, slices = (k + SLICE - 1) / SLICE, groups = (k + G - 1) / G;
     const U4* w[TILES];
     const u32 *words[TILES], *lows[TILES];
 #pragma unroll
     for (int i = 0; i < TILES; i++) {
-        int tile = blockIdx.x * TILES + i < tiles ? blockIdx.x * TILES + i : tiles - 1;
-        w[i] = layer.weights + ((size_t)tile * (padded / 64) + warp * CHUNKS) * LOADS * 32 + lane;
-        words[i] = (const u32*)layer.scales + ((size_t)tile * slices + warp) * 16 * WORDS + g * WORDS;
-        lows[i] = (const u32*)layer.minima + ((size_t)tile * slices + warp) * 16 * WORDS + g * WORDS;
+        int tile = (blockIdx.x * TILES + i < tiles ? blockIdx.x * TILES + i : tiles - 1) + side * tiles;
+        w[i] = (const U4*)task.weights + ((size_t)tile * (padded / 64) + warp * CHUNKS) * LOADS * 32 + lane;
+        words[i] = (const u32*)task.scales + ((size_t)tile * slices + warp) * 16 * WORDS + g * WORDS;
+        lows[i] = (const u32*)task.minima + ((size_t)tile * slices + warp) * 16 * WORDS + g * WORDS;
     }
     u64 policy = evict_first();
     U4 ring[DEPTH][TILES][LOADS];
@@ -84,11 +89,12 @@ DEVICE void integer_few_rows(const IntegerLayer layer, const QuantisedRows x, fl
     const float *row_scales[RT], *row_sums[RT];
 #pragma unroll
     for (int rt = 0; rt < RT; rt++) {
-        int row = rt * 8 + g < rows ? rt * 8 + g : rows - 1;
-        codes[rt] = x.xq + ((size_t)(row / 8) * (padded / 64) + warp * CHUNKS) * 32 + row % 8 * 4 + t;
+        int row = rt * 8 + g < task.rows ? rt * 8 + g : task.rows - 1;
+        codes[rt] = (const U4*)(base + task.x_at) + ((size_t)(row / 8) * (padded / 64) + warp * CHUNKS) * 32 + row % 8 * 4 + t;
         size_t from = ((size_t)rt * groups + warp * (SLICE / G)) * 8 + t * 2;
-        row_scales[rt] = x.xs + from; row_sums[rt] = x.xa + from;
+        row_scales[rt] = (const float*)(base + task.scales_at) + from; row_sums[rt] = (const float*)(base + task.sums_at) + from;
     }
+    float* my_sums = sums + side * slices * RT * 128 * TILES;
     for (int slice = warp; slice < slices; slice += warps) {
         u32 scale[TILES][2][WORDS], minimum[TILES][2][WORDS];
 #pragma unroll
@@ -167,24 +173,31 @@ DEVICE void integer_few_rows(const IntegerLayer layer, const QuantisedRows x, fl
 #pragma unroll
             for (int rt = 0; rt < RT; rt++)
 #pragma unroll
-                for (int q = 0; q < 4; q++) sums[(((size_t)slice * RT + rt) * 8 + t * 2 + (q & 1)) * (TILES * 16) + i * 16 + g + q / 2 * 8] = acc[i][rt][q];
+                for (int q = 0; q < 4; q++) my_sums[((slice * RT + rt) * 8 + t * 2 + (q & 1)) * (TILES * 16) + i * 16 + g + q / 2 * 8] = acc[i][rt][q];
         }
 #pragma unroll
         for (int rt = 0; rt < RT; rt++) { codes[rt] += warps * CHUNKS * 32; row_scales[rt] += warps * (SLICE / G) * 8; row_sums[rt] += warps * (SLICE / G) * 8; }
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < rows * TILES * 16; i += blockDim.x) {
+    // Read again, so that what is wanted only here is not kept all the while.
+    const LinearTask end = task_of(one, tasks, blockIdx.y);
+    int outputs = end.n / sides_of(finish);
+    auto total = [&](int side, int at, int output) {
+        const float* from = sums + side * slices * RT * 128 * TILES + at;
+        float sum = from[0];
+        for (int s = 1; s < slices; s++) sum = sum + from[s * RT * 128 * TILES];
+        return end.bias ? sum + end.bias[output] : sum;
+    };
+    for (int i = threadIdx.x; i < end.rows * TILES * 16; i += blockDim.x) {
         int row = i / (TILES * 16), output = blockIdx.x * TILES * 16 + i % (TILES * 16);
-        if (output >= n) continue;
-        float total = sums[i];
-        for (int s = 1; s < slices; s++) total = total + sums[s * RT * TILES * 128 + i];
-        out[(size_t)row * (layer.stride ? layer.stride : n) + output] = layer.bias ? total + layer.bias[output] : total;
+        if (output < outputs) finish_output(end.out + (size_t)row * stride + output, total(0, i, output), finish >= GATE ? total(1, i, outputs + output) : 0.0f, finish);
     }
 }
 
 // ---- many rows: 128 outputs x 16 RT rows a cta, rows staged through shared memory ----
 
-/// Cta: 8 warps, 4 along the outputs (32 each) and 2 along the rows (8 RT each). Rows are padded to whole ctas in xq and xs.
+/// Cta: 8 warps, 4 along the outputs (32 each) and 2 along the rows (8 RT each). Rows are padded to whole ctas in xq and xs. With a gate a warp's two
+/// tiles are one of the first half of the outputs and the one of the second that meets it.
 /// Shared memory: STAGES of 64 k { codes of rows [2 RT][512 bytes], scales (and sums) of rows [2 RT][groups of a stage][8], weights
 /// [8 tiles][512 or 1024 bytes] }, then scales (and minima) of weights [2 slices][8 tiles][16][SLICE / G] f16, then each thread's sums of
 /// whole slices [8 RT][256] f32, which would not fit in registers.
@@ -192,7 +205,7 @@ constexpr int integer_many_shared_bytes(int bits, bool minimum, int g, int rt, i
     return stages * (2 * rt * 512 + (minimum ? 2 : 1) * 2 * rt * (g < 64 ? 64 / g : 1) * 32 + 512 * bits * 2) + (minimum ? 2 : 1) * 2 * 8 * 32 * (SLICE / g) + 8 * rt * 1024;
 }
 template <int BITS, bool MINIMUM, int G, int RT, int STAGES>
-DEVICE void integer_many_rows(const IntegerLayer layer, const QuantisedRows x, float* out, int rows, int n, int k) {
+DEVICE void integer_many_rows(const LinearTask& task, const u8* base, int stride, int finish) {
     constexpr int TILES = 2, LOADS = BITS == 4 ? 1 : 2, GS = G < 64 ? 64 / G : 1, KINDS = MINIMUM ? 2 : 1;
     constexpr int CODE_BYTES = 2 * RT * 512, ROW_SCALE_BYTES = 2 * RT * GS * 32, WEIGHTS_AT = CODE_BYTES + KINDS * ROW_SCALE_BYTES, STAGE_BYTES = WEIGHTS_AT + 4096 * LOADS;
     constexpr int SCALE_BYTES = 32 * (SLICE / G);
@@ -200,24 +213,32 @@ DEVICE void integer_many_rows(const IntegerLayer layer, const QuantisedRows x, f
     u8* scale_at = stages + STAGES * STAGE_BYTES;
     float* totals = (float*)(scale_at + KINDS * 2 * 8 * SCALE_BYTES) + threadIdx.x;
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane / 4, t = lane % 4;
-    int padded = (k + 63) / 64 * 64, steps = padded / 64, slices = (k + SLICE - 1) / SLICE, groups = (k + G - 1) / G;
-    int row_tile0 = blockIdx.y * 2 * RT, my_rows = warp / 4 * RT, tiles = (n + 15) / 16, my_tiles = warp % 4 * TILES;
+    int k = task.k, padded = (k + 63) / 64 * 64, steps = padded / 64, slices = (k + SLICE - 1) / SLICE, groups = (k + G - 1) / G;
+    int sides = sides_of(finish), width = task.n / sides, tiles = (width + 15) / 16;
+    int row_tile0 = blockIdx.y * 2 * RT, my_rows = warp / 4 * RT, my_tiles = warp % 4 * TILES;
+    // The tile that lies in place j of eight.
+    auto tile_at = [&](int j) {
+        int tile = blockIdx.x * (8 / sides) + j / sides;
+        return (tile < tiles ? tile : tiles - 1) + j % sides * tiles;
+    };
+    const U4* codes = (const U4*)(base + task.x_at);
+    const float *scales_of_rows = (const float*)(base + task.scales_at), *sums_of_rows = (const float*)(base + task.sums_at);
     auto stage = [&](int step) {
         if (step < steps) {
             u8* to = stages + step % STAGES * STAGE_BYTES;
-            for (int i = threadIdx.x; i < CODE_BYTES / 16; i += 256) cp_async16(to + i * 16, x.xq + ((size_t)(row_tile0 + i / 32) * steps + step) * 32 + i % 32);
+            for (int i = threadIdx.x; i < CODE_BYTES / 16; i += 256) cp_async16(to + i * 16, codes + ((size_t)(row_tile0 + i / 32) * steps + step) * 32 + i % 32);
             for (int i = threadIdx.x; i < KINDS * ROW_SCALE_BYTES / 16; i += 256) {
                 int which = i / (ROW_SCALE_BYTES / 16), j = i % (ROW_SCALE_BYTES / 16), rt = j / (GS * 2), group = step * 64 / G + j % (GS * 2) / 2;
-                if (group < groups) cp_async16(to + CODE_BYTES + i * 16, (which ? x.xa : x.xs) + ((size_t)(row_tile0 + rt) * groups + group) * 8 + j % 2 * 4);
+                if (group < groups) cp_async16(to + CODE_BYTES + i * 16, (which ? sums_of_rows : scales_of_rows) + ((size_t)(row_tile0 + rt) * groups + group) * 8 + j % 2 * 4);
             }
-            int tile = blockIdx.x * 8 + warp < tiles ? blockIdx.x * 8 + warp : tiles - 1;
+            int tile = tile_at(warp);
 #pragma unroll
-            for (int l = 0; l < LOADS; l++) cp_async16(to + WEIGHTS_AT + ((warp * LOADS + l) * 32 + lane) * 16, layer.weights + (((size_t)tile * steps + step) * LOADS + l) * 32 + lane);
+            for (int l = 0; l < LOADS; l++) cp_async16(to + WEIGHTS_AT + ((warp * LOADS + l) * 32 + lane) * 16, (const U4*)task.weights + (((size_t)tile * steps + step) * LOADS + l) * 32 + lane);
             if (step % (SLICE / 64) == 0) {
                 int slice = step / (SLICE / 64);
                 for (int i = threadIdx.x; i < KINDS * 8 * SCALE_BYTES / 16; i += 256) {
-                    int which = i / (8 * SCALE_BYTES / 16), j = i % (8 * SCALE_BYTES / 16), from = blockIdx.x * 8 + j / (SCALE_BYTES / 16) < tiles ? blockIdx.x * 8 + j / (SCALE_BYTES / 16) : tiles - 1;
-                    cp_async16(scale_at + (which * 2 + slice % 2) * 8 * SCALE_BYTES + j * 16, (which ? layer.minima : layer.scales) + ((size_t)from * slices + slice) * SCALE_BYTES / 2 + j % (SCALE_BYTES / 16) * 8);
+                    int which = i / (8 * SCALE_BYTES / 16), j = i % (8 * SCALE_BYTES / 16), from = tile_at(j / (SCALE_BYTES / 16));
+                    cp_async16(scale_at + (which * 2 + slice % 2) * 8 * SCALE_BYTES + j * 16, (const u16*)(which ? task.minima : task.scales) + ((size_t)from * slices + slice) * SCALE_BYTES / 2 + j % (SCALE_BYTES / 16) * 8);
                 }
             }
         }
@@ -288,41 +309,42 @@ DEVICE void integer_many_rows(const IntegerLayer layer, const QuantisedRows x, f
     cp_async_wait<0>();
 #pragma unroll
     for (int j = 0; j < TILES * RT * 4; j++) {
-        int i = j / (RT * 4), rt = j / 4 % RT, q = j % 4, row = (row_tile0 + my_rows + rt) * 8 + t * 2 + (q & 1), output = (blockIdx.x * 8 + my_tiles + i) * 16 + g + q / 2 * 8;
-        float total = slices > 1 ? totals[j * 256] + acc[i][rt][q] : acc[i][rt][q];
-        if (row < rows && output < n) out[(size_t)row * (layer.stride ? layer.stride : n) + output] = layer.bias ? total + layer.bias[output] : total;
+        float sum = acc[j / (RT * 4)][j / 4 % RT][j % 4];
+        totals[j * 256] = slices > 1 ? totals[j * 256] + sum : sum;
+    }
+    // Each thread goes on with what it wrote itself.
+    for (int j = 0; j < TILES * RT * 4 / sides; j++) {
+        int rt = j / 4 % RT, q = j % 4, row = (row_tile0 + my_rows + rt) * 8 + t * 2 + (q & 1);
+        int output = (blockIdx.x * (8 / sides) + my_tiles / sides + j / (RT * 4)) * 16 + g + q / 2 * 8;
+        if (row >= task.rows || output >= width) continue;
+        float first = totals[j * 256], second = sides > 1 ? totals[(j + RT * 4) * 256] : 0.0f;
+        if (task.bias) { first = first + task.bias[output]; second = sides > 1 ? second + task.bias[width + output] : 0.0f; }
+        finish_output(task.out + (size_t)row * stride + output, first, second, finish);
     }
 }
 
 // ---- entries: linear_<bits><s symmetric, m with minimum>_g<G>_rows<8 RT>_t<TILES> where K is a multiple of 512, _any for any K ----
 #define QUANTISE(G) \
     extern "C" __global__ void __launch_bounds__(256) quantise_g##G(const float* x, u8* xq, float* xs, float* xa, int rows, int k) { quantise<G, 0>(x, xq, xs, xa, rows, k, k); }                       \
-    extern "C" __global__ void __launch_bounds__(256) quantise_g##G##_strided(const float* x, u8* xq, float* xs, float* xa, int rows, int k, int stride) { quantise<G, 0>(x, xq, xs, xa, rows, k, stride); } \
+    /* Grid (ceil(groups / 8), rows, tasks), each the most of any: rows of a task begin a tile of eight, and those that fill its last one are not written. */                                          \
+    extern "C" __global__ void __launch_bounds__(256) quantise_g##G##_rows(QuantiseTask one, const QuantiseTask* tasks, u8* base, int stride) {                                                            \
+        const QuantiseTask task = task_of(one, tasks, blockIdx.z);                                                                                                                                        \
+        if (blockIdx.y < task.rows) quantise<G, 0>(task.x, base + task.codes_at, (float*)(base + task.scales_at), (float*)(base + task.sums_at), task.rows, task.k, stride);                                \
+    }                                                                                                                                                                                                     \
     extern "C" __global__ void __launch_bounds__(256) quantise_g##G##_wgmma128(const float* x, u8* xq, float* xs, float* xa, int rows, int k) { quantise<G, 128>(x, xq, xs, xa, rows, k, k); }
 #define FEW_ROWS(KIND, BITS, MINIMUM, G, NAME, RT, TILES, FULL)                                                                            \
-    extern "C" __global__ void __launch_bounds__(256, 2) KIND##_g##G##_rows##RT##_##NAME(IntegerLayer layer, QuantisedRows x, float* out, int rows, int n, int k) { \
-        integer_few_rows<BITS, MINIMUM, G, RT, TILES, FULL>(layer, x, out, rows, n, k);                                                     \
+    extern "C" __global__ void __launch_bounds__(256, 2) KIND##_g##G##_rows##RT##_##NAME(LinearTask one, const LinearTask* tasks, const u8* base, int stride, int finish) { \
+        integer_few_rows<BITS, MINIMUM, G, RT, TILES, FULL>(one, tasks, base, stride, finish);                                              \
     }
-#ifdef GROUP
-// One unit for each group, as devices compile them: nothing is grouped there yet.
-#define GROUPED(KIND, BITS, MINIMUM, G, NAME, TILES, FULL)
-#else
-#define GROUPED(KIND, BITS, MINIMUM, G, NAME, TILES, FULL)                                                                                 \
-    /* Several layers of one shape, each with rows of its own: blockIdx.y names the problem. */                                            \
-    extern "C" __global__ void __launch_bounds__(256, 2) KIND##_g##G##_rows1_##NAME##_grouped(const IntegerLayer* layers, const QuantisedRows* x, float* const* out, int rows, int n, int k) { \
-        integer_few_rows<BITS, MINIMUM, G, 1, TILES, FULL>(layers[blockIdx.y], x[blockIdx.y], out[blockIdx.y], rows, n, k);                 \
-    }
-#endif
 #define MANY_ROWS(KIND, BITS, MINIMUM, G)                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(256, 1) KIND##_g##G##_many(IntegerLayer layer, QuantisedRows x, float* out, int rows, int n, int k) { \
-        integer_many_rows<BITS, MINIMUM, G, MANY_ROW_TILES, 4>(layer, x, out, rows, n, k);                                                  \
+    extern "C" __global__ void __launch_bounds__(256, 1) KIND##_g##G##_many(LinearTask task, const u8* base, int stride, int finish) {       \
+        integer_many_rows<BITS, MINIMUM, G, MANY_ROW_TILES, 4>(task, base, stride, finish);                                                 \
     }
 #define MANY_ROW_TILES 8
 #define KIND_ENTRIES(KIND, BITS, MINIMUM, G)                                                                                               \
     FEW_ROWS(KIND, BITS, MINIMUM, G, any, 1, 1, false) FEW_ROWS(KIND, BITS, MINIMUM, G, any, 2, 1, false)                                   \
     FEW_ROWS(KIND, BITS, MINIMUM, G, t1, 1, 1, true) FEW_ROWS(KIND, BITS, MINIMUM, G, t1, 2, 1, true)                                       \
-    FEW_ROWS(KIND, BITS, MINIMUM, G, t2, 1, 2, true) FEW_ROWS(KIND, BITS, MINIMUM, G, t2, 2, 2, true)                                       \
-    GROUPED(KIND, BITS, MINIMUM, G, any, 1, false) GROUPED(KIND, BITS, MINIMUM, G, t1, 1, true) MANY_ROWS(KIND, BITS, MINIMUM, G)
+    FEW_ROWS(KIND, BITS, MINIMUM, G, t2, 1, 2, true) FEW_ROWS(KIND, BITS, MINIMUM, G, t2, 2, 2, true) MANY_ROWS(KIND, BITS, MINIMUM, G)
 #define ENTRIES(G) QUANTISE(G) KIND_ENTRIES(linear_4s, 4, false, G) KIND_ENTRIES(linear_4m, 4, true, G) KIND_ENTRIES(linear_8s, 8, false, G)
 #ifdef GROUP
 ENTRIES(GROUP)
@@ -333,7 +355,6 @@ ENTRIES(128)
 #endif
 #undef ENTRIES
 #undef FEW_ROWS
-#undef GROUPED
 #undef KIND_ENTRIES
 #undef MANY_ROWS
 #undef QUANTISE

@@ -80,10 +80,10 @@ extern "C" __global__ void __launch_bounds__(256) rope_heads(float* buffer, cons
         head[half + j] = b * c + a * s;
     }
 }
-/// Grid (rows). out[row][j] = act(gate_up[row][j]) * gate_up[row][width + j].
-extern "C" __global__ void __launch_bounds__(256) gate_rows(float* out, const float* gate_up, int width, int activation) {
+/// Grid (rows). out[row][j] = act(gate_up[row][j]) * gate_up[row][width + j], rows of `stride` in out.
+extern "C" __global__ void __launch_bounds__(256) gate_rows(float* out, const float* gate_up, int width, int stride, int activation) {
     const float* from = gate_up + (size_t)blockIdx.x * 2 * width;
-    for (int j = threadIdx.x; j < width; j += 256) out[(size_t)blockIdx.x * width + j] = activate_exact(from[j], activation) * from[width + j];
+    for (int j = threadIdx.x; j < width; j += 256) out[(size_t)blockIdx.x * stride + j] = activate_exact(from[j], activation) * from[width + j];
 }
 extern "C" __global__ void __launch_bounds__(256) activate_elements(float* x, u64 count, int activation) {
     u64 i = (u64)blockIdx.x * 256 + threadIdx.x;

@@ -25,11 +25,11 @@ struct IntegerSetup {
     explicit IntegerSetup(Layer l) : layer(std::move(l)), packed(pack(layer)), weights(packed.weights), scales(packed.scales), minima(packed.minima), bias(layer.bias) {}
     IntegerLayer view() const { return {weights.data(), scales.data(), minima.data(), bias.data()}; }
 };
-typedef void (*IntegerKernel)(IntegerLayer, QuantisedRows, float*, int, int, int);
-typedef void (*GroupedKernel)(const IntegerLayer*, const QuantisedRows*, float* const*, int, int, int);
+typedef void (*FewKernel)(LinearTask, const LinearTask*, const u8*, int, int);
+typedef void (*ManyKernel)(LinearTask, const u8*, int, int);
 typedef void (*Quantise)(const float*, u8*, float*, float*, int, int);
 typedef void (*WgmmaInteger)(IntegerLayer, const u8*, const float*, float*, int, int, int);
-struct IntegerKernels { int bits; bool minimum; int g; IntegerKernel any[2], t1[2], t2[2], many; GroupedKernel grouped_any, grouped; Quantise quantise; WgmmaInteger wgmma; Quantise quantise_wgmma; };
+struct IntegerKernels { int bits; bool minimum; int g; FewKernel any[2], t1[2], t2[2]; ManyKernel many; Quantise quantise; WgmmaInteger wgmma; Quantise quantise_wgmma; };
 #ifdef CUDA_SHIM
 #define WGMMA(NAME) nullptr
 #else
@@ -40,7 +40,7 @@ struct IntegerKernels { int bits; bool minimum; int g; IntegerKernel any[2], t1[
 #endif
 #define INTEGER_KERNELS(NAME, BITS, MINIMUM, G) \
     {BITS, MINIMUM, G, {NAME##_g##G##_rows1_any, NAME##_g##G##_rows2_any}, {NAME##_g##G##_rows1_t1, NAME##_g##G##_rows2_t1}, {NAME##_g##G##_rows1_t2, NAME##_g##G##_rows2_t2}, \
-     NAME##_g##G##_many, NAME##_g##G##_rows1_any_grouped, NAME##_g##G##_rows1_t1_grouped, quantise_g##G, WGMMA(NAME##_g##G##_wgmma), quantise_g##G##_wgmma128}
+     NAME##_g##G##_many, quantise_g##G, WGMMA(NAME##_g##G##_wgmma), quantise_g##G##_wgmma128}
 static const IntegerKernels integer_kernels[] = {
     INTEGER_KERNELS(linear_4s, 4, false, 32), INTEGER_KERNELS(linear_4m, 4, true, 32), INTEGER_KERNELS(linear_8s, 8, false, 32),
     INTEGER_KERNELS(linear_4s, 4, false, 64), INTEGER_KERNELS(linear_4m, 4, true, 64), INTEGER_KERNELS(linear_8s, 8, false, 64),
@@ -66,7 +66,11 @@ struct DeviceRows {
         int padded = (k + 63) / 64 * 64;
         LAUNCH(kernels.quantise, dim3(((padded + kernels.g - 1) / kernels.g + 7) / 8, padded_rows), dim3(256), 0, x.data(), xq.data(), xs.data(), xa.data(), rows, k);
     }
-    QuantisedRows view() const { return {(const U4*)xq.data(), xs.data(), xa.data()}; }
+    /// So many rows from a tile of eight on, through a layer; the launch's base is null.
+    LinearTask through(const IntegerLayer& layer, float* out, int rows, int n, int tile = 0) const {
+        size_t groups = xs.count / padded_rows, padded = xq.count / padded_rows;
+        return {layer.weights, layer.scales, layer.minima, layer.bias, (u64)(xq.data() + tile * 8 * padded), (u64)(xs.data() + tile * 8 * groups), (u64)(xa.data() + tile * 8 * groups), out, rows, n, k, 0};
+    }
 };
 
 inline void check_quantise(const IntegerKernels& kernels, int rows, int k) {
@@ -108,14 +112,14 @@ inline void check_integer(const IntegerKernels& kernels, int n, int k, const std
             if (form < 3 && (rows > 16 || (form > 0 && k % 512))) continue;
             Buffer<float> out(size_t(rows) * n);
             int tiles = form == 2 ? 2 : 1, row_tiles = rows > 8 ? 2 : 1;
-            if (form < 3) LAUNCH((form == 0 ? kernels.any : form == 1 ? kernels.t1 : kernels.t2)[row_tiles - 1], dim3((setup.layer.tiles() + tiles - 1) / tiles), dim3(few_threads(k)), few_shared(k, row_tiles, tiles), setup.view(), q.view(), out.data(), rows, n, k);
+            if (form < 3) LAUNCH((form == 0 ? kernels.any : form == 1 ? kernels.t1 : kernels.t2)[row_tiles - 1], dim3((setup.layer.tiles() + tiles - 1) / tiles), dim3(few_threads(k)), few_shared(k, row_tiles, tiles), q.through(setup.view(), out.data(), rows, n), (const LinearTask*)nullptr, (const u8*)nullptr, n, STORE);
             else if (form == 4) {
                 int blocks = (rows + 127) / 128;
                 Buffer<u8> xq(size_t(blocks) * 128 * k); Buffer<float> xs(size_t(blocks) * 128 * k / kernels.g), xa(size_t(blocks) * 128 * k / kernels.g);
                 LAUNCH(kernels.quantise_wgmma, dim3((k / kernels.g + 7) / 8, blocks * 128), dim3(256), 0, device.data(), xq.data(), xs.data(), xa.data(), rows, k);
                 LAUNCH(kernels.wgmma, dim3(blocks, (n + 127) / 128), dim3(256), wgmma_integer_shared(kernels.g), setup.view(), xq.data(), xs.data(), out.data(), rows, n, k);
                 finish();
-            } else LAUNCH(kernels.many, dim3((n + 127) / 128, (rows + MANY_BLOCK - 1) / MANY_BLOCK), dim3(256), many_integer_shared(kernels.bits, kernels.minimum, kernels.g), setup.view(), q.view(), out.data(), rows, n, k);
+            } else LAUNCH(kernels.many, dim3((n + 127) / 128, (rows + MANY_BLOCK - 1) / MANY_BLOCK), dim3(256), many_integer_shared(kernels.bits, kernels.minimum, kernels.g), q.through(setup.view(), out.data(), rows, n), (const u8*)nullptr, n, STORE);
             finish();
             char name[96]; snprintf(name, sizeof name, "w%da8%s g%d %s, %d rows %d x %d", kernels.bits, kernels.minimum ? " minimum" : "", kernels.g, names[form], rows, n, k);
             compare_bits(name, out.read(), expected, n);

@@ -120,7 +120,7 @@ static void bench_few() {
                         if (s.n != 8192 && tiles == 2) continue;
                         int rt = rows > 8 ? 2 : 1;
                         lab_overlap = overlap;
-                        double us = time_us([&](int i) { LAUNCH((tiles == 1 ? kernels.t1 : kernels.t2)[rt - 1], dim3(s.n / 16 / tiles), dim3(few_threads(s.k)), few_shared(s.k, rt, tiles), layer.integer(i), q.view(), out.data(), rows, s.n, s.k); }, layer.copies, 15);
+                        double us = time_us([&](int i) { LAUNCH((tiles == 1 ? kernels.t1 : kernels.t2)[rt - 1], dim3(s.n / 16 / tiles), dim3(few_threads(s.k)), few_shared(s.k, rt, tiles), q.through(layer.integer(i), out.data(), rows, s.n), (const LinearTask*)nullptr, (const u8*)nullptr, s.n, STORE); }, layer.copies, 15);
                         lab_overlap = false;
                         char name[40]; snprintf(name, sizeof name, "w%da8%s_g%d", kernels.bits, kernels.minimum ? "m" : "", kernels.g);
                         snprintf(what, sizeof what, "few, %d tiles%s", tiles, overlap ? ", overlapped" : "");
@@ -159,10 +159,10 @@ static void bench_grouped() {
         auto& kernels = integer_kernels[0];
         BenchLayer layer(n, k, 32, 4, blocks);
         DeviceRows q(kernels, x, 8 * blocks, k);
-        std::vector<IntegerLayer> layers; std::vector<QuantisedRows> rows;
-        for (int i = 0; i < blocks; i++) { layers.push_back(layer.integer(i)); rows.push_back({(const U4*)q.xq.data() + size_t(i) * k / 2, q.xs.data() + size_t(i) * k / 4, q.xa.data() + size_t(i) * k / 4}); }
-        Buffer<IntegerLayer> layers_device(layers); Buffer<QuantisedRows> rows_device(rows);
-        double us = time_us([&](int) { LAUNCH(kernels.grouped, dim3(n / 16, blocks), dim3(256), few_shared(k, 1, 1), layers_device.data(), rows_device.data(), outs_device.data(), 1, n, k); }, 1, 200);
+        std::vector<LinearTask> tasks;
+        for (int i = 0; i < blocks; i++) tasks.push_back(q.through(layer.integer(i), outs[i], 1, n, i));
+        Buffer<LinearTask> tasks_device(tasks);
+        double us = time_us([&](int) { LAUNCH(kernels.t1[0], dim3(n / 16, blocks), dim3(256), few_shared(k, 1, 1), tasks[0], tasks_device.data(), (const u8*)nullptr, n, STORE); }, 1, 200);
         emit("w4a8_g32", "grouped 64 x 1 row", 1, n, k, us, blocks * layer.bytes(1, 1), 2.0 * blocks * n * k);
     }
 }
@@ -192,9 +192,9 @@ static void bench_many() {
             emit("w4a8_g32", "wgmma", rows, s.n, s.k, time_us([&](int i) { LAUNCH(integer_kernels[0].wgmma, dim3((rows + 127) / 128, s.n / 128), dim3(256), wgmma_integer_shared(32), layer32.integer(i), w32.data(), w32s.data(), out.data(), rows, s.n, s.k); }, layer32.copies, guess), layer32.bytes(rows, 1), work);
             emit("w4a8_g128", "wgmma", rows, s.n, s.k, time_us([&](int i) { LAUNCH(integer_kernels[6].wgmma, dim3((rows + 127) / 128, s.n / 128), dim3(256), wgmma_integer_shared(128), layer.integer(i), w128.data(), w128s.data(), out.data(), rows, s.n, s.k); }, layer.copies, guess), layer.bytes(rows, 1), work);
             emit("w8a8_g32", "wgmma", rows, s.n, s.k, time_us([&](int i) { LAUNCH(integer_kernels[2].wgmma, dim3((rows + 127) / 128, s.n / 128), dim3(256), wgmma_integer_shared(32), layer8.integer(i), w32.data(), w32s.data(), out.data(), rows, s.n, s.k); }, layer8.copies, guess), layer8.bytes(rows, 1), work);
-            emit("w4a8_g32", "many", rows, s.n, s.k, time_us([&](int i) { LAUNCH(linear_4s_g32_many, grid, dim3(256), many_integer_shared(4, false, 32), layer32.integer(i), q32.view(), out.data(), rows, s.n, s.k); }, layer32.copies, guess), layer32.bytes(rows, 1), work);
-            emit("w4a8_g128", "many", rows, s.n, s.k, time_us([&](int i) { LAUNCH(linear_4s_g128_many, grid, dim3(256), many_integer_shared(4, false, 128), layer.integer(i), q128.view(), out.data(), rows, s.n, s.k); }, layer.copies, guess), layer.bytes(rows, 1), work);
-            emit("w8a8_g32", "many", rows, s.n, s.k, time_us([&](int i) { LAUNCH(linear_8s_g32_many, grid, dim3(256), many_integer_shared(8, false, 32), layer8.integer(i), q32.view(), out.data(), rows, s.n, s.k); }, layer8.copies, guess), layer8.bytes(rows, 1), work);
+            emit("w4a8_g32", "many", rows, s.n, s.k, time_us([&](int i) { LAUNCH(linear_4s_g32_many, grid, dim3(256), many_integer_shared(4, false, 32), q32.through(layer32.integer(i), out.data(), rows, s.n), (const u8*)nullptr, s.n, STORE); }, layer32.copies, guess), layer32.bytes(rows, 1), work);
+            emit("w4a8_g128", "many", rows, s.n, s.k, time_us([&](int i) { LAUNCH(linear_4s_g128_many, grid, dim3(256), many_integer_shared(4, false, 128), q128.through(layer.integer(i), out.data(), rows, s.n), (const u8*)nullptr, s.n, STORE); }, layer.copies, guess), layer.bytes(rows, 1), work);
+            emit("w8a8_g32", "many", rows, s.n, s.k, time_us([&](int i) { LAUNCH(linear_8s_g32_many, grid, dim3(256), many_integer_shared(8, false, 32), q32.through(layer8.integer(i), out.data(), rows, s.n), (const u8*)nullptr, s.n, STORE); }, layer8.copies, guess), layer8.bytes(rows, 1), work);
         }
     }
 }
@@ -300,13 +300,13 @@ static void profile() {
     DeviceRows q32(integer_kernels[0], x, rows, k);
     LAUNCH(linear_w4a16_g128_rows1_t2, dim3(n / 32), dim3(256), few_shared(k, 1, 2), layer.int4(0), xb.data(), out.data(), 1, n, k);
     LAUNCH(linear_w4a16_g128_rows2_t2, dim3(n / 32), dim3(256), few_shared(k, 2, 2), layer.int4(1), xb.data(), out.data(), 16, n, k);
-    LAUNCH(linear_4s_g32_rows1_t1, dim3(n / 16), dim3(256), few_shared(k, 1, 1), layer32.integer(0), q32.view(), out.data(), 1, n, k);
+    LAUNCH(linear_4s_g32_rows1_t1, dim3(n / 16), dim3(256), few_shared(k, 1, 1), q32.through(layer32.integer(0), out.data(), 1, n), (const LinearTask*)nullptr, (const u8*)nullptr, n, STORE);
     LAUNCH(linear_w4a16_g128_many, dim3(n / 128, rows / 128), dim3(256), many_bf16_shared(128), layer.int4(0), xb.data(), out.data(), rows, n, k);
     LAUNCH(linear_w4a16_g128_wgmma128, dim3(rows / 128, n / 128), dim3(256), wgmma_shared_bytes<128, 8>(), layer.int4(0), (const u8*)xw.data(), out.data(), rows, n, k);
     Buffer<u8> w32(size_t(rows) * k); Buffer<float> w32s(size_t(rows) * k / 32), sums(size_t(rows) * k / 32);
     LAUNCH(integer_kernels[0].quantise_wgmma, dim3(k / 32 / 8, rows), dim3(256), 0, x.data(), w32.data(), w32s.data(), sums.data(), rows, k);
     LAUNCH(linear_4s_g32_wgmma, dim3(rows / 128, n / 128), dim3(256), wgmma_integer_shared(32), layer32.integer(0), w32.data(), w32s.data(), out.data(), rows, n, k);
-    LAUNCH(linear_4s_g32_many, dim3(n / 128, rows / 128), dim3(256), many_integer_shared(4, false, 32), layer32.integer(0), q32.view(), out.data(), rows, n, k);
+    LAUNCH(linear_4s_g32_many, dim3(n / 128, rows / 128), dim3(256), many_integer_shared(4, false, 32), q32.through(layer32.integer(0), out.data(), rows, n), (const u8*)nullptr, n, STORE);
     const int batch = 32, context = 4096, slots = batch * context / 16;
     auto keys = random_bf16(size_t(slots) * 8 * 16 * 128), values = random_bf16(size_t(slots) * 8 * 16 * 128);
     auto q = normal_buffer(size_t(batch) * 32 * 128);

@@ -43,10 +43,12 @@ pub enum Argument {
     Float(f32),
     /// `u64`.
     Long(u64),
-    /// A struct of 24 bytes.
-    ThreeWords([u64; 3]),
     /// A struct of 40 bytes.
     Words([u64; 5]),
+    /// A struct of 48 bytes.
+    SixWords([u64; 6]),
+    /// A struct of 80 bytes.
+    TenWords([u64; 10]),
 }
 
 impl Argument {
@@ -56,8 +58,9 @@ impl Argument {
             Self::Address(Address(value)) | Self::Long(value) => (std::ptr::from_ref(value).cast(), size_of_val(value)),
             Self::Int(value) => (std::ptr::from_ref(value).cast(), size_of_val(value)),
             Self::Float(value) => (std::ptr::from_ref(value).cast(), size_of_val(value)),
-            Self::ThreeWords(values) => (values.as_ptr().cast(), size_of_val(values)),
             Self::Words(values) => (values.as_ptr().cast(), size_of_val(values)),
+            Self::SixWords(values) => (values.as_ptr().cast(), size_of_val(values)),
+            Self::TenWords(values) => (values.as_ptr().cast(), size_of_val(values)),
         }
     }
 }

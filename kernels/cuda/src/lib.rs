@@ -15,13 +15,17 @@ mod linear;
 mod memory;
 mod ops;
 mod pinned;
+mod plain;
 mod probe;
 mod queue;
 mod recordings;
 mod rope;
+mod runs;
 mod scratch;
 mod sources;
+mod stacked;
 mod tape;
+mod task;
 mod tiles;
 
 use std::sync::{Arc, Mutex};

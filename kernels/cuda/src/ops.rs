@@ -9,9 +9,10 @@ use crate::arguments::or_null;
 use crate::decode;
 use crate::driver::{Address, Argument, DriverError, Launch};
 use crate::kv::Kv;
-use crate::linear::{Linear, RowsAt, activation_number};
+use crate::linear::Linear;
 use crate::memory::Memory;
 use crate::rope::row_into;
+use crate::runs::{Run, activation_number};
 use crate::scratch::Scratch;
 use ashlar_kernels::format::{CodeRow, Dtype, TensorView};
 use ashlar_kernels::ops::{
@@ -305,16 +306,16 @@ impl Ops for Cuda {
     ) {
         let in_order = runs.windows(2).all(|pair| pair[0].rows.end <= pair[1].rows.start);
         assert!(in_order, "runs have disjoint, ascending rows");
+        let halves = if let Finish::Gate(_) = finish { 2 } else { 1 };
+        let mut placed = Vec::with_capacity(runs.len());
         for LinearRun { linear, bias, rows } in runs {
-            let width = if let Finish::Gate(_) = finish { linear.outputs() / 2 } else { linear.outputs() };
+            let width = linear.outputs() / halves;
             let from = strided(x, rows.start, rows.len(), Columns { width: linear.inputs(), ..inputs });
             let to = strided(out, rows.start, rows.len(), Columns { width, ..outputs });
-            let (Some(from), Some(to)) = (from, to) else { continue };
-            let from = RowsAt { first: from, stride: inputs.stride };
-            let to = RowsAt { first: to, stride: outputs.stride };
-            let bias = bias.map(|bias| bias.at(0, linear.outputs()));
-            sound(self.run_linear(linear, (from, to), rows.len(), bias, finish));
+            let (Some(x), Some(out)) = (from, to) else { continue };
+            placed.push(Run { linear, x, out, rows: rows.len(), bias: bias.map(|bias| bias.at(0, linear.outputs())) });
         }
+        sound(self.run_linears(&placed, inputs.stride, outputs.stride, finish));
     }
 
     fn rope_rows(&self, out: &mut Buffer, positions: &[u32], inverse_frequencies: &Vector, attention_factor: f32) {
@@ -419,8 +420,13 @@ impl Ops for Cuda {
     }
 
     fn gate(&self, out: &mut Buffer, gate_up: &Buffer, row_count: usize, width: usize, activation: Activation) {
-        let arguments =
-            [out.at(0, row_count * width).into(), gate_up.at(0, 2 * row_count * width).into(), width.into(), activation_number(activation)];
+        let arguments = [
+            out.at(0, row_count * width).into(),
+            gate_up.at(0, 2 * row_count * width).into(),
+            width.into(),
+            width.into(),
+            activation_number(activation),
+        ];
         sound(self.launch("gate_rows", [row_count as u32, 1, 1], THREADS, 0, &arguments));
     }
 

@@ -44,9 +44,4 @@ impl Scratch {
     pub(crate) fn memory_at_start(&self) -> Address {
         self.memory.address()
     }
-
-    /// Bytes that are left.
-    pub(crate) fn left(&self) -> usize {
-        self.memory.bytes().saturating_sub(self.used)
-    }
 }

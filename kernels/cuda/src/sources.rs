@@ -34,7 +34,7 @@ pub const SOURCES: &[Source] = &[
     source!("attention.cu", "HEAD=128", false),
 ];
 /// What they include.
-pub(crate) const HEADERS: &[Source] = &[source!("integer.cuh"), source!("numerics.cuh"), source!("ptx.cuh")];
+pub(crate) const HEADERS: &[Source] = &[source!("integer.cuh"), source!("linear.cuh"), source!("numerics.cuh"), source!("ptx.cuh")];
 /// How all are compiled, whatever the card: a product and a sum are never made one, and nothing is flushed to zero.
 pub const OPTIONS: &[&str] = &["--std=c++17", "-default-device", "--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true"];
 
@@ -85,7 +85,6 @@ const ENTRIES: &[(&str, &[&str])] = &[
             "linear_integer_rows1",
             "linear_integer_rows8",
             "quantise_exact",
-            "linear_finish",
         ],
     ),
     ("attend.cu", &["kv_write_f32", "kv_write_bf16", "kv_write_int8", "attend_f32", "attend_bf16", "attend_int8"]),

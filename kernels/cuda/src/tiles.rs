@@ -4,23 +4,23 @@
 use std::sync::Arc;
 
 use ashlar_kernels::SLICE;
-use ashlar_kernels::format::{CodeRow, Dtype, TensorView};
+use ashlar_kernels::format::{CodeRow, Dtype};
 use ashlar_kernels::ops::PackError;
 use half::f16;
 
-use crate::Cuda;
-use crate::arguments::{NULL, or_null};
-use crate::driver::{Address, Argument, Driver, DriverError};
-use crate::linear::RowsAt;
+use crate::driver::Driver;
+use crate::linear::{Most, Weights};
 use crate::memory::Memory;
+use crate::plain::Shape;
+use crate::stacked::Stacked;
 
 /// Outputs of a tile: an MMA's rows.
-const TILE: usize = 16;
+pub(crate) const TILE: usize = 16;
 /// Inputs that a row's codes are padded to.
 const CHUNK: usize = 64;
 /// Rows of an MMA's other side, and those that the form for few rows takes at most.
 const ROW_TILE: usize = 8;
-const FEW_ROWS_MAX: usize = 16;
+pub(crate) const FEW_ROWS_MAX: usize = 16;
 /// Rows and outputs of a cta of the form for many rows, its threads, and the stages that it loads ahead.
 const BLOCK: usize = 128;
 const MANY_THREADS: usize = 256;
@@ -45,7 +45,7 @@ macro_rules! kernels {
     ($kind:literal, $group:literal) => {
         Kernels {
             define: concat!("GROUP=", $group),
-            quantise: concat!("quantise_g", $group, "_strided"),
+            quantise: concat!("quantise_g", $group, "_rows"),
             few: [
                 [concat!("linear_", $kind, "_g", $group, "_rows1_any"), concat!("linear_", $kind, "_g", $group, "_rows2_any")],
                 [concat!("linear_", $kind, "_g", $group, "_rows1_t1"), concat!("linear_", $kind, "_g", $group, "_rows2_t1")],
@@ -80,20 +80,18 @@ pub(crate) fn entries() -> impl Iterator<Item = (&'static str, &'static str)> {
     names.into_iter()
 }
 
-/// A layer of one format.
-#[derive(Debug)]
+/// A form that takes weights of one format.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Tiles {
     bits: u32,
+    has_minimum: bool,
     group: usize,
     kernels: Kernels,
-    weights: Memory,
-    scales: Memory,
-    minima: Option<Memory>,
 }
 
-/// Bits and group of a format whose scales are f16 as they lie; `None` of others.
-fn form(dtype: Dtype) -> Option<(u32, bool, usize, Kernels)> {
-    let (bits, minimum, group) = match dtype {
+/// Of a format whose scales are f16 as they lie; `None` of others.
+fn form(dtype: Dtype) -> Option<Tiles> {
+    let (bits, has_minimum, group) = match dtype {
         Dtype::Int4 { group } => (4, false, usize::from(group)),
         Dtype::Int4Minimum { group } => (4, true, usize::from(group)),
         Dtype::Int8 { group } => (8, false, usize::from(group)),
@@ -102,7 +100,9 @@ fn form(dtype: Dtype) -> Option<(u32, bool, usize, Kernels)> {
         Dtype::Q8_0 => (8, false, 32),
         _ => return None,
     };
-    KERNELS.into_iter().find(|(of_bits, of_minimum, of_group, _)| (*of_bits, *of_minimum, *of_group) == (bits, minimum, group))
+    let (.., kernels) =
+        KERNELS.into_iter().find(|(of_bits, of_minimum, of_group, _)| (*of_bits, *of_minimum, *of_group) == (bits, has_minimum, group))?;
+    Some(Tiles { bits, has_minimum, group, kernels })
 }
 
 /// One layer's packed bytes: codes, scales, minima.
@@ -112,9 +112,9 @@ struct Packed {
     minima: Vec<u8>,
 }
 
-fn pack(view: &TensorView<'_>, bits: u32, group: usize) -> Packed {
+fn pack(stacked: &Stacked<'_>, bits: u32, group: usize) -> Packed {
     let (tiles, padded, slices, per_slice) =
-        (view.rows.div_ceil(TILE), view.cols.next_multiple_of(CHUNK), view.cols.div_ceil(SLICE), SLICE / group);
+        (stacked.rows.div_ceil(TILE), stacked.cols.next_multiple_of(CHUNK), stacked.cols.div_ceil(SLICE), SLICE / group);
     let mut packed = Packed {
         weights: Vec::with_capacity(tiles * TILE * padded * bits as usize / 8),
         scales: vec![0; tiles * slices * TILE * per_slice * 2],
@@ -122,9 +122,9 @@ fn pack(view: &TensorView<'_>, bits: u32, group: usize) -> Packed {
     };
     let mut rows: Vec<CodeRow> = (0..TILE).map(|_| CodeRow::default()).collect();
     for tile in 0..tiles {
-        let there = TILE.min(view.rows - tile * TILE);
+        let there = TILE.min(stacked.rows - tile * TILE);
         for (row, codes) in rows.iter_mut().enumerate().take(there) {
-            codes.read(view, tile * TILE + row);
+            stacked.read(codes, tile * TILE + row);
             for (values, to) in [(&codes.scales, &mut packed.scales), (&codes.minima, &mut packed.minima)] {
                 for (index, value) in values.iter().enumerate() {
                     let at = ((tile * slices + index / per_slice) * TILE + row) * per_slice + index % per_slice;
@@ -132,7 +132,7 @@ fn pack(view: &TensorView<'_>, bits: u32, group: usize) -> Packed {
                 }
             }
         }
-        let code = |row: usize, k: usize| if row < there && k < view.cols { rows[row].codes[k].cast_unsigned() } else { 0 };
+        let code = |row: usize, k: usize| if row < there && k < stacked.cols { rows[row].codes[k].cast_unsigned() } else { 0 };
         pack_codes(&mut packed.weights, padded, bits, code);
     }
     packed
@@ -160,27 +160,35 @@ fn pack_codes(out: &mut Vec<u8>, padded: usize, bits: u32, code: impl Fn(usize, 
 }
 
 impl Tiles {
-    /// Packs a layer; `None` where its format has no such kernels.
-    pub(crate) fn new(driver: &Arc<dyn Driver>, view: &TensorView<'_>) -> Result<Option<Self>, PackError> {
-        let Some((bits, minimum, group, kernels)) = form(view.dtype) else { return Ok(None) };
-        driver.prepare(kernels.quantise)?;
-        let packed = pack(view, bits, group);
-        Ok(Some(Self {
-            bits,
-            group,
-            kernels,
-            weights: Memory::holding(driver, &packed.weights)?,
-            scales: Memory::holding(driver, &packed.scales)?,
-            minima: minimum.then(|| Memory::holding(driver, &packed.minima)).transpose()?,
-        }))
+    /// Of a format; `None` where it has no such kernels.
+    pub(crate) fn of(dtype: Dtype) -> Option<Self> {
+        form(dtype)
     }
 
-    pub(crate) fn bytes(&self) -> usize {
-        self.weights.bytes() + self.scales.bytes() + self.minima.as_ref().map_or(0, Memory::bytes)
+    /// What its kernels are told apart by.
+    pub(crate) fn name(&self) -> &'static str {
+        self.kernels.many
     }
 
-    pub(crate) fn group(&self) -> usize {
-        self.group
+    /// The kernel that quantises rows for it.
+    pub(crate) fn quantise(&self) -> &'static str {
+        self.kernels.quantise
+    }
+
+    /// The two halves of so many outputs can be taken side by side.
+    pub(crate) fn gates(outputs: usize) -> bool {
+        outputs.is_multiple_of(2 * TILE)
+    }
+
+    pub(crate) fn pack(&self, driver: &Arc<dyn Driver>, stacked: &Stacked<'_>) -> Result<Weights, PackError> {
+        driver.prepare(self.kernels.quantise)?;
+        let packed = pack(stacked, self.bits, self.group);
+        Ok(Weights {
+            codes: Memory::holding(driver, &packed.weights)?,
+            scales: Some(Memory::holding(driver, &packed.scales)?),
+            minima: self.has_minimum.then(|| Memory::holding(driver, &packed.minima)).transpose()?,
+            group: self.group,
+        })
     }
 
     /// Bytes of so many rows quantised: codes, scales, sums.
@@ -189,52 +197,32 @@ impl Tiles {
         [rows * inputs.next_multiple_of(CHUNK), rows * groups * 4, rows * groups * 4]
     }
 
-    /// Quantises rows as this layer takes them.
-    pub(crate) fn quantise(&self, cuda: &Cuda, from: RowsAt, inputs: usize, rows: usize, places: [Address; 3]) -> Result<(), DriverError> {
-        let [codes, scales, sums] = places.map(Argument::Address);
-        let groups = inputs.next_multiple_of(CHUNK).div_ceil(self.group);
-        let arguments = [from.first.into(), codes, scales, sums, rows.into(), inputs.into(), from.stride.into()];
-        cuda.launch(self.kernels.quantise, [groups.div_ceil(8) as u32, padded_rows(rows) as u32, 1], 256, 0, &arguments)
+    /// Ctas along x that quantise rows of so many inputs, and their threads.
+    pub(crate) fn quantise_shape(&self, inputs: usize) -> (usize, usize) {
+        (inputs.next_multiple_of(CHUNK).div_ceil(self.group).div_ceil(8), 256)
     }
 
-    /// Outputs of quantised rows, without a bias, into rows of `stride`.
-    pub(crate) fn run(
-        &self,
-        cuda: &Cuda,
-        [outputs, inputs]: [usize; 2],
-        rows: usize,
-        places: [Address; 3],
-        to: Address,
-        stride: usize,
-    ) -> Result<(), DriverError> {
-        let Argument::Address(minima) = or_null(self.minima.as_ref().map(Memory::address)) else { unreachable!("a pointer") };
-        let Argument::Address(no_bias) = NULL else { unreachable!("a pointer") };
-        let words = |addresses: [Address; 4], last: usize| {
-            let [a, b, c, d] = addresses.map(|address| address.0);
-            Argument::Words([a, b, c, d, last as u64])
-        };
-        let layer = words([self.weights.address(), self.scales.address(), minima, no_bias], stride);
-        let [codes, scales, sums] = places.map(|address| address.0);
-        let arguments = [layer, Argument::ThreeWords([codes, scales, sums]), to.into(), rows.into(), outputs.into(), inputs.into()];
-        if rows > FEW_ROWS_MAX {
-            let grid = [outputs.div_ceil(BLOCK) as u32, rows.div_ceil(BLOCK) as u32, 1];
-            return cuda.launch(self.kernels.many, grid, MANY_THREADS, self.many_shared_bytes(), &arguments);
+    /// How tasks are launched: any number of up to [`FEW_ROWS_MAX`] rows each, or one of more.
+    pub(crate) fn shape(&self, most: &Most, sides: usize, shared_bytes_max: usize) -> Shape {
+        if most.rows > FEW_ROWS_MAX {
+            let grid = [(sides * most.width).div_ceil(BLOCK) as u32, most.rows.div_ceil(BLOCK) as u32, 1];
+            return (self.kernels.many, grid, MANY_THREADS, self.many_shared_bytes());
         }
-        let (slices, row_tiles) = (inputs.div_ceil(SLICE), rows.div_ceil(ROW_TILE));
-        let form = match (inputs.is_multiple_of(SLICE), outputs >= TWO_TILES_FROM) {
-            (false, _) => 0,
-            (true, false) => 1,
-            (true, true) => 2,
+        let row_tiles = most.rows.div_ceil(ROW_TILE);
+        let shared = |tiles: usize| sides * most.slices * row_tiles * ROW_TILE * tiles * TILE * size_of::<f32>();
+        let (form, tiles) = match most.is_whole {
+            false => (0, 1),
+            true if sides * most.widths >= TWO_TILES_FROM && shared(2) <= shared_bytes_max => (2, 2),
+            true => (1, 1),
         };
-        let tiles = if form == 2 { 2 } else { 1 };
-        let shared = slices * row_tiles * ROW_TILE * tiles * TILE * size_of::<f32>();
-        let grid = [outputs.div_ceil(tiles * TILE) as u32, 1, 1];
-        cuda.launch(self.kernels.few[form][row_tiles - 1], grid, 32 * slices.min(FEW_WARPS_MAX), shared, &arguments)
+        let grid = [most.width.div_ceil(tiles * TILE) as u32, most.count as u32, 1];
+        let warps = most.slices.min(FEW_WARPS_MAX / sides) * sides;
+        (self.kernels.few[form][row_tiles - 1], grid, 32 * warps, shared(tiles))
     }
 
     /// `integer_many_shared_bytes` of linear_integer.cu.
     fn many_shared_bytes(&self) -> usize {
-        let kinds = if self.minima.is_some() { 2 } else { 1 };
+        let kinds = if self.has_minimum { 2 } else { 1 };
         let row_tiles = BLOCK / 16;
         let stage = 2 * row_tiles * 512 + kinds * 2 * row_tiles * (CHUNK / self.group).max(1) * 32 + 512 * self.bits as usize * 2;
         STAGES * stage + kinds * 2 * 8 * 32 * (SLICE / self.group) + 8 * row_tiles * 1024
@@ -258,7 +246,7 @@ mod tests {
             (Dtype::Q8_0, "linear_8s_g32_many"),
             (Dtype::Q4_1, "linear_4m_g32_many"),
         ] {
-            assert_eq!(form(dtype).unwrap().3.many, name, "{dtype}");
+            assert_eq!(form(dtype).unwrap().name(), name, "{dtype}");
         }
         for dtype in [
             Dtype::Int4 { group: 16 },

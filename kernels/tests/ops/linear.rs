@@ -53,7 +53,7 @@ impl LinearCase {
         check(&self);
         let up = random.tensor(self.parts[0].dtype, self.parts[0].rows, self.inputs());
         self.parts.push(up);
-        self.bias = self.bias.map(|bias| [bias.clone(), bias].concat());
+        self.bias = self.bias.map(|bias| [bias.clone(), random.tame(bias.len())].concat());
         self.finish = Finish::Gate(random.pick(&[Activation::Silu, Activation::GeluTanh, Activation::Gelu, Activation::Relu]));
         check(&self);
     }
@@ -191,6 +191,34 @@ proptest! {
         let (row_count, cols) = (rows(&mut random), random.pick(&[32, 96, 544, 2080]));
         let rows_max = (1_500_000 / (row_count * cols)).clamp(4, 150);
         LinearCase::random(&mut random, &[dtype], row_count, cols, rows_max).check_added_and_gated(&mut random);
+    }
+}
+
+/// Parts that may be packed as one, and halves that a device may gate where it computes them.
+#[test]
+fn parts_of_whole_tiles_are_one_layer() {
+    let mut random = Random(12);
+    let kinds = [Dtype::Int4 { group: 32 }, Dtype::Int4Minimum { group: 128 }, Dtype::Int8 { group: 64 }, Dtype::Q4K, Dtype::F32];
+    for dtype in kinds {
+        for (row_count, cols) in [(1, 1280), (3, 512), (13, 768), (20, 768)] {
+            let parts: Vec<_> = [32, 16, 7].map(|rows| random.tensor(dtype, rows, cols)).into();
+            check(&LinearCase { bias: Some(random.tame(55)), ..LinearCase::of(random.wild(row_count, cols), row_count, parts) });
+            let parts = vec![random.tensor(dtype, 48, cols)];
+            let case = LinearCase { bias: Some(random.tame(48)), ..LinearCase::of(random.wild(row_count, cols), row_count, parts) };
+            case.check_added_and_gated(&mut random);
+        }
+    }
+}
+
+/// More slices than any device sums at once.
+#[test]
+fn long_rows_are_summed_in_order() {
+    let mut random = Random(13);
+    for dtype in [Dtype::Bf16, Dtype::Int8Minimum { group: 32 }, Dtype::Int4 { group: 64 }] {
+        for row_count in [1, 9] {
+            let parts = vec![random.tensor(dtype, 5, 17 * 512 + 96)];
+            check_rows(&LinearCase::of(random.tame(row_count * parts[0].cols), row_count, parts), &mut random);
+        }
     }
 }
 

@@ -219,6 +219,34 @@ proptest! {
     }
 }
 
+/// What many models at one depth are, or many adapters: a row or a few of each, layers of one format and of shapes of their own.
+#[test]
+fn many_runs_of_few_rows_have_the_bits_of_each_run_alone() {
+    let mut random = Random(9);
+    let (whole, odd) = (Dtype::Int4 { group: 128 }, Dtype::Int4Minimum { group: 16 });
+    let kinds = [whole, INT8, Dtype::Q4_1, Dtype::Int1 { group: 64 }, odd, Dtype::Bf16, Dtype::F16];
+    let columns = [[512, 1024], [96, 1056], [544, 32], [512, 200], [64, 512], [600, 16], [4, 64]];
+    for (dtype, columns) in kinds.into_iter().zip(columns) {
+        for row_counts in [&[1][..], &[1, 0, 3, 9, 16, 17]] {
+            let run = |i: usize| {
+                let (cols, rows) = (random.pick(&columns), random.pick(&[16, 16, 5, 40]));
+                let bias = i.is_multiple_of(3).then(|| random.tame(rows));
+                let parts = vec![random.tensor(dtype, rows, cols)];
+                Run { parts, gaps: None, is_diagonal: false, bias, skip: i % 7 / 6, row_count: row_counts[i % row_counts.len()] }
+            };
+            let runs: Vec<_> = (0..24).map(run).collect();
+            let rows: usize = runs.iter().map(|run| run.skip + run.row_count).sum();
+            let (inputs, outputs) = (columns[0].max(columns[1]), 40);
+            let inputs = Columns { stride: inputs + 9, offset: 8, width: inputs };
+            let outputs = Columns { stride: outputs + 5, offset: 3, width: outputs };
+            let (x, out) = (random.wild(rows, inputs.stride), random.wild(rows, outputs.stride));
+            let finish = if row_counts.len() == 1 { Finish::Add } else { Finish::Store };
+            let case = RunsCase { x, inputs, out, outputs, runs, finish, bf16_compute: Bf16Compute::F32 };
+            check_alone(&case, &check(&case));
+        }
+    }
+}
+
 #[test]
 fn no_runs_change_nothing() {
     let dense = Columns::dense(3);

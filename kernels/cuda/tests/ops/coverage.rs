@@ -1,59 +1,17 @@
 //! Each kernel that the device can launch is launched here, so that none is believed untested: its bits are compared where a case of the suite does so.
 
 use std::collections::BTreeSet;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
-use ashlar_cuda::{Address, Cuda, Driver, DriverError, Launch, entries};
+use ashlar_cuda::{Cuda, Driver, entries};
 use ashlar_kernels::format::{Dtype, TensorView};
 use ashlar_kernels::ops::{Activation, AttentionShape, Columns, KvFormat, KvPlace, KvShape, NormKind, Ops, Query};
 use ashlar_kernels::reference::Reference;
 
 use super::linear::LinearCase;
+use super::recorded::recorded;
 use super::values::Random;
-use super::{Case, assert_same, open, upload};
-
-/// A card, and the kernels that were launched on it.
-struct Recorded {
-    card: Arc<dyn Driver>,
-    launched: Arc<Mutex<BTreeSet<&'static str>>>,
-}
-
-impl Driver for Recorded {
-    fn describe(&self) -> String {
-        self.card.describe()
-    }
-    fn shared_bytes_max(&self) -> usize {
-        self.card.shared_bytes_max()
-    }
-    fn memory_bytes(&self) -> Result<(u64, u64), DriverError> {
-        self.card.memory_bytes()
-    }
-    fn allocate(&self, bytes: usize) -> Result<Address, DriverError> {
-        self.card.allocate(bytes)
-    }
-    fn free(&self, memory: Address) {
-        self.card.free(memory);
-    }
-    fn fill(&self, to: Address, bytes: &[u8]) -> Result<(), DriverError> {
-        self.card.fill(to, bytes)
-    }
-    fn send(&self, to: Address, bytes: &[u8]) -> Result<(), DriverError> {
-        self.card.send(to, bytes)
-    }
-    fn zero(&self, to: Address, bytes: usize) -> Result<(), DriverError> {
-        self.card.zero(to, bytes)
-    }
-    fn fetch(&self, from: Address, bytes: &mut [u8]) -> Result<(), DriverError> {
-        self.card.fetch(from, bytes)
-    }
-    fn prepare(&self, kernel: &'static str) -> Result<(), DriverError> {
-        self.card.prepare(kernel)
-    }
-    fn launch(&self, launch: &Launch<'_>) -> Result<(), DriverError> {
-        self.launched.lock().unwrap_or_else(PoisonError::into_inner).insert(launch.kernel);
-        self.card.launch(launch)
-    }
-}
+use super::{Case, assert_same, upload};
 
 /// Layers of every format, in few rows and many, of few outputs and many.
 fn linears(cuda: &Cuda) {
@@ -72,6 +30,16 @@ fn linears(cuda: &Cuda) {
         let parts = vec![random.tensor(dtype, outputs, inputs)];
         let case = LinearCase::of(random.tame(row_count * inputs), row_count, parts);
         assert_same(&format!("{dtype} {row_count} x {outputs}"), &case.run(&Reference::default()), &case.run(cuda));
+    }
+}
+
+/// Gate and up of so many outputs that a warp takes two tiles of a side.
+#[test]
+fn many_outputs_are_gated_side_by_side() {
+    let mut random = Random(4);
+    for row_count in [1, 12] {
+        let parts = vec![random.tensor(Dtype::Int4 { group: 128 }, 4096 + 16, 512)];
+        LinearCase::of(random.tame(row_count * 512), row_count, parts).check_added_and_gated(&mut random);
     }
 }
 
@@ -120,13 +88,11 @@ fn rows(cuda: &Cuda) {
 
 #[test]
 fn every_kernel_is_launched() {
-    let Some(card) = open() else { return };
-    let launched = Arc::new(Mutex::new(BTreeSet::new()));
-    let cuda = Cuda::new(Arc::new(Recorded { card, launched: Arc::clone(&launched) })).unwrap();
+    let Some((cuda, record)) = recorded() else { return };
     linears(&cuda);
     attention(&cuda);
     rows(&cuda);
-    let launched = launched.lock().unwrap().clone();
+    let launched: BTreeSet<&str> = record.take(&cuda).into_iter().filter(|call| *call != "send").collect();
     let known: BTreeSet<&str> = entries().map(|(_, entry)| entry).collect();
     let left_out: Vec<_> = known.difference(&launched).collect();
     assert!(left_out.is_empty(), "nothing launches {left_out:?}");

@@ -9,11 +9,13 @@ mod attention;
 mod case;
 mod coverage;
 mod driven;
+mod launches;
 #[path = "../../../tests/ops/linear.rs"]
 #[expect(dead_code, reason = "cards have no paired products")]
 mod linear;
 #[path = "../../../tests/ops/linear_runs.rs"]
 mod linear_runs;
+mod recorded;
 #[path = "../../../tests/ops/rows.rs"]
 mod rows;
 mod steps;
