@@ -2,10 +2,10 @@
 // `cpu-v1`, `cpu-v1+kv-bf16` and `cpu-v1+kv-int8`. A warp takes a query row and head; `attention.cu` has the faster form for decodes.
 //
 // Layouts: keys, values [slot][kv head][page_tokens][D] in their format; int8 scales [slot][kv head][page_tokens] f32;
-// qkv rows [H D | KV D | KV D] f32; tables of slots, one after another; queries { first entry of the table, position }.
+// qkv rows [H D | KV D | KV D] f32; tables of slots, one after another; queries, in the order
+// in which they are taken { first entry of the table, position, row, segment from which the row is alone }.
 #include "numerics.cuh"
 
-enum KvFormat { F32_KV, BF16_KV, INT8_KV };
 constexpr int HEAD_PER_LANE = 16; // heads of up to 512 elements
 
 template <int FORMAT> DEVICE float kv_element(const void* from, size_t at) {
@@ -46,9 +46,10 @@ template <int FORMAT>
 DEVICE void attend_row(float* out, const float* qkv, const void* keys, const void* values, const float* key_scales, const float* value_scales, const u32* queries, const u32* tables, int kv_heads, int d, int page_tokens, int window, float scale, float softcap) {
     DYNAMIC_SHARED(float, q);
     float* p = q + d;
-    int lane = threadIdx.x, head = blockIdx.x, heads = gridDim.x, row = blockIdx.y, kv_head = head / (heads / kv_heads);
-    const u32* table = tables + queries[2 * row];
-    int position = (int)queries[2 * row + 1], first = window && position + 1 > window ? position + 1 - window : 0;
+    int lane = threadIdx.x, head = blockIdx.x, heads = gridDim.x, kv_head = head / (heads / kv_heads);
+    const u32* query = queries + 4 * blockIdx.y;
+    const u32* table = tables + query[0];
+    int position = (int)query[1], row = (int)query[2], first = window && position + 1 > window ? position + 1 - window : 0;
     const float* from = qkv + (size_t)row * (heads + 2 * kv_heads) * d + head * d;
     for (int i = lane; i < d; i += 32) q[i] = from[i];
     __syncwarp();

@@ -2,7 +2,7 @@
 // A warp takes a segment of 64 tokens for all heads of a kv head; the cta merges its warps' segments in order.
 //
 // Layouts: keys, values [slot][kv head][page][D] bf16, a page being `pieces` times 16 tokens; q, out [sequence][heads][D] f32, q with a stride of its own
-// where it is given; tables of slots: [sequence][pages_max], or where `queries` { first entry, position } says. A page below is a piece of 16 tokens.
+// where it is given; tables of slots: [sequence][pages_max], or where `queries` says, as in attend.cu. A page below is a piece of 16 tokens.
 // Bytes: 4 D for each token and kv head. Operations: 4 D H. Limited by bytes up to H = 4 or so, then by f32 arithmetic.
 #include "numerics.cuh"
 
@@ -13,7 +13,8 @@ struct DecodeShape {
     int pieces, q_stride;            // of a page; elements from row to row of q. 0: one; dense
     const u32* queries;              // null: positions, and tables by pages_max
 };
-DEVICE int position_of(const DecodeShape& shape, const int* positions, int sequence) { return shape.queries ? (int)shape.queries[2 * sequence + 1] : positions[sequence]; }
+DEVICE int position_of(const DecodeShape& shape, const int* positions, int sequence) { return shape.queries ? (int)shape.queries[4 * sequence + 1] : positions[sequence]; }
+DEVICE size_t row_of(const DecodeShape& shape, int sequence) { return shape.queries ? shape.queries[4 * sequence + 2] : (u32)sequence; }
 
 /// Bytes of shared memory: for each warp K [64][2 D + 16], V [64][2 D], p [64][H], o [H][D], then q [H][D] and m, l [W][H].
 template <int D, int H, int W> constexpr int decode_shared_bytes() { return W * (64 * (2 * D + 16) + 64 * 2 * D + 64 * H * 4 + H * D * 4) + H * D * 4 + 2 * W * H * 4; }
@@ -35,11 +36,12 @@ DEVICE void decode(const float* q, const u16* keys, const u16* values, const u32
     int position = position_of(shape, positions, sequence), first = shape.window ? (position + 1 > shape.window ? position + 1 - shape.window : 0) : 0;
     int begin = first / SEGMENT_TOKENS, end = position / SEGMENT_TOKENS + 1;
     if (SPLIT) {
+        if (shape.queries && begin < (int)shape.queries[4 * sequence + 3]) begin = shape.queries[4 * sequence + 3]; // what is before was taken with others
         begin = begin + blockIdx.z * shape.segments_each;
         end = end < begin + shape.segments_each ? end : begin + shape.segments_each;
         if (begin >= end) return;
     }
-    const u32* table = tables + (shape.queries ? shape.queries[2 * sequence] : (size_t)sequence * shape.pages_max);
+    const u32* table = tables + (shape.queries ? shape.queries[4 * sequence] : (size_t)sequence * shape.pages_max);
     int pieces = shape.pieces ? shape.pieces : 1;
     // Pages are copied whole where they hold a token that is seen: what lies beyond the position in them is never used.
     constexpr int PAGES = SEGMENT_TOKENS / PAGE_TOKENS;
@@ -70,7 +72,7 @@ DEVICE void decode(const float* q, const u16* keys, const u16* values, const u32
     load(begin + warp, keys, k_at, KROW);
     load(begin + warp, values, v_at, VROW);
     look_up(begin + warp + W);
-    for (int i = threadIdx.x; i < H * D; i += 32 * W) q_at[i] = q[(size_t)sequence * (shape.q_stride ? shape.q_stride : shape.kv_heads * H * D) + kv_head * H * D + i];
+    for (int i = threadIdx.x; i < H * D; i += 32 * W) q_at[i] = q[row_of(shape, sequence) * (shape.q_stride ? shape.q_stride : shape.kv_heads * H * D) + kv_head * H * D + i];
     __syncthreads();
     constexpr int ELEMENTS = (H * D + 32 * W - 1) / (32 * W);
     float m[ELEMENTS], l[ELEMENTS], o[ELEMENTS];
@@ -194,7 +196,7 @@ DEVICE void decode(const float* q, const u16* keys, const u16* values, const u32
 #pragma unroll
     for (int i = 0; i < ELEMENTS; i++) {
         int element = i * 32 * W + threadIdx.x;
-        if (element < H * D) out[((size_t)sequence * shape.kv_heads + kv_head) * H * D + element] = __fdiv_rn(o[i], l[i]);
+        if (element < H * D) out[(row_of(shape, sequence) * shape.kv_heads + kv_head) * H * D + element] = __fdiv_rn(o[i], l[i]);
     }
 }
 
@@ -222,7 +224,7 @@ template <int D, int H> DEVICE void merge(const float* partial, const int* posit
             m = newer ? m_s[i] : m;
         }
     }
-    out[((size_t)sequence * gridDim.x + head) * D + threadIdx.x] = __fdiv_rn(o, l);
+    out[(row_of(shape, sequence) * gridDim.x + head) * D + threadIdx.x] = __fdiv_rn(o, l);
 }
 
 #define ENTRIES(D, H, W) NAMED_ENTRIES(D, H, W)

@@ -7,6 +7,8 @@
 #define SEGMENT_TOKENS 64
 #define PAGE_TOKENS 16
 
+enum KvFormat { F32_KV, BF16_KV, INT8_KV };
+
 DEVICE float power_of_two(int n) { return float_of((u32)(n + 127) << 23); }
 
 /// e^x: 0 from -104 down, infinity from 89 up.

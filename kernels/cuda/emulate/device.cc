@@ -7,6 +7,7 @@
 #include "../linear_integer.cu"
 #define EVERY_HEAD
 #include "../attention.cu"
+#include "../chunk.cu"
 #include <algorithm>
 #include <map>
 #include <utility>
@@ -32,11 +33,13 @@ template <class... P> std::vector<size_t> sizes(void (*)(P...)) { return {sizeof
     ENTRY(KIND##_g##G##_rows1_any), ENTRY(KIND##_g##G##_rows2_any), ENTRY(KIND##_g##G##_rows1_t1), ENTRY(KIND##_g##G##_rows2_t1), \
     ENTRY(KIND##_g##G##_rows1_t2), ENTRY(KIND##_g##G##_rows2_t2), ENTRY(KIND##_g##G##_many)
 #define OF_HEADS_ENTRIES(D, H) ENTRY(decode_d##D##_h##H##_w4), ENTRY(decode_split_d##D##_h##H##_w4), ENTRY(decode_merge_d##D##_h##H)
+#define CHUNK_ENTRIES(D) ENTRY(chunk_f32_d##D), ENTRY(chunk_bf16_d##D), ENTRY(chunk_int8_d##D), ENTRY(chunk_split_bf16_d##D)
 #define OF_GROUP(G) ENTRY(quantise_g##G##_rows), OF_KIND(linear_4s, G), OF_KIND(linear_4m, G), OF_KIND(linear_8s, G)
 const struct { const char* name; Run run; Sizes sizes; } entries[] = {
     ENTRY(gather_rows), ENTRY(scatter_rows), ENTRY(rows_from), ENTRY(norm_rows), ENTRY(norm_heads), ENTRY(rope_heads), ENTRY(gate_rows), ENTRY(activate_elements), ENTRY(add_elements), ENTRY(softcap_elements), ENTRY(largest_of_rows), ENTRY(read_all),
     BOTH(linear_f32), BOTH(linear_f16), BOTH(linear_bf16), BOTH(linear_fp8), BOTH(linear_integer), ENTRY(quantise_exact),
     ENTRY(kv_write_f32), ENTRY(kv_write_bf16), ENTRY(kv_write_int8), ENTRY(attend_f32), ENTRY(attend_bf16), ENTRY(attend_int8),
+    CHUNK_ENTRIES(64), CHUNK_ENTRIES(128), ENTRY(chunk_bf16_d256),
     OF_GROUP(32), OF_GROUP(64), OF_GROUP(128),
     OF_HEADS_ENTRIES(64, 1), OF_HEADS_ENTRIES(64, 3), OF_HEADS_ENTRIES(64, 4), OF_HEADS_ENTRIES(64, 7), OF_HEADS_ENTRIES(128, 2), OF_HEADS_ENTRIES(128, 4), OF_HEADS_ENTRIES(128, 8),
 };

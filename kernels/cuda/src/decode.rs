@@ -1,13 +1,15 @@
 //! Attention over bf16 pages by `kernels/cuda/attention.cu`: a cta for each row and kv head, with the bits of docs/numerics.md's rule 6. It is made for decodes, few
 //! rows and long contexts; other formats and heads take `attend.cu`'s plain form.
 
+use std::ops::Range;
+
 use ashlar_kernels::ops::{AttentionShape, KvFormat, Query, SEGMENT_TOKENS};
 
 use crate::Cuda;
 use crate::arguments::NULL;
+use crate::chunk;
 use crate::driver::{Address, Argument, DriverError};
 use crate::kv::Kv;
-use crate::scratch::Scratch;
 
 /// Warps of a cta, each with a segment of its own.
 const WARPS: usize = 4;
@@ -18,7 +20,7 @@ const CTAS_MIN: usize = 132;
 /// Segments of a split.
 const SPLIT_SEGMENTS: usize = 4;
 /// What splits may leave in scratch, which is larger from the start: nothing is taken of the card while it serves.
-const SPLIT_BYTES_MAX: usize = 32 << 20;
+pub(crate) const SPLIT_BYTES_MAX: usize = 32 << 20;
 
 /// What the kernels for heads of one size and number on a kv head are called.
 #[derive(Debug, Clone, Copy)]
@@ -76,48 +78,81 @@ impl Kernels {
     /// Bytes of scratch that rows want: what splits leave, 0 where there are none. Rows are cut where there are too few to keep a card busy.
     pub(crate) fn scratch_bytes(&self, shape: &AttentionShape, queries: &[Query]) -> usize {
         let (segments, ctas) = (segments(queries), queries.len() * shape.kv.kv_heads);
-        let bytes = ctas * segments * self.group * (self.head_dim + 2) * size_of::<f32>();
+        let bytes = split_bytes(shape, queries.len(), segments);
         if ctas < CTAS_MIN && segments > SPLIT_SEGMENTS && bytes <= SPLIT_BYTES_MAX { bytes } else { 0 }
     }
 
-    /// Attends; `queries_at` and `tables_at` are what `queries` are on the card.
+    /// Attends for rows that are taken alone. `queries_at` and `tables_at` are what `queries` are on the card, `partial` where splits may leave
+    /// [`Kernels::scratch_bytes`].
     pub(crate) fn run(
         &self,
         cuda: &Cuda,
-        scratch: &mut Scratch,
+        partial: Address,
         (out, rows, kv): (Address, Address, &Kv),
         shape: &AttentionShape,
         queries: &[Query],
-        [queries_at, tables_at]: [Address; 2],
+        at: [Address; 2],
     ) -> Result<(), DriverError> {
-        let (segments, kv_heads) = (segments(queries), shape.kv.kv_heads);
-        let words = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
-        let window = shape.window.map_or(0, |window| window.min(i32::MAX.cast_unsigned()));
-        let of_shape = Argument::Words([
-            words(kv_heads as u32, (segments * SEGMENT_TOKENS / PIECE) as u32),
-            words(window, shape.scale.to_bits()),
-            words(shape.softcap.unwrap_or(0.0).to_bits(), SPLIT_SEGMENTS as u32),
-            words((shape.kv.page_tokens / PIECE) as u32, shape.qkv_width() as u32),
-            queries_at.0,
-        ]);
-        let [keys, values, ..] = kv.sections().map(Argument::Address);
-        let attend = |to: Address| [rows.into(), keys, values, tables_at.into(), NULL, to.into(), of_shape];
-        let (row_count, threads, shared) = (queries.len() as u32, 32 * WARPS, self.shared_bytes());
-        let split_bytes = self.scratch_bytes(shape, queries);
-        if split_bytes == 0 {
-            return cuda.launch(self.whole, [kv_heads as u32, row_count, 1], threads, shared, &attend(out));
+        let segments = segments(queries);
+        if self.scratch_bytes(shape, queries) > 0 {
+            return self.run_split(cuda, partial, (out, rows, kv), shape, (queries.len(), 0..segments), at);
         }
-        let partial = scratch.take(split_bytes);
-        let splits = segments.div_ceil(SPLIT_SEGMENTS) as u32;
-        cuda.launch(self.split, [kv_heads as u32, row_count, splits], threads, shared, &attend(partial))?;
-        let merged = [partial.into(), NULL, out.into(), of_shape];
-        cuda.launch(self.merge, [shape.heads as u32, row_count, 1], self.head_dim, 0, &merged)
+        let arguments = attend(out, (rows, kv), shape, segments, at);
+        let grid = [shape.kv.kv_heads as u32, queries.len() as u32, 1];
+        cuda.launch(self.whole, grid, 32 * WARPS, self.shared_bytes(), &arguments)
+    }
+
+    /// Attends for so many rows in splits, which a second kernel merges. Each row says which of its segments are in `partial` already, those before `segments` at least;
+    /// that range ends with the longest row.
+    pub(crate) fn run_split(
+        &self,
+        cuda: &Cuda,
+        partial: Address,
+        (out, rows, kv): (Address, Address, &Kv),
+        shape: &AttentionShape,
+        (row_count, segments): (usize, Range<usize>),
+        at: [Address; 2],
+    ) -> Result<(), DriverError> {
+        let grid = [shape.kv.kv_heads as u32, row_count as u32, segments.len().div_ceil(SPLIT_SEGMENTS) as u32];
+        let arguments = attend(partial, (rows, kv), shape, segments.end, at);
+        cuda.launch(self.split, grid, 32 * WARPS, self.shared_bytes(), &arguments)?;
+        let merged = [partial.into(), NULL, out.into(), words(shape, segments.end, at[0])];
+        cuda.launch(self.merge, [shape.heads as u32, row_count as u32, 1], self.head_dim, 0, &merged)
     }
 }
 
+/// Arguments of the kernels that attend.
+fn attend(
+    to: Address,
+    (rows, kv): (Address, &Kv),
+    shape: &AttentionShape,
+    segments: usize,
+    [queries, tables]: [Address; 2],
+) -> [Argument; 7] {
+    let [keys, values, ..] = kv.sections().map(Argument::Address);
+    [rows.into(), keys, values, tables.into(), NULL, to.into(), words(shape, segments, queries)]
+}
+
+/// `DecodeShape` of attention.cu.
+fn words(shape: &AttentionShape, segments: usize, queries_at: Address) -> Argument {
+    let words = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
+    Argument::Words([
+        words(shape.kv.kv_heads as u32, (segments * SEGMENT_TOKENS / PIECE) as u32),
+        words(chunk::window(shape).cast_unsigned(), shape.scale.to_bits()),
+        words(shape.softcap.unwrap_or(0.0).to_bits(), SPLIT_SEGMENTS as u32),
+        words((shape.kv.page_tokens / PIECE) as u32, shape.qkv_width() as u32),
+        queries_at.0,
+    ])
+}
+
+/// What splits of rows leave: for each row, head and segment an output, m and l.
+pub(crate) fn split_bytes(shape: &AttentionShape, rows: usize, segments: usize) -> usize {
+    rows * shape.heads * segments * (shape.kv.head_dim + 2) * size_of::<f32>()
+}
+
 /// Segments of the longest row.
-fn segments(queries: &[Query]) -> usize {
-    queries.iter().map(|query| query.position as usize / SEGMENT_TOKENS + 1).max().unwrap_or(1)
+pub(crate) fn segments<'a>(queries: impl IntoIterator<Item = &'a Query>) -> usize {
+    queries.into_iter().map(|query| query.position as usize / SEGMENT_TOKENS + 1).max().unwrap_or(1)
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use crate::chunk;
 use crate::decode;
 use crate::driver::{Address, Driver};
 use crate::memory::Memory;
@@ -24,7 +25,7 @@ impl Kv {
         if shape.head_dim > HEAD_MAX {
             return Err(PackError::Device(format!("a head of {} elements: the card's kernels take up to {HEAD_MAX}", shape.head_dim)));
         }
-        if let Some(kernel) = decode::any_of(shape.head_dim, shape.format) {
+        for kernel in [decode::any_of(shape.head_dim, shape.format), chunk::any_of(shape.head_dim, shape.format)].into_iter().flatten() {
             driver.prepare(kernel)?;
         }
         let memory = Memory::new(driver, shape.page_bytes() * slot_count)?;

@@ -5,7 +5,9 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "tests may unwrap, also in their helper functions"))]
 
 mod arguments;
+mod attend;
 mod card;
+mod chunk;
 mod compile;
 mod decode;
 mod driver;
@@ -16,12 +18,14 @@ mod memory;
 mod ops;
 mod pinned;
 mod plain;
+mod plan;
 mod probe;
 mod queue;
 mod recordings;
 mod rope;
 mod runs;
 mod scratch;
+mod shared;
 mod sources;
 mod stacked;
 mod tape;

@@ -6,7 +6,6 @@ use std::sync::{Arc, MutexGuard, PoisonError};
 
 use crate::Cuda;
 use crate::arguments::or_null;
-use crate::decode;
 use crate::driver::{Address, Argument, DriverError, Launch};
 use crate::kv::Kv;
 use crate::linear::Linear;
@@ -16,7 +15,7 @@ use crate::runs::{Run, activation_number};
 use crate::scratch::Scratch;
 use ashlar_kernels::format::{CodeRow, Dtype, TensorView};
 use ashlar_kernels::ops::{
-    Activation, AttentionShape, Columns, Finish, KvPlace, KvShape, LinearRun, NormKind, Ops, PackError, PlacedPart, Query, SEGMENT_TOKENS,
+    Activation, AttentionShape, Columns, Finish, KvPlace, KvShape, LinearRun, NormKind, Ops, PackError, PlacedPart, Query,
 };
 use ashlar_kernels::reference::concatenate;
 use ashlar_kernels::table::Table;
@@ -382,7 +381,7 @@ impl Ops for Cuda {
     fn attend(&self, out: &mut Buffer, qkv: &Buffer, kv: &Kv, shape: &AttentionShape, queries: &[Query], tables: &[u32]) {
         assert_eq!(shape.kv, kv.shape(), "one slot class");
         assert!(shape.window != Some(0), "a window sees at least the query's own position");
-        let KvShape { kv_heads, head_dim, page_tokens, .. } = shape.kv;
+        let KvShape { head_dim, page_tokens, .. } = shape.kv;
         for query in queries {
             let first = shape.window.map_or(0, |window| (query.position + 1).saturating_sub(window)) as usize;
             let pages =
@@ -391,32 +390,7 @@ impl Ops for Cuda {
         }
         let to = out.at(0, queries.len() * shape.heads * head_dim);
         let rows = qkv.at(0, queries.len() * shape.qkv_width());
-        let flat: Vec<u32> = queries.iter().flat_map(|query| [query.table_start, query.position]).collect();
-        let decode = decode::of(shape, self.driver.shared_bytes_max());
-        let more = decode.map_or(0, |kernels| kernels.scratch_bytes(shape, queries));
-        let ([queries_at, tables_at], mut scratch) = sound(self.stage([&flat, tables], more));
-        if let Some(kernels) = decode {
-            return sound(kernels.run(self, &mut scratch, (to, rows, kv), shape, queries, [queries_at, tables_at]));
-        }
-        let [keys, values, key_scales, value_scales] = kv.sections().map(Argument::Address);
-        let arguments = [
-            to.into(),
-            rows.into(),
-            keys,
-            values,
-            key_scales,
-            value_scales,
-            queries_at.into(),
-            tables_at.into(),
-            kv_heads.into(),
-            head_dim.into(),
-            page_tokens.into(),
-            (shape.window.map_or(0, |window| window.min(i32::MAX.cast_unsigned())) as usize).into(),
-            shape.scale.into(),
-            shape.softcap.unwrap_or(0.0).into(),
-        ];
-        let shared = (head_dim + SEGMENT_TOKENS) * size_of::<f32>();
-        sound(self.launch(kv.entries()[1], [shape.heads as u32, queries.len() as u32, 1], 32, shared, &arguments));
+        sound(self.attend_rows((to, rows, kv), shape, queries, tables));
     }
 
     fn gate(&self, out: &mut Buffer, gate_up: &Buffer, row_count: usize, width: usize, activation: Activation) {

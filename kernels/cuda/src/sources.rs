@@ -32,6 +32,9 @@ pub const SOURCES: &[Source] = &[
     source!("linear_integer.cu", "GROUP=128", false),
     source!("attention.cu", "HEAD=64", false),
     source!("attention.cu", "HEAD=128", false),
+    source!("chunk.cu", "HEAD=64", false),
+    source!("chunk.cu", "HEAD=128", false),
+    source!("chunk.cu", "HEAD=256", false),
 ];
 /// What they include.
 pub(crate) const HEADERS: &[Source] = &[source!("integer.cuh"), source!("linear.cuh"), source!("numerics.cuh"), source!("ptx.cuh")];
@@ -42,7 +45,8 @@ pub const OPTIONS: &[&str] = &["--std=c++17", "-default-device", "--fmad=false",
 pub fn entries() -> impl Iterator<Item = ((&'static str, &'static str), &'static str)> {
     let plain = ENTRIES.iter().flat_map(|(file, names)| names.iter().map(|name| ((*file, ""), *name)));
     let tiles = crate::tiles::entries().map(|(define, name)| (("linear_integer.cu", define), name));
-    plain.chain(tiles).chain(crate::decode::entries().map(|(define, name)| (("attention.cu", define), name)))
+    let decodes = crate::decode::entries().map(|(define, name)| (("attention.cu", define), name));
+    plain.chain(tiles).chain(decodes).chain(crate::chunk::entries().map(|(define, name)| (("chunk.cu", define), name)))
 }
 
 impl Source {

@@ -329,6 +329,97 @@ fn long_rows_of_common_heads_have_the_reference_bits() {
     }
 }
 
+/// Rows of several sequences of which each has pages of its own behind the first `common`, in one call; positions by sequence.
+fn in_company(random: &mut Random, shape: AttentionShape, common: usize, sequences: &[std::ops::Range<u32>]) -> Sharing {
+    let page_tokens = shape.kv.page_tokens;
+    let page_counts = sequences.iter().map(|positions| (positions.end as usize).div_ceil(page_tokens));
+    let mut slots: Vec<u32> = (0..(common + page_counts.sum::<usize>()) as u32).collect();
+    let slot_count = slots.len();
+    for i in (1..slot_count).rev() {
+        slots.swap(i, random.below(i + 1));
+    }
+    let first: Vec<u32> = slots.split_off(slot_count - common);
+    let (mut queries, mut tables) = (Vec::new(), Vec::new());
+    for positions in sequences {
+        let table_start = tables.len();
+        tables.extend(&first);
+        tables.truncate(table_start + (positions.end as usize).div_ceil(page_tokens));
+        let own = (positions.end as usize).div_ceil(page_tokens) - (tables.len() - table_start);
+        tables.extend(slots.drain(..own));
+        let behind = shape.window.map_or(0, |window| (positions.start + 1).saturating_sub(window));
+        tables[table_start..][..behind as usize / page_tokens].fill(u32::MAX);
+        queries.extend(positions.clone().map(|position| Query { table_start: table_start as u32, position }));
+    }
+    let mut rows = |count: usize| random.tame(count * shape.qkv_width()).to_vec();
+    let (stored, qkv) = (rows(slot_count * page_tokens), rows(queries.len()));
+    Sharing { shape, slot_count, stored, qkv, queries, tables }
+}
+
+/// Chunks and decodes in one call, with heads and formats for which devices take a chunk's rows together: at the ends of segments, pages and windows.
+#[test]
+fn chunks_among_decodes_have_the_reference_bits() {
+    let sequences = [30..70, 200..201, 60..77, 63..65, 120..136, 0..15, 5..6, 126..130];
+    for (i, (heads, kv_heads, head_dim, page_tokens, format, window, softcap)) in [
+        (4, 1, 64, 16, KvFormat::Bf16, None, None),
+        (2, 2, 64, 32, KvFormat::Bf16, Some(33), None),
+        (3, 1, 64, 48, KvFormat::Bf16, Some(100), Some(2.0)),
+        (7, 1, 64, 64, KvFormat::F32, None, None),
+        (5, 1, 64, 16, KvFormat::Int8, Some(64), None),
+        (8, 1, 128, 16, KvFormat::Bf16, Some(7), None),
+        (12, 2, 128, 32, KvFormat::Int8, None, Some(20.0)),
+        (2, 1, 128, 16, KvFormat::F32, Some(1), None),
+        (4, 1, 256, 32, KvFormat::Bf16, Some(65), None),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let kv = KvShape { kv_heads, head_dim, page_tokens, format };
+        let shape = AttentionShape { heads, kv, scale: 0.125, softcap, window };
+        let case = in_company(&mut Random(i as u64), shape, 0, &sequences);
+        let together = check(&case);
+        for device in backends() {
+            assert_same(&device.describe(), &together, &case.row_by_row(device));
+        }
+    }
+}
+
+/// What a row does not see must add nothing, not even a zero: to -0 that would be +0. Values before token 74 are as good as -0, those after it above 0.
+#[test]
+fn a_chunk_keeps_the_negative_zeros_of_its_rows() {
+    let kv = KvShape { kv_heads: 1, head_dim: 64, page_tokens: 32, format: KvFormat::F32 };
+    let shape = AttentionShape { heads: 4, kv, scale: 0.125, softcap: None, window: None };
+    let mut random = Random(6);
+    let mut case = in_company(&mut random, shape, 0, &[66..98, 3..4]);
+    let width = shape.qkv_width();
+    for (page, slot) in case.tables.iter().enumerate() {
+        for offset in 0..kv.page_tokens {
+            let is_late = page * kv.page_tokens + offset >= 74;
+            let row = &mut case.stored[(*slot as usize * kv.page_tokens + offset) * width..][..width];
+            row[width - kv.head_dim..].fill_with(|| if is_late { 1e-45 } else { random.pick(&[-1e-45, -0.0]) });
+        }
+    }
+    let result = check(&case);
+    assert!(result.iter().any(|x| x.to_bits() == 1 << 31), "the case has a negative zero");
+}
+
+/// Decodes whose tables begin alike, for which devices may read the pages in common once: rows that end within them, at their end and behind it, in two groups,
+/// and a row apart from them.
+#[test]
+fn decodes_with_a_prefix_in_common_have_the_reference_bits() {
+    for (i, (heads, kv_heads, head_dim, page_tokens, softcap)) in
+        [(4, 1, 64, 32, None), (3, 1, 64, 48, Some(2.0)), (4, 2, 128, 16, None), (4, 1, 128, 64, None)].into_iter().enumerate()
+    {
+        let kv = KvShape { kv_heads, head_dim, page_tokens, format: KvFormat::Bf16 };
+        let shape = AttentionShape { heads, kv, scale: 0.125, softcap, window: None };
+        let sequences = [330, 250, 400, 330, 287, 255, 383, 384, 300, 340, 341].map(|position| position..position + 1);
+        let case = in_company(&mut Random(i as u64), shape, 288 / page_tokens, &sequences);
+        let together = check(&case);
+        for device in backends() {
+            assert_same(&device.describe(), &together, &case.row_by_row(device));
+        }
+    }
+}
+
 #[test]
 fn formats_keep_their_precision() {
     let mut chunk = Chunk::random(&mut Random(5));

@@ -48,18 +48,21 @@ fn attention(cuda: &Cuda) {
     let heads = [(1, 64), (3, 64), (4, 64), (7, 64), (2, 128), (4, 128), (8, 128)];
     let bf16 = heads.map(|(heads, head_dim)| (heads, head_dim, KvFormat::Bf16));
     let plain = [(1, 32, KvFormat::F32), (1, 32, KvFormat::Bf16), (1, 32, KvFormat::Int8)];
-    for (heads, head_dim, format) in bf16.into_iter().chain(plain) {
+    let tiles = [KvFormat::F32, KvFormat::Int8].into_iter().flat_map(|format| [64, 128].map(|head_dim| (1, head_dim, format)));
+    for (heads, head_dim, format) in bf16.into_iter().chain(plain).chain(tiles).chain([(1, 256, KvFormat::Bf16)]) {
         let kv = KvShape { kv_heads: 1, head_dim, page_tokens: 16, format };
         let shape = AttentionShape { heads, kv, scale: 1.0, softcap: None, window: None };
         let mut pages = cuda.kv(kv, 20).unwrap();
-        let tables: Vec<u32> = (0..20).collect();
-        // A row at the beginning of many, and one long one alone, which is cut.
-        for positions in [vec![0u32; 140], vec![310]] {
+        let tables: Vec<u32> = (0..20).chain(0..20).collect();
+        // A row at the beginning of many sequences, a chunk of one, one long row alone, which is cut, and long ones that share their pages.
+        for (positions, apart) in [(vec![0u32; 140], true), (vec![0; 20], false), (vec![310], false), (vec![280; 16], true)] {
             let qkv = upload(cuda, &vec![0.5; positions.len() * shape.qkv_width()]);
             let mut out = cuda.buffer(positions.len() * heads * head_dim).unwrap();
             let places: Vec<KvPlace> = positions.iter().map(|position| KvPlace { slot: position / 16, offset: position % 16 }).collect();
             cuda.kv_write(&mut pages, &qkv, &shape, &places[..1]);
-            let queries: Vec<Query> = positions.iter().map(|position| Query { table_start: 0, position: *position }).collect();
+            let table_start = |row: u32| if apart { 20 * (row % 2) } else { 0 };
+            let queries: Vec<Query> =
+                (0..).zip(&positions).map(|(row, position)| Query { table_start: table_start(row), position: *position }).collect();
             cuda.attend(&mut out, &qkv, &pages, &shape, &queries, &tables);
         }
     }
