@@ -10,3 +10,6 @@ mkdir -p "$folder"
 if [ "${1:-}" = --planted ]; then shift; kernels/cuda/emulate/planted.sh "$folder/planted"; fi
 g++ -O2 -march=x86-64-v3 -ffp-contract=off -std=c++17 -fno-strict-aliasing -w -o "$folder/emulate" kernels/cuda/emulate/main.cc -lpthread
 "$folder/emulate" "$@"
+g++ -O2 -march=x86-64-v3 -ffp-contract=off -std=c++17 -fno-strict-aliasing -w -o "$folder/chunk" kernels/cuda/emulate/chunk.cc -lpthread
+[ $# -gt 0 ] || set -- 0 1 7
+"$folder/chunk" "$@"
