@@ -24,8 +24,7 @@ template <class T> DEVICE T task_of(const T& one, const T* tasks, int index) {
 
 /// What becomes of outputs: stored, added, or GATE + an activation: that of the first half times the second.
 enum Finish { STORE, ADD, GATE };
-/// With a gate, half of a cta's warps take the first half of the outputs, and the others those that meet them.
-DEVICE int sides_of(int finish) { return finish >= GATE ? 2 : 1; }
+/// With a gate there are two sides: half of a cta's warps take the first half of the outputs, and the others those that meet them.
 DEVICE void finish_output(float* to, float first, float second, int finish) {
     if (finish >= GATE) *to = activate_exact(first, finish - GATE) * second;
     else *to = finish == ADD ? *to + first : first;

@@ -22,9 +22,9 @@ template <int ROWS, int WIDTH, class Sum>
 DEVICE void rows_by_slices(const LinearTask& one, const LinearTask* tasks, int stride, int finish, int x_words, Sum sum) {
     DYNAMIC_SHARED(float, shared);
     const LinearTask task = task_of(one, tasks, blockIdx.z);
-    int sides = sides_of(finish), width = task.n / sides, row0 = blockIdx.y * ROWS, first = blockIdx.x * WIDTH;
+    int gated = finish >= GATE, width = task.n >> gated, row0 = blockIdx.y * ROWS, first = blockIdx.x * WIDTH;
     if (first >= width || row0 >= task.rows) return;
-    int warps = blockDim.x / sides >> 5, side = threadIdx.x >> 5 >= warps, warp = (threadIdx.x >> 5) - side * warps;
+    int warps = blockDim.x >> (5 + gated), side = threadIdx.x >> 5 >= warps, warp = (threadIdx.x >> 5) - side * warps;
     int slices = (task.k + SLICE - 1) / SLICE, places = 1 + (slices < MEET ? slices : MEET);
     float *x = shared + (threadIdx.x >> 5) * x_words, *sums = shared + (blockDim.x >> 5) * x_words;
     for (int from = 0; from < slices; from += MEET) {
@@ -39,10 +39,10 @@ DEVICE void rows_by_slices(const LinearTask& one, const LinearTask* tasks, int s
                 at[0] = total;
                 return total;
             };
-            float y = total(0), with = sides > 1 ? total(1) : 0.0f;
+            float y = total(0), with = gated ? total(1) : 0.0f;
             int row = row0 + i / WIDTH, output = first + i % WIDTH;
             if (from + MEET < slices || row >= task.rows || output >= width) continue;
-            if (task.bias) { y = y + task.bias[output]; with = sides > 1 ? with + task.bias[width + output] : 0.0f; }
+            if (task.bias) { y = y + task.bias[output]; with = gated ? with + task.bias[width + output] : 0.0f; }
             finish_output(task.out + (size_t)row * stride + output, y, with, finish);
         }
         if (from + MEET < slices) __syncthreads();

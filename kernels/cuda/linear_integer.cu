@@ -61,9 +61,10 @@ DEVICE void integer_few_rows(const LinearTask& one, const LinearTask* tasks, con
     constexpr int LOADS = BITS == 4 ? 1 : 2, CHUNKS = SLICE / 64, WORDS = SLICE / G / 2, DEPTH = 8 / TILES / LOADS, STEPS = G / 32;
     DYNAMIC_SHARED(float, sums);
     const LinearTask task = task_of(one, tasks, blockIdx.y);
-    int sides = sides_of(finish), width = task.n / sides, tiles = (width + 15) / 16;
+    // Shifts and not divisions: what is the same in all lanes then stays out of their registers.
+    int gated = finish >= GATE, tiles = ((task.n >> gated) + 15) / 16;
     if (blockIdx.x * TILES >= tiles) return;
-    int lane = threadIdx.x & 31, warps = blockDim.x / sides >> 5, side = threadIdx.x >> 5 >= warps, warp = (threadIdx.x >> 5) - side * warps, g = lane / 4, t = lane % 4;
+    int lane = threadIdx.x & 31, warps = blockDim.x >> (5 + gated), side = threadIdx.x >> 5 >= warps, warp = (threadIdx.x >> 5) - side * warps, g = lane / 4, t = lane % 4;
     int k = task.k, padded = (k + 63) / 64 * 64, slices = (k + SLICE - 1) / SLICE, groups = (k + G - 1) / G;
     const U4* w[TILES];
     const u32 *words[TILES], *lows[TILES];
@@ -181,7 +182,7 @@ DEVICE void integer_few_rows(const LinearTask& one, const LinearTask* tasks, con
     __syncthreads();
     // Read again, so that what is wanted only here is not kept all the while.
     const LinearTask end = task_of(one, tasks, blockIdx.y);
-    int outputs = end.n / sides_of(finish);
+    int outputs = end.n >> gated;
     auto total = [&](int side, int at, int output) {
         const float* from = sums + side * slices * RT * 128 * TILES + at;
         float sum = from[0];
@@ -190,7 +191,7 @@ DEVICE void integer_few_rows(const LinearTask& one, const LinearTask* tasks, con
     };
     for (int i = threadIdx.x; i < end.rows * TILES * 16; i += blockDim.x) {
         int row = i / (TILES * 16), output = blockIdx.x * TILES * 16 + i % (TILES * 16);
-        if (output < outputs) finish_output(end.out + (size_t)row * stride + output, total(0, i, output), finish >= GATE ? total(1, i, outputs + output) : 0.0f, finish);
+        if (output < outputs) finish_output(end.out + (size_t)row * stride + output, total(0, i, output), gated ? total(1, i, outputs + output) : 0.0f, finish);
     }
 }
 
@@ -214,12 +215,12 @@ DEVICE void integer_many_rows(const LinearTask& task, const u8* base, int stride
     float* totals = (float*)(scale_at + KINDS * 2 * 8 * SCALE_BYTES) + threadIdx.x;
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane / 4, t = lane % 4;
     int k = task.k, padded = (k + 63) / 64 * 64, steps = padded / 64, slices = (k + SLICE - 1) / SLICE, groups = (k + G - 1) / G;
-    int sides = sides_of(finish), width = task.n / sides, tiles = (width + 15) / 16;
+    int gated = finish >= GATE, width = task.n >> gated, tiles = (width + 15) / 16;
     int row_tile0 = blockIdx.y * 2 * RT, my_rows = warp / 4 * RT, my_tiles = warp % 4 * TILES;
     // The tile that lies in place j of eight.
     auto tile_at = [&](int j) {
-        int tile = blockIdx.x * (8 / sides) + j / sides;
-        return (tile < tiles ? tile : tiles - 1) + j % sides * tiles;
+        int tile = blockIdx.x * (8 >> gated) + (j >> gated);
+        return (tile < tiles ? tile : tiles - 1) + (j & gated) * tiles;
     };
     const U4* codes = (const U4*)(base + task.x_at);
     const float *scales_of_rows = (const float*)(base + task.scales_at), *sums_of_rows = (const float*)(base + task.sums_at);
@@ -313,12 +314,12 @@ DEVICE void integer_many_rows(const LinearTask& task, const u8* base, int stride
         totals[j * 256] = slices > 1 ? totals[j * 256] + sum : sum;
     }
     // Each thread goes on with what it wrote itself.
-    for (int j = 0; j < TILES * RT * 4 / sides; j++) {
+    for (int j = 0; j < TILES * RT * 4 >> gated; j++) {
         int rt = j / 4 % RT, q = j % 4, row = (row_tile0 + my_rows + rt) * 8 + t * 2 + (q & 1);
-        int output = (blockIdx.x * (8 / sides) + my_tiles / sides + j / (RT * 4)) * 16 + g + q / 2 * 8;
+        int output = (blockIdx.x * (8 >> gated) + (my_tiles >> gated) + j / (RT * 4)) * 16 + g + q / 2 * 8;
         if (row >= task.rows || output >= width) continue;
-        float first = totals[j * 256], second = sides > 1 ? totals[(j + RT * 4) * 256] : 0.0f;
-        if (task.bias) { first = first + task.bias[output]; second = sides > 1 ? second + task.bias[width + output] : 0.0f; }
+        float first = totals[j * 256], second = gated ? totals[(j + RT * 4) * 256] : 0.0f;
+        if (task.bias) { first = first + task.bias[output]; second = gated ? second + task.bias[width + output] : 0.0f; }
         finish_output(task.out + (size_t)row * stride + output, first, second, finish);
     }
 }

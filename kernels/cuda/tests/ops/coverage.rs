@@ -122,5 +122,5 @@ fn a_full_card_says_what_did_not_fit() {
     assert_eq!(card.memory_bytes().unwrap().0, free);
     rows(&cuda);
     let none = ashlar_cuda_emulated::Emulated::new(ashlar_cuda_emulated::Order::Ascending, 1 << 20).unwrap();
-    assert_eq!(Cuda::new(Arc::new(none)).unwrap_err().to_string(), "the card has no memory for 67108864 bytes more");
+    assert_eq!(Cuda::new(Arc::new(none)).unwrap_err().to_string(), "the card has no memory for 4194304 bytes more");
 }
