@@ -14,8 +14,8 @@ async fn together_on_a_card(family: &Family, kv_format: KvFormat) {
     let scalar = CpuOptions { threads: 1, isa: Some(Isa::Scalar), bf16_compute: Bf16Compute::F32 };
     let alone = start(family, Limits { prefix_cache: false, ..limits() }, scalar).await;
     let few = || {
-        requests(family).into_iter().step_by(2).map(|mut request| {
-            request.generated_tokens_max = 6;
+        requests(family).into_iter().step_by(3).map(|mut request| {
+            request.generated_tokens_max = 4;
             request
         })
     };

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use ashlar_cuda::{Counts, Cuda};
-use ashlar_kernels::format::Dtype;
+use ashlar_kernels::format::{Dtype, TensorView};
 use ashlar_kernels::ops::{Activation, AttentionShape, Columns, Finish, KvFormat, KvPlace, KvShape, NormKind, Ops, Query};
 use ashlar_kernels::reference::Reference;
 
@@ -45,7 +45,7 @@ impl Case for Steps {
     fn run<O: Ops>(&self, ops: &O) -> Vec<f32> {
         let rows_max = self.steps.iter().map(Vec::len).max().unwrap();
         let keep = Arc::new(self.embedding.view().bytes.to_vec());
-        let view = ashlar_kernels::format::TensorView { bytes: keep.as_slice(), ..self.embedding.view() };
+        let view = TensorView { bytes: keep.as_slice(), ..self.embedding.view() };
         let table = ops.table(view, Arc::clone(&keep) as _).unwrap();
         let layer = |tensor: &Tensor| ops.linear(&[tensor.view()]).unwrap();
         let (qkv, o, head) = (layer(&self.qkv), layer(&self.o), layer(&self.head));
@@ -126,30 +126,22 @@ fn what_is_given_back_was_used_before() {
     assert_same("gathered", &turned, &download(&cuda, &out, 32));
 }
 
-/// Lists beyond the room for them, in one op and in many before anything is fetched.
+/// Rows of a table are sent as lists are: more than there is room for in one op, and in many before anything is fetched.
 #[test]
 fn lists_have_room() {
     let Some(card) = open() else { return };
     let cuda = Cuda::new(card).unwrap();
-    let source = upload(&cuda, &[1.0, 2.0, 3.0]);
-    let long: Vec<u32> = (0..1_100_000).map(|row| row % 3).collect();
-    let mut out = cuda.buffer(long.len()).unwrap();
-    cuda.gather_rows(&mut out, &source, &long, 1);
-    let gathered = download(&cuda, &out, long.len());
-    assert!(
-        gathered.iter().enumerate().all(|(row, value)| *value == 1.0 + (row % 3) as f32),
-        "a list of more bytes than there is room at first"
-    );
+    const ROWS: usize = 250;
+    const ROW: usize = 20_000;
+    let rows: Vec<f32> = (0..ROWS * ROW).map(|at| (at / ROW * 3 + at % 5) as f32).collect();
+    let keep = Arc::new(bytemuck::cast_slice::<f32, u8>(&rows).to_vec());
+    let view = TensorView { dtype: Dtype::F32, rows: ROWS, cols: ROW, bytes: &keep };
+    let table = cuda.table(view, Arc::clone(&keep) as _).unwrap();
+    let (all, mut out) = ((0..ROWS as u32).collect::<Vec<_>>(), cuda.buffer(ROWS * ROW).unwrap());
+    cuda.embed(&mut out, 0, &table, &all, 1.0);
+    assert!(download(&cuda, &out, ROWS * ROW) == rows, "a list of more bytes than there is room at first");
     // Each of its own content, so that none is sent once for all.
-    let lists = 5000;
-    let mut outs = cuda.buffer(16 * lists).unwrap();
-    for list in 0..lists {
-        let index: Vec<u32> = (0..16).map(|bit| u32::from(list >> bit & 1 == 1)).collect();
-        let mut part = cuda.buffer(16).unwrap();
-        cuda.gather_rows(&mut part, &source, &index, 1);
-        cuda.scatter_rows(&mut outs, &[list as u32], &part, 16);
-    }
-    let outs = download(&cuda, &outs, 16 * lists);
-    let right = |(at, value): (usize, &f32)| *value == 1.0 + ((at / 16) >> (at % 16) & 1) as f32;
-    assert!(outs.iter().enumerate().all(right), "lists that are used up begin anew");
+    all.iter().rev().for_each(|row| cuda.embed(&mut out, ROWS - 1 - *row as usize, &table, &[*row], 1.0));
+    let turned = download(&cuda, &out, ROWS * ROW);
+    assert!(turned.chunks(ROW).rev().eq(rows.chunks(ROW)), "lists that are used up begin anew");
 }
