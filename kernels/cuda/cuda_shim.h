@@ -1,6 +1,6 @@
 // Runs a .cu kernel on the CPU: one fiber for each CUDA thread, one cta after another. Tests only; x86-64 Linux.
 // What it is strict about: copies of cp.async land at their wait, as late as the hardware may do them, or with order 1 at once, as early;
-// shared memory is poisoned before each cta; warps and lanes run in an order drawn from a seed, each as far as it can, so that a missing barrier shows;
+// shared memory is poisoned before each cta; ctas, warps and lanes run in an order drawn from a seed, each as far as it can, so that a missing barrier shows;
 // buffers end at a page that cannot be touched, so that a wrong index stops the program; lanes that part at a barrier stop it too.
 // What it cannot see: races within a warp between its syncs, bank conflicts, the memory model.
 #pragma once
@@ -52,7 +52,7 @@ inline void* entry_argument;
 inline Index3 block_index;
 inline dim3 block_size, grid_size;
 inline u8* dynamic_shared;
-/// Order of warps and lanes: 0 ascending, 1 descending, else shuffled by it.
+/// Order of ctas, warps and lanes: 0 ascending, 1 descending, else shuffled by it.
 inline uint64_t order_seed = 0;
 
 extern "C" void shim_switch(void** save, void* load);
@@ -143,9 +143,12 @@ inline void run_block(unsigned n) {
 template <class... P, class... A> void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, A... arguments) {
     auto body = [=] { kernel(static_cast<P>(arguments)...); }; using Body = decltype(body);
     entry = [](void* p) { (*(Body*)p)(); }; entry_argument = &body; grid_size = grid; block_size = block;
-    for (unsigned z = 0; z < grid.z; z++) for (unsigned y = 0; y < grid.y; y++) for (unsigned x = 0; x < grid.x; x++) {
+    static uint64_t seed = order_seed;
+    std::vector<unsigned> cta_order(size_t(grid.x) * grid.y * grid.z);
+    draw_order(cta_order, seed);
+    for (unsigned cta : cta_order) {
         Guarded shared((shared_bytes + 127) / 128 * 128, 0xff); dynamic_shared = shared.data;
-        block_index = {x, y, z}; run_block(block.x * block.y * block.z);
+        block_index = {cta % grid.x, cta / grid.x % grid.y, cta / grid.x / grid.y}; run_block(block.x * block.y * block.z);
     }
 }
 template <class T> T exchange(T v, unsigned from) {

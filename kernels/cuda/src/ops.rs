@@ -99,7 +99,7 @@ impl Cuda {
     }
 
     /// Copies from the card, and all lists are free again, which no other op uses as the caller has the scratch.
-    fn fetch(&self, _scratch: &MutexGuard<'_, Scratch>, from: Address, bytes: &mut [u8]) -> Result<(), DriverError> {
+    pub(crate) fn fetch(&self, _scratch: &MutexGuard<'_, Scratch>, from: Address, bytes: &mut [u8]) -> Result<(), DriverError> {
         self.driver.fetch(from, bytes)?;
         self.queue.begin()
     }
@@ -154,9 +154,9 @@ impl Ops for Cuda {
         self.driver.describe()
     }
 
+    /// Waits too: from the time that a batch took the engine learns how long such batches take.
     fn submit(&self) {
-        let _scratch = self.scratch();
-        sound(self.queue.begin());
+        sound(self.wait());
     }
 
     fn buffer(&self, element_count: usize) -> Result<Buffer, PackError> {

@@ -17,8 +17,8 @@ impl Cuda {
     /// # Errors
     /// When the card failed at any of it.
     pub fn wait(&self) -> Result<(), DriverError> {
-        let at = self.scratch().memory_at_start();
-        self.driver.fetch(at, &mut [0; 4])
+        let scratch = self.scratch();
+        self.fetch(&scratch, scratch.memory_at_start(), &mut [0; 4])
     }
 
     /// Bytes a second at which so many bytes are read, best of what `seconds` allow; they should be many times the card's cache.

@@ -13,7 +13,7 @@ const AMENDED_SHARE: usize = 4;
 /// Recordings that are kept: one for each number of rows that decode, and more for segments.
 const KEPT_MAX: usize = 64;
 /// Steps that came once, of which the next that comes again is recorded.
-const SEEN_MAX: usize = 8;
+const SEEN_MAX: usize = 32;
 
 /// What was asked of the card, and how.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

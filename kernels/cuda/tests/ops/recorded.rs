@@ -16,7 +16,7 @@ impl Record {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What was asked since the last time, now that the device is told to begin.
+    /// What was asked since the last time, now that it has happened.
     pub(super) fn take(&self, cuda: &Cuda) -> Vec<&'static str> {
         cuda.submit();
         std::mem::take(&mut *self.calls())
