@@ -3,7 +3,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::driver::{Address, Driver, DriverError, Launch, Recording};
+use crate::driver::{Address, Driver, DriverError, Launch};
 use crate::memory::Memory;
 use crate::recordings::{Counts, Recordings};
 use crate::tape::Tape;
@@ -83,16 +83,18 @@ impl Queue {
 
 impl State {
     fn submit(&mut self, card: &dyn Driver) -> Result<(), DriverError> {
-        if self.sent < self.staged.len() {
-            card.send(self.memory.at(self.sent, self.staged.len() - self.sent), &self.staged[self.sent..])?;
-            self.sent = self.staged.len();
-        }
-        if self.tape.len() == 0 {
-            return Ok(());
-        }
-        let outcome = self.recordings.run(card, &self.tape);
+        let outcome = self.ask(card);
+        // A card that failed is asked for nothing twice.
+        self.sent = self.staged.len();
         self.tape.clear();
         outcome
+    }
+
+    fn ask(&mut self, card: &dyn Driver) -> Result<(), DriverError> {
+        if self.sent < self.staged.len() {
+            card.send(self.memory.at(self.sent, self.staged.len() - self.sent), &self.staged[self.sent..])?;
+        }
+        if self.tape.len() == 0 { Ok(()) } else { self.recordings.run(card, &self.tape) }
     }
 
     fn begin(&mut self) {
@@ -136,7 +138,9 @@ impl Driver for Queue {
 
     fn free(&self, memory: Address) {
         // What was gathered may use it.
-        if let Err(error) = self.submit() {
+        if let Err(error) = self.submit()
+            && !std::thread::panicking()
+        {
             tracing::error!(%error, "the card was not asked for what uses memory that is given back");
         }
         self.card.free(memory);
@@ -168,23 +172,6 @@ impl Driver for Queue {
     fn launch(&self, launch: &Launch<'_>) -> Result<(), DriverError> {
         self.state().tape.push(launch);
         Ok(())
-    }
-
-    fn record(&self, launches: &[Launch<'_>]) -> Result<Option<Recording>, DriverError> {
-        self.card.record(launches)
-    }
-
-    fn amend(&self, recording: Recording, place: usize, launch: &Launch<'_>) -> Result<(), DriverError> {
-        self.card.amend(recording, place, launch)
-    }
-
-    fn replay(&self, recording: Recording) -> Result<(), DriverError> {
-        self.submit()?;
-        self.card.replay(recording)
-    }
-
-    fn forget(&self, recording: Recording) {
-        self.card.forget(recording);
     }
 }
 

@@ -45,8 +45,8 @@ impl Ropes {
         attention_factor: f32,
     ) -> Result<Vec<Address>, DriverError> {
         let same = |table: &Table| {
-            let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
-            table.attention_factor.to_bits() == attention_factor.to_bits() && bits(&table.frequencies) == bits(frequencies)
+            let bits = |value: &f32| value.to_bits();
+            bits(&table.attention_factor) == bits(&attention_factor) && table.frequencies.iter().map(bits).eq(frequencies.iter().map(bits))
         };
         let mut table = match self.tables.iter().position(same) {
             Some(place) => self.tables.remove(place),
